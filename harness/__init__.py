@@ -1,0 +1,3 @@
+"""Decide whether to ship DPO or SimPO: paired training runs, held-out scores, a verdict with calibrated error rates."""
+
+__version__ = "0.1.0"

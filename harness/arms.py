@@ -1,0 +1,108 @@
+"""The one table of what differs between arms: their keys (typed), their TRL trainer, and their arguments to it.
+
+Adding an arm is one row here and one file in `conf/method/`. Nothing else in the code asks for an arm's name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+def bounded(default: Any, **limits: Any) -> Any:
+    """Declare a config key with its allowed range: `above`, `at_least`, `below`, `at_most` or `choices`."""
+    return field(default=default, metadata=limits)
+
+
+@dataclass
+class MethodConfig:
+    """Keys that every arm has.
+
+    Attributes:
+        learning_rate: peak learning rate; null takes `learning_rates[train.tuning]`.
+        learning_rates: the arm's published rate for each tuning, `lora` and `full`.
+    """
+
+    name: str = "???"
+    learning_rate: float | None = bounded(None, above=0.0, at_most=1.0)
+    learning_rates: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class BetaConfig(MethodConfig):
+    """Keys of DPO and of length-normalised DPO."""
+
+    beta: float = bounded(0.1, above=0.0, at_most=1000.0)
+
+
+@dataclass
+class SimPOConfig(BetaConfig):
+    """Keys of SimPO.
+
+    Attributes:
+        gamma_beta_ratio: target margin over beta, in nats per token (the SimPO code's name for it).
+        length_norm: reward = log-prob / length**length_norm; 1.0 is SimPO, 0.0 the plain sum.
+        sft_weight: weight of the cross-entropy on the chosen answer (TRL's `cpo_alpha`); 0.0 is SimPO.
+    """
+
+    beta: float = bounded(2.0, above=0.0, at_most=1000.0)
+    gamma_beta_ratio: float = bounded(0.5, at_least=0.0, at_most=10.0)
+    length_norm: float = bounded(1.0, at_least=0.0, at_most=2.0)
+    sft_weight: float = bounded(0.0, at_least=0.0, at_most=100.0)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One row of the table.
+
+    Attributes:
+        title: the name in prose.
+        config: the typed keys of `conf/method/NAME.yaml`.
+        trainer: TRL's trainer class by name; None for the SFT base, which is scored and not trained.
+        trl_arguments: from the arm's keys to keyword arguments of that trainer's config class.
+        uses_reference: True where the loss needs log-probs of the SFT base.
+    """
+
+    title: str
+    config: type[MethodConfig]
+    trainer: str | None
+    trl_arguments: Callable[[Any], Mapping[str, Any]]
+    uses_reference: bool
+
+
+def _simpo_arguments(method: SimPOConfig) -> dict[str, Any]:
+    return {
+        "loss_type": "simpo",
+        "beta": method.beta,
+        # TRL's simpo_gamma is absolute; people tune its ratio to beta. This is the only place that converts.
+        "simpo_gamma": method.gamma_beta_ratio * method.beta,
+        # TRL's default of 1.0 trains CPO-SimPO, which is another method.
+        "cpo_alpha": method.sft_weight,
+    }
+
+
+ARMS: dict[str, Arm] = {
+    "dpo": Arm(
+        title="DPO",
+        config=BetaConfig,
+        trainer="DPOTrainer",
+        trl_arguments=lambda method: {"loss_type": ["sigmoid"], "beta": method.beta},
+        uses_reference=True,
+    ),
+    "simpo": Arm(
+        title="SimPO",
+        config=SimPOConfig,
+        trainer="CPOTrainer",
+        trl_arguments=_simpo_arguments,
+        uses_reference=False,
+    ),
+    "dpo_norm": Arm(
+        title="length-normalised DPO",
+        config=BetaConfig,
+        trainer="DPOTrainer",
+        trl_arguments=lambda method: {"loss_type": ["sigmoid_norm"], "beta": method.beta},
+        uses_reference=True,
+    ),
+    "sft": Arm(title="SFT base", config=MethodConfig, trainer=None, trl_arguments=lambda _: {}, uses_reference=False),
+}

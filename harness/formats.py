@@ -1,0 +1,283 @@
+"""Recognise a row of preference data by its columns and read it as a `Pair`, an `EvalPrompt` or both.
+
+Input: one row (column -> value) -> output: a `ParsedRow`, or a `RowError` with the reason that the user reads.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping, Set
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+from harness.conversations import (
+    IMPLICIT_TEXT,
+    Conversation,
+    RowError,
+    Turns,
+    as_turns,
+    check_turns,
+    check_unicode,
+    from_texts,
+    from_turns,
+    says,
+    shown,
+    text_or_turns,
+)
+from harness.records import EvalPrompt, Message, Pair, prompt_id
+
+Row = Mapping[str, Any]
+
+PAIR_FORMS = (
+    "TRL standard: `prompt`, `chosen`, `rejected` as text (without `prompt`: the common beginning is the prompt)",
+    "TRL conversational: the same as lists of {role, content}; the prompt may be called `messages`",
+    "UltraFeedback-binarized: `prompt` as text, `chosen` and `rejected` as conversations that repeat it, scores",
+    "HH-RLHF: `chosen`, `rejected` as transcripts (\\n\\nHuman: ... \\n\\nAssistant: ...)",
+    "ShareGPT or LLaMA-Factory: `conversations` of {from, value}, `chosen`, `rejected`, optional `system`",
+    "`question` or `instruction` (with `input`) in place of `prompt`, optional `system`",
+)
+EVAL_FORMS = (*PAIR_FORMS, "prompts with `checks`: `prompt` and `checks`, optional `id`, `cluster`")
+
+_PROMPT_COLUMNS = ("prompt", "conversations", "messages", "question", "instruction", "input")
+_SCORE_COLUMNS = (
+    ("score_chosen", "score_rejected"),
+    ("chosen_score", "rejected_score"),
+    ("chosen-rating", "rejected-rating"),
+    ("chosen_rating", "rejected_rating"),
+)
+
+
+@dataclass(frozen=True)
+class ParsedRow:
+    """What one row says.
+
+    Attributes:
+        form: name of the form that was recognised.
+        row: row in the file, counted from 1.
+        row_id: the `id` given in the file, or `row-N`.
+        chosen: the preferred answer; None where the row has checks only.
+        tie: the row gives both answers the same score.
+    """
+
+    form: str
+    row: int
+    row_id: str
+    prompt: tuple[Message, ...]
+    chosen: tuple[Message, ...] | None
+    rejected: tuple[Message, ...] | None
+    conversational: bool
+    checks: tuple[dict[str, Any], ...]
+    cluster: str | None
+    tie: bool
+
+    @cached_property
+    def prompt_id(self) -> str:
+        """Identify the prompt by its content."""
+        return prompt_id(self.prompt)
+
+    def pair(self) -> Pair | None:
+        """Return the preference pair, where the row holds one."""
+        if self.chosen is None or self.rejected is None:
+            return None
+        return Pair(self.row_id, self.prompt, self.chosen, self.rejected, self.conversational, self.row)
+
+    def eval_prompt(self) -> EvalPrompt:
+        """Return the prompt with its checks."""
+        return EvalPrompt(self.prompt_id, self.prompt, self.checks, self.cluster, self.conversational, self.row)
+
+
+def has_known_form(columns: set[str], *, evaluation: bool) -> bool:
+    """Say whether a file with these columns can hold pairs or, for evaluation, prompts with checks."""
+    if {"chosen", "rejected"} <= columns:
+        return True
+    return evaluation and "checks" in columns and bool(columns.intersection(_PROMPT_COLUMNS))
+
+
+def parse_row(row: Row, number: int, columns: Set[str], *, needs_pair: bool, reads_checks: bool) -> ParsedRow:
+    """Read one row.
+
+    Args:
+        number: the row's number in the file, counted from 1.
+        columns: columns of the file: one that this row lacks is missing, one that all rows lack is another form.
+        needs_pair: refuse a row without `chosen` and `rejected` (training data).
+        reads_checks: read and validate the column `checks` (evaluation data).
+
+    Raises:
+        RowError: with the reason, where the row cannot be used.
+    """
+    has_pair = any(row.get(column) is not None for column in ("chosen", "rejected"))
+    conversation = _with_system(row, _read_pair(row, columns) if has_pair or needs_pair else _read_prompt(row, columns))
+    checks = _read_checks(row.get("checks")) if reads_checks else ()
+    if conversation.chosen is None and not checks:
+        raise RowError("has neither `checks` nor `chosen` and `rejected`: an answer to it cannot be scored")
+    check_turns(conversation)
+    cluster = _label(row, "cluster")
+    row_id = _label(row, "id")
+    return ParsedRow(
+        form=conversation.form,
+        row=number,
+        row_id=f"row-{number}" if row_id is None else row_id,
+        prompt=tuple(conversation.prompt),
+        chosen=None if conversation.chosen is None else tuple(conversation.chosen),
+        rejected=None if conversation.rejected is None else tuple(conversation.rejected),
+        conversational=conversation.conversational,
+        checks=checks,
+        cluster=cluster,
+        tie=has_pair and _is_tie(row),
+    )
+
+
+def _read_pair(row: Row, columns: Set[str]) -> Conversation:
+    prompt = _prompt_value(row, columns)
+    chosen, rejected = _answer(row, "chosen"), _answer(row, "rejected")
+    if isinstance(chosen, str) and isinstance(rejected, str):
+        conversation = from_texts(prompt, chosen, rejected)
+        if conversation.form == IMPLICIT_TEXT and columns.intersection(_PROMPT_COLUMNS):
+            raise RowError(_missing_prompt(columns))
+        return conversation
+    if isinstance(chosen, str) or isinstance(rejected, str):
+        raise RowError(
+            "one of `chosen` and `rejected` is text, the other a list of turns; allowed: both text or both turns"
+        )
+    return from_turns(prompt, chosen, rejected, sharegpt=row.get("prompt") is None and "conversations" in row)
+
+
+def _read_prompt(row: Row, columns: Set[str]) -> Conversation:
+    prompt = _prompt_value(row, columns)
+    if prompt is None:
+        raise RowError(_missing_prompt(columns))
+    turns, conversational = as_turns(prompt)
+    return Conversation("prompts with checks", turns, None, None, conversational)
+
+
+def _missing_prompt(columns: Set[str]) -> str:
+    return f"`{next((name for name in _PROMPT_COLUMNS if name in columns), 'prompt')}` is missing"
+
+
+def _prompt_value(row: Row, columns: Set[str]) -> str | Turns | None:
+    column = next((name for name in _PROMPT_COLUMNS if row.get(name) is not None), None)
+    if column is None or (column == "input" and "instruction" in columns):
+        return None
+    value = text_or_turns(row[column], column)
+    if column == "instruction":
+        if row.get("history"):
+            raise RowError("`history` is not read beside `instruction`; give all turns as `conversations`")
+        if row.get("input"):
+            return f"{value}\n{text_or_turns(row['input'], 'input')}"
+    return value
+
+
+def _answer(row: Row, column: str) -> str | Turns:
+    if row.get(column) is None:
+        raise RowError(f"`{column}` is missing")
+    value = text_or_turns(row[column], column)
+    if not value or (isinstance(value, str) and not value.strip()):
+        raise RowError(f"`{column}` is empty")
+    return value
+
+
+def _with_system(row: Row, conversation: Conversation) -> Conversation:
+    """Put the column `system` before the prompt, where there is one."""
+    system = row.get("system")
+    if system is not None and not isinstance(system, str):
+        raise RowError(f"`system` is of type {type(system).__name__}; allowed: text")
+    if not system or not system.strip():
+        return conversation
+    first = conversation.prompt[0] if conversation.prompt else None
+    if first is not None and first["role"] == "system":
+        if first["content"] != system:
+            raise RowError("`system` differs from the system turn that the prompt begins with")
+        return conversation
+    return replace(conversation, prompt=[says("system", system), *conversation.prompt], conversational=True)
+
+
+def _label(row: Row, column: str) -> str | None:
+    value = row.get(column)
+    if value is None or value == "":
+        return None
+    if not isinstance(value, str | int) or isinstance(value, bool):
+        raise RowError(f"`{column}` is of type {type(value).__name__}; allowed: text or a whole number")
+    check_unicode(str(value))
+    return str(value)
+
+
+def _is_tie(row: Row) -> bool:
+    """Say whether both answers have the same score; a row whose scores contradict its labels is refused."""
+    for columns in _SCORE_COLUMNS:
+        scores = [_score(row, column) for column in columns]
+        if scores[0] is None or scores[1] is None:
+            continue
+        if scores[0] < scores[1]:
+            raise RowError(
+                f"`{columns[0]}`={scores[0]:g} is lower than `{columns[1]}`={scores[1]:g}: which answer is better?"
+            )
+        return scores[0] == scores[1]
+    return False
+
+
+def _score(row: Row, column: str) -> float | None:
+    value = row.get(column)
+    if value is None or value == "":
+        return None
+    try:
+        score = float(value)
+    except (TypeError, ValueError) as error:
+        raise RowError(f"`{column}`={shown(value)}; allowed: a number") from error
+    return None if math.isnan(score) else score
+
+
+def _is_texts(value: Any) -> bool:
+    texts = value if isinstance(value, list) else [value]
+    return bool(texts) and all(isinstance(text, str) and text for text in texts)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _is_pattern(value: Any) -> bool:
+    try:
+        return isinstance(value, str) and value != "" and re.compile(value) is not None
+    except (re.error, OverflowError, RecursionError):
+        return False
+
+
+_TEXTS = "a text or a list of texts, none empty"
+_CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "equals": (_is_texts, _TEXTS),
+    "contains": (_is_texts, _TEXTS),
+    "excludes": (_is_texts, _TEXTS),
+    "regex": (_is_pattern, "a regular expression that Python compiles"),
+    "max_words": (_is_count, "a positive whole number"),
+    "min_words": (_is_count, "a positive whole number"),
+    "json": (lambda value: value is True, "true"),
+    "ends_properly": (lambda value: value is True, "true"),
+}
+
+
+def _read_checks(value: Any) -> tuple[dict[str, Any], ...]:
+    if value is None:
+        return ()
+    if not isinstance(value, list):
+        raise RowError(
+            f"`checks` is of type {type(value).__name__}; allowed: a list of one-key mappings, as [{{'max_words': 3}}]"
+        )
+    return tuple(_read_check(check) for check in value)
+
+
+def _read_check(check: Any) -> dict[str, Any]:
+    # Parquet gives every mapping all keys of the column, null where they were not there.
+    given = {k: v for k, v in check.items() if v is not None} if isinstance(check, Mapping) else {}
+    if len(given) != 1:
+        raise RowError(f"check {shown(check)}; allowed: a mapping with one key, as {{'max_words': 3}}")
+    kind, value = next(iter(given.items()))
+    if kind not in _CHECKS:
+        raise RowError(f"check {shown(kind)} is not known; allowed: {', '.join(_CHECKS)}")
+    is_valid, allowed = _CHECKS[kind]
+    if not is_valid(value):
+        raise RowError(f"check `{kind}`: {shown(value)}; allowed: {allowed}")
+    for text in value if isinstance(value, list) else [value]:
+        check_unicode(str(text))
+    return {kind: value}

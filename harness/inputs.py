@@ -1,0 +1,109 @@
+"""What a study's trials share: the splits and their token ids, loaded once in a process."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from harness.checkpoint import checkpoint_dir, contents_sha256
+from harness.config import EMBEDDED, RunConfig, Template, trial_id
+from harness.data import DataSpec, Splits, load_splits
+from harness.records import UsageError
+from harness.tokens import ChatFormat, TokenisedPairs, load_chat_format, tokenise_pairs
+
+
+def data_spec(config: RunConfig) -> DataSpec:
+    """Return where the pairs are: what the config says, or the embedded study's own files."""
+    data = config.data
+    keys = {name: getattr(data, name) for name in DataSpec.__dataclass_fields__}
+    if config.model.path == EMBEDDED and not any(keys[name] for name in ("path", "train", "dev", "golden")):
+        folder = checkpoint_dir(config.model)
+        keys |= {split: str(folder / f"{split}.jsonl") for split in ("train", "dev", "golden")}
+    return DataSpec(**keys)
+
+
+@lru_cache(maxsize=4)
+def _splits(spec: DataSpec) -> Splits:
+    return load_splits(spec)
+
+
+def splits_of(config: RunConfig) -> Splits:
+    """Load the splits of a config; needs no torch."""
+    return _splits(data_spec(config))
+
+
+def identify(config: RunConfig) -> str:
+    """Return the config's trial id."""
+    return trial_id(config, contents_sha256(config, splits_of(config).facts))
+
+
+def default_metric(splits: Splits) -> str:
+    """Return the metric that a golden set is decided on where none is given: its checks, else its pairs."""
+    if any(prompt.checks for prompt in splits.golden_prompts):
+        return "checks"
+    if splits.golden_pairs:
+        return "preference_accuracy"
+    raise UsageError(
+        "data.golden: its rows have neither `checks` nor `chosen` and `rejected`, so that nothing can be scored; "
+        "add checks (see README, Golden sets) or give held-out pairs"
+    )
+
+
+def prompt_rows(splits: Splits) -> list[dict[str, Any]]:
+    """Return the rows of prompts.jsonl: what scorers need to know of each evaluation prompt."""
+    rows = []
+    for split, prompts, pairs in (
+        ("dev", splits.dev_prompts, splits.dev_pairs),
+        ("golden", splits.golden_prompts, splits.golden_pairs),
+    ):
+        counts: dict[str, int] = {}
+        for pair in pairs:
+            counts[pair.prompt_id] = counts.get(pair.prompt_id, 0) + 1
+        rows += [
+            {
+                "split": split,
+                "prompt_id": prompt.prompt_id,
+                "prompt": [dict(message) for message in prompt.prompt],
+                "checks": list(prompt.checks),
+                "cluster": prompt.cluster or "",
+                "pairs": counts.get(prompt.prompt_id, 0),
+            }
+            for prompt in prompts
+        ]
+    return rows
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Token ids of all splits, and the format that made them."""
+
+    chat: ChatFormat
+    train: TokenisedPairs
+    dev: TokenisedPairs
+    golden: TokenisedPairs
+
+
+@lru_cache(maxsize=2)
+def _tokens(spec: DataSpec, folder: Path, template: str | None, auto: bool, max_length: int) -> Tokens:
+    chat = load_chat_format(folder, revision=None, template=template, auto=auto)
+    splits = _splits(spec)
+    train, dev, golden = (
+        tokenise_pairs(pairs, chat, max_length=max_length)
+        for pairs in (splits.train, splits.dev_pairs, splits.golden_pairs)
+    )
+    if not train.rows:
+        raise UsageError(f"no training pair is left after tokenisation: {train.dropped}; raise data.max_length")
+    return Tokens(chat, train, dev, golden)
+
+
+def tokens_of(config: RunConfig) -> Tokens:
+    """Tokenise the splits of a config, once in a process."""
+    return _tokens(
+        data_spec(config),
+        checkpoint_dir(config.model),
+        config.model.chat_template,
+        config.data.template is Template.auto,
+        config.data.max_length,
+    )

@@ -1,0 +1,73 @@
+"""The batch plan: which pairs, in which order, in which micro-batch; and the proof that a trainer kept to it.
+
+One plan for each seed, given to every arm.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from harness.records import digest
+from harness.tokens import TokenPair, canonical_bytes
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """The order in which rows are trained on.
+
+    Attributes:
+        order: row numbers, epoch after epoch. Micro-batches are runs of `micro_batch_size`, optimiser steps runs of
+            `batch_size`; a step may straddle two epochs, so that only the last one can be short.
+    """
+
+    order: tuple[int, ...]
+    batch_size: int
+    micro_batch_size: int
+
+    @property
+    def num_steps(self) -> int:
+        """Number of optimiser steps, a short last one included."""
+        return -(-len(self.order) // self.batch_size)
+
+    @property
+    def sha256(self) -> str:
+        """Identify the plan."""
+        return digest([list(self.order), self.batch_size, self.micro_batch_size])
+
+
+def make_plan(num_rows: int, *, epochs: int, batch_size: int, micro_batch_size: int, seed: int) -> BatchPlan:
+    """Shuffle the rows anew for each epoch with a private generator: the global seed and other draws change nothing."""
+    order: list[int] = []
+    for epoch in range(epochs):
+        order += np.random.default_rng([seed, epoch]).permutation(num_rows).tolist()
+    return BatchPlan(tuple(order), batch_size, micro_batch_size)
+
+
+class ConsumedTokens:
+    """A running hash of the pairs that a trainer really saw, in order.
+
+    The state is one digest and a count, so that it survives in a checkpoint.
+    """
+
+    def __init__(self, state: str = "", num_pairs: int = 0) -> None:
+        self.state = state
+        self.num_pairs = num_pairs
+
+    def update(self, prompt_ids: Sequence[int], chosen_ids: Sequence[int], rejected_ids: Sequence[int]) -> None:
+        """Add one pair: state = SHA-256(state, ids with lengths)."""
+        content = canonical_bytes(prompt_ids, chosen_ids, rejected_ids)
+        self.state = hashlib.sha256(self.state.encode() + content).hexdigest()
+        self.num_pairs += 1
+
+
+def expected_tokens_sha256(rows: Sequence[TokenPair], order: Iterable[int]) -> str:
+    """Return the hash that a trainer must arrive at if it sees exactly the plan."""
+    consumed = ConsumedTokens()
+    for index in order:
+        row = rows[index]
+        consumed.update(row.prompt_ids, row.chosen_ids, row.rejected_ids)
+    return consumed.state

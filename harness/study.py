@@ -1,0 +1,281 @@
+"""One study, read from its folder into one object; half-finished, failed and broken trials are part of it.
+
+Input: `results/STUDY/` in whatever state a sweep left it. Nothing is written, and nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import yaml
+
+from harness.palette import BASE
+from harness.records import SCORE_COLUMNS, UsageError, read_json, read_jsonl
+
+_MARKERS = ("study.yaml", "trials", "scores.csv", "verdict.json")
+_NUMERIC = ("seed", "score", "tokens", "chars")
+COMPLETE, DIVERGED, FAILED, UNFINISHED = "complete", "diverged", "failed", "unfinished"
+_STATES = {"complete": COMPLETE, "diverged": DIVERGED}
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One training run (or the base), as far as it came.
+
+    Attributes:
+        state: `complete`, `diverged`, `failed` or `unfinished`.
+        manifest, failure: the files of these names; empty where there is none.
+        curve: train.jsonl, one row a logged step, numbers only.
+        completions: rows of completions.jsonl: split, prompt_id, prompt, completion, tokens and flags.
+    """
+
+    trial_id: str
+    arm: str
+    config: str
+    seed: int | None
+    state: str
+    manifest: Mapping[str, Any]
+    failure: Mapping[str, Any]
+    curve: pd.DataFrame
+    completions: tuple[Mapping[str, Any], ...]
+
+    @property
+    def scored(self) -> bool:
+        """Whether its scores count: a diverged trial's do."""
+        return self.state in (COMPLETE, DIVERGED)
+
+
+@dataclass(frozen=True)
+class Config:
+    """An arm with its hyperparameters, seed left out, and its trials in the order of their seeds."""
+
+    arm: str
+    label: str
+    trials: tuple[Trial, ...]
+
+
+@dataclass(frozen=True)
+class Study:
+    """All that a study's folder says.
+
+    Attributes:
+        settings: study.yaml; empty where there is none.
+        scores: scores.csv, or the trials' scores.jsonl where the sweep has not come that far.
+        verdict: verdict.json; empty before the decision.
+        problems: what could not be read, one sentence each.
+    """
+
+    folder: Path
+    settings: Mapping[str, Any]
+    base: Trial | None
+    trials: tuple[Trial, ...]
+    scores: pd.DataFrame
+    verdict: Mapping[str, Any]
+    problems: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """The study's name, or its folder's."""
+        return str(self.settings.get("study") or self.folder.name)
+
+    @cached_property
+    def arms(self) -> tuple[str, ...]:
+        """Arms in the order of the verdict, then of study.yaml, then of their appearance."""
+        listed = [*_strings(self.verdict.get("arms")), *_strings(self.settings.get("arms"))]
+        seen = [*(trial.arm for trial in self.trials), *self.scores["arm"].unique()]
+        return tuple(dict.fromkeys(arm for arm in [*listed, *seen] if arm and arm != BASE))
+
+    @property
+    def metric(self) -> str:
+        """The scorer that decides; the first in the scores where nobody has said."""
+        first = next(iter(self.scores["scorer"].unique()), "")
+        return str(self.verdict.get("metric") or self.settings.get("metric") or first)
+
+    @property
+    def split(self) -> str:
+        """The split that is shown: `golden`, or `dev` as long as nothing golden is there."""
+        rows = list(self.scores["split"].unique()) + [c.get("split") for t in self.trials for c in t.completions[:1]]
+        return "dev" if "dev" in rows and "golden" not in rows else "golden"
+
+    @cached_property
+    def confirmed(self) -> pd.DataFrame:
+        """Scores of the shown split: those of the confirmation, where configs were selected before."""
+        rows = self.scores[self.scores["split"] == self.split]
+        confirm = rows[rows["stage"] == "confirm"]
+        return confirm if len(confirm) else rows
+
+    @cached_property
+    def configs(self) -> tuple[Config, ...]:
+        """The configs that stand for their arms: those with confirmed scores, or all while there are none."""
+        runs = {(r.arm, r.config, r.seed) for r in self.confirmed[["arm", "config", "seed"]].drop_duplicates().itertuples()}
+        scored = [trial for trial in self.trials if trial.scored]
+        shown = [t for t in scored if (t.arm, t.config, t.seed) in runs] or scored
+        keys = sorted({(self.arms.index(t.arm), t.config) for t in shown if t.arm in self.arms})
+        by_seed = sorted(shown, key=lambda trial: (trial.seed is None, trial.seed or 0))
+        return tuple(
+            Config(self.arms[arm], label, tuple(t for t in by_seed if (t.arm, t.config) == (self.arms[arm], label)))
+            for arm, label in keys
+        )
+
+    @property
+    def with_base(self) -> tuple[Config, ...]:
+        """The base, where there is one, and then the configs."""
+        base = (Config(BASE, self.base.config, (self.base,)),) if self.base else ()
+        return base + self.configs
+
+    def label(self, config: Config) -> str:
+        """Name a config: by its arm alone where the arm has no other."""
+        alone = sum(other.arm == config.arm for other in self.configs) <= 1
+        return config.arm if alone or config.arm == BASE else f"{config.arm} ({config.label})"
+
+    def missing_runs(self) -> list[tuple[str, int]]:
+        """List the registered (arm, seed) for which no trial was scored."""
+        seeds = self.settings.get("seeds")
+        done = {(trial.arm, trial.seed) for trial in self.trials if trial.scored}
+        planned = [(str(arm), seed) for arm, row in seeds.items() for seed in row or ()] if isinstance(seeds, dict) else []
+        return [run for run in planned if run not in done]
+
+
+class _Reader:
+    """Reads what is there, and keeps a note on what cannot be read."""
+
+    def __init__(self, study: Path) -> None:
+        self.study = study
+        self.problems: list[str] = []
+
+    def note(self, path: Path, error: object) -> None:
+        where = path.relative_to(self.study)
+        self.problems.append(f"{where} cannot be read: {str(error).removeprefix(f'{path}: ')}")
+
+    def mapping(self, path: Path) -> dict[str, Any]:
+        """Read a JSON or YAML file that holds a mapping; empty where it is absent or broken."""
+        if not path.exists():
+            return {}
+        try:
+            value = read_json(path) if path.suffix == ".json" else yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            self.note(path, error)
+            return {}
+        if isinstance(value, dict):
+            return value
+        self.note(path, f"a mapping is expected, not {type(value).__name__}")
+        return {}
+
+    def rows(self, path: Path) -> list[dict[str, Any]]:
+        """Read a JSONL file up to its first broken line."""
+        rows: list[dict[str, Any]] = []
+        if not path.exists():
+            return rows
+        try:
+            for row in read_jsonl(path):
+                if not isinstance(row, dict):
+                    raise ValueError(f"row {len(rows) + 1} is not a mapping")
+                rows.append(row)
+        except (OSError, ValueError) as error:
+            self.note(path, f"{error}; the {len(rows)} rows before it are shown")
+        return rows
+
+
+def read_study(folder: Path) -> Study:
+    """Read a study.
+
+    Raises:
+        UsageError: the folder is absent, or holds none of the files of a study.
+    """
+    _check_folder(folder)
+    reader = _Reader(folder)
+    root = folder / "trials"
+    trials = [_read_trial(reader, path) for path in sorted(root.iterdir()) if path.is_dir()] if root.is_dir() else []
+    base = _read_trial(reader, folder / "base") if (folder / "base").is_dir() else None
+    return Study(
+        folder=folder,
+        settings=reader.mapping(folder / "study.yaml"),
+        base=base if base and (base.manifest or base.completions) else None,
+        trials=tuple(trials),
+        scores=_read_scores(reader, folder),
+        verdict=reader.mapping(folder / "verdict.json"),
+        problems=tuple(reader.problems),
+    )
+
+
+def mapping(value: Any) -> dict[str, Any]:
+    """Return a mapping from a file that others wrote as it is, and anything else as an empty one."""
+    return dict(value) if isinstance(value, Mapping) else {}
+
+
+def _check_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        raise UsageError(f"{folder}: no such folder; give the folder of a study, such as results/STUDY")
+    if any((folder / name).exists() for name in _MARKERS):
+        return
+    inside = sorted(path.name for path in folder.iterdir() if any((path / name).exists() for name in _MARKERS))
+    hint = f"; it holds these studies, give one of them: {', '.join(inside[:10])}" if inside else ""
+    raise UsageError(
+        f"{folder}: not a study (it holds none of {', '.join(_MARKERS)}); give the folder that "
+        f"`python -m harness.sweep` wrote, such as results/STUDY{hint}"
+    )
+
+
+def _read_trial(reader: _Reader, folder: Path) -> Trial:
+    manifest = reader.mapping(folder / "manifest.json")
+    failure = reader.mapping(folder / "failure.json")
+    # The runner removes failure.json when a later attempt succeeds: where it stands, the last attempt failed.
+    state = FAILED if failure else _STATES.get(str(manifest.get("status")), UNFINISHED)
+    known = manifest or failure or _from_config(reader.mapping(folder / "config.yaml"))
+    seed = known.get("seed")
+    return Trial(
+        trial_id=folder.name,
+        arm=str(known.get("arm", "")),
+        config=str(known.get("config", "")),
+        seed=seed if isinstance(seed, int) else None,
+        state=state,
+        manifest=manifest,
+        failure=failure,
+        curve=_numbers(reader.rows(folder / "train.jsonl")),
+        completions=tuple(_completion(row) for row in reader.rows(folder / "completions.jsonl")),
+    )
+
+
+def _completion(row: dict[str, Any]) -> dict[str, Any]:
+    """Give a row all keys of a completion, whatever a broken or foreign file holds."""
+    texts = {key: str(row.get(key, "")) for key in ("split", "prompt_id", "prompt", "completion")}
+    tokens = row.get("tokens")
+    flags = _strings(row.get("flags"))
+    return {**texts, "tokens": tokens if isinstance(tokens, int) else None, "flags": flags}
+
+
+def _from_config(config: dict[str, Any]) -> dict[str, Any]:
+    return {"arm": mapping(config.get("method")).get("name", ""), "seed": config.get("seed")}
+
+
+def _numbers(rows: Iterable[dict[str, Any]]) -> pd.DataFrame:
+    return pd.DataFrame(list(rows)).apply(pd.to_numeric, errors="coerce")
+
+
+def _read_scores(reader: _Reader, folder: Path) -> pd.DataFrame:
+    path = folder / "scores.csv"
+    frame = pd.DataFrame()
+    if path.exists():
+        try:
+            # Every column as text, so that an arm may be called "NA" and a prompt "007".
+            frame = pd.read_csv(path, dtype=str, keep_default_na=False, encoding_errors="backslashreplace")
+        except (OSError, ValueError) as error:
+            reader.note(path, error)
+    if frame.empty:
+        files = [*sorted(folder.glob("trials/*/scores.jsonl")), folder / "base" / "scores.jsonl"]
+        frame = pd.DataFrame([row for file in files for row in reader.rows(file)])
+    frame = frame.reindex(columns=list(SCORE_COLUMNS))
+    for column in _NUMERIC:
+        frame[column] = pd.to_numeric(frame[column], errors="coerce")
+    texts = [column for column in SCORE_COLUMNS if column not in _NUMERIC]
+    frame[texts] = frame[texts].fillna("").astype(str)
+    return frame
+
+
+def _strings(value: Any) -> list[str]:
+    return [str(item) for item in value] if isinstance(value, list | tuple) else []

@@ -1,0 +1,211 @@
+"""The main job: `python -m harness.sweep +method=simpo,dpo` trains, generates, scores, decides and reports.
+
+A Hydra application with a sweeper of its own: it expands an arm's keys for that arm only, checks all trials before the
+first one starts, and launches them through whatever launcher is configured (`hydra/launcher=...`).
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import types
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, ClassVar
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.core.plugins import Plugins
+from hydra.core.utils import JobReturn
+from hydra.plugins.sweeper import Sweeper
+from omegaconf import DictConfig
+
+from harness.config import CONF, RunConfig, compose_run, load_run, register_schemas, resolve
+from harness.expand import expand, hydra_arguments
+from harness.overrides import check_overrides, explain
+from harness.protocol import StudyResult, run_study
+from harness.records import UsageError
+from harness.registration import register, study_name
+from harness.terminal import print_plan, print_result, show_progress
+from harness.trial import Outcome, run_trial
+from harness.validate import find_warnings
+
+# What Hydra answers by itself: help, the composed config, shell completion.
+_HYDRA_FLAGS = ("--help", "-h", "--hydra-help", "--cfg", "-c", "--info", "-i", "--shell-completion", "-sc", "--version")
+_ALIAS = "hydra_plugins.harness_sweeper"  # Hydra accepts plugin classes under hydra_plugins.* only
+
+
+@dataclass
+class SweeperConfig:
+    """Selects the sweeper in Hydra's config."""
+
+    _target_: str = f"{_ALIAS}.PairedSweeper"
+
+
+class PairedSweeper(Sweeper):
+    """Plan all trials of a study, check them, and run the protocol through Hydra's launcher.
+
+    Attributes:
+        on_result: called with the result: Hydra's main function returns nothing in a multirun.
+    """
+
+    on_result: ClassVar[Callable[[StudyResult], None]] = staticmethod(lambda result: None)
+
+    def setup(self, *, hydra_context: Any, task_function: Any, config: DictConfig) -> None:
+        """Keep what is needed to compose and launch jobs."""
+        self.loader, self.config = hydra_context.config_loader, config
+        self.launcher = Plugins.instance().instantiate_launcher(
+            hydra_context=hydra_context, task_function=task_function, config=config
+        )
+
+    def compose(self, overrides: Sequence[str]) -> RunConfig:
+        """Compose and validate one trial."""
+        with explain():
+            return resolve(self.loader.load_sweep_config(self.config, list(overrides)))
+
+    def sweep(self, arguments: list[str]) -> StudyResult | None:
+        """Run the study, or print its trials where `plan=true`."""
+        jobs = expand(arguments, self.config)
+        trials = self._compose_all([job.overrides for job in jobs])
+        name = study_name(trials[0])
+        trials = [replace(trial, study=name) for trial in trials]
+        base = replace(self.compose(jobs[0].base_overrides), study=name)
+        warnings = list(dict.fromkeys(w for trial in trials for w in find_warnings(trial)))
+        if trials[0].plan:
+            print_plan(trials, warnings)
+            return None
+        register(trials, sys.argv[1:], warnings=warnings)
+        overrides = {id(trial): job.overrides for trial, job in zip(trials, jobs, strict=True)}
+        known = {_key(base): jobs[0].base_overrides} | {_key(t): overrides[id(t)] for t in trials}
+        with show_progress([base, *trials]):
+            result = run_study(base, trials, lambda wanted: self._launch(wanted, known))
+        type(self).on_result(result)
+        return result
+
+    def _compose_all(self, jobs: Sequence[Sequence[str]]) -> list[RunConfig]:
+        trials, problems = [], []
+        for job in jobs:
+            try:
+                trials.append(self.compose(job))
+            except UsageError as error:
+                problems += str(error).splitlines()
+        if problems:
+            raise UsageError("\n".join(dict.fromkeys(problems)))
+        return trials
+
+    def _launch(self, trials: Sequence[RunConfig], known: dict[tuple[Any, ...], list[str]]) -> list[Outcome]:
+        """Launch trials as Hydra jobs; each job gets the study's name and the splits that it may answer."""
+        jobs = [
+            [*known[_key(trial)], f"study={trial.study}", f"evaluate=[{','.join(trial.evaluate)}]"] for trial in trials
+        ]
+        returns: Sequence[JobReturn] = self.launcher.launch(jobs, initial_job_idx=0)
+        return [_outcome(trial, job) for trial, job in zip(trials, returns, strict=True)]
+
+
+def _key(trial: RunConfig) -> tuple[Any, ...]:
+    return (repr(trial.method), trial.seed)
+
+
+def _outcome(trial: RunConfig, job: JobReturn) -> Outcome:
+    """Read how a job ended; one that died before it could write failure.json counts as failed too."""
+    try:
+        return Outcome(**job.return_value)
+    except Exception as error:
+        return Outcome("", trial.method.name, "", trial.seed, "failed", f"{type(error).__name__}: {error}")
+
+
+def run_job(composed: DictConfig) -> dict[str, Any]:
+    """Run one trial as a Hydra job, in whatever process the launcher chose."""
+    config = resolve(composed)
+    return asdict(run_trial(config, tuple(config.evaluate)))
+
+
+def register_sweeper() -> None:
+    """Make the sweeper known to Hydra without an installed `hydra_plugins` package (see hydra issue 2359)."""
+    try:
+        parent = importlib.import_module("hydra_plugins")
+    except ImportError:
+        parent = sys.modules["hydra_plugins"] = types.ModuleType("hydra_plugins")
+        parent.__path__ = []
+    module = types.ModuleType(_ALIAS)
+    module.PairedSweeper = PairedSweeper  # type: ignore[attr-defined]
+    sys.modules[_ALIAS] = module
+    parent.harness_sweeper = module  # type: ignore[attr-defined]
+    PairedSweeper.__module__ = _ALIAS
+    Plugins.instance().register(PairedSweeper)
+    ConfigStore.instance().store(group="hydra/sweeper", name="paired", node=SweeperConfig, provider="harness")
+
+
+def run_sweep(arguments: Sequence[str]) -> StudyResult | None:
+    """Run the main job on command-line arguments and return its result (None for `plan=true` and `--help`).
+
+    Raises:
+        UsageError: for wrong usage, before anything is loaded.
+    """
+    quieten()
+    register_schemas()
+    register_sweeper()
+    overrides = [argument for argument in arguments if not argument.startswith("-")]
+    asks_hydra = any(argument.split("=")[0] in _HYDRA_FLAGS for argument in arguments)
+    if not asks_hydra:
+        check_overrides(overrides)
+        arguments = ["--multirun", *hydra_arguments(arguments)]
+    result: list[StudyResult] = []
+    application = hydra.main(version_base="1.3", config_path=str(CONF), config_name="sweep")(run_job)
+    argv, sys.argv = sys.argv, [sys.argv[0], *arguments]
+    PairedSweeper.on_result = staticmethod(result.append)
+    try:
+        os.environ["HYDRA_FULL_ERROR"] = "1"  # let errors through to us: Hydra would print them and exit with 1
+        with explain():
+            application()
+    finally:
+        sys.argv = argv
+    return result[0] if result else None
+
+
+def run_single(arguments: Sequence[str]) -> int:
+    """Run one trial (and the SFT base, which it needs): the body of `python -m harness.train`."""
+    quieten()
+    if {"--help", "-h"} & set(arguments):
+        print("Train, generate and score one trial.\n\nExample: python -m harness.train +method=dpo seed=1")
+        return 0
+    try:
+        config = load_run([*arguments])
+        config = replace(config, study=study_name(config))
+        shared = [item for item in arguments if not item.lstrip("+").startswith(("method", "arms.", "seed="))]
+        base = replace(compose_run([*shared, "+method=sft", "seed=0"]), study=config.study)
+    except UsageError as error:
+        print(f"harness.train: {error}", file=sys.stderr)
+        return 2
+    register([config], arguments, warnings=find_warnings(config))
+    outcome = run_trial(base)
+    if outcome.status != "failed":
+        outcome = run_trial(config)
+    print(f"{outcome.arm} {outcome.config} seed {outcome.seed}: {outcome.status} {outcome.message}")
+    return 1 if outcome.status == "failed" else 0
+
+
+def quieten() -> None:
+    """Keep libraries' chatter out of the terminal; each trial's folder has the full record."""
+    for name, value in {
+        "TRL_EXPERIMENTAL_SILENCE": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    }.items():
+        os.environ.setdefault(name, value)
+
+
+def main() -> None:
+    """Run the command."""
+    try:
+        result = run_sweep(sys.argv[1:])
+    except UsageError as error:
+        print(f"harness.sweep: {error}", file=sys.stderr)
+        sys.exit(2)
+    sys.exit(print_result(result) if result else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,200 @@
+"""Train one arm with TRL: rows and plan in, adapter (or full model) and the log of every step out.
+
+Command: `python -m harness.train +method=dpo seed=1` runs one trial: train, generate, score.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from harness.arms import ARMS, SimPOConfig
+from harness.checkpoint import has_gpu, load_base, uses_bf16
+from harness.config import Engine, RunConfig, Tuning
+from harness.plan import BatchPlan, ConsumedTokens
+from harness.tokens import ChatFormat, TokenPair
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What training leaves besides the weights.
+
+    Attributes:
+        steps: one row a step, under TRL's metric names. Rewards, log-probs and losses are not comparable across arms.
+        consumed_tokens_sha256: hash of the pairs that the trainer saw, in order.
+        num_pairs: how many it saw.
+        parameters: number of weights, `total` and `trainable`.
+    """
+
+    steps: list[dict[str, Any]]
+    consumed_tokens_sha256: str
+    num_pairs: int
+    parameters: dict[str, int]
+
+
+def train_arm(
+    config: RunConfig,
+    rows: tuple[TokenPair, ...],
+    plan: BatchPlan,
+    *,
+    chat: ChatFormat,
+    folder: Path,
+    reference: Any = None,
+    on_step: Callable[[int, dict[str, Any]], None] = lambda step, logs: None,
+) -> TrainResult:
+    """Train one arm and save `adapter/` or `model/` in `folder`; resume from the newest complete checkpoint there.
+
+    Args:
+        config: the trial.
+        rows: the training pairs.
+        plan: the order of the rows, the same for every arm.
+        chat: the tokenizer, for padding.
+        folder: the trial's folder.
+        reference: the base's log-probs, shape (num_rows, 2); None lets TRL compute them, or the arm needs none.
+        on_step: called after each logged step with TRL's metrics.
+
+    Raises:
+        DivergedError: at the first loss or gradient norm that is not finite.
+    """
+    from tqdm import tqdm
+
+    from harness.trainers import TrialCallback, last_checkpoint
+
+    checkpoints = folder / "checkpoints"
+    resume = last_checkpoint(checkpoints)
+    consumed = resume[1] if resume else ConsumedTokens()
+    trainer = build_trainer(config, rows, plan, chat=chat, output_dir=checkpoints, reference=reference)
+    trainer.consumed = consumed
+    with tqdm(total=plan.num_steps, desc=f"train {config.method.name} seed {config.seed}", delay=5, leave=False) as bar:
+
+        def advance(step: int, logs: dict[str, Any]) -> None:
+            bar.update(step - bar.n)
+            on_step(step, logs)
+
+        trainer.add_callback(TrialCallback(consumed, advance))
+        trainer.train(resume_from_checkpoint=str(resume[0]) if resume else None)
+    _save(trainer.model, folder, config.train.tuning)
+    return TrainResult(
+        steps=[entry for entry in trainer.state.log_history if "loss" in entry],
+        consumed_tokens_sha256=consumed.state,
+        num_pairs=consumed.num_pairs,
+        parameters={
+            "total": sum(p.numel() for p in trainer.model.parameters()),
+            "trainable": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
+        },
+    )
+
+
+def build_trainer(
+    config: RunConfig,
+    rows: tuple[TokenPair, ...],
+    plan: BatchPlan,
+    *,
+    chat: ChatFormat,
+    output_dir: Path,
+    reference: Any = None,
+) -> Any:
+    """Build the arm's trainer over the rows in the plan's order, with an adapter where one is trained."""
+    from datasets import Dataset, disable_progress_bars
+    from peft import LoraConfig
+
+    from harness.trainers import TRAINERS
+
+    disable_progress_bars()
+    arm = ARMS[config.method.name]
+    assert arm.trainer is not None, f"{config.method.name} is not trained"
+    trainer_class, config_class = TRAINERS[config.train.engine.value, arm.trainer]
+    arguments = common_arguments(config, plan, output_dir) | dict(arm.trl_arguments(config.method))
+    if arm.trainer == "CPOTrainer":
+        arguments["max_length"] = max(row.length for row in rows)  # nothing is cut: every row fits
+    else:
+        arguments["max_length"] = None
+        arguments["precompute_ref_log_probs"] = reference is not None
+    columns = [_columns(row) for row in rows]
+    if reference is not None:
+        for column, (chosen, rejected) in zip(columns, reference.tolist(), strict=True):
+            column |= {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
+    lora = LoraConfig(
+        r=config.train.lora_rank,
+        lora_alpha=config.train.lora_alpha,
+        lora_dropout=0.0,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )
+    trainer = trainer_class(
+        model=load_base(config),
+        args=config_class(**arguments),
+        train_dataset=Dataset.from_list(columns).select(plan.order),
+        processing_class=chat.tokenizer,
+        peft_config=lora if config.train.tuning is Tuning.lora else None,
+    )
+    if isinstance(config.method, SimPOConfig) and config.train.engine is Engine.paired:
+        trainer.length_norm = config.method.length_norm
+    return trainer
+
+
+def common_arguments(config: RunConfig, plan: BatchPlan, output_dir: Path) -> dict[str, Any]:
+    """Return the training arguments that are equal for all arms, each one explicit: trainers differ in defaults."""
+    train = config.train
+    return {
+        "output_dir": str(output_dir),
+        "num_train_epochs": 1,  # the plan holds all epochs
+        "train_sampling_strategy": "sequential",  # the rows stand in the plan's order
+        "per_device_train_batch_size": plan.micro_batch_size,
+        "gradient_accumulation_steps": plan.batch_size // plan.micro_batch_size,
+        "learning_rate": config.method.learning_rate,
+        "lr_scheduler_type": train.scheduler,
+        "warmup_steps": math.ceil(train.warmup_ratio * plan.num_steps),
+        "weight_decay": train.weight_decay,
+        "max_grad_norm": train.max_grad_norm,
+        "optim": "adamw_torch",
+        "bf16": uses_bf16(config),
+        "fp16": False,
+        "use_cpu": not has_gpu(),
+        "gradient_checkpointing": train.gradient_checkpointing,
+        "disable_dropout": True,
+        "seed": config.seed,
+        "data_seed": config.seed,
+        "logging_steps": 1,
+        "logging_nan_inf_filter": False,  # the filter would show a diverged run as a good one
+        "save_strategy": "steps",
+        "save_steps": train.checkpoint_steps,
+        "save_total_limit": 1,
+        "report_to": [],
+        "disable_tqdm": True,
+        "dataloader_pin_memory": has_gpu(),
+    }
+
+
+def _columns(row: TokenPair) -> dict[str, Any]:
+    return {
+        "prompt_ids": list(row.prompt_ids),
+        "chosen_ids": list(row.chosen_ids),
+        "rejected_ids": list(row.rejected_ids),
+    }
+
+
+def _save(model: Any, folder: Path, tuning: Tuning) -> None:
+    """Save the weights under a temporary name and rename: a folder that exists is complete."""
+    target = folder / ("adapter" if tuning is Tuning.lora else "model")
+    temporary = folder / f".{target.name}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    model.save_pretrained(temporary, safe_serialization=True)
+    shutil.rmtree(target, ignore_errors=True)
+    temporary.rename(target)
+
+
+def main() -> None:
+    """Run one trial from the command line; exit status as in `harness.sweep`."""
+    from harness.sweep import run_single
+
+    sys.exit(run_single(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    main()

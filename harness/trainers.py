@@ -1,0 +1,155 @@
+"""TRL's trainers, fed with ids that the harness tokenised, in its order. The only file that knows TRL's classes.
+
+`Stock*` change nothing but where rows come from: TRL's forward, reference pass, loss and metrics are its own.
+`Paired*` also take DPO's reference log-probs from the harness's cache, and SimPO's `length_norm`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # CPOTrainer lives in trl.experimental and says so each time
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from trl import DPOConfig, DPOTrainer
+from trl.experimental.cpo import CPOConfig, CPOTrainer
+
+from harness.plan import ConsumedTokens
+
+CONSUMED_FILE = "consumed.json"
+
+
+class DivergedError(RuntimeError):
+    """The loss or the gradient norm is not a finite number."""
+
+
+def _ids(row: torch.Tensor, mask: torch.Tensor) -> list[int]:
+    return row[mask.bool()].tolist()
+
+
+class RecordsConsumption:
+    """Hash the ids of each batch at the moment at which the trainer trains on it."""
+
+    consumed: ConsumedTokens
+
+    def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Record the batch, then train on it."""
+        for pair in self.pairs_of(inputs):
+            self.consumed.update(*pair)
+        return super().training_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
+
+    def pairs_of(self, inputs: dict[str, Any]) -> Iterator[tuple[list[int], list[int], list[int]]]:
+        """Yield (prompt ids, chosen ids, rejected ids) of each pair in a collated batch."""
+        raise NotImplementedError
+
+
+class StockDPOTrainer(RecordsConsumption, DPOTrainer):
+    """TRL's DPOTrainer on rows of `prompt_ids`, `chosen_ids`, `rejected_ids`."""
+
+    def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
+        return dataset
+
+    def pairs_of(self, inputs: dict[str, Any]) -> Iterator[tuple[list[int], list[int], list[int]]]:
+        """Read the pairs from TRL's layout: all chosen rows, then all rejected ones."""
+        ids, attended, answer = inputs["input_ids"], inputs["attention_mask"], inputs["completion_mask"]
+        half = len(ids) // 2
+        for i in range(half):
+            prompt = attended[i].bool() & ~answer[i].bool()
+            yield _ids(ids[i], prompt), _ids(ids[i], answer[i]), _ids(ids[half + i], answer[half + i])
+
+
+class StockCPOTrainer(RecordsConsumption, CPOTrainer):
+    """TRL's CPOTrainer (for SimPO) on rows of `prompt_ids`, `chosen_ids`, `rejected_ids`."""
+
+    def tokenize_row(self, feature: dict[str, Any], model: Any = None) -> dict[str, Any]:
+        """Lay given ids out as CPOTrainer's collator wants them, instead of tokenising text."""
+        prompt = feature["prompt_ids"]
+        row: dict[str, Any] = {"prompt_input_ids": prompt, "prompt_attention_mask": [1] * len(prompt)}
+        for answer in ("chosen", "rejected"):
+            completion = feature[f"{answer}_ids"]
+            row[f"{answer}_input_ids"] = prompt + completion
+            row[f"{answer}_attention_mask"] = [1] * (len(prompt) + len(completion))
+            row[f"{answer}_labels"] = [-100] * len(prompt) + completion
+        return row
+
+    def pairs_of(self, inputs: dict[str, Any]) -> Iterator[tuple[list[int], list[int], list[int]]]:
+        """Read the pairs from TRL's layout: separate tensors, the prompt masked in the labels."""
+        for i in range(len(inputs["chosen_input_ids"])):
+            answer = inputs["chosen_labels"][i] != -100
+            prompt = inputs["chosen_attention_mask"][i].bool() & ~answer
+            rejected = inputs["rejected_labels"][i] != -100
+            chosen_ids, rejected_ids = inputs["chosen_input_ids"][i], inputs["rejected_input_ids"][i]
+            yield _ids(chosen_ids, prompt), _ids(chosen_ids, answer), _ids(rejected_ids, rejected)
+
+
+class PairedDPOTrainer(StockDPOTrainer):
+    """DPO with reference log-probs that stand in the rows: the base is not run during training."""
+
+    def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
+        return dataset
+
+
+class PairedCPOTrainer(StockCPOTrainer):
+    """SimPO with the length-normalisation weight as a key: reward = log-prob / length**length_norm."""
+
+    length_norm = 1.0
+
+    def get_batch_logps(self, logits: Any, labels: Any, average_log_prob: bool = False, **kwargs: Any) -> Any:
+        """Return TRL's mean log-probs, or the sum over length**length_norm where that is not 1."""
+        if self.length_norm == 1.0 or not average_log_prob:
+            return CPOTrainer.get_batch_logps(logits, labels, average_log_prob=average_log_prob, **kwargs)
+        sums = CPOTrainer.get_batch_logps(logits, labels, average_log_prob=False, **kwargs)
+        return sums / (labels[:, 1:] != -100).sum(-1) ** self.length_norm
+
+
+TRAINERS: dict[tuple[str, str], tuple[type[Any], type[Any]]] = {
+    ("paired", "DPOTrainer"): (PairedDPOTrainer, DPOConfig),
+    ("paired", "CPOTrainer"): (PairedCPOTrainer, CPOConfig),
+    ("stock", "DPOTrainer"): (StockDPOTrainer, DPOConfig),
+    ("stock", "CPOTrainer"): (StockCPOTrainer, CPOConfig),
+}
+
+
+class TrialCallback(TrainerCallback):
+    """Watch a run: stop it where it diverges, save what it consumed in each checkpoint, report each step."""
+
+    def __init__(self, consumed: ConsumedTokens, on_step: Callable[[int, dict[str, Any]], None]) -> None:
+        self.consumed = consumed
+        self.on_step = on_step
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
+    ) -> None:
+        """Raise DivergedError at the first loss or gradient norm that is not finite."""
+        if not logs or "loss" not in logs:
+            return
+        for name in ("loss", "grad_norm"):
+            value = logs.get(name)
+            if value is not None and not math.isfinite(value):
+                raise DivergedError(f"{name} is {value} at step {state.global_step} of {state.max_steps}")
+        self.on_step(state.global_step, logs)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Write the state of the hash last: a checkpoint without it is not complete and is not resumed from."""
+        from harness.records import write_json
+
+        folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+        write_json(folder / CONSUMED_FILE, {"state": self.consumed.state, "num_pairs": self.consumed.num_pairs})
+
+
+def last_checkpoint(folder: Path) -> tuple[Path, ConsumedTokens] | None:
+    """Return the newest complete checkpoint with the hash of what had been consumed by then."""
+    steps = sorted((int(p.name.rpartition("-")[2]), p) for p in folder.glob("checkpoint-*"))
+    for _, checkpoint in reversed(steps):
+        try:
+            state = json.loads((checkpoint / CONSUMED_FILE).read_text())
+        except (OSError, ValueError):
+            continue
+        return checkpoint, ConsumedTokens(state["state"], state["num_pairs"])
+    return None

@@ -1,0 +1,338 @@
+"""One trial from its config to its scores: train -> generate -> held-out log-probs -> score.
+
+A stage that the manifest names as done is not run again; a killed trial goes on where it was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import shutil
+import traceback
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import yaml
+
+from harness.arms import ARMS
+from harness.checkpoint import contents_sha256, load_base, load_policy
+from harness.config import Engine, RunConfig, config_label, plain
+from harness.degenerate import completion_flags
+from harness.inputs import Tokens, identify, prompt_rows, splits_of, tokens_of
+from harness.measure import Meter
+from harness.plan import BatchPlan, expected_tokens_sha256, make_plan
+from harness.records import PairLogps, read_json, read_jsonl, write_json, write_jsonl, write_text
+from harness.score import SCORERS, score_trial
+from harness.tokens import TokenPair
+from harness.tracking import Tracker, track
+from harness.validate import find_warnings
+
+SPLITS = ("dev", "golden")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a trial ended: `complete`, `diverged` or `failed`, with the message in the last two."""
+
+    trial_id: str
+    arm: str
+    config: str
+    seed: int
+    status: str
+    message: str = ""
+
+
+def study_dir(config: RunConfig) -> Path:
+    """Return the study's folder."""
+    return Path(config.results_dir) / str(config.study)
+
+
+def trial_dir(config: RunConfig) -> Path:
+    """Return the trial's folder; the SFT base has one of its own."""
+    study = study_dir(config)
+    return study / "trials" / identify(config) if ARMS[config.method.name].trainer else study / "base"
+
+
+def is_complete(config: RunConfig, splits: tuple[str, ...] = SPLITS) -> bool:
+    """Return True where the trial's manifest says that all stages were done for this very config."""
+    manifest = _read_manifest(trial_dir(config))
+    if manifest.get("trial_id") != identify(config):
+        return False
+    return manifest.get("status") == "diverged" or {"score", *splits} <= set(manifest.get("done", []))
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    path = folder / "manifest.json"
+    try:
+        return read_json(path) if path.is_file() else {}
+    except ValueError:  # truncated: the stages are run again
+        return {}
+
+
+def run_trial(config: RunConfig, splits: tuple[str, ...] = SPLITS) -> Outcome:
+    """Run what is missing of a trial; an error is written to failure.json and returned, never raised.
+
+    Args:
+        config: the trial.
+        splits: which splits are answered and scored; a config that was not selected never sees `golden`.
+    """
+    folder = trial_dir(config)
+    about: dict[str, Any] = {"trial_id": identify(config), "arm": config.method.name}
+    about |= {"config": config_label(config), "seed": config.seed}
+    folder.mkdir(parents=True, exist_ok=True)
+    with _locked(folder):
+        if is_complete(config, splits):
+            return Outcome(**about, status=_read_manifest(folder)["status"])
+        trial = _Trial(config, folder, about)
+        try:
+            trial.run(splits)
+        except Exception as error:
+            failure = about | {"stage": trial.stage, "error": type(error).__name__, "message": str(error)}
+            failure |= {"traceback": traceback.format_exc(), "created": _now()}
+            write_json(folder / "failure.json", failure)
+            return Outcome(**about, status="failed", message=f"{trial.stage}: {type(error).__name__}: {error}")
+        (folder / "failure.json").unlink(missing_ok=True)
+        status = trial.manifest["status"]
+        return Outcome(**about, status=status, message=trial.manifest.get("divergence", ""))
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Let one process at a time work on a trial; the kernel frees the lock of a process that dies."""
+    with (folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+class _Trial:
+    """The state of a running trial: its manifest, its clock and the stage that it is in."""
+
+    def __init__(self, config: RunConfig, folder: Path, about: dict[str, Any]) -> None:
+        from harness.provenance import provenance
+
+        self.config, self.folder, self.stage = config, folder, "load"
+        self.meter = Meter()
+        found = _read_manifest(folder)
+        if found.get("trial_id") != about["trial_id"]:
+            found = {}
+        self.manifest: dict[str, Any] = found or {
+            **about,
+            "status": "running",
+            "flags": [],
+            "done": [],
+            "method": plain(config.method),
+            "engine": config.train.engine.value,
+            **provenance(),
+            "warnings": [],
+            "seconds": {},
+            "peak_memory_bytes": {},
+            "tokens": {},
+            "created": _now(),
+        }
+        self._policy: Any = None
+
+    def run(self, splits: tuple[str, ...]) -> None:
+        """Run the missing stages in order, mirrored to the tracker."""
+        config, about = self.config, self.manifest
+        write_text(self.folder / "config.yaml", _yaml(plain(config)))
+        with track(
+            config.tracking,
+            folder=study_dir(config),
+            name=f"{about['arm']}-{about['config']}-s{about['seed']}",
+            group=str(config.study),
+            job_type=about["arm"],
+            tags=[about["arm"], about["engine"], config.train.tuning.value],
+            config=plain(config) | {"trial_id": about["trial_id"]},
+        ) as tracker:
+            with self._stage("load"):
+                tokens = tokens_of(config)
+                self._describe_data(tokens)
+            if ARMS[config.method.name].trainer and "train" not in about["done"]:
+                self._train(tokens, tracker)
+            for split in splits:
+                if about["status"] != "diverged" and split not in about["done"]:
+                    self._evaluate(tokens, split)
+            self._score(tracker)
+
+    def _describe_data(self, tokens: Tokens) -> None:
+        facts = splits_of(self.config).facts
+        self.manifest |= {
+            "base_sha256": contents_sha256(self.config, facts)["base"],
+            "data_sha256": tokens.train.sha256,
+            "pairs": {"train": len(tokens.train.rows), "dev": len(tokens.dev.rows), "golden": len(tokens.golden.rows)},
+            "dropped_pairs": {
+                "train": tokens.train.dropped,
+                "dev": tokens.dev.dropped,
+                "golden": tokens.golden.dropped,
+            },
+            "label_noise": facts.get("label_noise", {}),
+            "warnings": find_warnings(self.config),
+        }
+
+    def _train(self, tokens: Tokens, tracker: Tracker) -> None:
+        from harness.train import train_arm
+        from harness.trainers import DivergedError
+
+        config, rows = self.config, tokens.train.rows
+        plan = plan_of(config, len(rows))
+        reference = self._reference(tokens)
+        steps: list[dict[str, Any]] = []
+
+        def on_step(step: int, logs: dict[str, Any]) -> None:
+            steps.append({"step": step, **logs})
+            tracker.log({"train/step": step} | {f"train/{key}": value for key, value in logs.items()})
+
+        facts: dict[str, Any] = {
+            "batch_plan_sha256": plan.sha256,
+            "expected_tokens_sha256": expected_tokens_sha256(rows, plan.order),
+        }
+        with self._stage("train"):
+            try:
+                result = train_arm(
+                    config, rows, plan, chat=tokens.chat, folder=self.folder, reference=reference, on_step=on_step
+                )
+            except DivergedError as error:
+                facts |= {"status": "diverged", "divergence": str(error)}
+            else:
+                steps = result.steps
+                facts |= {
+                    "consumed_tokens_sha256": result.consumed_tokens_sha256,
+                    "parameters": result.parameters,
+                    "tokens": {"train": sum(_num_tokens(rows[i]) for i in plan.order)},
+                }
+            write_jsonl(self.folder / "train.jsonl", steps)
+        self._save(**facts, done=[*self.manifest["done"], "train"])
+        shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
+
+    def _reference(self, tokens: Tokens) -> Any:
+        """Return the base's log-probs for an arm that needs them, unless TRL's own engine computes them."""
+        config = self.config
+        if config.train.engine is Engine.stock or not ARMS[config.method.name].uses_reference:
+            return None
+        from harness.reference import reference_logps
+
+        with self._stage("reference"):
+            return reference_logps(
+                tokens.train,
+                lambda: load_base(config),
+                base_sha256=self.manifest["base_sha256"],
+                pad_id=tokens.chat.tokenizer.pad_token_id,
+                cache=Path(config.results_dir) / ".cache" / "reference",
+            )
+
+    def _evaluate(self, tokens: Tokens, split: str) -> None:
+        """Answer the prompts of a split and take the log-probs of its pairs."""
+        from harness.generate import generate_completions
+
+        config, splits = self.config, splits_of(self.config)
+        prompts = splits.dev_prompts if split == "dev" else splits.golden_prompts
+        rows = tokens.dev.rows if split == "dev" else tokens.golden.rows
+        with self._stage("generate"):
+            policy = self._load_policy()
+            completions = generate_completions(policy, tokens.chat, prompts, split=split, decoding=config.generate)
+        flagged = [asdict(c) | {"flags": completion_flags(c.completion, ended=c.ended)} for c in completions]
+        with self._stage("heldout"):
+            pairs = self._heldout(rows, split, tokens) if rows else []
+        for name, new in (("completions.jsonl", flagged), ("pairs.jsonl", pairs)):
+            path = self.folder / name
+            old = [row for row in read_jsonl(path) if row["split"] != split] if path.is_file() else []
+            write_jsonl(path, old + new)
+        generated = self.manifest["tokens"].get("generated", 0) + sum(c.tokens for c in completions)
+        self._save(tokens=self.manifest["tokens"] | {"generated": generated}, done=[*self.manifest["done"], split])
+
+    def _load_policy(self) -> Any:
+        if self._policy is None:
+            trained = ARMS[self.config.method.name].trainer
+            self._policy = load_policy(self.config, self.folder) if trained else load_base(self.config)
+        return self._policy
+
+    def _heldout(self, rows: tuple[TokenPair, ...], split: str, tokens: Tokens) -> list[dict[str, Any]]:
+        """Return the log-probs of held-out pairs under the policy and, as the base's own trial has them, the base."""
+        from harness.logps import pair_logps
+
+        pad_id = tokens.chat.tokenizer.pad_token_id
+        policy = pair_logps(self._load_policy(), rows, pad_id=pad_id, desc=f"held-out {split}").tolist()
+        reference = policy
+        if ARMS[self.config.method.name].trainer:
+            path = study_dir(self.config) / "base" / "pairs.jsonl"
+            base = {(row["split"], row["pair_id"]): row for row in read_jsonl(path)}
+            reference = [
+                (base[split, row.pair_id]["chosen_sum_logps"], base[split, row.pair_id]["rejected_sum_logps"])
+                for row in rows
+            ]
+        return [
+            asdict(
+                PairLogps(
+                    split=split,
+                    prompt_id=row.prompt_id,
+                    pair_id=row.pair_id,
+                    chosen_sum_logps=chosen,
+                    rejected_sum_logps=rejected,
+                    chosen_ref_sum_logps=chosen_ref,
+                    rejected_ref_sum_logps=rejected_ref,
+                    chosen_tokens=len(row.chosen_ids),
+                    rejected_tokens=len(row.rejected_ids),
+                )
+            )
+            for row, (chosen, rejected), (chosen_ref, rejected_ref) in zip(rows, policy, reference, strict=True)
+        ]
+
+    def _score(self, tracker: Tracker) -> None:
+        """Score what is stored, and mirror the means and the completions."""
+        base = study_dir(self.config) / "base" if ARMS[self.config.method.name].trainer else None
+        with self._stage("score"):
+            rows = score_trial(self.folder, prompt_rows(splits_of(self.config)), tuple(SCORERS), base=base)
+        self.manifest = read_json(self.folder / "manifest.json")
+        status = "diverged" if self.manifest["status"] == "diverged" else "complete"
+        self._save(status=status, done=sorted({*self.manifest["done"], "score"}))
+        scores: dict[str, list[float]] = {}
+        for row in rows:
+            scores.setdefault(f"{row['split']}/{row['scorer']}", []).append(row["score"])
+        tracker.summarise({name: fmean(values) for name, values in scores.items()} | {"status": status})
+        path = self.folder / "completions.jsonl"
+        answers = list(read_jsonl(path)) if path.is_file() else []
+        columns = ("split", "prompt_id", "prompt", "completion", "tokens", "ended")
+        tracker.table("completions", columns, [[row[column] for column in columns] for row in answers])
+
+    @contextlib.contextmanager
+    def _stage(self, name: str) -> Iterator[None]:
+        self.stage = name
+        with self.meter.stage(name):
+            yield
+        self._save()
+
+    def _save(self, **facts: Any) -> None:
+        self.manifest["seconds"] |= dict(self.meter.seconds)
+        self.manifest["peak_memory_bytes"] |= self.meter.peak_memory_bytes
+        self.manifest |= facts
+        write_json(self.folder / "manifest.json", self.manifest)
+
+
+def plan_of(config: RunConfig, num_rows: int) -> BatchPlan:
+    """Return the batch plan of a config: the arm and its keys do not enter it."""
+    train = config.train
+    assert train.epochs and train.batch_size and train.micro_batch_size, "the profile fills these"
+    return make_plan(
+        num_rows,
+        epochs=train.epochs,
+        batch_size=train.batch_size,
+        micro_batch_size=train.micro_batch_size,
+        seed=config.seed,
+    )
+
+
+def _num_tokens(row: TokenPair) -> int:
+    """Count the tokens that a trainer reads for a pair: the prompt stands before each answer."""
+    return 2 * len(row.prompt_ids) + len(row.chosen_ids) + len(row.rejected_ids)
+
+
+def _yaml(value: Any) -> str:
+    return yaml.safe_dump(value, sort_keys=False, allow_unicode=True)

@@ -1,0 +1,100 @@
+"""Find what is wrong with a resolved config before anything is loaded: ranges, missing files, impossible combinations."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from harness.arms import ARMS, SimPOConfig
+from harness.config import EMBEDDED, Engine, RunConfig, Tuning, profile_name
+from harness.overrides import declared_keys, value_problem
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def find_problems(config: RunConfig) -> list[str]:
+    """Return one message for every value that is out of range, missing, or impossible in combination."""
+    return [*_range_problems(config), *_combination_problems(config)]
+
+
+def find_warnings(config: RunConfig) -> list[str]:
+    """Return what is allowed and yet likely to be regretted."""
+    warnings = []
+    rate, limit = config.method.learning_rate, config.train.collapse_learning_rate
+    if rate is not None and limit is not None and config.train.tuning is Tuning.full and rate >= limit:
+        warnings.append(
+            f"method.learning_rate={rate:g} with train.tuning=full: at {limit:g} and above preference optimisation is "
+            f"known to collapse a model (SimPO repository, README and issue 33); published rates are 3e-7 to 1e-6"
+        )
+    ratio = getattr(config.method, "gamma_beta_ratio", 0.0)
+    if ratio > 1.5:
+        warnings.append(
+            f"method.gamma_beta_ratio={ratio:g}: published settings lie between 0 and 1; above 1.5 nats per token the "
+            "loss hardly saturates"
+        )
+    return warnings
+
+
+def _range_problems(config: Any, prefix: str = "") -> Iterator[str]:
+    for name, declared in declared_keys(type(config)).items():
+        value = getattr(config, name)
+        if dataclasses.is_dataclass(value):
+            yield from _range_problems(value, f"{prefix}{name}.")
+            continue
+        problem = value_problem(declared, value)
+        if problem:
+            yield f"{prefix}{name}={'null' if value is None else value}: {problem}"
+
+
+def _combination_problems(config: RunConfig) -> Iterator[str]:
+    yield from _model_problems(config)
+    yield from _data_problems(config)
+    train = config.train
+    batch, micro = train.batch_size, train.micro_batch_size
+    if batch and micro and batch % micro:
+        yield f"train.micro_batch_size={micro}: must divide train.batch_size={batch}"
+    method = config.method
+    if ARMS[method.name].trainer and method.learning_rate is None:
+        yield f"method.learning_rate=null: conf/method/{method.name}.yaml has none for train.tuning={train.tuning.value}"
+    if isinstance(method, SimPOConfig) and train.engine is Engine.stock and method.length_norm != 1.0:
+        yield f"method.length_norm={method.length_norm:g}: TRL's own trainer has 1.0 only; use train.engine=paired"
+    for guard in config.decide.guards:
+        if set(guard) != {"metric", "margin"} or not 0 < float(guard["margin"]) < 1:
+            yield f"decide.guards: {guard}: each guard is {{metric: NAME, margin: a number between 0 and 1}}"
+
+
+def _model_problems(config: RunConfig) -> Iterator[str]:
+    model = config.model
+    if model.path != EMBEDDED:
+        folder = Path(model.path)
+        if folder.is_dir():
+            if not (folder / "config.json").is_file():
+                yield f"model.path={model.path}: the folder has no config.json; give a checkpoint saved by transformers"
+            elif not list(folder.glob("*.safetensors")):
+                yield (
+                    f"model.path={model.path}: the folder has no *.safetensors (pickled weights are not loaded); "
+                    "save it again with save_pretrained"
+                )
+        elif folder.is_absolute() or model.path.startswith(".") or not _HUB_ID.fullmatch(model.path):
+            yield f"model.path={model.path}: no such folder; allowed: a folder, a Hub id (owner/name) or `embedded`"
+    if model.chat_template is not None and not Path(model.chat_template).is_file():
+        yield f"model.chat_template={model.chat_template}: no such file; give a Jinja chat template"
+
+
+def _data_problems(config: RunConfig) -> Iterator[str]:
+    data = config.data
+    given = [name for name in ("path", "train", "dev", "golden") if getattr(data, name) is not None]
+    if profile_name(config) == "own" and not given:
+        yield (
+            f"model.path={config.model.path}: your own model needs your own pairs; set data.train, data.dev and "
+            "data.golden, or data.path for one file that is split by prompt"
+        )
+    if data.path is None and given and "train" not in given:
+        yield f"data.train=null: data.{given[0]} is given without pairs to train on; set data.train or data.path"
+    if data.path is None and "train" in given and "golden" not in given:
+        yield "data.golden=null: nothing to decide on; set data.golden, or data.path for one file that is split by prompt"
+    if data.dev_fraction + data.golden_fraction >= 1:
+        yield f"data.golden_fraction={data.golden_fraction:g}: dev and golden together leave nothing to train on"
