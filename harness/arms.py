@@ -11,7 +11,10 @@ from typing import Any
 
 
 def bounded(default: Any, **limits: Any) -> Any:
-    """Declare a config key with its allowed range: `above`, `at_least`, `below`, `at_most` or `choices`."""
+    """Declare a config key with its allowed range: `above`, `at_least`, `below`, `at_most` or `choices`.
+
+    A key declared `quiet` is left out of a config's label while it has its default.
+    """
     return field(default=default, metadata=limits)
 
 
@@ -48,8 +51,8 @@ class SimPOConfig(BetaConfig):
 
     beta: float = bounded(2.0, above=0.0, at_most=1000.0)
     gamma_beta_ratio: float = bounded(0.5, at_least=0.0, at_most=10.0)
-    length_norm: float = bounded(1.0, at_least=0.0, at_most=2.0)
-    sft_weight: float = bounded(0.0, at_least=0.0, at_most=100.0)
+    length_norm: float = bounded(1.0, at_least=0.0, at_most=2.0, quiet=True)
+    sft_weight: float = bounded(0.0, at_least=0.0, at_most=100.0, quiet=True)
 
 
 @dataclass(frozen=True)

@@ -82,12 +82,17 @@ def uses_bf16(config: RunConfig) -> bool:
 def load_base(config: RunConfig) -> Any:
     """Load the base's weights: fp32 on a CPU; in bf16 where only an adapter is trained on top of it."""
     import torch
-    from transformers import AutoModelForCausalLM
 
     dtype = torch.bfloat16 if uses_bf16(config) and config.train.tuning is Tuning.lora else torch.float32
-    model = AutoModelForCausalLM.from_pretrained(
-        checkpoint_dir(config.model), dtype=dtype, trust_remote_code=False, use_safetensors=True
-    )
+    return _load_model(checkpoint_dir(config.model), dtype)
+
+
+def _load_model(folder: Path, dtype: Any) -> Any:
+    from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()  # a bar for each of a hundred loads tells nothing
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False, use_safetensors=True)
     return model.to("cuda") if has_gpu() else model
 
 
@@ -98,11 +103,9 @@ def load_policy(config: RunConfig, folder: Path) -> Any:
     small adapter, so it stays apart.
     """
     import torch
-    from transformers import AutoModelForCausalLM
 
     if (folder / "model").is_dir():
-        model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32, use_safetensors=True)
-        return model.to("cuda") if has_gpu() else model
+        return _load_model(folder / "model", torch.float32)
     from peft import PeftModel
 
     base = load_base(config)

@@ -6,6 +6,7 @@ Nothing here loads a model or imports torch.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from dataclasses import dataclass, field
 from enum import Enum
@@ -14,7 +15,7 @@ from typing import Any, cast
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from harness.arms import ARMS, MethodConfig, bounded
 from harness.records import UsageError, digest
@@ -220,6 +221,9 @@ def resolve(composed: DictConfig) -> RunConfig:
     """Turn a composed config into a `RunConfig` with no open default left, or raise a `UsageError`."""
     from harness.validate import find_problems  # it reads the dataclasses above
 
+    composed = copy.deepcopy(composed)
+    with open_dict(composed):
+        composed.pop("hydra", None)
     config = cast(RunConfig, OmegaConf.to_object(composed))
     fill_from_profile(config)
     problems = find_problems(config)
@@ -292,8 +296,12 @@ def plain(value: Any) -> Any:
 
 def config_label(config: RunConfig) -> str:
     """Name a config by what may differ between configs of one arm, e.g. `beta=2,gamma_beta_ratio=0.5,lr=0.0001`."""
-    keys = {k: v for k, v in plain(config.method).items() if k not in ("name", "learning_rates", "learning_rate")}
-    parts = [f"{key}={value:g}" for key, value in keys.items()]
-    if config.method.learning_rate is not None:
-        parts.append(f"lr={config.method.learning_rate:g}")
-    return ",".join(parts) or "base"
+    method, parts = config.method, []
+    for key in dataclasses.fields(method):
+        value = getattr(method, key.name)
+        if key.name in ("name", "learning_rates") or value is None:
+            continue
+        if not (key.metadata.get("quiet") and value == key.default):
+            name = "lr" if key.name == "learning_rate" else key.name
+            parts.append(f"{name}={value:g}")
+    return ",".join(sorted(parts, key=lambda part: part.startswith("lr="))) or "base"

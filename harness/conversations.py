@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from harness.records import Message
+from harness.records import Message, digest
 
 Turns = list[Message]
 
@@ -253,3 +253,18 @@ def check_unicode(text: str) -> None:
         raise RowError(
             f"invalid Unicode: a lone surrogate ({broken}) at character {error.start + 1} of a text"
         ) from error
+
+
+def prompt_key(prompt: Sequence[Message]) -> str:
+    """Return what prompts that count as the same share: their text without differences of white space and case.
+
+    It is the last user turn where there is no other (whatever system turn stands before), else the conversation.
+    """
+    users = [turn["content"] for turn in prompt if turn["role"] == "user"]
+    if len(users) == 1:
+        return digest(_fold(users[0]))
+    return digest([[turn["role"], _fold(turn["content"])] for turn in prompt])
+
+
+def _fold(text: str) -> str:
+    return " ".join(unicodedata.normalize("NFC", text).casefold().split())

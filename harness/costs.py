@@ -2,61 +2,113 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from statistics import fmean
+from collections.abc import Mapping, Sequence
 
-from harness.palette import BASE, title
-from harness.study import COMPLETE, Config, Study, Trial, mapping
-from harness.tables import Table, build, columns
+import pandas as pd
+
+from harness.frames import Table, build
+from harness.palette import title
+from harness.study import COMPLETE, Study, Trial, mapping
 from harness.wording import MISSING, listing, number, plural
 
 _STAGES = ("load", "reference", "train", "generate", "heldout", "score")
 _NAMES = {"heldout": "held-out log-probs", "reference": "reference log-probs"}
+_GIB = 2**30
+
+
+def cost_table(study: Study) -> Table | None:
+    """Compare the configs over their complete trials on the engine that all arms have in common.
+
+    Where the arms share no engine, each arm's costs are shown with its engine and without a ratio.
+    """
+    used = engines(study)
+    common = sorted(set.intersection(*used.values())) if used else []
+    chosen = {
+        study.label(config): [
+            t for t in config.trials if t.state == COMPLETE and (not common or _engine(t) == common[0])
+        ]
+        for config in study.configs
+    }
+    chosen = {label: trials for label, trials in chosen.items() if trials}
+    if not chosen:
+        return None
+    frame = _means(chosen)
+    rows = {str(name): {label: _format(str(name), row[label]) for label in chosen} for name, row in frame.iterrows()}
+    if common and len(chosen) > 1:
+        first, second = list(chosen)[:2]
+        heading = f"{title(chosen[first][0].arm)} / {title(chosen[second][0].arm)}"
+        for name, cells in rows.items():
+            cells[heading] = _ratio(frame[first][name], frame[second][name])
+    rows["Engine"] = {label: listing(sorted({_engine(t) for t in trials})) for label, trials in chosen.items()}
+    rows["Seeds"] = {label: str(len(trials)) for label, trials in chosen.items()}
+    arms = {label: trials[0].arm for label, trials in chosen.items()}
+    return build("Cost of one trial: mean over seeds", "Cost", rows, arms, *_notes(study, used, common))
+
+
+def _means(chosen: Mapping[str, Sequence[Trial]]) -> pd.DataFrame:
+    """Return the mean costs: a row a cost that was measured, in the order of the stages, a column a config."""
+    costs = {label: pd.DataFrame([measure(trial) for trial in trials]).mean() for label, trials in chosen.items()}
+    stages = [f"Seconds: {_NAMES.get(stage, stage)}" for stage in _STAGES]
+    names = list(dict.fromkeys([*stages, *(name for mean in costs.values() for name in mean.index)]))
+    names.sort(key=lambda name: not name.startswith("Seconds: "))
+    return pd.DataFrame(costs).reindex(names).dropna(how="all")
 
 
 def engines(study: Study) -> dict[str, set[str]]:
     """Return the engines of each arm's complete trials."""
-    found: dict[str, set[str]] = {arm: set() for arm in study.arms}
+    found: dict[str, set[str]] = {}
     for trial in study.trials:
-        if trial.state == COMPLETE and trial.arm in found:
-            found[trial.arm].add(str(trial.manifest.get("engine") or "unknown"))
-    return {arm: names for arm, names in found.items() if names}
+        if trial.state == COMPLETE:
+            found.setdefault(trial.arm, set()).add(_engine(trial))
+    return found
 
 
-def cost_table(study: Study) -> Table | None:
-    """Compare the configs' costs over their complete trials on the engine that all arms have in common."""
-    used = engines(study)
-    common = sorted(set.intersection(*used.values())) if used else []
-    engine = common[0] if common else None
-    chosen = [Config(c.arm, c.label, _complete(c, engine)) for c in study.configs]
-    chosen = [config for config in chosen if config.trials]
-    if not chosen:
-        return None
-    rows: dict[str, dict[str, str]] = {}
-    for name, values, digits in _quantities(study, chosen):
-        cells = {label: MISSING if value is None else f"{value:,.{digits}f}" for label, value in values.items()}
-        rows[name] = cells | (_ratio(list(values.values())) if common else {})
-    rows["Engine"] = {study.label(c): listing(sorted({_engine(t) for t in c.trials})) for c in chosen}
-    first, second = [*map(title, (c.arm for c in chosen[:2])), "", ""][:2]
-    frame_rows = {name: {key.replace("ratio", f"{first} / {second}"): cell for key, cell in row.items()} for name, row in rows.items()}
-    return build(
-        "Costs of one trial: mean over " + listing(f"{plural(len(c.trials), 'seed')} of {title(c.arm)}" for c in chosen),
-        "Cost",
-        frame_rows,
-        columns(study, chosen),
-        *_notes(study, used, engine, chosen),
-    )
+def measure(trial: Trial) -> dict[str, float | None]:
+    """Return a trial's costs by name; None where something was not measured."""
+    seconds, peak, tokens = (mapping(trial.manifest.get(key)) for key in ("seconds", "peak_memory_bytes", "tokens"))
+    stages = [*(stage for stage in _STAGES if stage in seconds), *sorted(set(seconds) - set(_STAGES))]
+    costs = {f"Seconds: {_NAMES.get(stage, stage)}": number(seconds[stage]) for stage in stages}
+    if stages:
+        costs["Seconds in all"] = sum(value or 0.0 for value in costs.values())
+    memory = number(peak.get("train"))
+    return costs | {
+        "Peak memory of training (GiB)": memory / _GIB if memory else None,
+        "Tokens trained on": number(tokens.get("train")),
+        "Tokens trained on per second": _rate(tokens, "train", seconds, "train"),
+        "Tokens generated": number(tokens.get("generated")),
+        "Tokens generated per second": _rate(tokens, "generated", seconds, "generate"),
+    }
 
 
-def _quantities(study: Study, configs: Sequence[Config]) -> list[tuple[str, dict[str, float | None], int]]:
-    """Return (name, {column: mean over trials}, digits) for all that is measured."""
-    stages = {stage for c in configs for t in c.trials for stage in mapping(t.manifest.get("seconds"))}
-    order = [*(s for s in _STAGES if s in stages), *sorted(stages - set(_STAGES))]
-    found = [(f"Seconds: {_NAMES.get(s, s)}", _over(study, configs, lambda t, s=s: _at(t, "seconds", s) or 0.0), 1) for s in order]
-    found.append(("Seconds in all", _over(study, configs, _total), 1))
-    found.append(("Peak memory of training (GiB)", _over(study, configs, lambda t: _gib(_at(t, "peak_memory_bytes", "train"))), 2))
-    found.append(("Tokens trained on", _over(study, configs, lambda t: _at(t, "tokens", "train")), 0))
-    found.append(("Training tokens per second", _over(study, configs, lambda t: _rate(t, "train", "train")), 0))
-    found.append(("Tokens generated", _over(study, configs, lambda t: _at(t, "tokens", "generated")), 0))
-    found.append(("Generated tokens per second", _over(study, configs, lambda t: _rate(t, "generated", "generate")), 0))
-    return [row for row in found if any(value is not None for value in row[1].values())]
+def _rate(tokens: Mapping[str, object], kind: str, seconds: Mapping[str, object], stage: str) -> float | None:
+    count, duration = number(tokens.get(kind)), number(seconds.get(stage))
+    return count / duration if count and duration else None
+
+
+def _format(name: str, value: float) -> str:
+    if number(value) is None:
+        return MISSING
+    digits = 0 if name.startswith("Tokens") else 2 if "GiB" in name else 1
+    return f"{value:,.{digits}f}"
+
+
+def _ratio(first: float, second: float) -> str:
+    usable = number(first) is not None and number(second)
+    return f"{first / second:.2f}×" if usable else MISSING
+
+
+def _engine(trial: Trial) -> str:
+    return str(trial.manifest.get("engine") or "unknown")
+
+
+def _notes(study: Study, used: Mapping[str, set[str]], common: list[str]) -> list[str]:
+    notes = ["A reference that was read from the cache costs next to nothing: the first trial of a study pays for all."]
+    if not common:
+        each = "; ".join(f"{title(arm)}: {listing(sorted(names))}" for arm, names in used.items())
+        notes.append(f"The arms were trained with different engines ({each}), so that their costs are not comparable.")
+    elif any(len(names) > 1 for names in used.values()):
+        notes.append(f"Only trials with the engine “{common[0]}” are compared; others were left out of this table.")
+    machines = {str(sorted(mapping(t.manifest.get("hardware")).items())) for t in study.trials if t.state == COMPLETE}
+    if len(machines) > 1:
+        notes.append(f"The trials ran on {plural(len(machines), 'different machine')}: compare the seconds with care.")
+    return notes

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -22,6 +22,7 @@ from harness.conversations import (
     check_unicode,
     from_texts,
     from_turns,
+    prompt_key,
     says,
     shown,
     text_or_turns,
@@ -77,6 +78,11 @@ class ParsedRow:
         """Identify the prompt by its content."""
         return prompt_id(self.prompt)
 
+    @cached_property
+    def prompt_key(self) -> str:
+        """Identify the prompt whatever its white space and case."""
+        return prompt_key(self.prompt)
+
     def pair(self) -> Pair | None:
         """Return the preference pair, where the row holds one."""
         if self.chosen is None or self.rejected is None:
@@ -88,14 +94,14 @@ class ParsedRow:
         return EvalPrompt(self.prompt_id, self.prompt, self.checks, self.cluster, self.conversational, self.row)
 
 
-def has_known_form(columns: set[str], *, evaluation: bool) -> bool:
+def has_known_form(columns: frozenset[str], *, evaluation: bool) -> bool:
     """Say whether a file with these columns can hold pairs or, for evaluation, prompts with checks."""
     if {"chosen", "rejected"} <= columns:
         return True
     return evaluation and "checks" in columns and bool(columns.intersection(_PROMPT_COLUMNS))
 
 
-def parse_row(row: Row, number: int, columns: Set[str], *, needs_pair: bool, reads_checks: bool) -> ParsedRow:
+def parse_row(row: Row, number: int, columns: frozenset[str], *, needs_pair: bool, reads_checks: bool) -> ParsedRow:
     """Read one row.
 
     Args:
@@ -129,7 +135,7 @@ def parse_row(row: Row, number: int, columns: Set[str], *, needs_pair: bool, rea
     )
 
 
-def _read_pair(row: Row, columns: Set[str]) -> Conversation:
+def _read_pair(row: Row, columns: frozenset[str]) -> Conversation:
     prompt = _prompt_value(row, columns)
     chosen, rejected = _answer(row, "chosen"), _answer(row, "rejected")
     if isinstance(chosen, str) and isinstance(rejected, str):
@@ -144,7 +150,7 @@ def _read_pair(row: Row, columns: Set[str]) -> Conversation:
     return from_turns(prompt, chosen, rejected, sharegpt=row.get("prompt") is None and "conversations" in row)
 
 
-def _read_prompt(row: Row, columns: Set[str]) -> Conversation:
+def _read_prompt(row: Row, columns: frozenset[str]) -> Conversation:
     prompt = _prompt_value(row, columns)
     if prompt is None:
         raise RowError(_missing_prompt(columns))
@@ -152,11 +158,11 @@ def _read_prompt(row: Row, columns: Set[str]) -> Conversation:
     return Conversation("prompts with checks", turns, None, None, conversational)
 
 
-def _missing_prompt(columns: Set[str]) -> str:
+def _missing_prompt(columns: frozenset[str]) -> str:
     return f"`{next((name for name in _PROMPT_COLUMNS if name in columns), 'prompt')}` is missing"
 
 
-def _prompt_value(row: Row, columns: Set[str]) -> str | Turns | None:
+def _prompt_value(row: Row, columns: frozenset[str]) -> str | Turns | None:
     column = next((name for name in _PROMPT_COLUMNS if row.get(name) is not None), None)
     if column is None or (column == "input" and "instruction" in columns):
         return None

@@ -9,6 +9,9 @@ from harness.arms import ARMS
 from harness.untrusted import one_line
 
 BASE = "sft"
+# The page's own colours in figure files; in a page each becomes the CSS variable of this name, which has a dark form.
+INK, MUTED, LINE, PAPER = "#1f2328", "#59636e", "#c8d1da", "#ffffff"
+THEME = {INK: "ink", MUTED: "muted", LINE: "line", PAPER: "card"}
 
 
 @dataclass(frozen=True)

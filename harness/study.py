@@ -96,7 +96,7 @@ class Study:
         first = next(iter(self.scores["scorer"].unique()), "")
         return str(self.verdict.get("metric") or self.settings.get("metric") or first)
 
-    @property
+    @cached_property
     def split(self) -> str:
         """The split that is shown: `golden`, or `dev` as long as nothing golden is there."""
         rows = list(self.scores["split"].unique()) + [c.get("split") for t in self.trials for c in t.completions[:1]]
@@ -111,16 +111,18 @@ class Study:
 
     @cached_property
     def configs(self) -> tuple[Config, ...]:
-        """The configs that stand for their arms: those with confirmed scores, or all while there are none."""
-        runs = {(r.arm, r.config, r.seed) for r in self.confirmed[["arm", "config", "seed"]].drop_duplicates().itertuples()}
+        """The configs that stand for their arms: those with confirmed scores, or all while there are none.
+
+        Scores without trials, as another program may have written them, give configs without trials.
+        """
+        rows = self.confirmed[self.confirmed["arm"] != BASE]
+        runs = set(rows[["arm", "config", "seed"]].itertuples(index=False, name=None))
         scored = [trial for trial in self.trials if trial.scored]
         shown = [t for t in scored if (t.arm, t.config, t.seed) in runs] or scored
-        keys = sorted({(self.arms.index(t.arm), t.config) for t in shown if t.arm in self.arms})
+        names = {(t.arm, t.config) for t in shown} if self.trials else {(arm, config) for arm, config, _ in runs}
+        ordered = sorted((n for n in names if n[0] in self.arms), key=lambda n: (self.arms.index(n[0]), n[1]))
         by_seed = sorted(shown, key=lambda trial: (trial.seed is None, trial.seed or 0))
-        return tuple(
-            Config(self.arms[arm], label, tuple(t for t in by_seed if (t.arm, t.config) == (self.arms[arm], label)))
-            for arm, label in keys
-        )
+        return tuple(Config(a, c, tuple(t for t in by_seed if (t.arm, t.config) == (a, c))) for a, c in ordered)
 
     @property
     def with_base(self) -> tuple[Config, ...]:
@@ -128,16 +130,22 @@ class Study:
         base = (Config(BASE, self.base.config, (self.base,)),) if self.base else ()
         return base + self.configs
 
+    def completions(self, trial: Trial) -> list[Mapping[str, Any]]:
+        """Return a trial's completions on the shown split."""
+        return [row for row in trial.completions if row["split"] == self.split]
+
     def label(self, config: Config) -> str:
         """Name a config: by its arm alone where the arm has no other."""
         alone = sum(other.arm == config.arm for other in self.configs) <= 1
-        return config.arm if alone or config.arm == BASE else f"{config.arm} ({config.label})"
+        return config.arm if alone or config.arm == BASE else f"{config.arm} ({config.label.replace(',', ', ')})"
 
     def missing_runs(self) -> list[tuple[str, int]]:
         """List the registered (arm, seed) for which no trial was scored."""
         seeds = self.settings.get("seeds")
         done = {(trial.arm, trial.seed) for trial in self.trials if trial.scored}
-        planned = [(str(arm), seed) for arm, row in seeds.items() for seed in row or ()] if isinstance(seeds, dict) else []
+        planned = (
+            [(str(arm), seed) for arm, row in seeds.items() for seed in row or ()] if isinstance(seeds, dict) else []
+        )
         return [run for run in planned if run not in done]
 
 
@@ -264,6 +272,9 @@ def _read_scores(reader: _Reader, folder: Path) -> pd.DataFrame:
         try:
             # Every column as text, so that an arm may be called "NA" and a prompt "007".
             frame = pd.read_csv(path, dtype=str, keep_default_na=False, encoding_errors="backslashreplace")
+            if missing := {"arm", "split", "scorer", "score"} - set(frame.columns):
+                frame = pd.DataFrame()
+                raise ValueError(f"it lacks the columns {', '.join(sorted(missing))}")
         except (OSError, ValueError) as error:
             reader.note(path, error)
     if frame.empty:

@@ -10,6 +10,7 @@ import importlib
 import os
 import sys
 import types
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar
@@ -71,11 +72,11 @@ class PairedSweeper(Sweeper):
         name = study_name(trials[0])
         trials = [replace(trial, study=name) for trial in trials]
         base = replace(self.compose(jobs[0].base_overrides), study=name)
-        warnings = list(dict.fromkeys(w for trial in trials for w in find_warnings(trial)))
+        regrets = list(dict.fromkeys(text for trial in trials for text in find_warnings(trial)))
         if trials[0].plan:
-            print_plan(trials, warnings)
+            print_plan(trials, regrets)
             return None
-        register(trials, sys.argv[1:], warnings=warnings)
+        register(trials, sys.argv[1:], warnings=regrets)
         overrides = {id(trial): job.overrides for trial, job in zip(trials, jobs, strict=True)}
         known = {_key(base): jobs[0].base_overrides} | {_key(t): overrides[id(t)] for t in trials}
         with show_progress([base, *trials]):
@@ -117,6 +118,7 @@ def _outcome(trial: RunConfig, job: JobReturn) -> Outcome:
 
 def run_job(composed: DictConfig) -> dict[str, Any]:
     """Run one trial as a Hydra job, in whatever process the launcher chose."""
+    quieten()
     config = resolve(composed)
     return asdict(run_trial(config, tuple(config.evaluate)))
 
@@ -195,6 +197,8 @@ def quieten() -> None:
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     }.items():
         os.environ.setdefault(name, value)
+    for package in ("transformers", "trl", "peft", "accelerate", "huggingface_hub"):
+        warnings.filterwarnings("ignore", module=rf"{package}\b")
 
 
 def main() -> None:

@@ -1,240 +1,129 @@
-"""The tables of a report as pandas frames of text, and their two renderings, HTML and Markdown.
+"""The usable rows of one file of preference data, and the rows that are not.
 
-Cells are plain text and may be hostile; they are escaped when a table is rendered, and nowhere before.
+Input: a path or Hub reference -> output: a `Table`, or a `UsageError`: form unknown, too many bad rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import pandas as pd
-from markupsafe import Markup
+from tqdm import tqdm
 
-from harness.degenerate import degenerate_shares
-from harness.palette import BASE, Look, title
-from harness.study import COMPLETE, Config, Study, mapping
-from harness.untrusted import html, markdown, one_line
-from harness.wording import DEFINITIONS, MISSING, PREFERENCE, SCORERS, interval, number, percent, plural, points
+from harness.conversations import IMPLICIT_TEXT, RowError
+from harness.formats import EVAL_FORMS, PAIR_FORMS, ParsedRow, has_known_form, parse_row
+from harness.records import BadRow, UsageError
+from harness.sources import Source, read_source
+from harness.untrusted import one_line
 
-_CELL_LIMIT = 400
+_SHOWN = 10  # bad rows that a message lists; the rest is counted
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table for people.
+    """What one file holds.
 
     Attributes:
-        caption: what it shows.
-        frame: text cells; the index holds the row headers, its name heads them, columns head the rest.
-        arms: {column header: arm}, for columns that show an arm with its colour and marker.
-        notes: sentences below it.
-        code: cells are identifiers such as hashes.
+        key: the config key that names the file.
     """
 
-    caption: str
-    frame: pd.DataFrame
-    arms: Mapping[str, str]
-    notes: tuple[str, ...] = ()
-    code: bool = False
+    key: str
+    source: Source
+    rows: tuple[ParsedRow, ...]
+    bad_rows: tuple[BadRow, ...]
 
-    def html(self, looks: Mapping[str, Look]) -> Markup:
-        """Render with pandas; row and column headers have a scope."""
-        frame = self.frame.map(lambda cell: str(html(cell, _CELL_LIMIT)))
-        frame.index = pd.Index([str(html(name, _CELL_LIMIT)) for name in frame.index], name=str(html(frame.index.name or "")))
-        frame.columns = pd.Index([str(self._head(name, looks)) for name in frame.columns], name=frame.index.name)
-        frame.index.name = None
-        with pd.option_context("display.max_colwidth", None):  # pandas cuts cells at 50 characters otherwise
-            text = frame.to_html(escape=False, border=0, classes="code" if self.code else None)
-        # Cells are escaped, so that each `<th>` is pandas' own.
-        head, _, body = text.replace(' style="text-align: right;"', "").partition("</thead>")
-        table = head.replace("<th>", '<th scope="col">') + "</thead>" + body.replace("<th>", '<th scope="row">')
-        opening, _, rest = table.partition("\n")
-        return Markup("{}<caption>{}</caption>{}").format(Markup(opening), html(self.caption), Markup(rest))
-
-    def markdown(self, looks: Mapping[str, Look]) -> Markup:
-        """Render as a GitHub table."""
-
-        def text(cell: Any) -> str:
-            return str(markdown(cell, _CELL_LIMIT))
-
-        columns = [f"{looks[self.arms[c]].glyph} {text(_name(c, self.arms))}" if c in self.arms else text(c) for c in self.frame]
-        rows = [[text(self.frame.index.name or "") or " ", *columns], ["---"] * (1 + len(columns))]
-        rows += [[text(name), *map(text, row)] for name, row in zip(self.frame.index, self.frame.to_numpy(), strict=True)]
-        return Markup("\n".join(f"| {' | '.join(row)} |" for row in rows))
-
-    def _head(self, column: str, looks: Mapping[str, Look]) -> Markup:
-        if column not in self.arms:
-            return html(column)
-        look = looks[self.arms[column]]
-        chip = '<span class="arm arm-{}"><span aria-hidden="true">{}</span> {}</span>'
-        return Markup(chip).format(look.key, look.glyph, html(_name(column, self.arms)))
+    @property
+    def facts(self) -> dict[str, Any]:
+        """JSON for the manifest: path, forms (most frequent first), hash, number of rows, bad rows."""
+        forms = Counter(row.form for row in self.rows)
+        return {
+            "path": self.source.path,
+            "form": "; ".join(form for form, _ in forms.most_common()),
+            "sha256": self.source.sha256,
+            "rows": self.source.count,
+            "bad_rows": [str(bad) for bad in self.bad_rows],
+        }
 
 
-def _name(column: str, arms: Mapping[str, str]) -> str:
-    """Return a column's title: the arm's name in prose, with the config where the column says it."""
-    arm = arms[column]
-    return title(arm) + column.removeprefix(arm)
+def read_table(reference: str, *, key: str, revision: str | None, max_bad_fraction: float) -> Table:
+    """Read one file; the key says what for: `data.dev` and `data.golden` need no pairs, `data.train` has no checks.
+
+    Raises:
+        UsageError: for a file that cannot be read, has no rows, has no known form or too many bad rows.
+    """
+    source = read_source(reference, key=key, revision=revision)
+    is_evaluation = key in ("data.dev", "data.golden")
+    if source.count == 0:
+        raise UsageError(f"{key}={reference}: has no rows; give a file with at least one pair")
+    if source.rows and not has_known_form(source.columns, evaluation=is_evaluation):
+        forms = "".join(f"\n  {form}" for form in (EVAL_FORMS if is_evaluation else PAIR_FORMS))
+        columns = ", ".join(one_line(name, 40) for name in sorted(source.columns)) or "none"
+        raise UsageError(
+            f"{key}={reference}: its columns match no form (found: {columns}); rename them to one of:{forms}"
+        )
+    rows, bad_rows = _parse(source, key, needs_pair=not is_evaluation, reads_checks=key != "data.train")
+    kept, disagreeing = _drop_disagreeing(rows, reference)
+    bad_rows = sorted([*source.bad_rows, *bad_rows, *disagreeing], key=lambda bad: bad.row)
+    if len(bad_rows) > max_bad_fraction * source.count or not kept:
+        raise UsageError(_bad_rows_message(source, key, bad_rows, max_bad_fraction))
+    return Table(key, source, tuple(kept), tuple(bad_rows))
 
 
-def build(caption: str, corner: str, rows: Mapping[str, Mapping[str, str]], arms: Mapping[str, str], *notes: str) -> Table:
-    """Make a table from `{row header: {column header: cell}}`."""
-    frame = pd.DataFrame.from_dict(dict(rows), orient="index", dtype=object).fillna(MISSING)
-    frame.index.name = corner
-    return Table(caption, frame, {name: arm for name, arm in arms.items() if name in frame}, tuple(note for note in notes if note))
+def _parse(source: Source, key: str, *, needs_pair: bool, reads_checks: bool) -> tuple[list[ParsedRow], list[BadRow]]:
+    rows, bad_rows = [], []
+    columns = source.columns
+    for number, row in tqdm(source.rows, desc=f"reading {key}", unit=" rows", delay=5):
+        try:
+            rows.append(parse_row(row, number, columns, needs_pair=needs_pair, reads_checks=reads_checks))
+        except RowError as error:
+            bad_rows.append(BadRow(source.path, number, str(error)))
+    return rows, bad_rows
 
 
-def columns(study: Study, configs: Sequence[Config]) -> dict[str, str]:
-    """Return `{column header: arm}` of configs."""
-    return {study.label(config): config.arm for config in configs}
+def _drop_disagreeing(rows: list[ParsedRow], path: str) -> tuple[list[ParsedRow], list[BadRow]]:
+    """Drop rows whose checks or cluster differ from those of an earlier row with the same prompt."""
+    kept, bad_rows = [], []
+    first: dict[tuple[str, str], ParsedRow] = {}
+    for row in rows:
+        given = [name for name in ("checks", "cluster") if getattr(row, name)]
+        earlier = {name: first.setdefault((row.prompt_id, name), row) for name in given}
+        differing = next((name for name in given if getattr(earlier[name], name) != getattr(row, name)), None)
+        if differing is None:
+            kept.append(row)
+        else:
+            reason = f"`{differing}` is not that of row {earlier[differing].row}, which has the same prompt"
+            bad_rows.append(BadRow(path, row.row, reason))
+    return kept, bad_rows
 
 
-def run_means(study: Study, config: Config, scorer: str, split: str) -> pd.Series:
-    """Return the mean score of each of a config's runs, by seed; unscored prompts are left out."""
-    rows = study.scores
-    seeds = [trial.seed for trial in config.trials]
-    mine = rows[(rows["arm"] == config.arm) & (rows["split"] == split) & (rows["scorer"] == scorer)]
-    if config.arm != BASE:
-        mine = mine[(mine["config"] == config.label) & mine["seed"].isin(seeds)]
-    return mine.groupby("seed")["score"].mean().dropna()
-
-
-def score_table(study: Study) -> Table | None:
-    """Every scorer's mean on the shown split, with the standard deviation over seeds; the deciding one first."""
-    names = [name for name in study.confirmed["scorer"].unique() if not name.startswith(PREFERENCE) or name == study.metric]
-    names.sort(key=lambda name: name != study.metric)
-    rows = {}
-    for scorer in names:
-        decides = " (decides)" if scorer == study.metric else ""
-        rows[SCORERS.get(scorer, scorer) + decides] = _means(study, scorer, study.split)
-    if not rows:
-        return None
-    rows["Seeds"] = {study.label(config): str(len(config.trials)) for config in study.with_base}
-    rows |= _unscored(study)
-    return build(
-        f"Scores on the {study.split} set: mean over prompts and seeds, higher is better",
-        "Scorer",
-        rows,
-        columns(study, study.with_base),
-        "± is the standard deviation of the run means over seeds; with one seed there is none.",
-        "" if study.base else "No SFT base is stored in this study, so there is nothing to compare with before training.",
+def _bad_rows_message(source: Source, key: str, bad_rows: Sequence[BadRow], limit: float) -> str:
+    shown = "".join(f"\n  {bad}" for bad in bad_rows[:_SHOWN])
+    return (
+        f"{key}={source.path}: {len(bad_rows)} of {source.count} rows cannot be used "
+        f"({len(bad_rows) / source.count:.1%}; data.max_bad_fraction allows {limit:.1%}). "
+        f"The first {min(_SHOWN, len(bad_rows))}:{shown}\n"
+        "Repair or remove these rows, or raise data.max_bad_fraction to go on without them."
     )
 
 
-def preference_table(study: Study) -> Table | None:
-    """Held-out preference accuracy by both definitions, before training (the base) and after."""
-    rows = {}
-    for split in ("golden", "dev"):
-        for scorer, definition in DEFINITIONS.items():
-            cells = _means(study, scorer, split)
-            if cells:
-                rows[f"{definition[0].upper()}{definition[1:]}, {split} pairs"] = cells
-    if not rows:
-        return None
-    return build(
-        "Preference accuracy on held-out pairs: how often the chosen answer is ranked first",
-        "Definition",
-        rows,
-        columns(study, study.with_base),
-        "The SFT base is the state before training. By DPO's reward it has no preference (50.0%): it is its own reference.",
-        "Each arm is trained on one of the two definitions; compare the arms on both.",
-    )
-
-
-def degenerate_table(study: Study) -> Table | None:
-    """Counts of degenerate completions on the shown split, all seeds together."""
-    rows: dict[str, dict[str, str]] = {}
-    for config in study.with_base:
-        answers = [c for trial in config.trials for c in trial.completions if c["split"] == study.split]
-        by_trial = [[c for c in trial.completions if c["split"] == study.split] for trial in config.trials]
-        if not answers:
-            continue
-        label = study.label(config)
-        rows.setdefault("Completions", {})[label] = f"{len(answers):,}"
-        for flag, text in (("empty", "Empty"), ("cut_off", "Cut off at the token limit"), ("repetition", "Repetition")):
-            count = sum(flag in answer["flags"] for answer in answers)
-            rows.setdefault(text, {})[label] = f"{count:,} ({percent(count / len(answers))})"
-        same = max(degenerate_shares(run)["same_answer"] for run in by_trial if run)
-        rows.setdefault("Most frequent answer of a run", {})[label] = percent(same)
-    if not rows:
-        return None
-    note = "“Most frequent answer” is the share of prompts that got the same answer, in the run where it is highest."
-    return build(f"Degenerate output on the {study.split} set", "Kind", rows, columns(study, study.with_base), note)
-
-
-def length_table(study: Study) -> Table | None:
-    """Length of the completions in tokens, words and characters."""
-    rows: dict[str, dict[str, str]] = {}
-    for config in study.with_base:
-        answers = [c for trial in config.trials for c in trial.completions if c["split"] == study.split]
-        if not answers:
-            continue
-        label = study.label(config)
-        tokens = pd.Series([c["tokens"] for c in answers if c["tokens"] is not None], dtype=float)
-        for name, value in (
-            ("Tokens, mean", tokens.mean()),
-            ("Tokens, median", tokens.median()),
-            ("Tokens, 95th percentile", tokens.quantile(0.95)),
-            ("Words, mean", pd.Series([len(c["completion"].split()) for c in answers]).mean()),
-            ("Characters, mean", pd.Series([len(c["completion"]) for c in answers]).mean()),
-        ):
-            rows.setdefault(name, {})[label] = MISSING if number(value) is None else f"{value:.1f}"
-    if not rows:
-        return None
-    return build(f"Length of the completions on the {study.split} set", "Length", rows, columns(study, study.with_base))
-
-
-def guard_table(study: Study, guards: Sequence[Mapping[str, Any]]) -> Table | None:
-    """The guards, and whether the winner holds them."""
-    rows = {}
-    for guard in guards:
-        passed = {True: "held", False: "FAILED"}.get(guard.get("passed"), "not judged")  # type: ignore[call-overload]
-        rows[one_line(guard.get("metric", "unnamed"))] = {
-            "Difference (points)": points(guard.get("difference")),
-            "95% interval": interval(guard.get("ci95")),
-            "Margin (points)": points(guard.get("margin"), signed=False),
-            "Result": passed,
-        }
-    return build("Guards: on these the winner must not be worse by more than the margin", "Metric", rows, {}) if rows else None
-
-
-def trial_table(study: Study) -> Table | None:
-    """One row a trial, whatever became of it."""
-    rows = {}
-    for trial in study.trials:
-        means = run_means(study, Config(trial.arm, trial.config, (trial,)), study.metric, study.split)
-        seconds = [number(value) or 0.0 for value in mapping(trial.manifest.get("seconds")).values()]
-        flags = [str(flag) for flag in trial.manifest.get("flags") or [] if flag != trial.state]
-        rows[trial.trial_id] = {
-            "Arm": title(trial.arm) or MISSING,
-            "Config": trial.config or MISSING,
-            "Seed": MISSING if trial.seed is None else str(trial.seed),
-            "State": ", ".join([trial.state, *flags]),
-            f"{study.metric or 'score'} on {study.split}": percent(means.iloc[0]) if len(means) else MISSING,
-            "Seconds": f"{sum(seconds):.0f}" if seconds else MISSING,
-        }
-    done = sum(trial.state == COMPLETE for trial in study.trials)
-    return build(f"All trials: {done} of {len(study.trials)} complete", "Trial", rows, {}) if rows else None
-
-
-def _means(study: Study, scorer: str, split: str) -> dict[str, str]:
-    cells = {}
-    for config in study.with_base:
-        means = run_means(study, config, scorer, split)
-        if len(means):
-            spread = f" ± {points(means.std(ddof=1), signed=False)}" if len(means) > 1 else ""
-            cells[study.label(config)] = percent(means.mean()) + spread
-    return cells
-
-
-def _unscored(study: Study) -> dict[str, dict[str, str]]:
-    """Count prompts without a score, by reason, where there are any."""
-    rows = study.confirmed
-    empty = rows[rows["score"].isna() & (rows["scorer"] == study.metric)]
-    cells = {}
-    for config in study.with_base if len(empty) else ():
-        mine = empty[(empty["arm"] == config.arm) & (empty["config"].isin([config.label]) | (config.arm == BASE))]
-        reasons = [f"{plural(count, 'prompt')}: {reason or 'no reason given'}" for reason, count in mine["unscored_reason"].value_counts().items()]
-        cells[study.label(config)] = "; ".join(reasons) or "0"
-    return {"Unscored (not counted as 0)": cells} if cells else {}
+def table_warnings(table: Table, *, revision: str | None) -> Iterator[str]:
+    """Say what is odd about a file and yet allowed."""
+    key, rows = table.key, table.rows
+    if table.bad_rows:
+        yield f"{key}: {len(table.bad_rows)} of {table.source.count} rows cannot be used and were left out"
+    if table.source.from_hub and revision is None:
+        yield f"{key}={table.source.path}: no data.revision; the Hub's data may change between runs"
+    ties = sum(row.tie for row in rows)
+    if ties:
+        yield f"{key}: {ties} of {len(rows)} rows score both answers the same: their labels are no preference (kept)"
+    guessed = [row.prompt[-1]["content"] for row in rows if row.form == IMPLICIT_TEXT]
+    if guessed:
+        yield (
+            f"{key}: {len(guessed)} rows have no prompt column; what both answers begin with was taken as the prompt, "
+            f"the shortest being {one_line(min(guessed, key=len), 60)!r}"
+        )
+    several = sum(max(len(row.chosen or ()), len(row.rejected or ())) > 1 for row in rows)
+    if several:
+        yield f"{key}: the answers of {several} rows have several turns, and all of these turns count as the answer"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
@@ -37,8 +36,9 @@ def show_progress(trials: Sequence[RunConfig]) -> Iterator[None]:
 
         def watch() -> None:
             while not done.wait(POLL_SECONDS):
-                bar.n = sum(is_complete(trial, tuple(trial.evaluate)) for trial in trials)
-                bar.refresh()
+                complete = sum(is_complete(trial, tuple(trial.evaluate)) for trial in trials)
+                if complete > bar.n:  # refreshing for its own sake fills a log with lines
+                    bar.update(complete - bar.n)
 
         thread = threading.Thread(target=watch, daemon=True)
         thread.start()
@@ -87,10 +87,3 @@ def _print_table(verdict: dict[str, Any]) -> None:
 def _base_mean(verdict: dict[str, Any]) -> float | None:
     value = verdict.get("base_mean")
     return float(value) if value is not None else None
-
-
-def relative(path: Path) -> Path:
-    """Show a path from the current folder where it lies below it."""
-    with contextlib.suppress(ValueError):
-        return path.resolve().relative_to(Path.cwd())
-    return path

@@ -102,6 +102,7 @@ def build_trainer(
     """Build the arm's trainer over the rows in the plan's order, with an adapter where one is trained."""
     from datasets import Dataset, disable_progress_bars
     from peft import LoraConfig
+    from transformers.trainer_callback import PrinterCallback
 
     from harness.trainers import TRAINERS
 
@@ -112,6 +113,7 @@ def build_trainer(
     arguments = common_arguments(config, plan, output_dir) | dict(arm.trl_arguments(config.method))
     if arm.trainer == "CPOTrainer":
         arguments["max_length"] = max(row.length for row in rows)  # nothing is cut: every row fits
+        arguments["remove_unused_columns"] = False  # its collator needs the columns that the model does not
     else:
         arguments["max_length"] = None
         arguments["precompute_ref_log_probs"] = reference is not None
@@ -133,6 +135,7 @@ def build_trainer(
         processing_class=chat.tokenizer,
         peft_config=lora if config.train.tuning is Tuning.lora else None,
     )
+    trainer.remove_callback(PrinterCallback)  # train.jsonl has each step; the terminal has a bar
     if isinstance(config.method, SimPOConfig) and config.train.engine is Engine.paired:
         trainer.length_norm = config.method.length_norm
     return trainer

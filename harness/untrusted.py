@@ -18,8 +18,8 @@ _HIDDEN = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u115f\u1160\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\u3164\ufeff"
     "\uffa0\ufff0-\ufffb\ufffe\uffff\ud800-\udfff\U000e0000-\U000e0fff]"
 )
-# What Markdown, GitHub's extensions (tables, autolinks, mentions, math, emoji codes) and HTML give a meaning to; the rest
-# of the punctuation has one at the start of a line only, or next to these.
+# What Markdown, GitHub's extensions (tables, autolinks, mentions, math, emoji codes) and HTML give a meaning to; the
+# rest of the punctuation has one at the start of a line only, or next to these.
 _MARKDOWN = re.compile(r"[\\`*_\[\]<>|~$#&@]|:(?=\S)|(?<=www)\.|^[-+=]", re.IGNORECASE)
 _ENTITIES = {"<": "&lt;", ">": "&gt;", "&": "&amp;", "@": "&#64;", ":": "&#58;", "|": "&#124;", "$": "&#36;"}
 
@@ -63,7 +63,10 @@ def html(text: object, limit: int = 2000) -> Markup:
     last = 0
     shown = cut(whole, limit).replace("\r\n", "\n")
     for match in _HIDDEN.finditer(shown):
-        pieces += [escape(shown[last : match.start()]), Markup('<span class="escape">{}</span>').format(code_point(match[0]))]
+        pieces += [
+            escape(shown[last : match.start()]),
+            Markup('<span class="escape">{}</span>').format(code_point(match[0])),
+        ]
         last = match.end()
     pieces.append(escape(shown[last:]))
     note = cut_note(whole, limit)

@@ -15,8 +15,8 @@ from harness.study import DIVERGED, FAILED, UNFINISHED, Study, mapping
 MISSING = "–"
 PREFERENCE = "preference_accuracy"
 LEVELS = {
-    "checkpoint": "Checkpoint level: this compares the trained models at hand, with one seed for at least one arm. It does "
-    "not say which method is better; another seed may turn it round.",
+    "checkpoint": "Checkpoint level: this compares the trained models at hand, with one seed for at least one arm. It "
+    "does not say which method is better; another seed may turn it round.",
     "method": "Method level: the interval counts the differences between seeds as well as those between prompts, so it "
     "speaks of the methods with these settings on this data, not of one lucky run.",
 }
@@ -98,32 +98,52 @@ def reason(study: Study) -> str:
     if not study.trials:
         return "No trial has been run in this study."
     return (
-        f"{done} of {plural(len(study.trials), 'started trial')} {'is' if done == 1 else 'are'} scored, and the decision "
-        "has not been made; run the sweep's command again, or `python -m harness.decide` on this folder."
+        f"{done} of {plural(len(study.trials), 'started trial')} {'is' if done == 1 else 'are'} scored, and the "
+        "decision has not been made; run the sweep's command again, or `python -m harness.decide` on this folder."
     )
+
+
+def key_facts(study: Study) -> dict[str, str]:
+    """Return the verdict's numbers, `{name: text}`."""
+    verdict, first, second = study.verdict, *_verdict(study)[1:]
+    if not verdict:
+        return {}
+    seeds = mapping(verdict.get("n_seeds"))
+    found = {
+        f"{title(first)} − {title(second)}": f"{points(verdict.get('difference'))} points",
+        "95% interval": interval(verdict.get("ci95")),
+        "Margin that matters": f"±{points(verdict.get('margin'), signed=False)} points",
+        "Decided on": f"{SCORERS.get(study.metric, study.metric)}, {study.split} set",
+        "Prompts": f"{verdict.get('n_prompts') or MISSING}",
+        "Seeds": ", ".join(f"{title(str(arm))} {count}" for arm, count in seeds.items()) or MISSING,
+        "Smallest difference that can be found": f"{_detectable(study)} points",
+    }
+    return {name: text for name, text in found.items() if MISSING not in text}
 
 
 def next_step(study: Study) -> str:
     """Say what to do with the verdict."""
-    verdict, first, second = _verdict(study)
+    verdict = _verdict(study)[0]
     winner = title(verdict)
     if not verdict:
         return "Finish the sweep: running the same command again does what is missing and repeats nothing."
     if verdict == "tie":
         return (
-            f"Ship either: the difference is smaller than the {points(study.verdict.get('margin'), signed=False)} points "
-            "that matter. Let cost, answer length and the side-by-side completions below decide."
+            f"Ship either: the difference is smaller than the {points(study.verdict.get('margin'), signed=False)} "
+            "points that matter. Let cost, answer length and the side-by-side completions below decide."
         )
     if verdict == "trade-off":
         failed = listing(str(guard.get("metric")) for guard in guards(study) if guard_failed(guard))
-        which = f" ({failed})" if failed else ""
-        return f"Do not ship {title(_ahead(study))} before you have looked at the guard that it fails{which}: decide which of the two matters more."
+        return (
+            f"Do not ship {title(_ahead(study))} before you have looked at the guard that it fails"
+            f"{f' ({failed})' if failed else ''}: decide which of the two matters more."
+        )
     if verdict == "inconclusive":
         return _more_evidence(study)
     if study.verdict.get("level") == "checkpoint":
         return (
-            f"If one of these two models must be shipped today, ship the {winner} one. To choose the method, train both "
-            f"arms with at least 3 seeds (`seed=1,2,3`)."
+            f"If one of these two models must be shipped today, ship the {winner} one. To choose the method, train "
+            "both arms with at least 3 seeds (`seed=1,2,3`)."
         )
     return f"Ship {winner}. Read the completions below first: a score is no substitute for looking."
 
@@ -173,10 +193,10 @@ def _preference_warnings(study: Study) -> list[str]:
         (sum_gap, mean_gap) = gaps.values()
         if sum_gap * mean_gap < 0:
             by_sum, by_mean = (pair[0], pair[1]) if sum_gap > 0 else (pair[1], pair[0])
+            by_dpo, by_simpo = (points(abs(gap), signed=False) for gap in (sum_gap, mean_gap))
             found.append(
-                f"The two definitions of preference accuracy disagree about the winner: by DPO's reward {title(by_sum)} is "
-                f"ahead by {points(abs(sum_gap), signed=False)} points, by SimPO's reward {title(by_mean)} by "
-                f"{points(abs(mean_gap), signed=False)}."
+                "The two definitions of preference accuracy disagree about the winner: by DPO's reward "
+                f"{title(by_sum)} is ahead by {by_dpo} points, by SimPO's reward {title(by_mean)} by {by_simpo}."
             )
     return found
 
@@ -190,11 +210,15 @@ def _outcomes(study: Study) -> list[str]:
     ):
         for trial in study.trials:
             if trial.state == state:
-                found.append(f"Trial {trial.trial_id} ({title(trial.arm) or 'arm unknown'}, seed {_seed(trial.seed)}) {text}.")
+                found.append(
+                    f"Trial {trial.trial_id} ({title(trial.arm) or 'arm unknown'}, seed {_seed(trial.seed)}) {text}."
+                )
     missing = study.missing_runs() if study.trials else []
     if missing:
         runs = ", ".join(f"{title(arm)} seed {seed}" for arm, seed in missing[:10])
-        found.append(f"{plural(len(missing), 'registered run')} without scores: {runs}{' …' if len(missing) > 10 else ''}.")
+        found.append(
+            f"{plural(len(missing), 'registered run')} without scores: {runs}{' …' if len(missing) > 10 else ''}."
+        )
     return found
 
 
@@ -206,17 +230,27 @@ def _manifest_warnings(study: Study) -> list[str]:
         texts += [f"the policy {flag}" for flag in _list(trial.manifest.get("flags")) if flag != DIVERGED]
         for text in dict.fromkeys(texts):
             trials.setdefault(text, []).append(f"{title(trial.arm)} seed {_seed(trial.seed)}")
-    return [f"{text} ({', '.join(names[:4])}{f' and {len(names) - 4} more' if len(names) > 4 else ''})" for text, names in trials.items()]
+    return [f"{text} ({_some(names)})" for text, names in trials.items()]
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 def _more_evidence(study: Study) -> str:
-    detectable = points(study.verdict.get("minimum_detectable_difference"), signed=False)
-    seeds = mapping(study.verdict.get("n_seeds"))
+    text = "Ship neither on this evidence: add seeds or golden prompts."
+    if _detectable(study) != MISSING:
+        text += f" As it is, only differences of about {_detectable(study)} points or more can be found."
+    counts = mapping(study.verdict.get("n_seeds"))
+    seeds = listing(f"{count} of {title(str(arm))}" for arm, count in counts.items())
     prompts = number(study.verdict.get("n_prompts"))
-    size = f" Now: {int(prompts)} prompts" if prompts else ""
-    size += f", {listing(f'{count} seeds of {title(arm)}' for arm, count in seeds.items())}." if size and seeds else "." if size else ""
-    known = f" As it is, only differences of about {detectable} points or more can be found." if detectable != MISSING else ""
-    return f"Ship neither on this evidence: add seeds or golden prompts.{known}{size}"
+    if prompts and seeds:
+        text += f" Now: {plural(int(prompts), 'prompt')}; seeds: {seeds}."
+    return text
+
+
+def _detectable(study: Study) -> str:
+    return points(study.verdict.get("minimum_detectable_difference"), signed=False)
 
 
 def _verdict(study: Study) -> tuple[str, str, str]:

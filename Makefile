@@ -1,0 +1,34 @@
+# Two commands do everything on a machine with nothing but Python 3.11: `make sweep` and `make test`.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: help install sweep test lint base clean
+
+help:            ## show this
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+install: $(INSTALLED)            ## make the environment in .venv, with the versions in constraints.txt
+
+sweep: $(INSTALLED)            ## the main job on the embedded study: DPO against SimPO, verdict and report
+	$(BIN)/python -m harness.sweep +method=simpo,dpo
+
+test: lint            ## format, lint, types and all tests
+	$(BIN)/python -m pytest -q
+
+lint: $(INSTALLED)            ## format, lint and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+base: $(INSTALLED)            ## build the embedded study's base and data again, in minutes, from a seed
+	$(BIN)/python -m harness.embedded
+
+clean:            ## remove the environment and all results
+	rm -rf $(VENV) results/*/ results/.cache

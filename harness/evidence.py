@@ -1,0 +1,173 @@
+"""Where a study's numbers come from: identical data, splits, model, versions, machine, and the trials that failed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import pandas as pd
+
+from harness.frames import Table, build, run_means
+from harness.palette import title
+from harness.study import FAILED, UNFINISHED, Study, Trial, mapping
+from harness.wording import MISSING, number, percent, plural
+
+_FIRST = ("path", "rows", "pairs", "prompts", "sha256")
+
+
+def identity_of(study: Study) -> Mapping[str, Any]:
+    """Return what `harness.identity` says of the data that the arms consumed: status, reasons and hashes by seed."""
+    from harness.identity import data_identity
+
+    return mapping(data_identity(study.folder))
+
+
+def identity_sentence(identity: Mapping[str, Any]) -> str:
+    """Say whether the arms saw identical data: `proved` only where the hashes prove it."""
+    reasons = "; ".join(str(reason) for reason in identity.get("reasons") or ())
+    if identity.get("status") == "proved":
+        return (
+            "Identical data: proved. Seed by seed, the hash of the token ids that each trainer consumed, in order, is "
+            "the same in every arm."
+        )
+    if identity.get("status") == "not applicable":
+        return f"Identical data: not applicable. {reasons or 'There are no two arms to compare.'}"
+    return f"Identical data: NOT proved. {reasons or 'No reason was given.'}"
+
+
+def stale_verdict(study: Study) -> list[str]:
+    """Return a warning for each arm whose mean in verdict.json is not that of the scores in this folder."""
+    found = []
+    unscored = any(number(count) for count in mapping(study.verdict.get("n_unscored")).values())
+    for arm, mean in mapping(study.verdict.get("means")).items() if not unscored else ():
+        configs = [config for config in study.configs if config.arm == arm]
+        runs = [run_means(study, config, study.metric, study.split) for config in configs]
+        now = float(pd.concat(runs).mean()) if runs else None
+        said = number(mean)
+        if said is not None and (now is None or abs(now - said) > 1e-6):
+            found.append(
+                f"verdict.json is not of these scores: it has a mean of {percent(said)} for {title(str(arm))}, the scores "
+                f"have {percent(now)}; run `python -m harness.decide` on this folder again."
+            )
+    return found
+
+
+def identity_table(study: Study) -> Table | None:
+    """Show the hashes of the consumed token ids: a row a seed, a column an arm."""
+    rows: dict[str, dict[str, str]] = {}
+    trials = [(study.label(config), trial) for config in study.configs for trial in config.trials]
+    for label, trial in sorted(trials, key=lambda item: (item[1].seed is None, item[1].seed or 0)):
+        consumed = str(trial.manifest.get("consumed_tokens_sha256") or "")
+        expected = str(trial.manifest.get("expected_tokens_sha256") or "")
+        mark = " ≠ its batch plan" if consumed and expected and consumed != expected else ""
+        name = "Seed unknown" if trial.seed is None else f"Seed {trial.seed}"
+        rows.setdefault(name, {})[label] = consumed[:16] + mark if consumed else "none"
+    if not rows:
+        return None
+    arms = {study.label(config): config.arm for config in study.configs}
+    table = build("Consumed token ids, in order: first 16 digits of the SHA-256", "Seed", rows, arms)
+    return replace(table, code=True)
+
+
+def split_table(study: Study) -> Table | None:
+    """Show the splits with their counts and hashes, as study.yaml registered them."""
+    splits = {name: item for name, item in mapping(study.settings.get("data")).items() if _is_split(item)}
+    rows = {}
+    for name, item in splits.items():
+        keys = [*(key for key in _FIRST if key in item), *(key for key in item if key not in _FIRST)]
+        rows[str(name)] = {str(key).replace("_", " "): phrase(item[key]) for key in keys}
+        if "sha256" in item:
+            rows[str(name)]["sha256"] = phrase(item["sha256"])[:16]
+    note = "study.yaml has the whole hashes."
+    return build("Splits, with the first 16 digits of their SHA-256", "Split", rows, {}, note) if rows else None
+
+
+def facts(study: Study) -> dict[str, str]:
+    """Return all other facts of provenance, `{name: text}`."""
+    trials = [*study.trials, *([study.base] if study.base else [])]
+    settings = study.settings
+    model = mapping(settings.get("model"))
+    data = {str(k): phrase(v) for k, v in mapping(settings.get("data")).items() if not _is_split(v)}
+    methods = sorted({f"{title(t.arm)}: {phrase(t.manifest.get('method'))}" for t in study.trials if t.manifest})
+    rule = f"margin {percent(settings.get('margin'))}, alpha {phrase(settings.get('alpha'))}" if settings else ""
+    found = {
+        "Model": phrase(model.get("path")),
+        "Model revision": phrase(model.get("revision")),
+        "SHA-256 of the base's weights": _same(trials, "base_sha256") or phrase(model.get("base_sha256")),
+        "Label noise": _label_noise(study.trials),
+        "Pairs dropped after tokenisation": _same(trials, "dropped_pairs"),
+        **{f"Data: {name.replace('_', ' ')}": text for name, text in data.items()},
+        "Method settings": " | ".join(methods),
+        "Decision rule": rule,
+        "Hardware": _same(trials, "hardware"),
+        "Versions": _same(trials, "versions"),
+        "Commit": _same(trials, "commit"),
+        "Registered": phrase(settings.get("created")),
+    }
+    return {name: text for name, text in found.items() if text and text != MISSING}
+
+
+def failed_trials(study: Study) -> list[dict[str, str]]:
+    """Return the trials that have no result, with the error that they ended with."""
+    found = []
+    for trial in study.trials:
+        if trial.state not in (FAILED, UNFINISHED):
+            continue
+        error = ": ".join(str(trial.failure[key]) for key in ("error", "message") if trial.failure.get(key))
+        found.append(
+            {
+                "trial_id": trial.trial_id,
+                "arm": title(trial.arm) or "arm unknown",
+                "seed": "unknown" if trial.seed is None else str(trial.seed),
+                "stage": str(trial.failure.get("stage") or "unknown stage"),
+                "error": error or "It was not finished, and left no error: it is running, or it was killed.",
+            }
+        )
+    return found
+
+
+def phrase(value: Any) -> str:
+    """Write a JSON value as one phrase."""
+    if isinstance(value, Mapping):
+        return "; ".join(_entry(str(key), item) for key, item in value.items()) or "none"
+    if isinstance(value, list | tuple):
+        shown = ", ".join(phrase(item) for item in value[:10])
+        return (f"{shown} and {len(value) - 10} more" if len(value) > 10 else shown) or "none"
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    return MISSING if value is None or value == "" else str(value)
+
+
+def _entry(key: str, value: Any) -> str:
+    size = number(value)
+    if key.endswith("_bytes") and size is not None:
+        return f"{key.removesuffix('_bytes')}: {size / 2**30:.1f} GiB"
+    return f"{key}: {phrase(value)}"
+
+
+def _is_split(value: Any) -> bool:
+    return isinstance(value, Mapping) and bool(set(_FIRST) & set(value))
+
+
+def _same(trials: list[Trial], key: str) -> str:
+    """Say a fact of all trials once, or each of its values with the number of trials that have it."""
+    values: dict[str, int] = {}
+    for trial in trials:
+        if trial.manifest.get(key):
+            text = phrase(trial.manifest[key])
+            values[text] = values.get(text, 0) + 1
+    if len(values) <= 1:
+        return next(iter(values), "")
+    return "differs: " + " | ".join(f"{plural(count, 'trial')}: {text}" for text, count in values.items())
+
+
+def _label_noise(trials: tuple[Trial, ...]) -> str:
+    texts = set()
+    for trial in trials:
+        noise = mapping(trial.manifest.get("label_noise"))
+        if number(noise.get("share")):
+            texts.add(
+                f"{percent(noise['share'])} of the training labels flipped ({phrase(noise.get('flipped'))} pairs)"
+            )
+    return "; ".join(sorted(texts)) or ("none" if trials else "")

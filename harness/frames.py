@@ -1,0 +1,260 @@
+"""The tables of a report as pandas frames of text, and their two renderings, HTML and Markdown.
+
+Cells are plain text and may be hostile; they are escaped when a table is rendered, and nowhere before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+from markupsafe import Markup
+
+from harness.degenerate import degenerate_shares
+from harness.palette import BASE, Look, title
+from harness.study import COMPLETE, Config, Study, mapping
+from harness.untrusted import html, markdown, one_line
+from harness.wording import DEFINITIONS, MISSING, PREFERENCE, SCORERS, interval, number, percent, plural, points
+
+_CELL_LIMIT = 400
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table for people.
+
+    Attributes:
+        caption: what it shows.
+        frame: text cells; the index holds the row headers, its name heads them, columns head the rest.
+        arms: {column header: arm}, for columns that show an arm with its colour and marker.
+        notes: sentences below it.
+        code: cells are identifiers such as hashes.
+    """
+
+    caption: str
+    frame: pd.DataFrame
+    arms: Mapping[str, str]
+    notes: tuple[str, ...] = ()
+    code: bool = False
+
+    def html(self, looks: Mapping[str, Look]) -> Markup:
+        """Render with pandas; row and column headers have a scope."""
+        frame = self.frame.map(lambda cell: str(html(cell, _CELL_LIMIT)))
+        heads = [str(self._head(str(name), looks)) for name in frame.columns]
+        names = [str(html(name, _CELL_LIMIT)) for name in frame.index]
+        corner = str(html(frame.index.name or ""))
+        frame = frame.set_axis(names, axis=0).set_axis(heads, axis=1).rename_axis(columns=corner)
+        with pd.option_context("display.max_colwidth", None):  # pandas cuts cells at 50 characters otherwise
+            text = frame.to_html(escape=False, border=0, classes="code" if self.code else None)
+        # Cells are escaped, so that each `<th>` is pandas' own.
+        head, _, body = text.replace(' style="text-align: right;"', "").partition("</thead>")
+        table = head.replace("<th>", '<th scope="col">') + "</thead>" + body.replace("<th>", '<th scope="row">')
+        opening, _, rest = table.partition("\n")
+        return Markup("{}<caption><span>{}</span></caption>{}").format(
+            Markup(opening), html(self.caption), Markup(rest)
+        )
+
+    def markdown(self, looks: Mapping[str, Look]) -> Markup:
+        """Render as a GitHub table."""
+
+        def text(cell: Any) -> str:
+            return str(markdown(cell, _CELL_LIMIT))
+
+        heads = [str(column) for column in self.frame.columns]
+        columns = [
+            f"{looks[self.arms[h]].glyph} {text(_name(h, self.arms))}" if h in self.arms else text(h) for h in heads
+        ]
+        rows = [[text(self.frame.index.name or "") or " ", *columns], ["---"] * (1 + len(columns))]
+        rows += [
+            [text(name), *map(text, row)] for name, row in zip(self.frame.index, self.frame.to_numpy(), strict=True)
+        ]
+        return Markup("\n".join(f"| {' | '.join(row)} |" for row in rows))
+
+    def _head(self, column: str, looks: Mapping[str, Look]) -> Markup:
+        if column not in self.arms:
+            return html(column)
+        look = looks[self.arms[column]]
+        chip = '<span class="arm arm-{}"><span aria-hidden="true">{}</span> {}</span>'
+        return Markup(chip).format(look.key, look.glyph, html(_name(column, self.arms)))
+
+
+def _name(column: str, arms: Mapping[str, str]) -> str:
+    """Return a column's title: the arm's name in prose, with the config where the column says it."""
+    arm = arms[column]
+    return title(arm) + column.removeprefix(arm)
+
+
+def build(
+    caption: str, corner: str, rows: Mapping[str, Mapping[str, str]], arms: Mapping[str, str], *notes: str
+) -> Table:
+    """Make a table from `{row header: {column header: cell}}`; a cell that a row lacks is shown as missing."""
+    frame = pd.DataFrame.from_dict(dict(rows), orient="index", dtype=object).fillna(MISSING)
+    frame.index.name = corner
+    shown = {name: arm for name, arm in arms.items() if name in frame}
+    return Table(caption, frame, shown, tuple(note for note in notes if note))
+
+
+def columns(study: Study, configs: Sequence[Config]) -> dict[str, str]:
+    """Return `{column header: arm}` of configs."""
+    return {study.label(config): config.arm for config in configs}
+
+
+def run_means(study: Study, config: Config, scorer: str, split: str) -> pd.Series:
+    """Return the mean score of each of a config's runs, by seed; unscored prompts are left out."""
+    rows = study.scores
+    mine = rows[(rows["arm"] == config.arm) & (rows["split"] == split) & (rows["scorer"] == scorer)]
+    if config.arm != BASE:
+        mine = mine[mine["config"] == config.label]
+    if config.arm != BASE and config.trials:
+        mine = mine[mine["seed"].isin([trial.seed for trial in config.trials])]
+    return mine.groupby("seed")["score"].mean().dropna()
+
+
+def score_table(study: Study) -> Table | None:
+    """Every scorer's mean on the shown split, with the standard deviation over seeds; the deciding one first."""
+    names = [n for n in study.confirmed["scorer"].unique() if not n.startswith(PREFERENCE) or n == study.metric]
+    names.sort(key=lambda name: name != study.metric)
+    rows = {}
+    for scorer in names:
+        decides = " (decides)" if scorer == study.metric else ""
+        rows[SCORERS.get(scorer, scorer) + decides] = _means(study, scorer, study.split)
+    if not rows:
+        return None
+    seeds = {study.label(c): len(run_means(study, c, study.metric, study.split)) for c in study.with_base}
+    rows["Seeds"] = {label: str(count) for label, count in seeds.items()}
+    rows |= _unscored(study)
+    return build(
+        f"Scores on the {study.split} set: mean over prompts and seeds, higher is better",
+        "Scorer",
+        rows,
+        columns(study, study.with_base),
+        "± is the standard deviation of the run means over seeds, in points; with one seed there is none.",
+        ""
+        if study.base
+        else "No SFT base is stored in this study, so there is nothing to compare with before training.",
+    )
+
+
+def preference_table(study: Study) -> Table | None:
+    """Held-out preference accuracy by both definitions, before training (the base) and after."""
+    rows = {}
+    for split in ("golden", "dev"):
+        for scorer, definition in DEFINITIONS.items():
+            cells = _means(study, scorer, split)
+            if cells:
+                rows[f"{definition[0].upper()}{definition[1:]}, {split} pairs"] = cells
+    if not rows:
+        return None
+    return build(
+        "Preference accuracy on held-out pairs: how often the chosen answer is ranked first",
+        "Definition",
+        rows,
+        columns(study, study.with_base),
+        "The SFT base is the state before training. By DPO's reward it prefers nothing (50%): it is its own reference.",
+        "Each arm is trained on one of the two definitions; compare the arms on both.",
+    )
+
+
+def degenerate_table(study: Study) -> Table | None:
+    """Count degenerate completions on the shown split, all seeds together."""
+    rows: dict[str, dict[str, str]] = {}
+    for config in study.with_base:
+        runs = [run for trial in config.trials if (run := study.completions(trial))]
+        answers = [answer for run in runs for answer in run]
+        if not answers:
+            continue
+        label = study.label(config)
+        rows.setdefault("Completions", {})[label] = f"{len(answers):,}"
+        for flag, text in (("empty", "Empty"), ("cut_off", "Cut off at the token limit"), ("repetition", "Repetition")):
+            count = sum(flag in answer["flags"] for answer in answers)
+            rows.setdefault(text, {})[label] = f"{count:,} ({percent(count / len(answers))})"
+        same = max(degenerate_shares(run)["same_answer"] for run in runs)
+        rows.setdefault("Most frequent answer of a run", {})[label] = percent(same)
+    if not rows:
+        return None
+    note = "“Most frequent answer” is the share of prompts that got the same answer, in the run where it is highest."
+    return build(f"Degenerate output on the {study.split} set", "Kind", rows, columns(study, study.with_base), note)
+
+
+def length_table(study: Study) -> Table | None:
+    """Length of the completions in tokens, words and characters."""
+    rows: dict[str, dict[str, str]] = {}
+    for config in study.with_base:
+        answers = [answer for trial in config.trials for answer in study.completions(trial)]
+        if not answers:
+            continue
+        tokens = pd.Series([a["tokens"] for a in answers if a["tokens"] is not None], dtype=float)
+        for name, value in (
+            ("Tokens, mean", tokens.mean()),
+            ("Tokens, median", tokens.median()),
+            ("Tokens, 95th percentile", tokens.quantile(0.95)),
+            ("Words, mean", pd.Series([len(a["completion"].split()) for a in answers]).mean()),
+            ("Characters, mean", pd.Series([len(a["completion"]) for a in answers]).mean()),
+        ):
+            rows.setdefault(name, {})[study.label(config)] = MISSING if number(value) is None else f"{value:.1f}"
+    if not rows:
+        return None
+    return build(f"Length of the completions on the {study.split} set", "Length", rows, columns(study, study.with_base))
+
+
+def guard_table(guards: Sequence[Mapping[str, Any]]) -> Table | None:
+    """Show the guards, and whether the winner holds them."""
+    rows = {}
+    for guard in guards:
+        passed = guard.get("passed")
+        rows[one_line(guard.get("metric", "unnamed"))] = {
+            "Result": "held" if passed is True else "FAILED" if passed is False else "not judged",
+            "Difference (points)": points(guard.get("difference")),
+            "95% interval": interval(guard.get("ci95")),
+            "Margin (points)": points(guard.get("margin"), signed=False),
+        }
+    return (
+        build("Guards: on these the winner must not be worse by more than the margin", "Metric", rows, {})
+        if rows
+        else None
+    )
+
+
+def trial_table(study: Study) -> Table | None:
+    """Show one row a trial, whatever became of it."""
+    rows = {}
+    for trial in study.trials:
+        means = run_means(study, Config(trial.arm, trial.config, (trial,)), study.metric, study.split)
+        seconds = [number(value) or 0.0 for value in mapping(trial.manifest.get("seconds")).values()]
+        flags = trial.manifest.get("flags")
+        others = [str(flag) for flag in flags if flag != trial.state] if isinstance(flags, list) else []
+        rows[trial.trial_id] = {
+            "Arm": title(trial.arm) or MISSING,
+            "Config": trial.config.replace(",", ", ") or MISSING,
+            "Seed": MISSING if trial.seed is None else str(trial.seed),
+            "State": ", ".join([trial.state, *others]),
+            f"{study.metric or 'score'} on {study.split}": percent(means.iloc[0]) if len(means) else MISSING,
+            "Seconds": f"{sum(seconds):.0f}" if seconds else MISSING,
+        }
+    done = sum(trial.state == COMPLETE for trial in study.trials)
+    return build(f"All trials: {done} of {len(study.trials)} complete", "Trial", rows, {}) if rows else None
+
+
+def _means(study: Study, scorer: str, split: str) -> dict[str, str]:
+    cells = {}
+    for config in study.with_base:
+        means = run_means(study, config, scorer, split)
+        if len(means):
+            spread = f" ±\u00a0{points(means.std(ddof=1), signed=False)}" if len(means) > 1 else ""
+            cells[study.label(config)] = percent(means.mean()) + spread
+    return cells
+
+
+def _unscored(study: Study) -> dict[str, dict[str, str]]:
+    """Count prompts without a score, by reason, where there are any."""
+    rows = study.confirmed
+    empty = rows[rows["score"].isna() & (rows["scorer"] == study.metric)]
+    cells = {}
+    for config in study.with_base if len(empty) else ():
+        mine = empty[(empty["arm"] == config.arm) & ((empty["config"] == config.label) | (config.arm == BASE))]
+        reasons = mine["unscored_reason"].value_counts().items()
+        text = "; ".join(f"{plural(count, 'prompt')}: {reason or 'no reason given'}" for reason, count in reasons)
+        cells[study.label(config)] = text or "0"
+    return {"Unscored (not counted as 0)": cells} if cells else {}

@@ -1,0 +1,165 @@
+"""The report of one study: results/STUDY/ -> report.html, report.md, figures/*.svg.
+
+Command: `python -m harness.report results/STUDY`. Imports no torch, needs no network, and writes the same bytes for the
+same study.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from harness import evidence, frames, wording
+from harness.costs import cost_table
+from harness.figures import draw_interval, draw_learning, draw_lengths
+from harness.frames import Table
+from harness.palette import BASE, THEME, Look, looks, title
+from harness.records import UsageError, write_text
+from harness.sidebyside import SideBySide, side_by_side
+from harness.study import Study, read_study
+from harness.svg import inline
+from harness.untrusted import fence, html, markdown, visible
+
+_TEMPLATES = Path(__file__).parent / "templates"
+# A Markdown page of 40 prompts is not read; the first ones differ most.
+_MARKDOWN_PROMPTS = 12
+
+
+def render_report(study: Path) -> Path:
+    """Write report.html, report.md and figures/ of a study in whatever state it is; return the path of report.html.
+
+    Raises:
+        UsageError: the folder is not a study.
+    """
+    content = _content(read_study(study))
+    environment = _environment(content["looks"])
+    for drawing in content["drawings"]:
+        write_text(study / "figures" / f"{drawing.name}.svg", drawing.svg)
+    _remove_stale(study / "figures", {f"{drawing.name}.svg" for drawing in content["drawings"]})
+    write_text(study / "report.md", environment.get_template("report.md.j2").render(content))
+    path = study / "report.html"
+    write_text(path, environment.get_template("report.html.j2").render(content))
+    return path
+
+
+def _content(study: Study) -> dict[str, Any]:
+    """Return all that the templates show."""
+    arm_looks = looks(study.arms)
+    identity = evidence.identity_of(study)
+    interval, lengths = draw_interval(study, arm_looks), draw_lengths(study, arm_looks)
+    learning = draw_learning(study, arm_looks)
+    drawings = [drawing for drawing in (interval, *learning, lengths) if drawing]
+    compared: SideBySide = side_by_side(study)
+    return {
+        "study": study,
+        "page_title": visible(f"{wording.headline(study)} · {study.name}"),
+        "looks": arm_looks,
+        "arms": [arm_looks[arm] for arm in study.arms],
+        "base": arm_looks[BASE],
+        "drawings": drawings,
+        "interval": interval,
+        "learning": learning,
+        "lengths": lengths,
+        **_verdict(study, identity),
+        **_tables(study),
+        "identity": evidence.identity_sentence(identity),
+        "proved": identity.get("status") == "proved",
+        "compared": compared,
+        "few_compared": compared.comparisons[:_MARKDOWN_PROMPTS],
+        "facts": evidence.facts(study),
+        "failed": evidence.failed_trials(study),
+        "command": str(study.settings.get("command") or ""),
+    }
+
+
+def _verdict(study: Study, identity: Mapping[str, Any]) -> dict[str, Any]:
+    level = str(study.verdict.get("level") or "")
+    verdict = str(study.verdict.get("verdict") or "")
+    return {
+        "headline": wording.headline(study),
+        "reason": wording.reason(study),
+        "level": wording.LEVELS.get(level, ""),
+        "next_step": wording.next_step(study),
+        "warnings": wording.warnings(study, identity) + evidence.stale_verdict(study),
+        "key_facts": wording.key_facts(study),
+        "accent": verdict if verdict in study.arms else "",
+        "pairs_only": study.metric.startswith(wording.PREFERENCE),
+    }
+
+
+def _tables(study: Study) -> dict[str, Table | None]:
+    return {
+        "scores": frames.score_table(study),
+        "preferences": frames.preference_table(study),
+        "degenerate": frames.degenerate_table(study),
+        "guards": frames.guard_table(wording.guards(study)),
+        "trials": frames.trial_table(study),
+        "length_table": frames.length_table(study),
+        "costs": cost_table(study),
+        "hashes": evidence.identity_table(study),
+        "splits": evidence.split_table(study),
+    }
+
+
+def _environment(arm_looks: Mapping[str, Look]) -> Environment:
+    """Return the templates' environment: everything is escaped unless a filter made it harmless before."""
+    environment = Environment(
+        loader=FileSystemLoader(_TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    colours = {look.light: f"arm-{look.key}" for look in arm_looks.values()} | THEME
+    filters: dict[str, Callable[..., Markup]] = {
+        "text": html,
+        "md": markdown,
+        "fence": fence,
+        "table": lambda table: table.html(arm_looks),
+        "md_table": lambda table: table.markdown(arm_looks),
+        "figure": lambda drawing: inline(drawing.svg, colours),
+    }
+    environment.filters.update(filters)
+    environment.globals.update(title=title, style=Markup((_TEMPLATES / "style.css").read_text(encoding="utf-8")))
+    return environment
+
+
+def _remove_stale(folder: Path, current: set[str]) -> None:
+    """Remove figures of an earlier report that this one no longer has."""
+    for path in folder.glob("*.svg"):
+        if path.name not in current:
+            path.unlink()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command."""
+    parser = argparse.ArgumentParser(
+        prog="python -m harness.report",
+        description="Write the report of a study: report.html, report.md and figures/. Trains and scores nothing.",
+        epilog="Example: python -m harness.report results/my-study",
+    )
+    parser.add_argument("study", type=Path, help="a folder under results/ that harness.sweep wrote, finished or not")
+    arguments = parser.parse_args(argv)
+    try:
+        print(render_report(arguments.study))
+    except UsageError as error:
+        print(f"harness.report: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(
+            f"harness.report: cannot write the report: {error}; free the disk or the folder, and run again",
+            file=sys.stderr,
+        )
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,129 @@
+"""Completions side by side: one prompt, what the base and each arm answered, sorted by disagreement."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from harness.palette import BASE, title
+from harness.study import Config, Study, Trial
+from harness.wording import MISSING, number, percent, plural
+
+MAX_PROMPTS = 40
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one policy answered: its arm, the text, its score as the reader sees it, its flags and its length."""
+
+    arm: str
+    text: str
+    score: str
+    flags: tuple[str, ...]
+    tokens: int | None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One prompt with the answers to it, the base's first."""
+
+    prompt_id: str
+    prompt: str
+    answers: tuple[Answer, ...]
+
+
+@dataclass(frozen=True)
+class SideBySide:
+    """The comparisons that are shown, and a sentence on how they were chosen and how many there are."""
+
+    comparisons: tuple[Comparison, ...]
+    summary: str
+
+
+@dataclass(frozen=True)
+class _Policy:
+    """One trial's answers and scores by prompt."""
+
+    arm: str
+    seed: int | None
+    answers: Mapping[str, Mapping[str, Any]]
+    scores: Mapping[str, float]
+
+
+def side_by_side(study: Study) -> SideBySide:
+    """Compare the first seed of each arm (its first config) with each other and with the base."""
+    policies = [policy for config in _first_configs(study) if (policy := _policy(study, config))]
+    prompts = {prompt: row["prompt"] for policy in policies for prompt, row in policy.answers.items()}
+    if not prompts:
+        return SideBySide((), "No completions are stored in this study.")
+    trained = [policy for policy in policies if policy.arm != BASE]
+    ordered = sorted(prompts, key=lambda prompt: (*_disagreement(prompt, trained, policies), prompt))
+    shown = tuple(
+        Comparison(prompt, prompts[prompt], tuple(_answer(policy, prompt) for policy in policies))
+        for prompt in ordered[:MAX_PROMPTS]
+    )
+    return SideBySide(shown, _summary(study, len(shown), len(prompts), trained))
+
+
+def _first_configs(study: Study) -> list[Config]:
+    """Return the base and the first config of each arm."""
+    first: dict[str, Config] = {}
+    for config in study.with_base:
+        first.setdefault(config.arm, config)
+    return list(first.values())
+
+
+def _policy(study: Study, config: Config) -> _Policy | None:
+    trial = next((t for t in config.trials if any(c["split"] == study.split for c in t.completions)), None)
+    if trial is None:
+        return None
+    answers = {row["prompt_id"]: row for row in trial.completions if row["split"] == study.split}
+    return _Policy(config.arm, trial.seed, answers, _scores(study, config, trial))
+
+
+def _scores(study: Study, config: Config, trial: Trial) -> dict[str, float]:
+    rows = study.confirmed
+    mine = rows[(rows["arm"] == config.arm) & (rows["scorer"] == study.metric)]
+    if config.arm != BASE:
+        mine = mine[(mine["config"] == config.label) & (mine["seed"] == trial.seed)]
+    mine = mine[mine["score"].notna()]
+    return dict(zip(mine["prompt_id"], mine["score"], strict=True))
+
+
+def _disagreement(prompt: str, trained: Sequence[_Policy], policies: Sequence[_Policy]) -> tuple[float, float, bool]:
+    """Sort key, largest disagreement first: between the arms, then with the base, then in the text alone."""
+    texts = {policy.answers[prompt]["completion"] for policy in trained if prompt in policy.answers}
+    return (-_spread(prompt, trained), -_spread(prompt, policies), len(texts) <= 1)
+
+
+def _spread(prompt: str, policies: Sequence[_Policy]) -> float:
+    scores = [policy.scores[prompt] for policy in policies if prompt in policy.scores]
+    return max(scores) - min(scores) if scores else 0.0
+
+
+def _answer(policy: _Policy, prompt: str) -> Answer:
+    row = policy.answers.get(prompt)
+    score = number(policy.scores.get(prompt))
+    if row is None:
+        return Answer(policy.arm, "", MISSING, ("no completion stored",), None)
+    text = "unscored" if score is None else percent(score, 0)
+    return Answer(
+        policy.arm, row["completion"], text, tuple(flag.replace("_", " ") for flag in row["flags"]), row["tokens"]
+    )
+
+
+def _summary(study: Study, shown: int, total: int, trained: Sequence[_Policy]) -> str:
+    seeds = ", ".join(f"{title(policy.arm)} seed {policy.seed}" for policy in trained)
+    which = f"{plural(shown, 'prompt')} of {total:,}" if shown < total else f"All {plural(total, 'prompt')}"
+    text = f"{which} of the {study.split} set, those on which the arms disagree most first ({seeds})."
+    if len(trained) < 2:
+        return text
+    first, second = trained[:2]
+    both = first.scores.keys() & second.scores.keys()
+    ahead = sum(first.scores[prompt] > second.scores[prompt] for prompt in both)
+    behind = sum(first.scores[prompt] < second.scores[prompt] for prompt in both)
+    return (
+        f"{text} At these seeds {title(first.arm)} scores higher on {ahead:,}, {title(second.arm)} on {behind:,}, and "
+        f"they score the same on {len(both) - ahead - behind:,}."
+    )

@@ -1,0 +1,40 @@
+"""Fixtures: the embedded study's real model and pairs, small configs of it, and a study folder in `tmp_path`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for the network
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+# The embedded study, shrunk until a trial takes about two seconds.
+SMALL = [
+    "data.max_train_pairs=16",
+    "data.max_dev_prompts=12",
+    "data.max_golden_prompts=24",
+    "train.epochs=1",
+    "train.batch_size=4",
+    "train.micro_batch_size=4",
+    "generate.max_new_tokens=12",
+    "tracking=none",
+]
+
+
+@pytest.fixture
+def shared() -> Path:
+    """The folder of real data and models; tests that need it say so when it is not there."""
+    if not SHARED.is_dir():
+        pytest.skip("there is no shared folder beside this checkout: real data are not tested")
+    return SHARED
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> list[str]:
+    """Overrides of a small study that writes below `tmp_path`."""
+    return [*SMALL, f"results_dir={tmp_path / 'results'}"]

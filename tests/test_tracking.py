@@ -1,0 +1,117 @@
+"""Tracking: offline without an account, separate runs, and never a reason for a trial to fail."""
+
+from __future__ import annotations
+
+import json
+import struct
+import time
+from pathlib import Path
+
+import pytest
+from wandb.proto import wandb_internal_pb2
+
+from harness.config import TrackingConfig
+from harness.tracking import NoTracker, WandbTracker, track
+
+
+def records(path: Path):
+    """Read a .wandb file: LevelDB log framing, 7-byte headers (crc u32, length u16, type u8) in 32 KiB blocks."""
+    content, position, buffer = path.read_bytes(), 7, b""
+    while position + 7 <= len(content):
+        left = 32768 - position % 32768
+        if left < 7:
+            position += left
+            continue
+        _, length, kind = struct.unpack("<IHB", content[position : position + 7])
+        buffer += content[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(buffer)
+            buffer = b""
+            yield record
+
+
+def values(items) -> dict:
+    return {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in items}
+
+
+def about(folder: Path, name: str = "dpo-s0") -> dict:
+    return {"folder": folder, "name": name, "group": "study-1", "job_type": "dpo", "tags": ["dpo"], "config": {"seed": 0}}
+
+
+OFFLINE = TrackingConfig(backend="wandb", mode="offline")
+
+
+def runs(folder: Path) -> dict[str, list]:
+    """Read all offline runs, by name; W&B's own process writes the last records a moment after `finish` returns."""
+    found = {}
+    for path in sorted(folder.glob("wandb/offline-run-*/run-*.wandb")):
+        deadline = time.monotonic() + 20
+        content = list(records(path))
+        while not any(record.HasField("exit") for record in content) and time.monotonic() < deadline:
+            time.sleep(0.1)
+            content = list(records(path))
+        run = next(record.run for record in content if record.HasField("run"))
+        found[run.display_name] = [run, content]
+    return found
+
+
+@pytest.mark.slow
+def test_a_run_is_written_offline_with_its_group_config_metrics_and_table(tmp_path: Path) -> None:
+    with track(OFFLINE, **about(tmp_path)) as tracker:
+        tracker.log({"train/loss": 0.5})
+        tracker.table("completions", ["prompt", "completion"], [["q", "a"]])
+        tracker.summarise({"golden/checks": 0.7})
+    run, content = runs(tmp_path)["dpo-s0"]
+    assert (run.run_group, run.job_type, list(run.tags)) == ("study-1", "dpo", ["dpo"])
+    assert values(run.config.update)["seed"] == 0
+    history = [values(record.history.item) for record in content if record.HasField("history")]
+    assert history[0]["train/loss"] == 0.5
+    assert history[1]["completions.nrows"] == 1
+    summary = {k: v for r in content if r.HasField("summary") for k, v in values(r.summary.update).items()}
+    assert summary["golden/checks"] == 0.7
+    exits = [record.exit.exit_code for record in content if record.HasField("exit")]
+    assert exits == [0]
+
+
+@pytest.mark.slow
+def test_a_run_that_raises_is_closed_as_failed_and_does_not_swallow_the_next(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="boom"), track(OFFLINE, **about(tmp_path, "first")):
+        raise RuntimeError("boom")
+    with track(OFFLINE, **about(tmp_path, "second")) as tracker:
+        tracker.log({"x": 1})
+    found = runs(tmp_path)
+    assert set(found) == {"first", "second"}
+    codes = {name: [r.exit.exit_code for r in content if r.HasField("exit")] for name, (_, content) in found.items()}
+    assert codes == {"first": [1], "second": [0]}
+
+
+def test_none_tracks_nothing(tmp_path: Path) -> None:
+    with track(TrackingConfig(backend="none"), **about(tmp_path)) as tracker:
+        tracker.log({"x": 1})
+        tracker.table("t", ["a"], [[1]])
+    assert isinstance(tracker, NoTracker)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_error_of_wandb_is_said_once_and_goes_no_further(capsys) -> None:
+    class Broken:
+        def log(self, metrics: dict) -> None:
+            raise ConnectionError("no server")
+
+    tracker = WandbTracker(Broken())
+    tracker.log({"x": 1})
+    tracker.log({"x": 2})
+    assert tracker.failed
+    assert capsys.readouterr().out.count("no server") == 1
+
+
+@pytest.mark.slow
+def test_online_without_an_account_falls_back_to_offline(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with track(TrackingConfig(backend="wandb", mode="online"), **about(tmp_path)) as tracker:
+        tracker.log({"x": 1})
+    assert "dpo-s0" in runs(tmp_path)

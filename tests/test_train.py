@@ -1,0 +1,252 @@
+"""Training: the harness's engine and TRL's own see the same tokens and take the same steps."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+
+from harness.checkpoint import load_base, load_policy
+from harness.config import Engine, RunConfig, load_run
+from harness.inputs import tokens_of
+from harness.logps import pair_logps
+from harness.losses import dpo_loss, simpo_loss
+from harness.plan import ConsumedTokens, expected_tokens_sha256
+from harness.reference import StaleReferenceError, reference_logps
+from harness.tokens import TokenPair
+from harness.train import build_trainer, train_arm
+from harness.trainers import CONSUMED_FILE, DivergedError, last_checkpoint
+from harness.trial import plan_of
+
+
+def configure(arm: str, *overrides: str) -> RunConfig:
+    return load_run(
+        [
+            f"+method={arm}",
+            "data.max_train_pairs=24",
+            "train.epochs=1",
+            "train.batch_size=4",
+            "train.micro_batch_size=2",
+            "method.learning_rate=1e-3",
+            "tracking=none",
+            *overrides,
+        ]
+    )
+
+
+def reference_of(config: RunConfig, cache: Path) -> torch.Tensor:
+    tokens = tokens_of(config)
+    return reference_logps(
+        tokens.train,
+        lambda: load_base(config),
+        base_sha256="base",
+        pad_id=tokens.chat.tokenizer.pad_token_id,
+        cache=cache,
+    )
+
+
+def train(config: RunConfig, folder: Path, *, reference: torch.Tensor | None = None, **more):
+    tokens = tokens_of(config)
+    plan = plan_of(config, len(tokens.train.rows))
+    folder.mkdir(parents=True, exist_ok=True)
+    return train_arm(config, tokens.train.rows, plan, chat=tokens.chat, folder=folder, reference=reference, **more)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tuning", ["lora", "full"])
+@pytest.mark.parametrize("arm", ["dpo", "simpo", "dpo_norm"])
+def test_each_step_equals_the_stock_trainers(arm: str, tuning: str, tmp_path: Path) -> None:
+    config = configure(arm, f"train.tuning={tuning}", "method.learning_rate=1e-4")
+    reference = None if arm == "simpo" else reference_of(config, tmp_path / "cache")
+    paired = train(config, tmp_path / "paired", reference=reference)
+    stock_config = replace(config, train=replace(config.train, engine=Engine.stock))
+    stock = train(stock_config, tmp_path / "stock")
+    assert len(paired.steps) == len(stock.steps) == 6
+    for ours, theirs in zip(paired.steps, stock.steps, strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-5)
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-5, abs=1e-5)
+    assert paired.consumed_tokens_sha256 == stock.consumed_tokens_sha256
+
+
+def test_both_arms_consume_the_plan_and_nothing_else(tmp_path: Path) -> None:
+    hashes = {}
+    for arm in ("dpo", "simpo"):
+        config = configure(arm, "seed=3")
+        reference = None if arm == "simpo" else reference_of(config, tmp_path / "cache")
+        hashes[arm] = train(config, tmp_path / arm, reference=reference).consumed_tokens_sha256
+    rows = tokens_of(config).train.rows
+    expected = expected_tokens_sha256(rows, plan_of(config, len(rows)).order)
+    assert hashes == {"dpo": expected, "simpo": expected}
+
+
+def test_another_seed_is_another_order() -> None:
+    rows = tokens_of(configure("dpo")).train.rows
+    plans = [plan_of(configure("dpo", f"seed={seed}"), len(rows)) for seed in (0, 1)]
+    assert expected_tokens_sha256(rows, plans[0].order) != expected_tokens_sha256(rows, plans[1].order)
+
+
+def test_dpo_starts_at_ln_2(tmp_path: Path) -> None:
+    config = configure("dpo")
+    result = train(config, tmp_path, reference=reference_of(config, tmp_path / "cache"))
+    assert result.steps[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+
+
+def test_the_first_simpo_step_is_the_papers_loss_on_that_batch(tmp_path: Path) -> None:
+    config = configure("simpo")
+    tokens = tokens_of(config)
+    order = plan_of(config, len(tokens.train.rows)).order[:4]
+    batch = [tokens.train.rows[i] for i in order]
+    sums = pair_logps(load_base(config), batch, pad_id=0, desc="oracle")
+    lengths = torch.tensor([[len(row.chosen_ids), len(row.rejected_ids)] for row in batch])
+    means = sums / lengths
+    expected = simpo_loss(means[:, 0], means[:, 1], beta=2.0, gamma_beta_ratio=0.5).mean().item()
+    assert train(config, tmp_path).steps[0]["loss"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_simpo_on_equal_answers_is_softplus_of_gamma(tmp_path: Path) -> None:
+    """Equal answers have equal averages: each loss is log(1 + e^gamma), gamma = 2 * 0.5."""
+    config = configure("simpo")
+    tokens = tokens_of(config)
+    rows = tuple(replace(row, rejected_ids=row.chosen_ids) for row in tokens.train.rows[:4])
+    plan = plan_of(config, 4)
+    result = train_arm(config, rows, plan, chat=tokens.chat, folder=tmp_path)
+    assert result.steps[0]["loss"] == pytest.approx(math.log1p(math.exp(1.0)), abs=1e-5)
+
+
+def test_length_norm_0_is_the_summed_log_prob(tmp_path: Path) -> None:
+    config = configure("simpo", "method.length_norm=0", "method.beta=0.1", "method.gamma_beta_ratio=0")
+    tokens = tokens_of(config)
+    batch = [tokens.train.rows[i] for i in plan_of(config, len(tokens.train.rows)).order[:4]]
+    sums = pair_logps(load_base(config), batch, pad_id=0, desc="oracle")
+    zero = torch.zeros(4, dtype=torch.float64)
+    expected = dpo_loss(sums[:, 0], sums[:, 1], zero, zero, beta=0.1).mean().item()
+    assert train(config, tmp_path).steps[0]["loss"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_the_saved_adapter_is_the_policy_that_was_trained(tmp_path: Path) -> None:
+    config = configure("simpo", "method.learning_rate=1e-3")
+    train(config, tmp_path)
+    rows = tokens_of(config).train.rows
+    before = pair_logps(load_base(config), rows, pad_id=0, desc="before")
+    after = pair_logps(load_policy(config, tmp_path), rows, pad_id=0, desc="after")
+    lengths = torch.tensor([[len(row.chosen_ids), len(row.rejected_ids)] for row in rows])
+    margin = [((sums / lengths)[:, 0] - (sums / lengths)[:, 1]).mean().item() for sums in (before, after)]
+    assert margin[1] > margin[0] + 0.05
+
+
+def test_a_trial_resumes_from_its_checkpoint_as_if_nothing_had_happened(tmp_path: Path) -> None:
+    config = configure("simpo", "train.checkpoint_steps=2")
+    whole = train(config, tmp_path / "whole")
+
+    def die(step: int, logs: dict) -> None:
+        if step == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(config, tmp_path / "killed", on_step=die)
+    found = last_checkpoint(tmp_path / "killed" / "checkpoints")
+    assert found is not None and found[0].name == "checkpoint-4"
+    seen: list[int] = []
+    resumed = train(config, tmp_path / "killed", on_step=lambda step, logs: seen.append(step))
+    assert seen == [5, 6]
+    assert resumed.consumed_tokens_sha256 == whole.consumed_tokens_sha256
+    assert [s["loss"] for s in resumed.steps] == pytest.approx([s["loss"] for s in whole.steps], abs=1e-6)
+
+
+def test_a_checkpoint_without_its_hash_is_not_resumed_from(tmp_path: Path) -> None:
+    for step in (2, 4):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    (tmp_path / "checkpoint-2" / CONSUMED_FILE).write_text(json.dumps({"state": "s", "num_pairs": 8}))
+    (tmp_path / "checkpoint-4" / CONSUMED_FILE).write_text('{"state": ')
+    found = last_checkpoint(tmp_path)
+    assert found is not None and found[0].name == "checkpoint-2" and found[1].num_pairs == 8
+    assert last_checkpoint(tmp_path / "nothing") is None
+
+
+def test_a_nan_stops_the_run(tmp_path: Path) -> None:
+    config = configure("dpo")
+    reference = torch.full((len(tokens_of(config).train.rows), 2), float("nan"), dtype=torch.float64)
+    with pytest.raises(DivergedError, match=r"loss is nan at step 1 of 6"):
+        train(config, tmp_path, reference=reference)
+
+
+def test_stock_cpotrainer_on_raw_text_does_not_see_the_same_tokens(tmp_path: Path) -> None:
+    """The reason for tokenising once: fed with text, TRL's CPOTrainer appends an EOS of its own to each answer."""
+    from trl.experimental.cpo import CPOConfig, CPOTrainer
+
+    config = configure("simpo")
+    tokens = tokens_of(config)
+    tokenizer = copy.deepcopy(tokens.chat.tokenizer)
+    tokenizer.chat_template = tokenizer.chat_template.replace("'<|end|>'", "'<|end|> '")  # as ChatML's trailing newline
+    messages = [{"role": "user", "content": "sort cab"}]
+    text = {
+        "prompt": messages,
+        "chosen": [{"role": "assistant", "content": "abc"}],
+        "rejected": [{"role": "assistant", "content": "cba"}],
+    }
+    trainer = CPOTrainer(
+        model=load_base(config),
+        args=CPOConfig(
+            output_dir=str(tmp_path), loss_type="simpo", cpo_alpha=0.0, max_length=64, bf16=False, use_cpu=True, report_to=[]
+        ),
+        train_dataset=Dataset.from_list([text]),
+        processing_class=tokenizer,
+    )
+    row = trainer.train_dataset[0]
+    stock_answer = [i for i in row["chosen_labels"] if i != -100]
+    prompt = tokens.chat.prompt_ids(messages, conversational=True)
+    ours = tokens.chat.answer_ids(messages, text["chosen"], conversational=True)
+    assert row["prompt_input_ids"] == prompt
+    assert ours.count(tokenizer.eos_token_id) == 1
+    assert stock_answer.count(tokenizer.eos_token_id) == 2
+
+
+def test_a_trainer_fed_in_another_order_arrives_at_another_hash(tmp_path: Path) -> None:
+    config = configure("simpo")
+    tokens = tokens_of(config)
+    plan = plan_of(config, len(tokens.train.rows))
+    shuffled = replace(plan, order=plan.order[::-1])
+    trainer = build_trainer(config, tokens.train.rows, shuffled, chat=tokens.chat, output_dir=tmp_path)
+    trainer.consumed = ConsumedTokens()
+    trainer.train()
+    assert trainer.consumed.num_pairs == len(plan.order)
+    assert trainer.consumed.state != expected_tokens_sha256(tokens.train.rows, plan.order)
+
+
+def test_log_probs_equal_one_sequence_at_a_time(tmp_path: Path) -> None:
+    config = configure("dpo")
+    rows = tokens_of(config).train.rows[:6]
+    base = load_base(config).double()
+    expected = [[_sum_logp(base, row, answer) for answer in (row.chosen_ids, row.rejected_ids)] for row in rows]
+    ours = pair_logps(load_base(config), rows, pad_id=0, desc="batched")
+    assert torch.allclose(ours, torch.tensor(expected, dtype=torch.float64), atol=1e-4)
+
+
+def _sum_logp(model, row: TokenPair, answer: tuple[int, ...]) -> float:
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([[*row.prompt_ids, *answer]])).logits[0, :-1]
+    logps = logits.log_softmax(-1)[len(row.prompt_ids) - 1 :]
+    return logps.gather(-1, torch.tensor(answer)[:, None]).sum().item()
+
+
+def test_the_reference_is_computed_once_for_all_hyperparameters(tmp_path: Path) -> None:
+    first = reference_of(configure("dpo"), tmp_path)
+    for change in ("method.beta=0.5", "method.learning_rate=1e-5", "seed=4", "train.lora_rank=4"):
+        assert torch.equal(reference_of(configure("dpo", change), tmp_path), first)
+    assert len(list(tmp_path.glob("*.safetensors"))) == 1
+
+
+def test_a_stale_reference_is_an_error(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    logps = reference_of(configure("dpo"), tmp_path)
+    path = next(tmp_path.glob("*.safetensors"))
+    save_file({"logps": logps + 0.01}, path)
+    with pytest.raises(StaleReferenceError, match=r"delete the file and run again"):
+        reference_of(configure("dpo"), tmp_path)
