@@ -6,13 +6,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-import pandas as pd
-
-from harness.frames import Table, build, run_means
+from harness.frames import Table, build
 from harness.palette import title
 from harness.study import FAILED, UNFINISHED, Study, Trial, mapping
 from harness.wording import MISSING, number, percent, plural
 
+_SAID = ("warnings", "label_noise")  # shown elsewhere
 _FIRST = ("path", "rows", "pairs", "prompts", "sha256")
 
 
@@ -20,7 +19,14 @@ def identity_of(study: Study) -> Mapping[str, Any]:
     """Return what `harness.identity` says of the data that the arms consumed: status, reasons and hashes by seed."""
     from harness.identity import data_identity
 
-    return mapping(data_identity(study.folder))
+    try:
+        return mapping(data_identity(study.folder))
+    except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
+        # A manifest that is not of the harness's form proves nothing, and must not stop the report.
+        return {
+            "status": "not proved",
+            "reasons": [f"the manifests cannot be compared ({type(error).__name__}: {error})"],
+        }
 
 
 def identity_sentence(identity: Mapping[str, Any]) -> str:
@@ -34,23 +40,6 @@ def identity_sentence(identity: Mapping[str, Any]) -> str:
     if identity.get("status") == "not applicable":
         return f"Identical data: not applicable. {reasons or 'There are no two arms to compare.'}"
     return f"Identical data: NOT proved. {reasons or 'No reason was given.'}"
-
-
-def stale_verdict(study: Study) -> list[str]:
-    """Return a warning for each arm whose mean in verdict.json is not that of the scores in this folder."""
-    found = []
-    unscored = any(number(count) for count in mapping(study.verdict.get("n_unscored")).values())
-    for arm, mean in mapping(study.verdict.get("means")).items() if not unscored else ():
-        configs = [config for config in study.configs if config.arm == arm]
-        runs = [run_means(study, config, study.metric, study.split) for config in configs]
-        now = float(pd.concat(runs).mean()) if runs else None
-        said = number(mean)
-        if said is not None and (now is None or abs(now - said) > 1e-6):
-            found.append(
-                f"verdict.json is not of these scores: it has a mean of {percent(said)} for {title(str(arm))}, the scores "
-                f"have {percent(now)}; run `python -m harness.decide` on this folder again."
-            )
-    return found
 
 
 def identity_table(study: Study) -> Table | None:
@@ -76,11 +65,15 @@ def split_table(study: Study) -> Table | None:
     rows = {}
     for name, item in splits.items():
         keys = [*(key for key in _FIRST if key in item), *(key for key in item if key not in _FIRST)]
-        rows[str(name)] = {str(key).replace("_", " "): phrase(item[key]) for key in keys}
-        if "sha256" in item:
-            rows[str(name)]["sha256"] = phrase(item["sha256"])[:16]
+        rows[str(name)] = {str(key).replace("_", " "): _split_cell(str(key), item[key]) for key in keys}
     note = "study.yaml has the whole hashes."
     return build("Splits, with the first 16 digits of their SHA-256", "Split", rows, {}, note) if rows else None
+
+
+def _split_cell(key: str, value: Any) -> str:
+    if key == "bad_rows" and isinstance(value, list):
+        return str(len(value))
+    return phrase(value)[:16] if key == "sha256" else phrase(value)
 
 
 def facts(study: Study) -> dict[str, str]:
@@ -88,7 +81,9 @@ def facts(study: Study) -> dict[str, str]:
     trials = [*study.trials, *([study.base] if study.base else [])]
     settings = study.settings
     model = mapping(settings.get("model"))
-    data = {str(k): phrase(v) for k, v in mapping(settings.get("data")).items() if not _is_split(v)}
+    data = mapping(settings.get("data"))
+    others = {str(key): phrase(value) for key, value in data.items() if not _is_split(value) and key not in _SAID}
+    bad_rows = {name: mapping(item).get("bad_rows") for name, item in data.items()}
     methods = sorted({f"{title(t.arm)}: {phrase(t.manifest.get('method'))}" for t in study.trials if t.manifest})
     rule = f"margin {percent(settings.get('margin'))}, alpha {phrase(settings.get('alpha'))}" if settings else ""
     found = {
@@ -97,7 +92,8 @@ def facts(study: Study) -> dict[str, str]:
         "SHA-256 of the base's weights": _same(trials, "base_sha256") or phrase(model.get("base_sha256")),
         "Label noise": _label_noise(study.trials),
         "Pairs dropped after tokenisation": _same(trials, "dropped_pairs"),
-        **{f"Data: {name.replace('_', ' ')}": text for name, text in data.items()},
+        **{f"Rows of {name} that cannot be used": phrase(rows) for name, rows in bad_rows.items() if rows},
+        **{f"Data: {name.replace('_', ' ')}": text for name, text in others.items()},
         "Method settings": " | ".join(methods),
         "Decision rule": rule,
         "Hardware": _same(trials, "hardware"),

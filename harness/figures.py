@@ -23,7 +23,7 @@ from harness.spoken import config_name, say_difference, say_learning, say_length
 from harness.study import Config, Study
 from harness.svg import Drawing, describe
 from harness.untrusted import one_line, visible
-from harness.wording import SCORERS, bounds, interval, number, percent, points
+from harness.wording import SCORERS, bounds, interval, levels, number, percent, points
 
 WIDE, PANEL = 4.9, 4.3  # inches; a phone shows a figure at about this size, a desktop a panel beside a panel
 
@@ -73,9 +73,10 @@ def draw_interval(study: Study, looks: Mapping[str, Look]) -> Drawing | None:
             _draw_runs(axes[-1], study, runs, looks)
 
     said = say_difference(study) + say_runs(study, runs)
+    wide, narrow = levels(study)
     caption = (
-        "Thick bar: 90% interval (a tie needs it inside the shaded margin). Thin bar: 95% interval (a winner needs it "
-        "clear of zero). Below: the mean of each run; seeds are not paired between arms. The tick is the arm's mean."
+        f"Thick bar: {narrow} interval (a tie needs it inside the shaded margin). Thin bar: {wide} interval (a winner "
+        "needs it clear of zero). Below: the mean of each run; seeds are not paired between arms. The tick is their mean."
     )
     return _drawing(
         "interval", "Difference between the arms, with intervals", said, caption, WIDE, sum(rows) + 0.75, draw

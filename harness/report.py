@@ -15,7 +15,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from harness import evidence, frames, wording
+from harness import cautions, evidence, frames, wording
 from harness.costs import cost_table
 from harness.figures import draw_interval, draw_learning, draw_lengths
 from harness.frames import Table
@@ -86,7 +86,7 @@ def _verdict(study: Study, identity: Mapping[str, Any]) -> dict[str, Any]:
         "reason": wording.reason(study),
         "level": wording.LEVELS.get(level, ""),
         "next_step": wording.next_step(study),
-        "warnings": wording.warnings(study, identity) + evidence.stale_verdict(study),
+        "warnings": cautions.warnings(study, identity),
         "key_facts": wording.key_facts(study),
         "accent": verdict if verdict in study.arms else "",
         "pairs_only": study.metric.startswith(wording.PREFERENCE),

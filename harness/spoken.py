@@ -10,7 +10,7 @@ import pandas as pd
 from harness.palette import title
 from harness.study import Config, Study
 from harness.untrusted import visible
-from harness.wording import interval, listing, number, percent, plural, points
+from harness.wording import interval, levels, listing, number, percent, plural, points
 
 
 def config_name(study: Study, config: Config) -> str:
@@ -26,7 +26,7 @@ def say_difference(study: Study) -> str:
         return ""
     first, second = study.arms[:2]
     said = f"{title(first)} minus {title(second)}: {points(difference)} points"
-    for level, name in (("ci95", "95%"), ("ci90", "90%")):
+    for level, name in zip(("ci95", "ci90"), levels(study), strict=True):
         said += f", {name} interval {interval(study.verdict.get(level))}"
     return f"{said}; margin {points(study.verdict.get('margin'), signed=False)}. "
 

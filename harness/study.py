@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import yaml
 
 from harness.palette import BASE
-from harness.records import SCORE_COLUMNS, UsageError, read_json, read_jsonl
+from harness.reader import Reader
+from harness.records import SCORE_COLUMNS, UsageError
 
 _MARKERS = ("study.yaml", "trials", "scores.csv", "verdict.json")
 _NUMERIC = ("seed", "score", "tokens", "chars")
@@ -120,9 +120,14 @@ class Study:
         scored = [trial for trial in self.trials if trial.scored]
         shown = [t for t in scored if (t.arm, t.config, t.seed) in runs] or scored
         names = {(t.arm, t.config) for t in shown} if self.trials else {(arm, config) for arm, config, _ in runs}
-        ordered = sorted((n for n in names if n[0] in self.arms), key=lambda n: (self.arms.index(n[0]), n[1]))
+        ordered = sorted((n for n in names if n[0] in self.arms), key=self._rank)
         by_seed = sorted(shown, key=lambda trial: (trial.seed is None, trial.seed or 0))
         return tuple(Config(a, c, tuple(t for t in by_seed if (t.arm, t.config) == (a, c))) for a, c in ordered)
+
+    def _rank(self, name: tuple[str, str]) -> tuple[int, bool, str]:
+        """Order (arm, config) by arm; the config that the verdict was made on comes before the arm's others."""
+        arm, config = name
+        return self.arms.index(arm), config != mapping(self.verdict.get("configs")).get(arm), config
 
     @property
     def with_base(self) -> tuple[Config, ...]:
@@ -143,50 +148,8 @@ class Study:
         """List the registered (arm, seed) for which no trial was scored."""
         seeds = self.settings.get("seeds")
         done = {(trial.arm, trial.seed) for trial in self.trials if trial.scored}
-        planned = (
-            [(str(arm), seed) for arm, row in seeds.items() for seed in row or ()] if isinstance(seeds, dict) else []
-        )
+        planned = [(str(arm), seed) for arm, row in mapping(seeds).items() if isinstance(row, list) for seed in row]
         return [run for run in planned if run not in done]
-
-
-class _Reader:
-    """Reads what is there, and keeps a note on what cannot be read."""
-
-    def __init__(self, study: Path) -> None:
-        self.study = study
-        self.problems: list[str] = []
-
-    def note(self, path: Path, error: object) -> None:
-        where = path.relative_to(self.study)
-        self.problems.append(f"{where} cannot be read: {str(error).removeprefix(f'{path}: ')}")
-
-    def mapping(self, path: Path) -> dict[str, Any]:
-        """Read a JSON or YAML file that holds a mapping; empty where it is absent or broken."""
-        if not path.exists():
-            return {}
-        try:
-            value = read_json(path) if path.suffix == ".json" else yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, yaml.YAMLError) as error:
-            self.note(path, error)
-            return {}
-        if isinstance(value, dict):
-            return value
-        self.note(path, f"a mapping is expected, not {type(value).__name__}")
-        return {}
-
-    def rows(self, path: Path) -> list[dict[str, Any]]:
-        """Read a JSONL file up to its first broken line."""
-        rows: list[dict[str, Any]] = []
-        if not path.exists():
-            return rows
-        try:
-            for row in read_jsonl(path):
-                if not isinstance(row, dict):
-                    raise ValueError(f"row {len(rows) + 1} is not a mapping")
-                rows.append(row)
-        except (OSError, ValueError) as error:
-            self.note(path, f"{error}; the {len(rows)} rows before it are shown")
-        return rows
 
 
 def read_study(folder: Path) -> Study:
@@ -196,7 +159,7 @@ def read_study(folder: Path) -> Study:
         UsageError: the folder is absent, or holds none of the files of a study.
     """
     _check_folder(folder)
-    reader = _Reader(folder)
+    reader = Reader(folder)
     root = folder / "trials"
     trials = [_read_trial(reader, path) for path in sorted(root.iterdir()) if path.is_dir()] if root.is_dir() else []
     base = _read_trial(reader, folder / "base") if (folder / "base").is_dir() else None
@@ -229,7 +192,7 @@ def _check_folder(folder: Path) -> None:
     )
 
 
-def _read_trial(reader: _Reader, folder: Path) -> Trial:
+def _read_trial(reader: Reader, folder: Path) -> Trial:
     manifest = reader.mapping(folder / "manifest.json")
     failure = reader.mapping(folder / "failure.json")
     # The runner removes failure.json when a later attempt succeeds: where it stands, the last attempt failed.
@@ -265,7 +228,7 @@ def _numbers(rows: Iterable[dict[str, Any]]) -> pd.DataFrame:
     return pd.DataFrame(list(rows)).apply(pd.to_numeric, errors="coerce")
 
 
-def _read_scores(reader: _Reader, folder: Path) -> pd.DataFrame:
+def _read_scores(reader: Reader, folder: Path) -> pd.DataFrame:
     path = folder / "scores.csv"
     frame = pd.DataFrame()
     if path.exists():

@@ -1,4 +1,4 @@
-"""What a report says in sentences: headline, meaning of the level, next step, warnings; and how it writes numbers.
+"""What a report says in sentences: headline, meaning of the level, next step; and how it writes numbers.
 
 Rates are in [0, 1] in files; percent and points appear here and nowhere before.
 """
@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from harness.palette import title
-from harness.study import DIVERGED, FAILED, UNFINISHED, Study, mapping
+from harness.study import Study, mapping
 
 MISSING = "–"
 PREFERENCE = "preference_accuracy"
@@ -65,6 +65,13 @@ def bounds(value: Any) -> tuple[float, float] | None:
     return (ends[0], ends[1]) if len(ends) == 2 and ends[0] is not None and ends[1] is not None else None
 
 
+def levels(study: Study) -> tuple[str, str]:
+    """Name the confidence of `ci95` and of `ci90`, which are at 1 - alpha and 1 - 2 * alpha whatever alpha is."""
+    alpha = number(study.verdict.get("alpha"))
+    alpha = 0.05 if alpha is None else alpha
+    return f"{100 * (1 - alpha):g}%", f"{100 * (1 - 2 * alpha):g}%"
+
+
 def listing(items: Iterable[str]) -> str:
     """Join words: `a, b and c`."""
     words = list(items)
@@ -111,7 +118,7 @@ def key_facts(study: Study) -> dict[str, str]:
     seeds = mapping(verdict.get("n_seeds"))
     found = {
         f"{title(first)} − {title(second)}": f"{points(verdict.get('difference'))} points",
-        "95% interval": interval(verdict.get("ci95")),
+        f"{levels(study)[0]} interval": interval(verdict.get("ci95")),
         "Margin that matters": f"±{points(verdict.get('margin'), signed=False)} points",
         "Decided on": f"{SCORERS.get(study.metric, study.metric)}, {study.split} set",
         "Prompts": f"{verdict.get('n_prompts') or MISSING}",
@@ -124,22 +131,36 @@ def key_facts(study: Study) -> dict[str, str]:
 def next_step(study: Study) -> str:
     """Say what to do with the verdict."""
     verdict = _verdict(study)[0]
-    winner = title(verdict)
     if not verdict:
         return "Finish the sweep: running the same command again does what is missing and repeats nothing."
-    if verdict == "tie":
-        return (
-            f"Ship either: the difference is smaller than the {points(study.verdict.get('margin'), signed=False)} "
-            "points that matter. Let cost, answer length and the side-by-side completions below decide."
+    worse = below_base(study)
+    if verdict in worse or (worse and worse.keys() == set(study.arms[:2])):
+        each = listing(
+            f"{title(arm)} scores {percent(mean)}, the base {percent(base)}" for arm, (mean, base) in worse.items()
         )
-    if verdict == "trade-off":
-        failed = listing(str(guard.get("metric")) for guard in guards(study) if guard_failed(guard))
-        return (
-            f"Do not ship {title(_ahead(study))} before you have looked at the guard that it fails"
-            f"{f' ({failed})' if failed else ''}: decide which of the two matters more."
-        )
-    if verdict == "inconclusive":
-        return _more_evidence(study)
+        return f"Ship the SFT base: {each}. Look at the learning rate and at the pairs before you train again."
+    advice = {"tie": _either, "trade-off": _trade_off, "inconclusive": _more_evidence}.get(verdict, _ship)
+    return advice(study)
+
+
+def _either(study: Study) -> str:
+    margin = points(study.verdict.get("margin"), signed=False)
+    return (
+        f"Ship either: the difference is smaller than the {margin} points that matter. Let cost, answer length and the "
+        "side-by-side completions below decide."
+    )
+
+
+def _trade_off(study: Study) -> str:
+    failed = listing(str(guard.get("metric")) for guard in guards(study) if guard_failed(guard))
+    return (
+        f"Do not ship {title(_ahead(study))} before you have looked at the guard that it fails"
+        f"{f' ({failed})' if failed else ''}: decide which of the two matters more."
+    )
+
+
+def _ship(study: Study) -> str:
+    winner = title(_verdict(study)[0])
     if study.verdict.get("level") == "checkpoint":
         return (
             f"If one of these two models must be shipped today, ship the {winner} one. To choose the method, train "
@@ -159,94 +180,29 @@ def guard_failed(guard: Mapping[str, Any]) -> bool:
     return guard.get("passed") is False
 
 
-def warnings(study: Study, identity: Mapping[str, Any]) -> list[str]:
-    """Collect what a reader must know before believing the verdict, each sentence once."""
-    found = [str(text) for source in (study.verdict, study.settings) for text in _list(source.get("warnings"))]
-    found += _outcomes(study)
-    found += _preference_warnings(study)
-    if identity.get("status") == "not proved":
-        reasons = "; ".join(str(text) for text in _list(identity.get("reasons")))
-        found.append(f"Identical data is NOT proved: {reasons or 'no reason given'}.")
-    found += _manifest_warnings(study)
-    found += list(study.problems)
-    return list(dict.fromkeys(found))
-
-
-def preference_by_definition(study: Study) -> dict[str, dict[str, float]]:
-    """Return the mean held-out preference accuracy `{scorer: {arm: mean}}` by each definition, on the shown split."""
-    rows = study.confirmed
-    result = {}
-    for scorer in DEFINITIONS:
-        means = rows[rows["scorer"] == scorer].groupby("arm")["score"].mean().dropna()
-        result[scorer] = {arm: float(means[arm]) for arm in study.arms if arm in means.index}
-    return result
-
-
-def _preference_warnings(study: Study) -> list[str]:
-    if not study.metric.startswith(PREFERENCE):
-        return []
-    found = []
-    means = preference_by_definition(study)
-    pair = study.arms[:2]
-    if len(pair) == 2 and all(set(pair) <= set(row) for row in means.values()):
-        gaps = {scorer: row[pair[0]] - row[pair[1]] for scorer, row in means.items()}
-        (sum_gap, mean_gap) = gaps.values()
-        if sum_gap * mean_gap < 0:
-            by_sum, by_mean = (pair[0], pair[1]) if sum_gap > 0 else (pair[1], pair[0])
-            by_dpo, by_simpo = (points(abs(gap), signed=False) for gap in (sum_gap, mean_gap))
-            found.append(
-                "The two definitions of preference accuracy disagree about the winner: by DPO's reward "
-                f"{title(by_sum)} is ahead by {by_dpo} points, by SimPO's reward {title(by_mean)} by {by_simpo}."
-            )
-    return found
-
-
-def _outcomes(study: Study) -> list[str]:
-    found = []
-    for state, text in (
-        (FAILED, "failed and has no scores (see “Failed trials”)"),
-        (DIVERGED, "diverged; its scores are the worst possible, not left out"),
-        (UNFINISHED, "is unfinished and has no scores"),
-    ):
-        for trial in study.trials:
-            if trial.state == state:
-                found.append(
-                    f"Trial {trial.trial_id} ({title(trial.arm) or 'arm unknown'}, seed {_seed(trial.seed)}) {text}."
-                )
-    missing = study.missing_runs() if study.trials else []
-    if missing:
-        runs = ", ".join(f"{title(arm)} seed {seed}" for arm, seed in missing[:10])
-        found.append(
-            f"{plural(len(missing), 'registered run')} without scores: {runs}{' …' if len(missing) > 10 else ''}."
-        )
-    return found
-
-
-def _manifest_warnings(study: Study) -> list[str]:
-    """Collect the trials' own warnings; the same text of many trials is one warning."""
-    trials: dict[str, list[str]] = {}
-    for trial in [*([study.base] if study.base else []), *study.trials]:
-        texts = [str(text) for text in _list(trial.manifest.get("warnings"))]
-        texts += [f"the policy {flag}" for flag in _list(trial.manifest.get("flags")) if flag != DIVERGED]
-        for text in dict.fromkeys(texts):
-            trials.setdefault(text, []).append(f"{title(trial.arm)} seed {_seed(trial.seed)}")
-    return [f"{text} ({_some(names)})" for text, names in trials.items()]
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-
-
 def _more_evidence(study: Study) -> str:
-    text = "Ship neither on this evidence: add seeds or golden prompts."
-    if _detectable(study) != MISSING:
-        text += f" As it is, only differences of about {_detectable(study)} points or more can be found."
-    counts = mapping(study.verdict.get("n_seeds"))
-    seeds = listing(f"{count} of {title(str(arm))}" for arm, count in counts.items())
-    prompts = number(study.verdict.get("n_prompts"))
-    if prompts and seeds:
-        text += f" Now: {plural(int(prompts), 'prompt')}; seeds: {seeds}."
+    text = "Ship neither on this evidence."
+    settle = mapping(study.verdict.get("to_settle"))
+    seeds, prompts = number(settle.get("seeds")), number(settle.get("prompts"))
+    ways = [f"about {seeds:,.0f} seeds an arm"] if seeds else []
+    ways += [f"about {prompts:,.0f} golden prompts"] if prompts else []
+    margin = points(study.verdict.get("margin"), signed=False)
+    if ways:
+        text += f" A difference of {margin} points would be found with {' or '.join(ways)}, all else as it is."
+    elif settle:
+        text += f" Neither more seeds nor more prompts alone would find a difference of {margin} points: add both."
+    else:
+        text += " Add seeds or golden prompts."
+    if study.verdict.get("level") == "checkpoint":
+        text += " At checkpoint level that is about these two models; for the methods, train at least 3 seeds an arm."
     return text
+
+
+def below_base(study: Study) -> dict[str, tuple[float, float]]:
+    """Return the arms that the verdict has below the SFT base: `{arm: (its mean, the base's mean)}`."""
+    base = number(study.verdict.get("base_mean"))
+    means = {str(arm): number(mean) for arm, mean in mapping(study.verdict.get("means")).items()}
+    return {arm: (mean, base) for arm, mean in means.items() if base is not None and mean is not None and mean < base}
 
 
 def _detectable(study: Study) -> str:
@@ -261,11 +217,3 @@ def _verdict(study: Study) -> tuple[str, str, str]:
 def _ahead(study: Study) -> str:
     _, first, second = _verdict(study)
     return first if (number(study.verdict.get("difference")) or 0.0) >= 0 else second
-
-
-def _seed(seed: int | None) -> str:
-    return "unknown" if seed is None else str(seed)
-
-
-def _list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else []

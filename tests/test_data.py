@@ -19,7 +19,8 @@ from harness.data import DataSpec, flip_labels, load_splits, pair_digest
 from harness.formats import parse_row
 from harness.leaks import assign_split
 from harness.records import Pair, UsageError, prompt_id
-from harness.sources import read_source
+from harness.sources import Source, read_source
+from harness.tables import Table, table_warnings
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -312,6 +313,14 @@ class TestHub:
         assert "HF_HUB_OFFLINE unset" in message
         assert "download the file and give its path" in message
 
+    @pytest.mark.parametrize(("revision", "warned"), [(None, True), ("0123abc", False)])
+    def test_hub_data_without_a_revision_are_warned_of(self, revision, warned):
+        source = Source("owner/name", "00", ((1, row(1)),), (), from_hub=True)
+        warnings = list(table_warnings(Table("data.train", source, (), ()), revision=revision))
+        assert (
+            warnings == ["data.train=owner/name: no data.revision; the Hub's data may change between runs"]
+        ) == warned
+
     def test_a_revision_without_hub_data_is_refused(self, files):
         assert refusal(with_changes(files(), revision="abc")).startswith(
             "data.revision=abc: none of the data is from the Hub"
@@ -499,6 +508,12 @@ class TestLeaks:
         (warning,) = load_splits(files(train=[row(1), row(2)], dev=[row(5), row(2)])).facts["warnings"]
         assert warning.startswith("1 dev prompts occur in train")
         assert "row 2 = row 2" in warning
+
+    def test_ten_dev_prompts_in_train_are_shown_and_all_are_counted(self, files):
+        rows = [row(i) for i in range(10, 23)]
+        (warning,) = load_splits(files(train=rows, dev=rows)).facts["warnings"]
+        assert warning.startswith("13 dev prompts occur in train")
+        assert warning.count("= row") == 10
 
     def test_hidden_characters_of_a_leaking_prompt_are_shown_as_escapes(self, files):
         message = refusal(files(train=[row(1, prompt="a\x1b[2Jb")], golden=[row(1, prompt="a\x1b[2Jb")]))

@@ -12,9 +12,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from markdown_it import MarkdownIt
 from study_fixture import ARMS, LABELS, build_study
 
-from harness import report, wording
+from harness import cautions, report, wording
 from harness.costs import cost_table
 from harness.evidence import phrase
 from harness.frames import build, degenerate_table, score_table
@@ -35,6 +36,14 @@ def built(tmp_path_factory):
 @pytest.fixture
 def folder(built, tmp_path):
     return Path(shutil.copytree(built, tmp_path / "letters"))
+
+
+@pytest.fixture
+def light(folder):
+    """The study without learning curves, which take most of the time to draw."""
+    for path in folder.glob("trials/*/train.jsonl"):
+        path.unlink()
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -94,17 +103,43 @@ def test_the_verdict_comes_first_and_the_sections_follow_in_order(folder):
     change(folder / "verdict.json", warnings=["beta=0.1 lies on the edge of its grid"])
     page, text = rendered(folder)
     ids = [attrs["id"] for tag, attrs in page.elements if tag == "section" and "id" in attrs]
-    assert ids == ["verdict", "interval-section", "next", "warnings", "scores", "learning", "lengths", "completions", "costs", "identity", "provenance", "trials", "reproduce"]
+    assert ids == [
+        "verdict",
+        "interval-section",
+        "next",
+        "warnings",
+        "scores",
+        "learning",
+        "lengths",
+        "completions",
+        "costs",
+        "identity",
+        "provenance",
+        "trials",
+        "reproduce",
+    ]
     reason = read_json(folder / "verdict.json")["reason"]
     assert page.text.index("SimPO beats DPO") < page.text.index(reason) < page.text.index("Method level")
     assert text.startswith("# SimPO beats DPO\n\n**SimPO answers ")
     headings = re.findall(r"^## (.*)$", text, re.MULTILINE)
-    assert headings == ["What to do next", "Warnings: 1", "Scores", "Learning curves", "Lengths", "Side by side", "Costs", "Data identity", "Data and provenance", "Trials", "How to reproduce"]
+    assert headings == [
+        "What to do next",
+        "Warnings: 1",
+        "Scores",
+        "Learning curves",
+        "Lengths",
+        "Side by side",
+        "Costs",
+        "Data identity",
+        "Data and provenance",
+        "Trials",
+        "How to reproduce",
+    ]
 
 
-def test_one_seed_is_a_verdict_on_checkpoints_and_never_on_the_method(folder):
-    change(folder / "verdict.json", level="checkpoint")
-    page, text = rendered(folder)
+def test_one_seed_is_a_verdict_on_checkpoints_and_never_on_the_method(light):
+    change(light / "verdict.json", level="checkpoint")
+    page, text = rendered(light)
     for shown in (page.text, text):
         assert "This SimPO checkpoint beats this DPO checkpoint" in shown
         assert "does not say which method is better" in shown
@@ -116,17 +151,19 @@ def test_one_seed_is_a_verdict_on_checkpoints_and_never_on_the_method(folder):
     [
         ({"verdict": "dpo"}, "DPO beats SimPO", "Ship DPO."),
         ({"verdict": "tie"}, "Tie", "Ship either: the difference is smaller than the 5.0 points"),
-        ({"verdict": "inconclusive"}, "Inconclusive: not enough evidence", "only differences of about 11.0 points or more can be found"),
+        ({"verdict": "inconclusive", "to_settle": {"seeds": 9, "prompts": None}}, "Inconclusive: not enough evidence", "only differences of about 11.0 points or more can be found"),
+        ({"verdict": "tie", "base_mean": 0.99}, "Tie", "Ship the SFT base: SimPO scores"),
+        ({"verdict": "simpo", "base_mean": 0.65, "means": {"simpo": 0.6, "dpo": 0.5}}, "SimPO beats DPO", "SimPO scores 60.0%, the base 65.0%"),
         ({"verdict": "trade-off", "difference": -0.1, "guards": [{"metric": "checks_fraction", "passed": False}]}, "Trade-off: DPO scores better", "the guard that it fails (checks_fraction)"),
         ({"verdict": "simpo", "level": "checkpoint"}, "This SimPO checkpoint", "at least 3 seeds"),
     ],
-    ids=["winner", "tie", "inconclusive", "trade_off", "checkpoint"],
+    ids=["winner", "tie", "inconclusive", "tie_below_the_base", "winner_below_the_base", "trade_off", "checkpoint"],
 )  # fmt: skip
 def test_every_verdict_says_what_to_do_next(folder, facts, headline, advice):
     change(folder / "verdict.json", **facts)
-    page, _ = rendered(folder)
-    assert headline in page.text
-    assert advice in page.text
+    study = read_study(folder)
+    assert wording.headline(study).startswith(headline)
+    assert advice in wording.next_step(study)
 
 
 def test_the_scores_are_those_of_the_files_in_percent_with_the_spread_over_seeds(folder):
@@ -176,7 +213,12 @@ def test_unscored_prompts_are_counted_with_their_reason_and_not_as_zero(folder):
 def test_costs_are_compared_on_one_engine_with_their_ratio(folder):
     for arm, train in (("simpo", (4.0, 5.0, 6.0)), ("dpo", (9.0, 10.0, 11.0))):
         for path, seconds in zip(manifests(folder, arm), train, strict=True):
-            change(path, seconds={"train": seconds, "load": 1.0}, peak_memory_bytes={"train": 2**30}, tokens={"train": 1000})
+            change(
+                path,
+                seconds={"train": seconds, "load": 1.0},
+                peak_memory_bytes={"train": 2**30},
+                tokens={"train": 1000},
+            )
     table = cost_table(read_study(folder)).frame
     assert table.loc["Seconds: train"].to_dict() == {"simpo": "5.0", "dpo": "10.0", "SimPO / DPO": "0.50×"}
     assert table.loc["Seconds in all"].to_dict() == {"simpo": "6.0", "dpo": "11.0", "SimPO / DPO": "0.55×"}
@@ -197,31 +239,40 @@ def test_costs_of_different_engines_are_not_compared(folder):
     assert any("Only trials with the engine “paired”" in note for note in table.notes)
 
 
-def test_identical_data_is_proved_only_by_equal_hashes(folder):
-    page, text = rendered(folder)
+def test_identical_data_is_proved_only_by_equal_hashes(light):
+    page, text = rendered(light)
     assert "Identical data: proved." in page.text
-    change(manifests(folder, "dpo")[1], consumed_tokens_sha256="f" * 64)
-    page, text = rendered(folder)
+    change(manifests(light, "dpo")[1], consumed_tokens_sha256="f" * 64)
+    page, text = rendered(light)
     for shown in (page.text, text):
         assert "Identical data: NOT proved." in shown
         assert "Identical data: proved" not in shown
         assert "ffffffffffffffff ≠ its batch plan" in shown
-    assert "Identical data is NOT proved" in page.text[: page.text.index("Scores on the golden set")], "it is a warning, too"
+    assert "identical data is NOT proved" in page.text[: page.text.index("Scores on the golden set")], (
+        "it is a warning, too"
+    )
 
 
 def test_golden_pairs_alone_are_called_ranking_and_a_disagreement_is_a_warning(tmp_path):
     folder = build_study(tmp_path / "pairs", metric="preference_accuracy")
     frame = pd.read_csv(folder / "scores.csv", keep_default_na=False)
-    for scorer, arm, score in (("sum", "dpo", 0.9), ("sum", "simpo", 0.6), ("mean", "dpo", 0.5), ("mean", "simpo", 0.7)):
+    for scorer, arm, score in (
+        ("sum", "dpo", 0.9),
+        ("sum", "simpo", 0.6),
+        ("mean", "dpo", 0.5),
+        ("mean", "simpo", 0.7),
+    ):
         frame.loc[(frame["scorer"] == f"preference_accuracy_{scorer}") & (frame["arm"] == arm), "score"] = score
     frame.to_csv(folder / "scores.csv", index=False)
+    for path in folder.glob("trials/*/train.jsonl"):
+        path.unlink()
     page, text = rendered(folder)
     for shown in (page.text, text):
         assert "ranking two given answers is not the same as answering well" in shown
-        assert "by DPO's reward DPO is ahead by 30.0 points, by SimPO's reward SimPO by 20.0." in shown
+        assert "by DPO's reward DPO is ahead by 30.0 points, by SimPO's reward SimPO is ahead by 20.0 points." in shown
     frame.loc[frame["scorer"] == "preference_accuracy_sum", "score"] = frame["score"].where(frame["arm"] == "dpo", 0.95)
     frame.to_csv(folder / "scores.csv", index=False)
-    assert "disagree about the winner" not in rendered(folder)[0].text
+    assert not any("disagree" in warning for warning in cautions.warnings(read_study(folder), {}))
 
 
 def test_a_study_with_checks_says_nothing_of_ranking(page):
@@ -241,13 +292,13 @@ def test_completions_are_sorted_by_disagreement_and_their_number_is_said(folder)
     assert [answer.arm for answer in shown.comparisons[0].answers] == ["sft", *ARMS]
 
 
-def test_warnings_of_verdict_study_and_trials_are_shown_once_each(folder):
-    change(folder / "verdict.json", warnings=["from the verdict"])
-    for path in manifests(folder, "dpo"):
+def test_warnings_of_verdict_study_and_trials_are_shown_once_each(light):
+    change(light / "verdict.json", warnings=["from the verdict"])
+    for path in manifests(light, "dpo"):
         change(path, warnings=["from the trials"], flags=["collapsed"])
-    text = (folder / "study.yaml").read_text()
-    write_text(folder / "study.yaml", text + "warnings: [from the study]\n")
-    page, _ = rendered(folder)
+    text = (light / "study.yaml").read_text()
+    write_text(light / "study.yaml", text + "warnings: [from the study]\n")
+    page, _ = rendered(light)
     top = page.text[: page.text.index("Scores on the golden set")]
     assert "4 warnings" in top
     assert "from the verdict" in top
@@ -257,18 +308,23 @@ def test_warnings_of_verdict_study_and_trials_are_shown_once_each(folder):
     assert "the policy collapsed" in top
 
 
-def test_a_verdict_of_other_scores_is_found_out(folder):
-    frame = pd.read_csv(folder / "scores.csv", keep_default_na=False)
+def test_a_verdict_of_other_scores_is_found_out(light):
+    frame = pd.read_csv(light / "scores.csv", keep_default_na=False)
     frame.loc[(frame["arm"] == "dpo") & (frame["scorer"] == "checks"), "score"] = 1.0
-    frame.to_csv(folder / "scores.csv", index=False)
-    page, _ = rendered(folder)
+    frame.to_csv(light / "scores.csv", index=False)
+    page, _ = rendered(light)
     assert "verdict.json is not of these scores" in page.text
     assert "the scores have 100.0%" in page.text
 
 
 def test_the_command_and_the_provenance_are_there(page):
     assert "python -m harness.sweep +method=simpo,dpo seed=0,1,2" in page.text
-    for fact in ("trl: 1.16.0", "memory: 24.0 GiB", "train: longer than data.max_length: 3; dev: none; golden: none", "Label noise none"):
+    for fact in (
+        "trl: 1.16.0",
+        "memory: 24.0 GiB",
+        "train: longer than data.max_length: 3; dev: none; golden: none",
+        "All trials: 6 of 6 complete",
+    ):
         assert fact in page.text
 
 
@@ -283,7 +339,7 @@ def test_the_command_and_the_provenance_are_there(page):
         (["scores.csv", "trials/*/scores.jsonl", "base/scores.jsonl"], "No scores are stored yet."),
         (["trials", "verdict.json", "scores.csv"], "No trial has been run in this study."),
         (["study.yaml"], "study.yaml names no command."),
-        (["trials/*/train.jsonl"], "No training log is stored in this study."),
+        ([], "No training log is stored in this study."),
         (["trials/*/completions.jsonl", "base/completions.jsonl"], "No completions are stored in this study."),
         (["trials"], "No trial has been run in this study."),
         (["trials/*/manifest.json"], "is unfinished and has no scores"),
@@ -291,41 +347,62 @@ def test_the_command_and_the_provenance_are_there(page):
         (["study.yaml", "trials", "base", "scores.csv"], "No scores are stored yet."),
     ],
 )
-def test_a_missing_piece_is_said_and_stops_nothing(folder, missing, sentence):
+def test_a_missing_piece_is_said_and_stops_nothing(light, missing, sentence):
     for pattern in missing:
-        for path in sorted(folder.glob(pattern)):
+        for path in sorted(light.glob(pattern)):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    page, text = rendered(folder)
+    page, text = rendered(light)
     assert sentence in page.text
     assert sentence in text.replace("\\", "")
-    for drawing in (folder / "figures").glob("*.svg"):
+    for drawing in (light / "figures").glob("*.svg"):
         assert f"figures/{drawing.name}" in text
     for name in re.findall(r"\((figures/.*?)\)", text):
-        assert (folder / name).is_file()
+        assert (light / name).is_file()
 
 
 @pytest.mark.parametrize("value", [None, [], {}, "text", 3, [None, None]])
-def test_a_verdict_with_odd_values_stops_nothing(folder, value):
-    for key in ("difference", "ci95", "ci90", "margin", "arms", "n_seeds", "guards", "warnings", "reason", "level", "means", "n_unscored"):
-        change(folder / "verdict.json", **{key: value})
-        rendered(folder)
+def test_a_verdict_with_odd_values_stops_nothing(light, value):
+    keys = (
+        "difference",
+        "ci95",
+        "ci90",
+        "margin",
+        "n_seeds",
+        "guards",
+        "warnings",
+        "reason",
+        "level",
+        "means",
+        "n_unscored",
+    )
+    change(light / "verdict.json", **dict.fromkeys(keys, value))
+    rendered(light)
+    change(light / "verdict.json", difference=0.1, arms=value)
+    rendered(light)
 
 
 @pytest.mark.parametrize("value", [None, [], {}, "text", 3])
-def test_a_manifest_with_odd_values_stops_nothing(folder, value):
-    path = manifests(folder, "dpo")[0]
-    for key in list(read_json(path)):
-        if key != "arm":
-            change(path, **{key: value})
-            rendered(folder)
+def test_a_manifest_with_odd_values_stops_nothing(light, value):
+    path = manifests(light, "dpo")[0]
+    change(path, **dict.fromkeys(set(read_json(path)) - {"arm", "config", "seed", "status"}, value))
+    rendered(light)
+    change(path, config=value, seed=value)
+    rendered(light)
 
 
-def test_a_failed_trial_is_listed_with_its_error(folder):
-    failed = manifests(folder, "dpo")[0]
-    about = {"arm": "dpo", "config": LABELS["dpo"], "seed": 7, "stage": "train", "error": "MemoryError", "message": "cannot allocate 3 GiB"}
+def test_a_failed_trial_is_listed_with_its_error(light):
+    failed = manifests(light, "dpo")[0]
+    about = {
+        "arm": "dpo",
+        "config": LABELS["dpo"],
+        "seed": 7,
+        "stage": "train",
+        "error": "MemoryError",
+        "message": "cannot allocate 3 GiB",
+    }
     write_json(failed.parent / "failure.json", about)
     failed.unlink()
-    page, text = rendered(folder)
+    page, text = rendered(light)
     for shown in (page.text, text):
         assert "Failed trials" in shown
         assert "MemoryError: cannot allocate 3 GiB" in shown
@@ -364,7 +441,9 @@ def test_the_page_needs_no_script_and_no_network(page):
             assert "://" not in (value or ""), (tag, key, value)
             assert not re.search(r"url\((?!#)", value or ""), (tag, key, value)
     assert "@import" not in page.source
-    policy = next(attrs["content"] for tag, attrs in page.elements if attrs.get("http-equiv") == "Content-Security-Policy")
+    policy = next(
+        attrs["content"] for tag, attrs in page.elements if attrs.get("http-equiv") == "Content-Security-Policy"
+    )
     assert policy.startswith("default-src 'none';")
     assert page.open == []
 
@@ -407,21 +486,34 @@ def test_tables_have_headers_with_a_scope(page):
 
 def test_losses_of_the_arms_never_share_an_axis(built):
     for arm, other in (("simpo", "DPO"), ("dpo", "SimPO")):
-        texts = ["".join(e.itertext()) for e in ET.parse(built / "figures" / f"learning-{arm}.svg").getroot().iter(f"{SVG}text")]
+        texts = [
+            "".join(e.itertext())
+            for e in ET.parse(built / "figures" / f"learning-{arm}.svg").getroot().iter(f"{SVG}text")
+        ]
         assert sum("loss" in text for text in texts) == 1
         assert not any(text.split()[:1] == [other] for text in texts)
 
 
 def test_an_arm_has_its_colour_and_marker_everywhere(built, page):
     styles = looks(ARMS)
-    for arm, names in (("simpo", ("interval", "lengths", "learning-simpo")), ("dpo", ("interval", "lengths", "learning-dpo"))):
+    for arm, names in (
+        ("simpo", ("interval", "lengths", "learning-simpo")),
+        ("dpo", ("interval", "lengths", "learning-dpo")),
+    ):
         for name in names:
             text = (built / "figures" / f"{name}.svg").read_text()
             assert styles[arm].light in text
             assert f"{styles[arm].glyph} " in text
-        assert styles[arm].light not in (built / "figures" / f"learning-{'dpo' if arm == 'simpo' else 'simpo'}.svg").read_text()
+        assert (
+            styles[arm].light
+            not in (built / "figures" / f"learning-{'dpo' if arm == 'simpo' else 'simpo'}.svg").read_text()
+        )
         assert f"var(--arm-{arm})" in page.source
-    assert len({(look.light, look.marker, look.dash) for look in styles.values()}) == len({look.marker for look in styles.values()}) == 3
+    assert (
+        len({(look.light, look.marker, look.dash) for look in styles.values()})
+        == len({look.marker for look in styles.values()})
+        == 3
+    )
 
 
 def luminance(colour):
@@ -448,7 +540,14 @@ def test_the_same_study_gives_the_same_bytes_without_torch(folder, tmp_path):
     other = Path(shutil.copytree(folder, tmp_path / "copy" / "letters"))
     report.render_report(other)
     code = "import sys; from harness.report import main; status = main(sys.argv[1:]); assert not {'torch', 'trl', 'wandb', 'datasets'} & set(sys.modules); sys.exit(status)"
-    done = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, env={"PYTHONHASHSEED": "7", "PATH": ""}, cwd=Path(report.__file__).parents[1], check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(folder)],
+        capture_output=True,
+        text=True,
+        env={"PYTHONHASHSEED": "7", "PATH": ""},
+        cwd=Path(report.__file__).parents[1],
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"{folder / 'report.html'}\n"
     names = ["report.html", "report.md", *(f"figures/{path.name}" for path in sorted((other / "figures").iterdir()))]
@@ -472,6 +571,7 @@ def test_a_wrong_folder_is_a_usage_error_with_status_2(tmp_path, capsys, name):
 
 
 def test_a_folder_that_cannot_be_written_is_said_with_status_1(folder, capsys):
+    shutil.rmtree(folder / "figures", ignore_errors=True)
     write_text(folder / "figures", "a file where the folder should be")
     assert report.main([str(folder)]) == 1
     assert "cannot write the report" in capsys.readouterr().err
@@ -491,7 +591,9 @@ HOSTILE = {
     "template": "{{ 7*7 }}{% for x in y %}${7*7}",
     "entities": "&lt;script&gt;&#60;b&#62; ]]> -->",
 }  # fmt: skip
-RAW = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200b\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\uffff\U000e0041]")
+RAW = re.compile(
+    "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200b\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\uffff\U000e0041]"
+)
 
 
 def plant(folder, text):
@@ -504,47 +606,63 @@ def plant(folder, text):
     write_json(failed.parent / "failure.json", {"arm": "dpo", "seed": 0, "stage": text, "error": text, "message": text})
     guard = {"metric": text, "passed": False}
     change(folder / "verdict.json", reason=text, warnings=[text], guards=[guard])
-    facts = json.loads(json.dumps({"study": text, "question": text, "command": text, "data": {"train": {"path": text, text: text}, text: text}}))
+    facts = json.loads(
+        json.dumps(
+            {
+                "study": text,
+                "question": text,
+                "command": text,
+                "data": {"train": {"path": text, text: text}, text: text},
+            }
+        )
+    )
     write_text(folder / "study.yaml", json.dumps(facts))
 
 
-@pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
-def test_hostile_text_does_nothing_in_html(folder, text):
+@pytest.fixture(scope="module")
+def tame(built, tmp_path_factory):
+    """The page and the Markdown of a study with a harmless text in all places."""
+    folder = Path(shutil.copytree(built, tmp_path_factory.mktemp("tame") / "letters"))
+    for path in folder.glob("trials/*/train.jsonl"):
+        path.unlink()
     plant(folder, "harmless")
-    tame, _ = rendered(folder)
-    plant(folder, text)
-    page, _ = rendered(folder)
+    return rendered(folder)
 
-    def shape(page):
-        return [(tag, sorted(attrs)) for tag, attrs in page.elements if (tag, attrs.get("class")) != ("span", "escape")]
 
-    assert shape(page) == shape(tame)
+def shape(page):
+    """List a page's elements with the names of their attributes, but for the marks that `untrusted` adds."""
+    return [(tag, sorted(attrs)) for tag, attrs in page.elements if attrs.get("class") not in ("escape", "cut")]
+
+
+@pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
+def test_hostile_text_does_nothing(light, tame, text):
+    plant(light, text)
+    page, source = rendered(light)
+    assert shape(page) == shape(tame[0])
     assert not RAW.search(page.source)
     assert " ".join(visible(text).split()) in page.text
-    for path in (folder / "figures").iterdir():
+    for path in (light / "figures").iterdir():
         assert not RAW.search(path.read_text(encoding="utf-8"))
         ET.parse(path)
+    check_markdown(source, tame[1], text)
 
 
-@pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
-def test_hostile_text_does_nothing_in_markdown(folder, text):
-    parser = pytest.importorskip("markdown_it").MarkdownIt("commonmark").enable("table")
-    plant(folder, "harmless")
-    tame = Page(parser.render(rendered(folder)[1]))
-    plant(folder, text)
-    source = rendered(folder)[1]
-    page = Page(parser.render(source))
-    assert [tag for tag, _ in page.elements] == [tag for tag, _ in tame.elements]
+def check_markdown(source, tame, text):
+    """Check that the text stands in the Markdown, and that nothing came of it."""
+    render = MarkdownIt("commonmark").enable("table").render
+    page = Page(render(source))
+    assert shape(page) == shape(Page(render(tame)))
     assert not RAW.search(source)
+    assert " ".join(visible(text).split()) in page.text
     # GitHub would turn a bare address into a link: there is none outside of fenced blocks.
     outside = re.sub(r"^(`{3,})text\n.*?^\1$", "", source, flags=re.MULTILINE | re.DOTALL)
     assert not re.search(r"(?i)https?://|www\.|javascript:", outside)
-    shown = [" ".join(part.split()) for part in page.texts]
-    assert " ".join(visible(text).split()) in " ".join(" ".join(shown).split())
 
 
 @pytest.mark.parametrize("arm", ["<script>", "../../x", "$x^2$", "a|b", "\u202eodp"])
 def test_a_hostile_name_of_an_arm_stays_a_name(folder, arm):
+    for path in manifests(folder, "simpo"):
+        (path.parent / "train.jsonl").unlink()
     for path in manifests(folder, "dpo"):
         change(path, arm=arm)
     frame = pd.read_csv(folder / "scores.csv", keep_default_na=False)
@@ -558,9 +676,9 @@ def test_a_hostile_name_of_an_arm_stays_a_name(folder, arm):
     assert all(re.fullmatch(r"[a-z0-9-]+\.svg", name) for name in names), names
 
 
-def test_a_line_of_100_kb_is_cut_with_a_note(folder):
-    plant(folder, "y" * 100_000)
-    page, text = rendered(folder)
+def test_a_line_of_100_kb_is_cut_with_a_note(light):
+    plant(light, "y" * 100_000)
+    page, text = rendered(light)
     assert len(page.source) < 1_500_000
     assert "cut: 1,500 of 100,000 characters shown" in page.text
     assert "cut: 800 of 100,000 characters shown" in text

@@ -5,10 +5,10 @@ import shutil
 from pathlib import Path
 
 import pytest
+from study_fixture import ARMS, LABELS, build_study
 
 from harness.records import UsageError, write_json, write_text
 from harness.study import COMPLETE, DIVERGED, FAILED, UNFINISHED, read_study
-from study_fixture import ARMS, LABELS, build_study
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,9 @@ def test_a_complete_study_is_read_whole(folder):
     assert study.name == "letters"
     assert study.arms == ARMS
     assert (study.metric, study.split) == ("checks", "golden")
-    assert [(c.arm, c.label, [t.seed for t in c.trials]) for c in study.configs] == [(arm, LABELS[arm], [0, 1, 2]) for arm in ARMS]
+    assert [(c.arm, c.label, [t.seed for t in c.trials]) for c in study.configs] == [
+        (arm, LABELS[arm], [0, 1, 2]) for arm in ARMS
+    ]
     assert {trial.state for trial in study.trials} == {COMPLETE}
     assert study.base is not None
     assert len(study.base.completions) == 12 + 20
@@ -45,7 +47,10 @@ def test_a_complete_study_is_read_whole(folder):
 
 def test_a_failed_trial_keeps_its_error_and_an_unfinished_one_says_so(folder):
     failed, unfinished, diverged = (trial_of(folder, "dpo", seed) for seed in (0, 1, 2))
-    write_json(failed / "failure.json", {"arm": "dpo", "config": LABELS["dpo"], "seed": 0, "error": "MemoryError", "message": "out"})
+    write_json(
+        failed / "failure.json",
+        {"arm": "dpo", "config": LABELS["dpo"], "seed": 0, "error": "MemoryError", "message": "out"},
+    )
     (unfinished / "manifest.json").unlink()
     manifest = json.loads((diverged / "manifest.json").read_text())
     write_json(diverged / "manifest.json", manifest | {"status": "diverged"})
@@ -147,4 +152,6 @@ def test_a_folder_with_scores_alone_is_a_study(folder, tmp_path):
     study = read_study(alone)
     assert study.arms == ("simpo", "dpo")
     assert (study.trials, study.base, study.verdict) == ((), None, {})
-    assert [(config.arm, config.label, config.trials) for config in study.configs] == [(arm, LABELS[arm], ()) for arm in ARMS]
+    assert [(config.arm, config.label, config.trials) for config in study.configs] == [
+        (arm, LABELS[arm], ()) for arm in ARMS
+    ]

@@ -1,0 +1,372 @@
+"""Decide which arm to ship: scores in, verdict out (DESIGN, section 5: unpaired seeds, paired prompts).
+
+Command: `python -m harness.decide results/STUDY | SCORES_FILE`. Imports no torch; reads scores, whoever wrote them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import yaml
+
+from harness.arms import ARMS
+from harness.identity import data_identity
+from harness.records import UsageError, write_json
+from harness.scores_file import ArmScores, arm_scores, checked, choose_metric, read_scores, same_prompts
+from harness.stats import Components, compare, compare_runs, needed
+
+MAX_UNSCORED = 0.01
+
+
+def verdict(
+    scores: pd.DataFrame,
+    *,
+    metric: str | None = None,
+    margin: float = 0.05,
+    alpha: float = 0.05,
+    arms: tuple[str, str] = ("simpo", "dpo"),
+    cluster: str | None = None,
+    guards: Sequence[Mapping[str, Any]] = (),
+) -> dict[str, Any]:
+    """Apply the decision rule to scores in long form.
+
+    Args:
+        scores: columns `arm, seed, score`, and where there are any `config, split, prompt_id, scorer, cluster,
+            unscored_reason, stage, flag`; scores in [0, 1], higher is better.
+        metric: the scorer to decide on; may be left out where there is only one.
+        margin: the smallest difference that matters.
+        alpha: error rate; `ci95` is the interval at 1 - alpha and `ci90` at 1 - 2 * alpha.
+        arms: the difference is the first arm's mean minus the second's.
+        cluster: column that holds the clusters, if it is not `cluster`.
+        guards: `{metric, margin}`: the winner must not be worse than the other arm by as much as `margin`.
+
+    Returns:
+        The contents of verdict.json.
+
+    Raises:
+        UsageError: for scores that cannot be compared; the message names arm, seed and prompt.
+    """
+    frame = checked(scores)
+    metric = choose_metric(frame[frame["arm"].isin(arms)], metric)
+    warnings: list[str] = []
+    configs = _configs(frame, metric, arms, warnings)
+    chosen = _arrays(frame, metric, arms, configs, cluster)
+    kept, unscored = _paired(chosen, warnings)
+    found = _compare(kept)
+    _warn_of_flags(chosen, warnings)
+    if min(found.num_seeds) < 2 <= max(found.num_seeds):
+        warnings.append(f"seeds an arm: {found.num_seeds}; with a single seed in one, only checkpoints are compared")
+    result = _decision(found, arms=arms, margin=margin, alpha=alpha)
+    _bound_unscored(chosen, unscored, result["verdict"], arms=arms, margin=margin, alpha=alpha, warnings=warnings)
+    checks = [_guard(frame, guard, result["verdict"], arms, configs, cluster, alpha) for guard in guards]
+    failed = [guard for guard in checks if result["winner"] and not guard["passed"]]
+    winner = result.pop("winner")
+    if failed:
+        result["verdict"] = "trade-off"
+    result |= {
+        "metric": metric,
+        "arms": list(arms),
+        "margin": margin,
+        "alpha": alpha,
+        "n_prompts": found.num_prompts,
+        "n_clusters": found.num_clusters,
+        "n_seeds": dict(zip(arms, found.num_seeds, strict=True)),
+        "n_unscored": unscored,
+        "means": {arm: float(np.nanmean(kept[arm].values)) for arm in arms},
+        "run_means": {arm: dict(zip(kept[arm].seeds, _run_means(kept[arm]), strict=True)) for arm in arms},
+        "configs": configs,
+        "guards": checks,
+        "warnings": warnings,
+    }
+    result["reason"] = _reason(result, winner, failed)
+    return result
+
+
+def _configs(frame: pd.DataFrame, metric: str, arms: Sequence[str], warnings: list[str]) -> dict[str, str]:
+    """Return each arm's config; where golden has several, the best on dev by the mean over seeds."""
+    golden = _confirmed(frame[(frame["split"] == "golden") & (frame["scorer"] == metric)])
+    configs = {}
+    for arm in arms:
+        found = sorted(golden[golden["arm"] == arm]["config"].unique())
+        if not found:
+            known = ", ".join(sorted(golden["arm"].unique())) or "none"
+            raise UsageError(f"scores: no golden rows of {metric} for arm {arm}; arms that have some: {known}")
+        if len(found) > 1:
+            dev = frame[(frame["split"] == "dev") & (frame["scorer"] == metric) & (frame["arm"] == arm)]
+            means = dev[dev["config"].isin(found)].groupby("config")["score"].mean()
+            if set(means.index) != set(found):
+                raise UsageError(
+                    f"scores: arm {arm} has {len(found)} configs on golden and dev scores for {len(means)}; "
+                    "add dev rows to select on, or keep the golden rows of one config: golden must not select"
+                )
+            found = [str(means.idxmax())]
+            warnings.append(f"{arm}: {found[0]} was selected on dev among {len(means)} configs, all scored on golden")
+        configs[arm] = str(found[0])
+    return configs
+
+
+def _confirmed(golden: pd.DataFrame) -> pd.DataFrame:
+    """Keep the rows of the confirm stage where there are any: fresh seeds decide, tuning seeds do not."""
+    confirm = golden["stage"] == "confirm"
+    return golden[confirm] if confirm.any() else golden
+
+
+def _arrays(
+    frame: pd.DataFrame, metric: str, arms: Sequence[str], configs: Mapping[str, str], cluster: str | None
+) -> dict[str, ArmScores]:
+    golden = _confirmed(frame[(frame["split"] == "golden") & (frame["scorer"] == metric)])
+    if golden.empty:
+        raise UsageError(f"scores: no golden rows of {metric}")
+    found = {arm: arm_scores(golden, arm, configs[arm], cluster) for arm in arms}
+    same_prompts(found)
+    return found
+
+
+def _paired(arms: Mapping[str, ArmScores], warnings: list[str]) -> tuple[dict[str, ArmScores], dict[str, int]]:
+    """Leave out prompts that any run has unscored, for all runs alike, and say so."""
+    unscored = {name: int(np.isnan(arm.values).sum()) for name, arm in arms.items()}
+    keep = ~np.any([np.isnan(arm.values).any(0) for arm in arms.values()], axis=0)
+    if keep.all():
+        return dict(arms), unscored
+    if keep.sum() < 2:
+        raise UsageError("scores: fewer than two prompts are scored in all runs; see unscored_reason")
+    warnings.append(f"{(~keep).sum()} of {len(keep)} prompts are unscored in some run and left out of all runs")
+    for name, arm in arms.items():
+        share = unscored[name] / arm.values.size
+        if share > MAX_UNSCORED:
+            warnings.append(f"{name}: {share:.1%} of its scores are missing, more than {MAX_UNSCORED:.0%}")
+    return {
+        name: ArmScores(
+            arm.config,
+            arm.seeds,
+            tuple(np.array(arm.prompts)[keep]) if arm.prompts else (),
+            arm.values[:, keep],
+            arm.clusters[keep] if len(arm.clusters) else arm.clusters,
+            arm.flags,
+        )
+        for name, arm in arms.items()
+    }, unscored
+
+
+def _compare(arms: Mapping[str, ArmScores]) -> Components:
+    first, second = arms.values()
+    try:
+        if not first.prompts:
+            return compare_runs(first.values[:, 0], second.values[:, 0])
+        return compare(first.values, second.values, first.clusters)
+    except ValueError as error:
+        raise UsageError(f"scores: {error}") from error
+
+
+def _decision(found: Components, *, arms: Sequence[str], margin: float, alpha: float) -> dict[str, Any]:
+    wide, narrow = found.interval(1 - alpha), found.interval(1 - 2 * alpha)
+    winner = None
+    if -margin < narrow[0] and narrow[1] < margin:
+        name = "tie"
+    elif wide[0] > 0 or wide[1] < 0:
+        name = winner = arms[0] if found.difference > 0 else arms[1]
+    else:
+        name = "inconclusive"
+    return {
+        "verdict": name,
+        "winner": winner,
+        "level": "checkpoint" if min(found.num_seeds) < 2 else "method",
+        "difference": found.difference,
+        "ci95": list(wide),
+        "ci90": list(narrow),
+        "beyond_margin": bool(winner and min(abs(wide[0]), abs(wide[1])) > margin),
+        "seed_variance": found.seed_variance,
+        "prompt_variance": found.prompt_variance,
+        "minimum_detectable_difference": found.detectable(alpha),
+        "to_settle": needed(found, margin, alpha) if name == "inconclusive" else None,
+    }
+
+
+def _bound_unscored(
+    runs: Mapping[str, ArmScores],
+    unscored: Mapping[str, int],
+    decided: str,
+    *,
+    warnings: list[str],
+    **rule: Any,
+) -> None:
+    """Warn where the missing scores, all 0 for one arm and all 1 for the other, would give another verdict."""
+    if not any(unscored.values()):
+        return
+    others = set()
+    for low in runs:
+        filled = {
+            name: ArmScores(
+                arm.config,
+                arm.seeds,
+                arm.prompts,
+                np.where(np.isnan(arm.values), 0.0 if name == low else 1.0, arm.values),
+                arm.clusters,
+                arm.flags,
+            )
+            for name, arm in runs.items()
+        }
+        others.add(_decision(_compare(filled), **rule)["verdict"])
+    if others != {decided}:
+        warnings.append(
+            "the missing scores could change the verdict: with 0 for one arm and 1 for the other it is "
+            + " or ".join(sorted(others))
+        )
+
+
+def _warn_of_flags(arms: Mapping[str, ArmScores], warnings: list[str]) -> None:
+    for name, arm in arms.items():
+        for seed, flag in arm.flags.items():
+            warnings.append(f"{name} seed {seed} {flag}: scored as worst, not dropped")
+
+
+def _guard(
+    frame: pd.DataFrame,
+    guard: Mapping[str, Any],
+    winner: str,
+    arms: tuple[str, str],
+    configs: Mapping[str, str],
+    cluster: str | None,
+    alpha: float,
+) -> dict[str, Any]:
+    """Test one-sided non-inferiority on a second metric: of the winner, or of the first arm where there is none."""
+    metric, margin = str(guard["metric"]), float(guard["margin"])
+    choose_metric(frame, metric)
+    kept, _ = _paired(_arrays(frame, metric, arms, configs, cluster), [])
+    first = winner if winner in arms else arms[0]
+    second = next(arm for arm in arms if arm != first)
+    found = _compare({first: kept[first], second: kept[second]})
+    bound = found.lower_bound(alpha)
+    return {
+        "metric": metric,
+        "margin": margin,
+        "of": first,
+        "difference": found.difference,
+        "lower_bound": bound,
+        "passed": bound > -margin,
+    }
+
+
+def _run_means(arm: ArmScores) -> list[float]:
+    return [float(value) for value in arm.values.mean(1)]
+
+
+def _reason(result: Mapping[str, Any], winner: str | None, failed: Sequence[Mapping[str, Any]]) -> str:
+    """Say the verdict in one sentence that a manager understands."""
+    first, second = (ARMS[arm].title if arm in ARMS else arm for arm in result["arms"])
+    low, high = (100 * bound for bound in result["ci95"])
+    level = round(100 * (1 - result["alpha"]), 1)
+    points, margin = 100 * result["difference"], 100 * result["margin"]
+    seeds = "/".join(str(count) for count in dict.fromkeys(result["n_seeds"].values()))
+    over = f" over {result['n_prompts']} golden prompts" if result["n_prompts"] else ""
+    basis = f"on {result['metric']} ({level:g}% interval {low:+.1f} to {high:+.1f}){over}, {seeds} seed(s) an arm"
+    if result["level"] == "checkpoint":
+        first, second = f"this {first} checkpoint", f"this {second} checkpoint"
+    if winner:
+        better, worse = (first, second) if points > 0 else (second, first)
+        text = f"{better} beats {worse} by {abs(points):.1f} points {basis}"
+        if failed:
+            text += f"; but it may be worse on {', '.join(str(guard['metric']) for guard in failed)}"
+    elif result["verdict"] == "tie":
+        text = f"{first} and {second} differ by less than {margin:g} points: {points:+.1f} {basis}"
+    else:
+        least = 100 * result["minimum_detectable_difference"]
+        text = f"Not enough evidence: {first} minus {second} is {points:+.1f} points {basis}; "
+        text += f"a difference below {least:.1f} points cannot be told from noise here"
+    if result["level"] == "checkpoint":
+        text += "; with one seed this says nothing about the methods"
+    return text[0].upper() + text[1:] + "."
+
+
+def decide_study(study: Path) -> dict[str, Any]:
+    """Decide a study by its registered rule and write verdict.json.
+
+    Raises:
+        UsageError: where the folder holds no scored study.
+    """
+    path = study / "study.yaml"
+    if not path.is_file() or not (study / "scores.csv").is_file():
+        raise UsageError(
+            f"{study}: no scored study (study.yaml and scores.csv); give a folder that harness.sweep wrote"
+        )
+    registered = yaml.safe_load(path.read_text(encoding="utf-8"))
+    arms = [arm for arm in ("simpo", "dpo") if arm in registered["arms"]]
+    arms += [arm for arm in registered["arms"] if arm not in arms]
+    if len(arms) < 2:
+        raise UsageError(f"{study}: only the arm {', '.join(arms)}; a decision needs two")
+    scores = read_scores(study / "scores.csv")
+    result = verdict(
+        scores,
+        metric=registered["metric"],
+        margin=registered["margin"],
+        alpha=registered["alpha"],
+        arms=(arms[0], arms[1]),
+        guards=registered.get("guards") or (),
+    )
+    identity = data_identity(study)
+    if identity["status"] == "not proved":
+        result["warnings"].append(f"identical data is NOT proved: {'; '.join(identity['reasons'])}")
+    result["warnings"] += registered.get("warnings", [])
+    base = scores[(scores["arm"] == "sft") & (scores["split"] == "golden") & (scores["scorer"] == registered["metric"])]
+    if len(base):
+        result["base_mean"] = float(base["score"].mean())
+    write_json(study / "verdict.json", result)
+    return result
+
+
+def _guard_option(text: str) -> dict[str, Any]:
+    metric, _, margin = text.rpartition(":")
+    try:
+        return {"metric": metric, "margin": float(margin)}
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text}: write METRIC:MARGIN, such as gsm8k:0.02") from error
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command: JSON on stdout; exit status 2 with a message on stderr where the scores cannot be used."""
+    parser = argparse.ArgumentParser(
+        prog="python -m harness.decide",
+        description="Print the verdict on a study, or on any scores file, as JSON.",
+        epilog="Example: python -m harness.decide scores.csv --metric checks --margin 0.03 --arms simpo,dpo",
+    )
+    parser.add_argument("source", type=Path, help="results/STUDY, or a .csv, .parquet or .jsonl file of scores")
+    parser.add_argument("--metric", help="the scorer to decide on")
+    parser.add_argument("--margin", type=float, default=0.05, help="smallest difference that matters (default 0.05)")
+    parser.add_argument("--alpha", type=float, default=0.05, help="error rate (default 0.05)")
+    parser.add_argument("--arms", default="simpo,dpo", help="two arms; the difference is first minus second")
+    parser.add_argument("--cluster", help="column that holds clusters of prompts (default: cluster, where it exists)")
+    parser.add_argument("--guard", action="append", type=_guard_option, default=[], metavar="METRIC:MARGIN")
+    options = parser.parse_args(argv)
+    try:
+        if options.source.is_dir():
+            result = decide_study(options.source)
+        else:
+            result = verdict(read_scores(options.source), **_rule(options))
+    except UsageError as error:
+        print(f"harness.decide: {error}", file=sys.stderr)
+        return 2
+    print(json.dumps(result, indent=2))
+    return 0
+
+
+def _rule(options: argparse.Namespace) -> dict[str, Any]:
+    arms = tuple(options.arms.split(","))
+    if len(arms) != 2 or arms[0] == arms[1]:
+        raise UsageError(f"--arms {options.arms}: give two different arms, such as simpo,dpo")
+    if not 0 < options.margin < 1 or not 0 < options.alpha < 0.5:
+        raise UsageError(
+            f"--margin {options.margin} --alpha {options.alpha}: allowed: 0 < margin < 1 and 0 < alpha < 0.5"
+        )
+    keys = ("metric", "margin", "alpha", "cluster")
+    return {key: getattr(options, key) for key in keys} | {"arms": arms, "guards": options.guard}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

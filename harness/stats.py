@@ -1,0 +1,193 @@
+"""The decision rule's arithmetic, on arrays of shape (num_seeds, num_prompts): seeds unpaired, prompts paired.
+
+Training seeds and golden prompts are both samples: a rule that counts only one of them finds winners where there are
+none (14 to 50% of the time in simulations at a nominal 5%). numpy and scipy only; nothing is drawn at random.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import numpy as np
+from scipy import stats
+from scipy.stats import t as student
+
+POWER = 0.8
+
+
+@dataclass(frozen=True)
+class Components:
+    """What a difference between two arms is known from.
+
+    Attributes:
+        difference: mean of arm A minus mean of arm B.
+        seed_variance: A = a_A + a_B, variance of the difference due to seeds.
+        seed_df: its degrees of freedom (Welch-Satterthwaite); inf where no seed varies.
+        prompt_variance: c, variance of the difference due to prompts, with the runs' noise taken out.
+        prompt_df: clusters minus one; inf where there are no prompts.
+        num_seeds: of arm A and of arm B.
+        num_prompts: golden prompts; 0 where a run has one score.
+        num_clusters: of the prompts.
+    """
+
+    difference: float
+    seed_variance: float
+    seed_df: float
+    prompt_variance: float
+    prompt_df: float
+    num_seeds: tuple[int, int]
+    num_prompts: int
+    num_clusters: int
+
+    @property
+    def variance(self) -> float:
+        """V, the variance of the difference."""
+        return self.seed_variance + self.prompt_variance
+
+    def quantile(self, level: float) -> float:
+        """Return t*(level), the two parts' t quantiles weighted by their variances (Cochran's approximation)."""
+        if self.variance <= 0:
+            return 0.0
+        parts = ((self.seed_variance, self.seed_df), (self.prompt_variance, self.prompt_df))
+        return sum(weight * _t(level, df) for weight, df in parts if weight > 0) / self.variance
+
+    def interval(self, confidence: float) -> tuple[float, float]:
+        """Return the two-sided interval of the difference at a confidence such as 0.95."""
+        half = self.quantile((1 + confidence) / 2) * math.sqrt(self.variance)
+        return self.difference - half, self.difference + half
+
+    def lower_bound(self, alpha: float) -> float:
+        """Return the one-sided lower bound of the difference, for non-inferiority."""
+        return self.difference - self.quantile(1 - alpha) * math.sqrt(self.variance)
+
+    def detectable(self, alpha: float, power: float = POWER) -> float:
+        """Return the minimum detectable difference: (t*(1 - alpha/2) + t*(power)) * sqrt(V).
+
+        A true difference of this size makes the two-sided test at `alpha` find a winner with about this power.
+        """
+        return (self.quantile(1 - alpha / 2) + self.quantile(power)) * math.sqrt(self.variance)
+
+
+def _t(level: float, df: float) -> float:
+    return float(stats.norm.ppf(level) if math.isinf(df) else student.ppf(level, df))
+
+
+def compare(scores_a: np.ndarray, scores_b: np.ndarray, clusters: np.ndarray | None = None) -> Components:
+    """Estimate the components of the difference of two arms on the same prompts.
+
+    With one seed in either arm only the prompts count: the result is about two checkpoints, not about methods.
+
+    Args:
+        scores_a: shape (num_seeds_a, num_prompts).
+        scores_b: shape (num_seeds_b, num_prompts), the prompts in the same order.
+        clusters: shape (num_prompts,), labels; None makes each prompt a cluster.
+
+    Raises:
+        ValueError: for arrays of another shape, or fewer than two prompts or clusters.
+    """
+    if scores_a.ndim != 2 or scores_b.ndim != 2 or scores_a.shape[1] != scores_b.shape[1]:
+        raise ValueError(f"expected (seeds, prompts) over the same prompts, got {scores_a.shape} and {scores_b.shape}")
+    num_prompts = scores_a.shape[1]
+    difference = scores_a.mean(0) - scores_b.mean(0)
+    variance, num_clusters = mean_variance(difference, clusters)
+    both = Components(
+        difference=float(scores_a.mean() - scores_b.mean()),
+        seed_variance=0.0,
+        seed_df=math.inf,
+        prompt_variance=variance,
+        prompt_df=num_clusters - 1,
+        num_seeds=(scores_a.shape[0], scores_b.shape[0]),
+        num_prompts=num_prompts,
+        num_clusters=num_clusters,
+    )
+    if min(both.num_seeds) < 2:
+        return both
+    seed_variance, seed_df = _welch([scores_a.mean(1), scores_b.mean(1)])
+    noise = _residual(scores_a) + _residual(scores_b)
+    prompt_variance = max(variance - noise, 0.0)
+    return replace(both, seed_variance=seed_variance, seed_df=seed_df, prompt_variance=prompt_variance)
+
+
+def compare_runs(means_a: np.ndarray, means_b: np.ndarray) -> Components:
+    """Estimate the components where each run has one score: Welch's test over seeds.
+
+    Args:
+        means_a: shape (num_seeds_a,).
+        means_b: shape (num_seeds_b,).
+
+    Raises:
+        ValueError: with fewer than two runs in an arm there is nothing to tell noise from.
+    """
+    if min(len(means_a), len(means_b)) < 2:
+        raise ValueError("one score a run needs at least two runs an arm")
+    variance, df = _welch([means_a, means_b])
+    difference = float(means_a.mean() - means_b.mean())
+    return Components(difference, variance, df, 0.0, math.inf, (len(means_a), len(means_b)), 0, 0)
+
+
+def mean_variance(values: np.ndarray, clusters: np.ndarray | None = None) -> tuple[float, int]:
+    """Return the variance of the mean of values that come in clusters, and the number of clusters.
+
+    The square of each cluster's summed deviations, summed, times C/(C-1) over P squared; with clusters of one this is
+    the sample variance over P (Miller 2024, arXiv 2411.00640, clustered standard errors; C/(C-1) as in its follow-ups).
+    """
+    labels = np.arange(len(values)) if clusters is None else np.unique(clusters, return_inverse=True)[1]
+    sums = np.bincount(labels, weights=values - values.mean())
+    count = len(sums)
+    if count < 2:
+        raise ValueError(f"expected at least 2 prompts in different clusters, got {len(values)} prompts in {count}")
+    return float((sums**2).sum() * count / (count - 1) / len(values) ** 2), count
+
+
+def _welch(means: list[np.ndarray]) -> tuple[float, float]:
+    """Return the variance of the difference of two means and its Welch-Satterthwaite degrees of freedom."""
+    parts = [float(values.var(ddof=1)) / len(values) for values in means]
+    total = sum(parts)
+    if total <= 0:
+        return 0.0, math.inf
+    spread = sum(part**2 / (len(values) - 1) for part, values in zip(parts, means, strict=True))
+    return total, total**2 / spread
+
+
+def _residual(scores: np.ndarray) -> float:
+    """Return r, the run-by-prompt noise in the mean over prompts: two-way residual mean square over (S * P)."""
+    num_seeds, num_prompts = scores.shape
+    residual = scores - scores.mean(1, keepdims=True) - scores.mean(0, keepdims=True) + scores.mean()
+    mean_square = float((residual**2).sum()) / ((num_seeds - 1) * (num_prompts - 1))
+    return mean_square / (num_seeds * num_prompts)
+
+
+def planned(components: Components, *, seeds: int, prompts: int) -> Components:
+    """Return what the components would be with so many seeds an arm and so many prompts, variances being equal."""
+    seed_factor = sum(components.num_seeds) / 2 / seeds
+    prompt_factor = components.num_prompts / prompts if components.num_prompts else 1.0
+    ratio = components.num_clusters / components.num_prompts if components.num_prompts else 1.0
+    return replace(
+        components,
+        seed_variance=components.seed_variance * seed_factor,
+        seed_df=2.0 * (seeds - 1) if components.seed_variance > 0 else math.inf,
+        prompt_variance=components.prompt_variance * prompt_factor,
+        prompt_df=max(prompts * ratio - 1, 1.0) if components.num_prompts else math.inf,
+        num_seeds=(seeds, seeds),
+        num_prompts=prompts if components.num_prompts else 0,
+    )
+
+
+def needed(components: Components, target: float, alpha: float, *, most: int = 200) -> dict[str, int | None]:
+    """Return how many seeds an arm (at these prompts), or prompts (at these seeds), detect a difference of `target`.
+
+    None where the other source of noise alone is too large, or where more than `most` times as many would be needed.
+    """
+    seeds, prompts = min(components.num_seeds), components.num_prompts
+    by_seeds = (n for n in range(max(seeds, 2), most + 1))
+    found_seeds = next(
+        (n for n in by_seeds if planned(components, seeds=n, prompts=prompts).detectable(alpha) <= target), None
+    )
+    found_prompts = None
+    if prompts:
+        steps = (math.ceil(prompts * 1.05**i) for i in range(int(math.log(most) / math.log(1.05))))
+        found_prompts = next(
+            (n for n in steps if planned(components, seeds=seeds, prompts=n).detectable(alpha) <= target), None
+        )
+    return {"seeds": found_seeds if components.seed_variance > 0 else None, "prompts": found_prompts}
