@@ -76,7 +76,7 @@ def draw_interval(study: Study, looks: Mapping[str, Look]) -> Drawing | None:
     wide, narrow = levels(study)
     caption = (
         f"Thick bar: {narrow} interval (a tie needs it inside the shaded margin). Thin bar: {wide} interval (a winner "
-        "needs it clear of zero). Below: the mean of each run; seeds are not paired between arms. The tick is their mean."
+        "needs it clear of zero). Below: the mean of each run; seeds are not paired between arms. The tick: their mean."
     )
     return _drawing(
         "interval", "Difference between the arms, with intervals", said, caption, WIDE, sum(rows) + 0.75, draw
@@ -245,9 +245,9 @@ def _drawing(
 ) -> Drawing:
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=(width, height), layout="constrained")
-        FigureCanvasSVG(figure)
+        canvas = FigureCanvasSVG(figure)
         draw(figure)
         buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
+        canvas.print_svg(buffer, metadata={"Date": None})  # savefig would draw everything twice
     text = describe(buffer.getvalue(), name=name, title=visible(heading), description=visible(description))
     return Drawing(name, heading, description, caption, text, wide=width == WIDE)

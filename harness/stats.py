@@ -166,7 +166,7 @@ def planned(components: Components, *, seeds: int, prompts: int) -> Components:
     return replace(
         components,
         seed_variance=components.seed_variance * seed_factor,
-        seed_df=2.0 * (seeds - 1) if components.seed_variance > 0 else math.inf,
+        seed_df=components.seed_df * (seeds - 1) / max(sum(components.num_seeds) / 2 - 1, 1.0),
         prompt_variance=components.prompt_variance * prompt_factor,
         prompt_df=max(prompts * ratio - 1, 1.0) if components.num_prompts else math.inf,
         num_seeds=(seeds, seeds),

@@ -22,8 +22,6 @@ from harness.records import Pair, UsageError, prompt_id
 from harness.sources import Source, read_source
 from harness.tables import Table, table_warnings
 
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
-
 
 def user(text):
     return {"role": "user", "content": text}
@@ -722,28 +720,24 @@ def test_a_file_of_several_forms_names_them_most_frequent_first(files):
 
 
 @pytest.mark.shared
-@pytest.mark.skipif(not SHARED.is_dir(), reason=f"the shared data is not at {SHARED}")
 class TestRealData:
-    def test_alpacaeval_short_has_its_pairs_and_prompts_and_no_warning(self):
-        folder = SHARED / "alpacaeval_short"
+    def test_alpacaeval_short_has_its_pairs_and_prompts_and_no_warning(self, shared):
+        folder = shared / "data" / "alpacaeval_short"
         splits = load_splits(
             DataSpec(**{split: str(folder / f"{split}.jsonl") for split in ("train", "dev", "golden")})
         )
         assert [len(splits.train), len(splits.dev_pairs), len(splits.golden_pairs)] == [414, 57, 109]
-        assert [len({p.prompt_id for p in splits.train}), len(splits.dev_prompts), len(splits.golden_prompts)] == [
-            190,
-            30,
-            50,
-        ]
+        prompts = {pair.prompt_id for pair in splits.train}, splits.dev_prompts, splits.golden_prompts
+        assert [len(part) for part in prompts] == [190, 30, 50]
         assert splits.facts["warnings"] == []
 
-    def test_the_llama_factory_demo_loads_as_it_is(self):
-        splits = load_splits(DataSpec(path=str(SHARED / "dpo_en_demo.json")))
+    def test_the_llama_factory_demo_loads_as_it_is(self, shared):
+        splits = load_splits(DataSpec(path=str(shared / "data" / "dpo_en_demo.json")))
         assert len(splits.train) + len(splits.dev_pairs) + len(splits.golden_pairs) == 300
         assert splits.facts["train"]["form"] == "ShareGPT"
         assert splits.facts["train"]["bad_rows"] == []
         assert {pair.prompt[0]["role"] for pair in splits.train} == {"system", "user"}
 
-    def test_ifeval_prompts_without_checks_of_ours_are_refused_with_their_columns(self):
-        spec = DataSpec(path=str(SHARED / "dpo_en_demo.json"), golden=str(SHARED / "ifeval_input_data.jsonl"))
-        assert "found: instruction_id_list, key, kwargs, prompt" in refusal(spec)
+    def test_ifeval_prompts_without_checks_of_ours_are_refused_with_their_columns(self, shared):
+        pairs, ifeval = (str(shared / "data" / name) for name in ("dpo_en_demo.json", "ifeval_input_data.jsonl"))
+        assert "found: instruction_id_list, key, kwargs, prompt" in refusal(DataSpec(path=pairs, golden=ifeval))

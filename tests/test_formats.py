@@ -129,7 +129,12 @@ class TestForms:
         row = {"prompt": prompt, "chosen": [*shared, assistant("Blue.")], "rejected": [*shared, assistant("Green.")]}
         assert parse(row).chosen == (assistant("Hello."), user(SKY), assistant("Blue."))
 
-    @pytest.mark.parametrize("prompt", ["Hi", SKY, f"User: Hi\nBot: Hello.\nUser: {SKY}", ""])
+    def test_a_prompt_in_turns_that_the_answers_repeat_stands_once(self):
+        row = conversational(chosen=[user(SKY), assistant("Blue.")], rejected=[user(SKY), assistant("Green.")])
+        parsed = parse(row)
+        assert (parsed.prompt, parsed.chosen) == ((user(SKY),), (assistant("Blue."),))
+
+    @pytest.mark.parametrize("prompt", ["Hi", SKY, f"User: Hi\nBot: Hello.\nUser: {SKY}", "", " "])
     def test_a_prompt_text_beside_whole_conversations_may_be_any_user_turn_or_all_turns_or_empty(self, prompt):
         shared = [user("Hi"), assistant("Hello."), user(SKY)]
         row = {"prompt": prompt, "chosen": [*shared, assistant("Blue.")], "rejected": [*shared, assistant("Green.")]}
@@ -149,10 +154,17 @@ class TestForms:
         assert parsed.prompt == (user("Hi"),)
         assert parsed.chosen == (assistant("Hello."), user("Bye"), assistant("Bye."))
 
-    def test_an_open_transcript_as_prompt_becomes_turns_too(self):
-        row = {"prompt": "\n\nHuman: Hi\n\nAssistant:", "chosen": " Hello.", "rejected": " What?"}
+    @pytest.mark.parametrize("end", ["", " ", "\n"])
+    def test_an_open_transcript_as_prompt_becomes_turns_too(self, end):
+        row = {"prompt": f"\n\nHuman: Hi\n\nAssistant:{end}", "chosen": " Hello.", "rejected": " What?"}
         parsed = parse(row)
-        assert (parsed.prompt, parsed.chosen, parsed.conversational) == ((user("Hi"),), (assistant("Hello."),), True)
+        assert (parsed.prompt, parsed.conversational) == ((user("Hi"),), True)
+        assert (parsed.chosen, parsed.rejected) == ((assistant("Hello."),), (assistant("What?"),))
+
+    def test_a_prompt_that_only_quotes_a_transcript_stays_text(self):
+        prompt = "Human: Hi\n\nAssistant: Hello.\n\nHow many words are that?"
+        parsed = parse(standard(prompt=prompt))
+        assert (parsed.prompt, parsed.conversational) == ((user(prompt),), False)
 
     def test_sharegpt_roles_are_translated(self):
         turns = [{"from": "system", "value": "Be brief."}, human("Hi"), gpt("Hello."), human(SKY)]
@@ -323,8 +335,12 @@ class TestRefusedPairs:
         shared = [user("Hi"), assistant("Hello.")]
         refuses({"chosen": [*shared, user("Bye"), assistant("Bye.")], "rejected": shared}, "further turns")
 
-    def test_texts_that_share_no_beginning(self):
-        refuses({"chosen": "Blue.", "rejected": "Green."}, "no `prompt`", "no beginning in common")
+    @pytest.mark.parametrize(
+        ("chosen", "rejected"),
+        [("Blue.", "Green."), ("\nBlue.", "\nGreen."), ("\u0301a", "\u0300a"), ("blue", "black")],
+    )
+    def test_texts_that_share_no_beginning(self, chosen, rejected):
+        refuses({"chosen": chosen, "rejected": rejected}, "no `prompt`", "no beginning in common")
 
     def test_texts_of_which_one_is_the_beginning_of_the_other(self):
         refuses({"chosen": "The sky is", "rejected": "The sky is blue."}, "`chosen` is empty after what both")

@@ -15,8 +15,9 @@ import pytest
 from markdown_it import MarkdownIt
 from study_fixture import ARMS, LABELS, build_study
 
-from harness import cautions, report, wording
+from harness import cautions, evidence, frames, report, wording
 from harness.costs import cost_table
+from harness.decide import decide_study
 from harness.evidence import phrase
 from harness.frames import build, degenerate_table, score_table
 from harness.palette import looks
@@ -44,6 +45,20 @@ def light(folder):
     for path in folder.glob("trials/*/train.jsonl"):
         path.unlink()
     return folder
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory):
+    """A study of 6 prompts without learning curves."""
+    folder = build_study(tmp_path_factory.mktemp("few") / "letters", prompts=6)
+    for path in folder.glob("trials/*/train.jsonl"):
+        path.unlink()
+    return folder
+
+
+@pytest.fixture
+def target(few, tmp_path):
+    return Path(shutil.copytree(few, tmp_path / "letters"))
 
 
 @pytest.fixture(scope="module")
@@ -137,9 +152,9 @@ def test_the_verdict_comes_first_and_the_sections_follow_in_order(folder):
     ]
 
 
-def test_one_seed_is_a_verdict_on_checkpoints_and_never_on_the_method(light):
-    change(light / "verdict.json", level="checkpoint")
-    page, text = rendered(light)
+def test_one_seed_is_a_verdict_on_checkpoints_and_never_on_the_method(target):
+    change(target / "verdict.json", level="checkpoint")
+    page, text = rendered(target)
     for shown in (page.text, text):
         assert "This SimPO checkpoint beats this DPO checkpoint" in shown
         assert "does not say which method is better" in shown
@@ -151,7 +166,7 @@ def test_one_seed_is_a_verdict_on_checkpoints_and_never_on_the_method(light):
     [
         ({"verdict": "dpo"}, "DPO beats SimPO", "Ship DPO."),
         ({"verdict": "tie"}, "Tie", "Ship either: the difference is smaller than the 5.0 points"),
-        ({"verdict": "inconclusive", "to_settle": {"seeds": 9, "prompts": None}}, "Inconclusive: not enough evidence", "only differences of about 11.0 points or more can be found"),
+        ({"verdict": "inconclusive", "to_settle": {"seeds": 9, "prompts": None}}, "Inconclusive: not enough evidence", "A difference of 5.0 points would be found with about 9 seeds an arm, all else as it is."),
         ({"verdict": "tie", "base_mean": 0.99}, "Tie", "Ship the SFT base: SimPO scores"),
         ({"verdict": "simpo", "base_mean": 0.65, "means": {"simpo": 0.6, "dpo": 0.5}}, "SimPO beats DPO", "SimPO scores 60.0%, the base 65.0%"),
         ({"verdict": "trade-off", "difference": -0.1, "guards": [{"metric": "checks_fraction", "passed": False}]}, "Trade-off: DPO scores better", "the guard that it fails (checks_fraction)"),
@@ -239,11 +254,11 @@ def test_costs_of_different_engines_are_not_compared(folder):
     assert any("Only trials with the engine “paired”" in note for note in table.notes)
 
 
-def test_identical_data_is_proved_only_by_equal_hashes(light):
-    page, text = rendered(light)
+def test_identical_data_is_proved_only_by_equal_hashes(target):
+    page, text = rendered(target)
     assert "Identical data: proved." in page.text
-    change(manifests(light, "dpo")[1], consumed_tokens_sha256="f" * 64)
-    page, text = rendered(light)
+    change(manifests(target, "dpo")[1], consumed_tokens_sha256="f" * 64)
+    page, text = rendered(target)
     for shown in (page.text, text):
         assert "Identical data: NOT proved." in shown
         assert "Identical data: proved" not in shown
@@ -292,13 +307,13 @@ def test_completions_are_sorted_by_disagreement_and_their_number_is_said(folder)
     assert [answer.arm for answer in shown.comparisons[0].answers] == ["sft", *ARMS]
 
 
-def test_warnings_of_verdict_study_and_trials_are_shown_once_each(light):
-    change(light / "verdict.json", warnings=["from the verdict"])
-    for path in manifests(light, "dpo"):
+def test_warnings_of_verdict_study_and_trials_are_shown_once_each(target):
+    change(target / "verdict.json", warnings=["from the verdict"])
+    for path in manifests(target, "dpo"):
         change(path, warnings=["from the trials"], flags=["collapsed"])
-    text = (light / "study.yaml").read_text()
-    write_text(light / "study.yaml", text + "warnings: [from the study]\n")
-    page, _ = rendered(light)
+    text = (target / "study.yaml").read_text()
+    write_text(target / "study.yaml", text + "warnings: [from the study]\n")
+    page, _ = rendered(target)
     top = page.text[: page.text.index("Scores on the golden set")]
     assert "4 warnings" in top
     assert "from the verdict" in top
@@ -308,11 +323,11 @@ def test_warnings_of_verdict_study_and_trials_are_shown_once_each(light):
     assert "the policy collapsed" in top
 
 
-def test_a_verdict_of_other_scores_is_found_out(light):
-    frame = pd.read_csv(light / "scores.csv", keep_default_na=False)
+def test_a_verdict_of_other_scores_is_found_out(target):
+    frame = pd.read_csv(target / "scores.csv", keep_default_na=False)
     frame.loc[(frame["arm"] == "dpo") & (frame["scorer"] == "checks"), "score"] = 1.0
-    frame.to_csv(light / "scores.csv", index=False)
-    page, _ = rendered(light)
+    frame.to_csv(target / "scores.csv", index=False)
+    page, _ = rendered(target)
     assert "verdict.json is not of these scores" in page.text
     assert "the scores have 100.0%" in page.text
 
@@ -326,6 +341,22 @@ def test_the_command_and_the_provenance_are_there(page):
         "All trials: 6 of 6 complete",
     ):
         assert fact in page.text
+
+
+def test_the_verdict_of_decide_is_shown_with_its_guard_and_belongs_to_the_scores(light):
+    text = (light / "study.yaml").read_text().replace("guards: []", "guards: [{metric: checks_fraction, margin: 0.02}]")
+    write_text(light / "study.yaml", text.replace("alpha: 0.05", "alpha: 0.01"))
+    decided = decide_study(light)
+    page, source = rendered(light)
+    assert decided["reason"] in page.text
+    assert f"99% interval{wording.interval(decided['ci95'])}" in page.text.replace("interval ", "interval")
+    bound = wording.points(decided["guards"][0]["lower_bound"])
+    assert (
+        f"| checks\\_fraction | FAILED | SimPO | {wording.points(decided['guards'][0]['difference'])} | {bound} | −2.0 |"
+        in source
+    )
+    assert "verdict.json is not of these scores" not in page.text
+    assert "NOT proved" not in page.text
 
 
 # What is missing is shown as missing
@@ -347,21 +378,21 @@ def test_the_command_and_the_provenance_are_there(page):
         (["study.yaml", "trials", "base", "scores.csv"], "No scores are stored yet."),
     ],
 )
-def test_a_missing_piece_is_said_and_stops_nothing(light, missing, sentence):
+def test_a_missing_piece_is_said_and_stops_nothing(target, missing, sentence):
     for pattern in missing:
-        for path in sorted(light.glob(pattern)):
+        for path in sorted(target.glob(pattern)):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    page, text = rendered(light)
+    page, text = rendered(target)
     assert sentence in page.text
     assert sentence in text.replace("\\", "")
-    for drawing in (light / "figures").glob("*.svg"):
+    for drawing in (target / "figures").glob("*.svg"):
         assert f"figures/{drawing.name}" in text
     for name in re.findall(r"\((figures/.*?)\)", text):
-        assert (light / name).is_file()
+        assert (target / name).is_file()
 
 
 @pytest.mark.parametrize("value", [None, [], {}, "text", 3, [None, None]])
-def test_a_verdict_with_odd_values_stops_nothing(light, value):
+def test_a_verdict_with_odd_values_stops_nothing(target, value):
     keys = (
         "difference",
         "ci95",
@@ -375,23 +406,32 @@ def test_a_verdict_with_odd_values_stops_nothing(light, value):
         "means",
         "n_unscored",
     )
-    change(light / "verdict.json", **dict.fromkeys(keys, value))
-    rendered(light)
-    change(light / "verdict.json", difference=0.1, arms=value)
-    rendered(light)
+    change(target / "verdict.json", **dict.fromkeys(keys, value))
+    rendered(target)
+    change(target / "verdict.json", difference=0.1, arms=value)
+    rendered(target)
 
 
 @pytest.mark.parametrize("value", [None, [], {}, "text", 3])
 def test_a_manifest_with_odd_values_stops_nothing(light, value):
     path = manifests(light, "dpo")[0]
-    change(path, **dict.fromkeys(set(read_json(path)) - {"arm", "config", "seed", "status"}, value))
-    rendered(light)
-    change(path, config=value, seed=value)
-    rendered(light)
+    sound = read_json(path)
+    for odd in (
+        dict.fromkeys(sound.keys() - {"arm", "config", "seed", "status"}, value),
+        {"config": value, "seed": value},
+    ):
+        write_json(path, sound | odd)
+        study = read_study(light)
+        identity = evidence.identity_of(study)
+        assert evidence.identity_sentence(identity).startswith("Identical data: NOT proved")
+        assert cautions.warnings(study, identity)
+        for table in (cost_table(study), frames.trial_table(study), evidence.identity_table(study)):
+            assert table.html(looks(study.arms))
+        assert evidence.facts(study)["Model"] == "embedded"
 
 
-def test_a_failed_trial_is_listed_with_its_error(light):
-    failed = manifests(light, "dpo")[0]
+def test_a_failed_trial_is_listed_with_its_error(target):
+    failed = manifests(target, "dpo")[0]
     about = {
         "arm": "dpo",
         "config": LABELS["dpo"],
@@ -402,7 +442,7 @@ def test_a_failed_trial_is_listed_with_its_error(light):
     }
     write_json(failed.parent / "failure.json", about)
     failed.unlink()
-    page, text = rendered(light)
+    page, text = rendered(target)
     for shown in (page.text, text):
         assert "Failed trials" in shown
         assert "MemoryError: cannot allocate 3 GiB" in shown
@@ -620,11 +660,9 @@ def plant(folder, text):
 
 
 @pytest.fixture(scope="module")
-def tame(built, tmp_path_factory):
+def tame(few, tmp_path_factory):
     """The page and the Markdown of a study with a harmless text in all places."""
-    folder = Path(shutil.copytree(built, tmp_path_factory.mktemp("tame") / "letters"))
-    for path in folder.glob("trials/*/train.jsonl"):
-        path.unlink()
+    folder = Path(shutil.copytree(few, tmp_path_factory.mktemp("tame") / "letters"))
     plant(folder, "harmless")
     return rendered(folder)
 
@@ -635,13 +673,13 @@ def shape(page):
 
 
 @pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
-def test_hostile_text_does_nothing(light, tame, text):
-    plant(light, text)
-    page, source = rendered(light)
+def test_hostile_text_does_nothing(target, tame, text):
+    plant(target, text)
+    page, source = rendered(target)
     assert shape(page) == shape(tame[0])
     assert not RAW.search(page.source)
     assert " ".join(visible(text).split()) in page.text
-    for path in (light / "figures").iterdir():
+    for path in (target / "figures").iterdir():
         assert not RAW.search(path.read_text(encoding="utf-8"))
         ET.parse(path)
     check_markdown(source, tame[1], text)
@@ -660,25 +698,26 @@ def check_markdown(source, tame, text):
 
 
 @pytest.mark.parametrize("arm", ["<script>", "../../x", "$x^2$", "a|b", "\u202eodp"])
-def test_a_hostile_name_of_an_arm_stays_a_name(folder, arm):
-    for path in manifests(folder, "simpo"):
-        (path.parent / "train.jsonl").unlink()
-    for path in manifests(folder, "dpo"):
+def test_a_hostile_name_of_an_arm_stays_a_name(built, target, arm):
+    shutil.copy(
+        built / manifests(built, "dpo")[0].relative_to(built).parent / "train.jsonl", manifests(target, "dpo")[0].parent
+    )
+    for path in manifests(target, "dpo"):
         change(path, arm=arm)
-    frame = pd.read_csv(folder / "scores.csv", keep_default_na=False)
+    frame = pd.read_csv(target / "scores.csv", keep_default_na=False)
     frame.loc[frame["arm"] == "dpo", "arm"] = arm
-    frame.to_csv(folder / "scores.csv", index=False)
-    change(folder / "verdict.json", arms=["simpo", arm], n_seeds={"simpo": 3, arm: 3})
-    page, _ = rendered(folder)
+    frame.to_csv(target / "scores.csv", index=False)
+    change(target / "verdict.json", arms=["simpo", arm], n_seeds={"simpo": 3, arm: 3})
+    page, _ = rendered(target)
     assert visible(arm) in page.text
     assert "script" not in {tag for tag, _ in page.elements}
-    names = [path.name for path in (folder / "figures").iterdir()]
+    names = [path.name for path in (target / "figures").iterdir()]
     assert all(re.fullmatch(r"[a-z0-9-]+\.svg", name) for name in names), names
 
 
-def test_a_line_of_100_kb_is_cut_with_a_note(light):
-    plant(light, "y" * 100_000)
-    page, text = rendered(light)
+def test_a_line_of_100_kb_is_cut_with_a_note(target):
+    plant(target, "y" * 100_000)
+    page, text = rendered(target)
     assert len(page.source) < 1_500_000
     assert "cut: 1,500 of 100,000 characters shown" in page.text
     assert "cut: 800 of 100,000 characters shown" in text
