@@ -196,11 +196,7 @@ def register_schemas() -> None:
 
 
 def load_run(overrides: list[str]) -> RunConfig:
-    """Compose one run from the command line's overrides.
-
-    Raises:
-        UsageError: for anything that `python -m harness.sweep` would refuse.
-    """
+    """Compose one run from the command line's overrides; what `harness.sweep` would refuse is a UsageError."""
     from harness.overrides import check_overrides  # it reads the dataclasses above
 
     check_overrides(overrides)
@@ -262,9 +258,7 @@ def fill_from_profile(config: RunConfig) -> None:
 def trial_id(config: RunConfig, contents: dict[str, str]) -> str:
     """Hash what determines a trial's result, and nothing else.
 
-    Args:
-        config: the resolved config; tracking, names of folders, the decision and the rest of the sweep are left out.
-        contents: SHA-256 by name of what the config only names: base weights, data files, chat template.
+    `contents` is the SHA-256 by name of what the config only names: base weights, data files, chat template.
     """
     parts = {
         "method": plain(config.method),

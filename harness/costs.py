@@ -13,7 +13,9 @@ from harness.wording import MISSING, listing, number, plural
 
 _STAGES = ("load", "reference", "train", "generate", "heldout", "score")
 _NAMES = {"heldout": "held-out log-probs", "reference": "reference log-probs"}
+_TRAINED, _GENERATED = "Tokens trained on", "Tokens generated"
 _GIB = 2**30
+_LEAST = 0.05  # what is shown as 0.0 has no ratio that means anything
 
 
 def cost_table(study: Study) -> Table | None:
@@ -46,12 +48,23 @@ def cost_table(study: Study) -> Table | None:
 
 
 def _means(chosen: Mapping[str, Sequence[Trial]]) -> pd.DataFrame:
-    """Return the mean costs: a row a cost that was measured, in the order of the stages, a column a config."""
+    """Return the mean costs: a row a cost that was measured, in the order of the stages, a column a config.
+
+    A speed is mean tokens over mean seconds: a mean of the trials' speeds would overrate a single fast one.
+    """
     costs = {label: pd.DataFrame([measure(trial) for trial in trials]).mean() for label, trials in chosen.items()}
-    stages = [f"Seconds: {_NAMES.get(stage, stage)}" for stage in _STAGES]
+    stages = [_second(stage) for stage in _STAGES]
     names = list(dict.fromkeys([*stages, *(name for mean in costs.values() for name in mean.index)]))
     names.sort(key=lambda name: not name.startswith("Seconds: "))
-    return pd.DataFrame(costs).reindex(names).dropna(how="all")
+    frame = pd.DataFrame(costs).reindex(names).dropna(how="all")
+    for tokens, stage in ((_TRAINED, "train"), (_GENERATED, "generate")):
+        if tokens in frame.index and _second(stage) in frame.index:
+            frame.loc[f"{tokens} per second"] = frame.loc[tokens] / frame.loc[_second(stage)].replace(0.0, float("nan"))
+    return frame
+
+
+def _second(stage: str) -> str:
+    return f"Seconds: {_NAMES.get(stage, stage)}"
 
 
 def engines(study: Study) -> dict[str, set[str]]:
@@ -67,22 +80,15 @@ def measure(trial: Trial) -> dict[str, float | None]:
     """Return a trial's costs by name; None where something was not measured."""
     seconds, peak, tokens = (mapping(trial.manifest.get(key)) for key in ("seconds", "peak_memory_bytes", "tokens"))
     stages = [*(stage for stage in _STAGES if stage in seconds), *sorted(set(seconds) - set(_STAGES))]
-    costs = {f"Seconds: {_NAMES.get(stage, stage)}": number(seconds[stage]) for stage in stages}
+    costs = {_second(stage): number(seconds[stage]) for stage in stages}
     if stages:
         costs["Seconds in all"] = sum(value or 0.0 for value in costs.values())
     memory = number(peak.get("train"))
     return costs | {
         "Peak memory of training (GiB)": memory / _GIB if memory else None,
-        "Tokens trained on": number(tokens.get("train")),
-        "Tokens trained on per second": _rate(tokens, "train", seconds, "train"),
-        "Tokens generated": number(tokens.get("generated")),
-        "Tokens generated per second": _rate(tokens, "generated", seconds, "generate"),
+        _TRAINED: number(tokens.get("train")),
+        _GENERATED: number(tokens.get("generated")),
     }
-
-
-def _rate(tokens: Mapping[str, object], kind: str, seconds: Mapping[str, object], stage: str) -> float | None:
-    count, duration = number(tokens.get(kind)), number(seconds.get(stage))
-    return count / duration if count and duration else None
 
 
 def _format(name: str, value: float) -> str:
@@ -93,7 +99,7 @@ def _format(name: str, value: float) -> str:
 
 
 def _ratio(first: float, second: float) -> str:
-    usable = number(first) is not None and number(second)
+    usable = all(number(value) is not None and value >= _LEAST for value in (first, second))
     return f"{first / second:.2f}×" if usable else MISSING
 
 

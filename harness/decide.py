@@ -16,13 +16,12 @@ import numpy as np
 import pandas as pd
 import yaml
 
-from harness.arms import ARMS
 from harness.identity import data_identity
+from harness.reason import reason
 from harness.records import UsageError, write_json
 from harness.scores_file import ArmScores, arm_scores, checked, choose_metric, read_scores, same_prompts
 from harness.stats import Components, compare, compare_runs, needed
-
-MAX_UNSCORED = 0.01
+from harness.unscored import at_worst, paired
 
 
 def verdict(
@@ -58,7 +57,7 @@ def verdict(
     warnings: list[str] = []
     configs = _configs(frame, metric, arms, warnings)
     chosen = _arrays(frame, metric, arms, configs, cluster)
-    kept, unscored = _paired(chosen, warnings)
+    kept, unscored = paired(chosen, warnings)
     found = _compare(kept)
     _warn_of_flags(chosen, warnings)
     if min(found.num_seeds) < 2 <= max(found.num_seeds):
@@ -80,12 +79,12 @@ def verdict(
         "n_seeds": dict(zip(arms, found.num_seeds, strict=True)),
         "n_unscored": unscored,
         "means": {arm: float(np.nanmean(kept[arm].values)) for arm in arms},
-        "run_means": {arm: dict(zip(kept[arm].seeds, _run_means(kept[arm]), strict=True)) for arm in arms},
+        "run_means": {arm: dict(zip(kept[arm].seeds, kept[arm].values.mean(1).tolist(), strict=True)) for arm in arms},
         "configs": configs,
         "guards": checks,
         "warnings": warnings,
     }
-    result["reason"] = _reason(result, winner, failed)
+    result["reason"] = reason(result, winner, failed)
     return result
 
 
@@ -122,37 +121,9 @@ def _arrays(
     frame: pd.DataFrame, metric: str, arms: Sequence[str], configs: Mapping[str, str], cluster: str | None
 ) -> dict[str, ArmScores]:
     golden = _confirmed(frame[(frame["split"] == "golden") & (frame["scorer"] == metric)])
-    if golden.empty:
-        raise UsageError(f"scores: no golden rows of {metric}")
     found = {arm: arm_scores(golden, arm, configs[arm], cluster) for arm in arms}
     same_prompts(found)
     return found
-
-
-def _paired(arms: Mapping[str, ArmScores], warnings: list[str]) -> tuple[dict[str, ArmScores], dict[str, int]]:
-    """Leave out prompts that any run has unscored, for all runs alike, and say so."""
-    unscored = {name: int(np.isnan(arm.values).sum()) for name, arm in arms.items()}
-    keep = ~np.any([np.isnan(arm.values).any(0) for arm in arms.values()], axis=0)
-    if keep.all():
-        return dict(arms), unscored
-    if keep.sum() < 2:
-        raise UsageError("scores: fewer than two prompts are scored in all runs; see unscored_reason")
-    warnings.append(f"{(~keep).sum()} of {len(keep)} prompts are unscored in some run and left out of all runs")
-    for name, arm in arms.items():
-        share = unscored[name] / arm.values.size
-        if share > MAX_UNSCORED:
-            warnings.append(f"{name}: {share:.1%} of its scores are missing, more than {MAX_UNSCORED:.0%}")
-    return {
-        name: ArmScores(
-            arm.config,
-            arm.seeds,
-            tuple(np.array(arm.prompts)[keep]) if arm.prompts else (),
-            arm.values[:, keep],
-            arm.clusters[keep] if len(arm.clusters) else arm.clusters,
-            arm.flags,
-        )
-        for name, arm in arms.items()
-    }, unscored
 
 
 def _compare(arms: Mapping[str, ArmScores]) -> Components:
@@ -200,20 +171,7 @@ def _bound_unscored(
     """Warn where the missing scores, all 0 for one arm and all 1 for the other, would give another verdict."""
     if not any(unscored.values()):
         return
-    others = set()
-    for low in runs:
-        filled = {
-            name: ArmScores(
-                arm.config,
-                arm.seeds,
-                arm.prompts,
-                np.where(np.isnan(arm.values), 0.0 if name == low else 1.0, arm.values),
-                arm.clusters,
-                arm.flags,
-            )
-            for name, arm in runs.items()
-        }
-        others.add(_decision(_compare(filled), **rule)["verdict"])
+    others = {str(_decision(_compare(at_worst(runs, low)), **rule)["verdict"]) for low in runs}
     if others != {decided}:
         warnings.append(
             "the missing scores could change the verdict: with 0 for one arm and 1 for the other it is "
@@ -239,7 +197,7 @@ def _guard(
     """Test one-sided non-inferiority on a second metric: of the winner, or of the first arm where there is none."""
     metric, margin = str(guard["metric"]), float(guard["margin"])
     choose_metric(frame, metric)
-    kept, _ = _paired(_arrays(frame, metric, arms, configs, cluster), [])
+    kept, _ = paired(_arrays(frame, metric, arms, configs, cluster), [])
     first = winner if winner in arms else arms[0]
     second = next(arm for arm in arms if arm != first)
     found = _compare({first: kept[first], second: kept[second]})
@@ -252,37 +210,6 @@ def _guard(
         "lower_bound": bound,
         "passed": bound > -margin,
     }
-
-
-def _run_means(arm: ArmScores) -> list[float]:
-    return [float(value) for value in arm.values.mean(1)]
-
-
-def _reason(result: Mapping[str, Any], winner: str | None, failed: Sequence[Mapping[str, Any]]) -> str:
-    """Say the verdict in one sentence that a manager understands."""
-    first, second = (ARMS[arm].title if arm in ARMS else arm for arm in result["arms"])
-    low, high = (100 * bound for bound in result["ci95"])
-    level = round(100 * (1 - result["alpha"]), 1)
-    points, margin = 100 * result["difference"], 100 * result["margin"]
-    seeds = "/".join(str(count) for count in dict.fromkeys(result["n_seeds"].values()))
-    over = f" over {result['n_prompts']} golden prompts" if result["n_prompts"] else ""
-    basis = f"on {result['metric']} ({level:g}% interval {low:+.1f} to {high:+.1f}){over}, {seeds} seed(s) an arm"
-    if result["level"] == "checkpoint":
-        first, second = f"this {first} checkpoint", f"this {second} checkpoint"
-    if winner:
-        better, worse = (first, second) if points > 0 else (second, first)
-        text = f"{better} beats {worse} by {abs(points):.1f} points {basis}"
-        if failed:
-            text += f"; but it may be worse on {', '.join(str(guard['metric']) for guard in failed)}"
-    elif result["verdict"] == "tie":
-        text = f"{first} and {second} differ by less than {margin:g} points: {points:+.1f} {basis}"
-    else:
-        least = 100 * result["minimum_detectable_difference"]
-        text = f"Not enough evidence: {first} minus {second} is {points:+.1f} points {basis}; "
-        text += f"a difference below {least:.1f} points cannot be told from noise here"
-    if result["level"] == "checkpoint":
-        text += "; with one seed this says nothing about the methods"
-    return text[0].upper() + text[1:] + "."
 
 
 def decide_study(study: Path) -> dict[str, Any]:

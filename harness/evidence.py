@@ -9,7 +9,7 @@ from typing import Any
 from harness.frames import Table, build
 from harness.palette import title
 from harness.study import FAILED, UNFINISHED, Study, Trial, mapping
-from harness.wording import MISSING, number, percent, plural
+from harness.wording import MISSING, number, percent, plural, points
 
 _SAID = ("warnings", "label_noise")  # shown elsewhere
 _FIRST = ("path", "rows", "pairs", "prompts", "sha256")
@@ -66,13 +66,15 @@ def split_table(study: Study) -> Table | None:
     for name, item in splits.items():
         keys = [*(key for key in _FIRST if key in item), *(key for key in item if key not in _FIRST)]
         rows[str(name)] = {str(key).replace("_", " "): _split_cell(str(key), item[key]) for key in keys}
-    note = "study.yaml has the whole hashes."
+    note = "study.yaml has the whole paths and hashes."
     return build("Splits, with the first 16 digits of their SHA-256", "Split", rows, {}, note) if rows else None
 
 
 def _split_cell(key: str, value: Any) -> str:
     if key == "bad_rows" and isinstance(value, list):
         return str(len(value))
+    if key == "path" and str(value).count("/") > 1:
+        return "…/" + "/".join(str(value).rstrip("/").split("/")[-2:])
     return phrase(value)[:16] if key == "sha256" else phrase(value)
 
 
@@ -84,8 +86,12 @@ def facts(study: Study) -> dict[str, str]:
     data = mapping(settings.get("data"))
     others = {str(key): phrase(value) for key, value in data.items() if not _is_split(value) and key not in _SAID}
     bad_rows = {name: mapping(item).get("bad_rows") for name, item in data.items()}
-    methods = sorted({f"{title(t.arm)}: {phrase(t.manifest.get('method'))}" for t in study.trials if t.manifest})
-    rule = f"margin {percent(settings.get('margin'))}, alpha {phrase(settings.get('alpha'))}" if settings else ""
+    methods = sorted({f"{title(t.arm)}: {_method(t)}" for t in study.trials if t.manifest})
+    rule = (
+        f"margin {points(settings.get('margin'), signed=False)} points, alpha {phrase(settings.get('alpha'))}"
+        if settings
+        else ""
+    )
     found = {
         "Model": phrase(model.get("path")),
         "Model revision": phrase(model.get("revision")),
@@ -140,6 +146,12 @@ def _entry(key: str, value: Any) -> str:
     if key.endswith("_bytes") and size is not None:
         return f"{key.removesuffix('_bytes')}: {size / 2**30:.1f} GiB"
     return f"{key}: {phrase(value)}"
+
+
+def _method(trial: Trial) -> str:
+    """Write the arm's settings that were used: not its name, nor the rates that it would have had otherwise."""
+    method = mapping(trial.manifest.get("method"))
+    return phrase({key: value for key, value in method.items() if key not in ("name", "learning_rates")})
 
 
 def _is_split(value: Any) -> bool:

@@ -16,6 +16,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from harness.frames import run_means
 from harness.palette import BASE, INK, LINE, MUTED, PAPER, Look, title
@@ -76,7 +77,8 @@ def draw_interval(study: Study, looks: Mapping[str, Look]) -> Drawing | None:
     wide, narrow = levels(study)
     caption = (
         f"Thick bar: {narrow} interval (a tie needs it inside the shaded margin). Thin bar: {wide} interval (a winner "
-        "needs it clear of zero). Below: the mean of each run; seeds are not paired between arms. The tick: their mean."
+        "needs it clear of zero). Below: a point is the mean of a run, the tick the mean of the arm's runs; seeds are "
+        "not paired between arms."
     )
     return _drawing(
         "interval", "Difference between the arms, with intervals", said, caption, WIDE, sum(rows) + 0.75, draw
@@ -126,7 +128,7 @@ def _draw_runs(axes: Axes, study: Study, runs: Sequence[tuple[Config, pd.Series]
     axes.tick_params(axis="y", length=0)
     axes.spines["left"].set_visible(False)
     axes.margins(x=0.12)
-    axes.set_xlabel(f"{SCORERS.get(study.metric, one_line(study.metric, 40))} on {study.split}, % (a point a run)")
+    axes.set_xlabel(f"{SCORERS.get(study.metric, one_line(study.metric, 40))} on {study.split}, %")
 
 
 def draw_learning(study: Study, looks: Mapping[str, Look]) -> list[Drawing]:
@@ -187,6 +189,7 @@ def _draw_arm(arm: str, curves: Sequence[pd.DataFrame], panels: Sequence[tuple[s
             ax.set_title(label, loc="left")
         axes[0].set_title(f"{look.glyph} {title(arm)}", loc="right", color=look.light, fontweight="bold")
         axes[-1].set_xlabel("step")
+        axes[-1].xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
 
     said = say_learning(arm, {label: _mean_curve(curves, key) for key, label in panels}, len(curves))
     several = "thin lines are runs, the thick line is their mean"

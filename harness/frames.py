@@ -16,7 +16,7 @@ from harness.degenerate import degenerate_shares
 from harness.palette import BASE, Look, title
 from harness.study import COMPLETE, Config, Study, mapping
 from harness.untrusted import html, markdown, one_line
-from harness.wording import DEFINITIONS, MISSING, PREFERENCE, SCORERS, interval, number, percent, plural, points
+from harness.wording import DEFINITIONS, MISSING, PREFERENCE, SCORERS, number, percent, plural, points
 
 _CELL_LIMIT = 400
 
@@ -144,14 +144,15 @@ def preference_table(study: Study) -> Table | None:
         for scorer, definition in DEFINITIONS.items():
             cells = _means(study, scorer, split)
             if cells:
-                rows[f"{definition[0].upper()}{definition[1:]}, {split} pairs"] = cells
+                rows[f"{definition}, {split} pairs"] = cells
     if not rows:
         return None
     return build(
         "Preference accuracy on held-out pairs: how often the chosen answer is ranked first",
-        "Definition",
+        "Ranked by",
         rows,
         columns(study, study.with_base),
+        "DPO's reward is the summed log-ratio to the SFT base, SimPO's reward the mean log-prob of an answer.",
         "The SFT base is the state before training. By DPO's reward it prefers nothing (50%): it is its own reference.",
         "Each arm is trained on one of the two definitions; compare the arms on both.",
     )
@@ -200,27 +201,34 @@ def length_table(study: Study) -> Table | None:
 
 
 def guard_table(guards: Sequence[Mapping[str, Any]]) -> Table | None:
-    """Show the guards, and whether the winner holds them."""
+    """Show the guards, and whether the winner (or the first arm, where there is none) holds them."""
     rows = {}
     for guard in guards:
-        passed = guard.get("passed")
+        passed, margin = guard.get("passed"), number(guard.get("margin"))
         rows[one_line(guard.get("metric", "unnamed"))] = {
             "Result": "held" if passed is True else "FAILED" if passed is False else "not judged",
+            "Arm": title(str(guard.get("of") or MISSING)),
             "Difference (points)": points(guard.get("difference")),
-            "95% interval": interval(guard.get("ci95")),
-            "Margin (points)": points(guard.get("margin"), signed=False),
+            "At worst (points)": points(guard.get("lower_bound")),
+            "Allowed (points)": MISSING if margin is None else points(-margin),
         }
-    return (
-        build("Guards: on these the winner must not be worse by more than the margin", "Metric", rows, {})
-        if rows
-        else None
+    if not rows:
+        return None
+    note = (
+        "“At worst” is the one-sided lower bound of the difference; the guard holds where it is above what is allowed."
+    )
+    return build(
+        "Guards: here the arm must not be worse than the other by more than is allowed", "Metric", rows, {}, note
     )
 
 
 def trial_table(study: Study) -> Table | None:
     """Show one row a trial, whatever became of it."""
     rows = {}
-    for trial in study.trials:
+    arms = list(study.arms)
+    for trial in sorted(
+        study.trials, key=lambda t: (arms.index(t.arm) if t.arm in arms else 99, t.config, t.seed or 0)
+    ):
         means = run_means(study, Config(trial.arm, trial.config, (trial,)), study.metric, study.split)
         seconds = [number(value) or 0.0 for value in mapping(trial.manifest.get("seconds")).values()]
         flags = trial.manifest.get("flags")

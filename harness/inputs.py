@@ -10,6 +10,7 @@ from typing import Any
 from harness.checkpoint import checkpoint_dir, contents_sha256
 from harness.config import EMBEDDED, RunConfig, Template, trial_id
 from harness.data import DataSpec, Splits, load_splits
+from harness.plan import BatchPlan, make_plan
 from harness.records import UsageError
 from harness.tokens import ChatFormat, TokenisedPairs, load_chat_format, tokenise_pairs
 
@@ -106,4 +107,19 @@ def tokens_of(config: RunConfig) -> Tokens:
         config.model.chat_template,
         config.data.template is Template.auto,
         config.data.max_length,
+    )
+
+
+def plan_of(config: RunConfig, num_rows: int) -> BatchPlan:
+    """Return the batch plan of a config: the arm and its keys do not enter it."""
+    train = config.train
+    assert train.epochs is not None, "the profile fills it, and the two below"
+    assert train.batch_size is not None
+    assert train.micro_batch_size is not None
+    return make_plan(
+        num_rows,
+        epochs=train.epochs,
+        batch_size=train.batch_size,
+        micro_batch_size=train.micro_batch_size,
+        seed=config.seed,
     )

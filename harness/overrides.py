@@ -115,7 +115,8 @@ def _group_problems(group: str, values: list[Any]) -> Iterator[str]:
     for value in values:
         if value not in known:
             prefix = "+" if group == "method" else ""
-            yield f"{prefix}{group}={_shown(value)}: no such {group}; allowed: {', '.join(known)}{_close(str(value), known)}"
+            allowed = f"allowed: {', '.join(known)}{_close(str(value), known)}"
+            yield f"{prefix}{group}={_shown(value)}: no such {group}; {allowed}"
     if group == "method" and len(set(map(str, values))) < len(values):
         yield f"+method={','.join(map(str, values))}: an arm is named twice"
 

@@ -52,7 +52,7 @@ def checked(scores: pd.DataFrame) -> pd.DataFrame:
         raise UsageError("scores: no rows")
     frame = scores.copy()
     for column, value in DEFAULTS.items():
-        frame[column] = frame[column].fillna(value).astype(str) if column in frame else value
+        frame[column] = frame[column].astype(object).fillna(value).astype(str) if column in frame else value
     frame["arm"] = frame["arm"].astype(str)
     numbers = pd.to_numeric(frame["score"], errors="coerce")
     text = frame["score"].notna() & numbers.isna()
@@ -129,7 +129,7 @@ def arm_scores(frame: pd.DataFrame, arm: str, config: str, cluster: str | None) 
     table = rows.pivot_table(index="seed", columns="prompt_id", values="score", aggfunc="first", dropna=False)
     counts = rows.groupby("seed")["prompt_id"].nunique()
     if counts.nunique() > 1 or counts.iloc[0] != table.shape[1]:
-        _refuse_unequal(arm, rows, table.columns)
+        _refuse_unequal(arm, rows, list(table.columns))
     clusters = _clusters(rows, cluster).reindex(table.columns)
     return ArmScores(
         config,

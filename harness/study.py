@@ -116,7 +116,7 @@ class Study:
         Scores without trials, as another program may have written them, give configs without trials.
         """
         rows = self.confirmed[self.confirmed["arm"] != BASE]
-        runs = set(rows[["arm", "config", "seed"]].itertuples(index=False, name=None))
+        runs = set(rows[["arm", "config", "seed"]].drop_duplicates().itertuples(index=False, name=None))
         scored = [trial for trial in self.trials if trial.scored]
         shown = [t for t in scored if (t.arm, t.config, t.seed) in runs] or scored
         names = {(t.arm, t.config) for t in shown} if self.trials else {(arm, config) for arm, config, _ in runs}

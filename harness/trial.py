@@ -22,10 +22,11 @@ from harness.arms import ARMS
 from harness.checkpoint import contents_sha256, load_base, load_policy
 from harness.config import Engine, RunConfig, config_label, plain
 from harness.degenerate import completion_flags
-from harness.inputs import Tokens, identify, prompt_rows, splits_of, tokens_of
+from harness.heldout import heldout_rows
+from harness.inputs import Tokens, identify, plan_of, prompt_rows, splits_of, tokens_of
 from harness.measure import Meter
-from harness.plan import BatchPlan, expected_tokens_sha256, make_plan
-from harness.records import PairLogps, read_json, read_jsonl, write_json, write_jsonl, write_text
+from harness.plan import expected_tokens_sha256
+from harness.records import read_json, read_jsonl, write_json, write_jsonl, write_text
 from harness.score import SCORERS, score_trial
 from harness.tokens import TokenPair
 from harness.tracking import Tracker, track
@@ -240,7 +241,9 @@ class _Trial:
             completions = generate_completions(policy, tokens.chat, prompts, split=split, decoding=config.generate)
         flagged = [asdict(c) | {"flags": completion_flags(c.completion, ended=c.ended)} for c in completions]
         with self._stage("heldout"):
-            pairs = self._heldout(rows, split, tokens) if rows else []
+            pairs = (
+                heldout_rows(config, self._load_policy(), rows, split, base=study_dir(config) / "base") if rows else []
+            )
         for name, new in (("completions.jsonl", flagged), ("pairs.jsonl", pairs)):
             path = self.folder / name
             old = [row for row in read_jsonl(path) if row["split"] != split] if path.is_file() else []
@@ -253,37 +256,6 @@ class _Trial:
             trained = ARMS[self.config.method.name].trainer
             self._policy = load_policy(self.config, self.folder) if trained else load_base(self.config)
         return self._policy
-
-    def _heldout(self, rows: tuple[TokenPair, ...], split: str, tokens: Tokens) -> list[dict[str, Any]]:
-        """Return the log-probs of held-out pairs under the policy and, as the base's own trial has them, the base."""
-        from harness.logps import pair_logps
-
-        pad_id = tokens.chat.tokenizer.pad_token_id
-        policy = pair_logps(self._load_policy(), rows, pad_id=pad_id, desc=f"held-out {split}").tolist()
-        reference = policy
-        if ARMS[self.config.method.name].trainer:
-            path = study_dir(self.config) / "base" / "pairs.jsonl"
-            base = {(row["split"], row["pair_id"]): row for row in read_jsonl(path)}
-            reference = [
-                (base[split, row.pair_id]["chosen_sum_logps"], base[split, row.pair_id]["rejected_sum_logps"])
-                for row in rows
-            ]
-        return [
-            asdict(
-                PairLogps(
-                    split=split,
-                    prompt_id=row.prompt_id,
-                    pair_id=row.pair_id,
-                    chosen_sum_logps=chosen,
-                    rejected_sum_logps=rejected,
-                    chosen_ref_sum_logps=chosen_ref,
-                    rejected_ref_sum_logps=rejected_ref,
-                    chosen_tokens=len(row.chosen_ids),
-                    rejected_tokens=len(row.rejected_ids),
-                )
-            )
-            for row, (chosen, rejected), (chosen_ref, rejected_ref) in zip(rows, policy, reference, strict=True)
-        ]
 
     def _score(self, tracker: Tracker) -> None:
         """Score what is stored, and mirror the means and the completions."""
@@ -314,19 +286,6 @@ class _Trial:
         self.manifest["peak_memory_bytes"] |= self.meter.peak_memory_bytes
         self.manifest |= facts
         write_json(self.folder / "manifest.json", self.manifest)
-
-
-def plan_of(config: RunConfig, num_rows: int) -> BatchPlan:
-    """Return the batch plan of a config: the arm and its keys do not enter it."""
-    train = config.train
-    assert train.epochs and train.batch_size and train.micro_batch_size, "the profile fills these"
-    return make_plan(
-        num_rows,
-        epochs=train.epochs,
-        batch_size=train.batch_size,
-        micro_batch_size=train.micro_batch_size,
-        seed=config.seed,
-    )
 
 
 def _num_tokens(row: TokenPair) -> int:

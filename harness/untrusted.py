@@ -20,7 +20,7 @@ _HIDDEN = re.compile(
 )
 # What Markdown, GitHub's extensions (tables, autolinks, mentions, math, emoji codes) and HTML give a meaning to; the
 # rest of the punctuation has one at the start of a line only, or next to these.
-_MARKDOWN = re.compile(r"[\\`*_\[\]<>|~$#&@]|:(?=\S)|(?<=www)\.|^[-+=]", re.IGNORECASE)
+_MARKDOWN = re.compile(r"[\\`*_\[\]<>|~$#&@]|:(?=[/a-z+_])|(?<=www)\.|^[-+=](?=[\s=-]|$)", re.IGNORECASE)
 _ENTITIES = {"<": "&lt;", ">": "&gt;", "&": "&amp;", "@": "&#64;", ":": "&#58;", "|": "&#124;", "$": "&#36;"}
 
 

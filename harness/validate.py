@@ -1,4 +1,4 @@
-"""Find what is wrong with a resolved config before anything is loaded: ranges, missing files, impossible combinations."""
+"""Find what is wrong with a resolved config before anything is loaded: ranges, missing files, combinations."""
 
 from __future__ import annotations
 
@@ -58,7 +58,8 @@ def _combination_problems(config: RunConfig) -> Iterator[str]:
         yield f"train.micro_batch_size={micro}: must divide train.batch_size={batch}"
     method = config.method
     if ARMS[method.name].trainer and method.learning_rate is None:
-        yield f"method.learning_rate=null: conf/method/{method.name}.yaml has none for train.tuning={train.tuning.value}"
+        tuning = train.tuning.value
+        yield f"method.learning_rate=null: conf/method/{method.name}.yaml has none for train.tuning={tuning}"
     if isinstance(method, SimPOConfig) and train.engine is Engine.stock and method.length_norm != 1.0:
         yield f"method.length_norm={method.length_norm:g}: TRL's own trainer has 1.0 only; use train.engine=paired"
     for guard in config.decide.guards:
@@ -95,6 +96,6 @@ def _data_problems(config: RunConfig) -> Iterator[str]:
     if data.path is None and given and "train" not in given:
         yield f"data.train=null: data.{given[0]} is given without pairs to train on; set data.train or data.path"
     if data.path is None and "train" in given and "golden" not in given:
-        yield "data.golden=null: nothing to decide on; set data.golden, or data.path for one file that is split by prompt"
+        yield "data.golden=null: nothing to decide on; set data.golden, or data.path for one file that is split"
     if data.dev_fraction + data.golden_fraction >= 1:
         yield f"data.golden_fraction={data.golden_fraction:g}: dev and golden together leave nothing to train on"

@@ -20,15 +20,12 @@ LEVELS = {
     "method": "Method level: the interval counts the differences between seeds as well as those between prompts, so it "
     "speaks of the methods with these settings on this data, not of one lucky run.",
 }
-DEFINITIONS = {
-    f"{PREFERENCE}_sum": "by DPO's reward (summed log-ratio to the base)",
-    f"{PREFERENCE}_mean": "by SimPO's reward (mean log-prob)",
-}
+DEFINITIONS = {f"{PREFERENCE}_sum": "DPO's reward", f"{PREFERENCE}_mean": "SimPO's reward"}
 SCORERS = {
     "checks": "All checks passed",
     "checks_fraction": "Share of checks passed",
-    PREFERENCE: "Preference accuracy, mean of both definitions",
-    **{scorer: f"Preference accuracy {text}" for scorer, text in DEFINITIONS.items()},
+    PREFERENCE: "Preference accuracy, both rewards",
+    **{scorer: f"Preference accuracy by {text}" for scorer, text in DEFINITIONS.items()},
 }
 
 

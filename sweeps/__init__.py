@@ -1,0 +1,1 @@
+"""Named sweeps: data, selected with `+sweep=NAME`."""

@@ -52,7 +52,11 @@ def test_each_failed_check_is_named() -> None:
         ("a" * 40, False, ["cut_off", "repetition"]),
         ("the cat sat on the mat. " * 8, True, ["repetition"]),
         ("na na na na na na", True, []),  # six repeats and yet short: a song, not a collapse
-        ("| a | b |\n|" + "-" * 30 + "|\n" + "Some words of an answer that is longer than the rule above it.", True, []),
+        (
+            "| a | b |\n|" + "-" * 30 + "|\n" + "Some words of an answer that is longer than the rule above it.",
+            True,
+            [],
+        ),
     ],
 )
 def test_degenerate_output_is_named(text: str, ended: bool, flags: list[str]) -> None:

@@ -40,7 +40,10 @@ REFUSED = {
     "a section for a value": (["+method=dpo", "train=3"], ["unknown key train", "train.epochs"]),
     "an axis that must be equal for both arms": (["+method=dpo", "train.epochs=1,2"], ["only method", "seed"]),
     "a continuous axis": (["+method=dpo", "method.beta=interval(1,2)"], ["interval", "list the values"]),
-    "a missing model folder": (["+method=dpo", "model.path=/no/such", *OWN[1:]], ["model.path=/no/such", "no such folder"]),
+    "a missing model folder": (
+        ["+method=dpo", "model.path=/no/such", *OWN[1:]],
+        ["model.path=/no/such", "no such folder"],
+    ),
     "a model without pairs": (["+method=dpo", "model.path=some/model"], ["needs your own pairs", "data.train"]),
     "pairs without golden": (["+method=dpo", *OWN[:2]], ["data.golden=null", "data.path"]),
     "a micro-batch that does not divide": (
@@ -136,7 +139,17 @@ CONTENTS = {"base": "b", "train": "t", "golden": "g"}
 
 @pytest.mark.parametrize(
     "change",
-    ["method.beta=0.2", "method.learning_rate=1e-5", "seed=1", "train.epochs=3", "train.tuning=full", "data.label_noise=0.2", "generate.max_new_tokens=5", "train.engine=stock", "data.max_length=64"],
+    [
+        "method.beta=0.2",
+        "method.learning_rate=1e-5",
+        "seed=1",
+        "train.epochs=3",
+        "train.tuning=full",
+        "data.label_noise=0.2",
+        "generate.max_new_tokens=5",
+        "train.engine=stock",
+        "data.max_length=64",
+    ],
 )
 def test_whatever_changes_the_result_changes_the_trial_id(change: str) -> None:
     base = load_run(["+method=dpo"])
@@ -145,7 +158,15 @@ def test_whatever_changes_the_result_changes_the_trial_id(change: str) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    ["tracking=none", "results_dir=elsewhere", "study=x", "decide.margin=0.02", "question=why", "seeds=[1]", "data.max_bad_fraction=0.5"],
+    [
+        "tracking=none",
+        "results_dir=elsewhere",
+        "study=x",
+        "decide.margin=0.02",
+        "question=why",
+        "seeds=[1]",
+        "data.max_bad_fraction=0.5",
+    ],
 )
 def test_whatever_does_not_change_the_result_leaves_the_trial_id(change: str) -> None:
     base = load_run(["+method=dpo"])
@@ -165,5 +186,8 @@ def test_seed_0_is_a_seed() -> None:
 
 
 def test_a_label_shows_what_is_tuned() -> None:
-    assert config_label(load_run(["+method=simpo", "method.learning_rate=1e-4"])) == "beta=2,gamma_beta_ratio=0.5,lr=0.0001"
+    assert (
+        config_label(load_run(["+method=simpo", "method.learning_rate=1e-4"]))
+        == "beta=2,gamma_beta_ratio=0.5,lr=0.0001"
+    )
     assert "sft_weight=0.1" in config_label(load_run(["+method=simpo", "method.sft_weight=0.1"]))

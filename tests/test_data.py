@@ -449,6 +449,9 @@ class TestEvaluationFiles:
         splits = load_splits(files(golden=[row(3), row(4, checks=[{"json": True}])]))
         assert "golden: 1 of 2 prompts have no checks and stay unscored by them" in splits.facts["warnings"]
 
+    def test_prompts_that_all_have_checks_are_not_warned_of(self, files):
+        assert load_splits(files(golden=[row(3, checks=[{"json": True}])])).facts["warnings"] == []
+
     def test_prompts_that_differ_in_case_only_are_warned_of_unless_they_have_a_cluster(self, files):
         rows = [row(3), row(3, prompt="QUESTION 3")]
         (warning,) = load_splits(files(golden=rows)).facts["warnings"]

@@ -243,6 +243,10 @@ class TestImplicitTextPrompt:
         assert parsed.rejected == (assistant(" " * spaces + rejected),)
         assert not parsed.conversational
 
+    def test_an_emoji_of_several_characters_is_not_torn(self):
+        parsed = parse({"chosen": "Draw 👩\u200d🔬", "rejected": "Draw 👩\u200d🚀"})
+        assert (parsed.chosen, parsed.rejected) == ((assistant(" 👩\u200d🔬"),), (assistant(" 👩\u200d🚀"),))
+
     def test_an_accent_is_not_torn_from_its_letter(self):
         parsed = parse({"chosen": "Sing 字e\u0301", "rejected": "Sing 字e\u0300"})
         assert parsed.chosen == (assistant("e\u0301"),)

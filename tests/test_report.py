@@ -13,7 +13,6 @@ import numpy as np
 import pandas as pd
 import pytest
 from markdown_it import MarkdownIt
-from study_fixture import ARMS, LABELS, build_study
 
 from harness import cautions, evidence, frames, report, wording
 from harness.costs import cost_table
@@ -25,6 +24,7 @@ from harness.records import read_json, read_jsonl, write_json, write_jsonl, writ
 from harness.sidebyside import side_by_side
 from harness.study import read_study
 from harness.untrusted import fence, html, markdown, one_line, visible
+from tests.study_fixture import ARMS, LABELS, build_study
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -230,16 +230,17 @@ def test_costs_are_compared_on_one_engine_with_their_ratio(folder):
         for path, seconds in zip(manifests(folder, arm), train, strict=True):
             change(
                 path,
-                seconds={"train": seconds, "load": 1.0},
+                seconds={"train": seconds, "load": 1.0, "score": 0.01},
                 peak_memory_bytes={"train": 2**30},
                 tokens={"train": 1000},
             )
     table = cost_table(read_study(folder)).frame
     assert table.loc["Seconds: train"].to_dict() == {"simpo": "5.0", "dpo": "10.0", "SimPO / DPO": "0.50×"}
+    assert table.loc["Seconds: score"].to_dict() == {"simpo": "0.0", "dpo": "0.0", "SimPO / DPO": "–"}
     assert table.loc["Seconds in all"].to_dict() == {"simpo": "6.0", "dpo": "11.0", "SimPO / DPO": "0.55×"}
     assert table.loc["Peak memory of training (GiB)", "dpo"] == "1.00"
-    # The mean of 1000/4, 1000/5 and 1000/6.
-    assert table.loc["Tokens trained on per second", "simpo"] == "206"
+    # 1000 tokens in 5 s on average; the mean of 1000/4, 1000/5 and 1000/6 would be 206.
+    assert table.loc["Tokens trained on per second"].to_dict() == {"simpo": "200", "dpo": "100", "SimPO / DPO": "2.00×"}
 
 
 def test_costs_of_different_engines_are_not_compared(folder):
@@ -738,6 +739,7 @@ def test_joiners_that_languages_need_stay():
 
 def test_a_fence_is_longer_than_any_run_inside():
     assert str(fence("a ```` b")) == "`````text\na ```` b\n`````"
+    assert [str(markdown(text)) for text in ("- item", "---", "+4.7", "−1")] == ["\\- item", "\\---", "+4.7", "−1"]
     assert str(markdown("a|b *c* http://x")) == "a&#124;b \\*c\\* http&#58;//x"
 
 

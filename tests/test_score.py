@@ -11,13 +11,28 @@ from harness.records import read_json, write_json, write_jsonl
 from harness.score import SCORERS, TrialOutputs, main, score_trial
 
 PROMPTS = [
-    {"split": "golden", "prompt_id": f"p{i}", "prompt": [], "checks": [{"equals": "1"}, {"max_words": 2}], "cluster": "c", "pairs": 1}
+    {
+        "split": "golden",
+        "prompt_id": f"p{i}",
+        "prompt": [],
+        "checks": [{"equals": "1"}, {"max_words": 2}],
+        "cluster": "c",
+        "pairs": 1,
+    }
     for i in range(3)
 ]
 
 
 def completion(prompt_id: str, text: str) -> dict:
-    return {"split": "golden", "prompt_id": prompt_id, "prompt": "q", "completion": text, "tokens": 3, "ended": True, "flags": []}
+    return {
+        "split": "golden",
+        "prompt_id": prompt_id,
+        "prompt": "q",
+        "completion": text,
+        "tokens": 3,
+        "ended": True,
+        "flags": [],
+    }
 
 
 def logps(prompt_id: str, chosen: float, rejected: float, *, ref=(0.0, 0.0), tokens=(1, 1)) -> dict:

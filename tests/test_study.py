@@ -5,10 +5,10 @@ import shutil
 from pathlib import Path
 
 import pytest
-from study_fixture import ARMS, LABELS, build_study
 
 from harness.records import UsageError, write_json, write_text
 from harness.study import COMPLETE, DIVERGED, FAILED, UNFINISHED, read_study
+from tests.study_fixture import ARMS, LABELS, build_study
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,9 @@ from harness.embedded import study_dir
 from harness.records import Pair, UsageError
 from harness.tokens import ChatFormat, TokenPair, load_chat_format, tokenise_pairs
 
+# Like ChatML, which writes white space behind the end of turn (there a newline; this tokenizer has none).
 CHATML = (
-    "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '<|end|>\n' }}{% endfor %}"
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '<|end|> ' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
 

@@ -37,7 +37,14 @@ def values(items) -> dict:
 
 
 def about(folder: Path, name: str = "dpo-s0") -> dict:
-    return {"folder": folder, "name": name, "group": "study-1", "job_type": "dpo", "tags": ["dpo"], "config": {"seed": 0}}
+    return {
+        "folder": folder,
+        "name": name,
+        "group": "study-1",
+        "job_type": "dpo",
+        "tags": ["dpo"],
+        "config": {"seed": 0},
+    }
 
 
 OFFLINE = TrackingConfig(backend="wandb", mode="offline")

@@ -14,7 +14,7 @@ from datasets import Dataset
 
 from harness.checkpoint import load_base, load_policy
 from harness.config import Engine, RunConfig, load_run
-from harness.inputs import tokens_of
+from harness.inputs import plan_of, tokens_of
 from harness.logps import pair_logps
 from harness.losses import dpo_loss, simpo_loss
 from harness.plan import ConsumedTokens, expected_tokens_sha256
@@ -22,7 +22,6 @@ from harness.reference import StaleReferenceError, reference_logps
 from harness.tokens import TokenPair
 from harness.train import build_trainer, train_arm
 from harness.trainers import CONSUMED_FILE, DivergedError, last_checkpoint
-from harness.trial import plan_of
 
 
 def configure(arm: str, *overrides: str) -> RunConfig:
@@ -151,7 +150,8 @@ def test_a_trial_resumes_from_its_checkpoint_as_if_nothing_had_happened(tmp_path
     with pytest.raises(KeyboardInterrupt):
         train(config, tmp_path / "killed", on_step=die)
     found = last_checkpoint(tmp_path / "killed" / "checkpoints")
-    assert found is not None and found[0].name == "checkpoint-4"
+    assert found is not None
+    assert found[0].name == "checkpoint-4"
     seen: list[int] = []
     resumed = train(config, tmp_path / "killed", on_step=lambda step, logs: seen.append(step))
     assert seen == [5, 6]
@@ -165,7 +165,8 @@ def test_a_checkpoint_without_its_hash_is_not_resumed_from(tmp_path: Path) -> No
     (tmp_path / "checkpoint-2" / CONSUMED_FILE).write_text(json.dumps({"state": "s", "num_pairs": 8}))
     (tmp_path / "checkpoint-4" / CONSUMED_FILE).write_text('{"state": ')
     found = last_checkpoint(tmp_path)
-    assert found is not None and found[0].name == "checkpoint-2" and found[1].num_pairs == 8
+    assert found is not None
+    assert (found[0].name, found[1].num_pairs) == ("checkpoint-2", 8)
     assert last_checkpoint(tmp_path / "nothing") is None
 
 
@@ -193,7 +194,13 @@ def test_stock_cpotrainer_on_raw_text_does_not_see_the_same_tokens(tmp_path: Pat
     trainer = CPOTrainer(
         model=load_base(config),
         args=CPOConfig(
-            output_dir=str(tmp_path), loss_type="simpo", cpo_alpha=0.0, max_length=64, bf16=False, use_cpu=True, report_to=[]
+            output_dir=str(tmp_path),
+            loss_type="simpo",
+            cpo_alpha=0.0,
+            max_length=64,
+            bf16=False,
+            use_cpu=True,
+            report_to=[],
         ),
         train_dataset=Dataset.from_list([text]),
         processing_class=tokenizer,
