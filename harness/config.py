@@ -1,7 +1,6 @@
 """Compose `conf/` into one typed, validated `RunConfig`, and compute `trial_id` from it.
 
-Input: `conf/`, `sweeps/`, overrides -> output: `RunConfig`, or a `UsageError` with every problem that was found.
-Nothing here loads a model or imports torch.
+Input: `conf/`, `sweeps/`, overrides -> output: `RunConfig`, or a `UsageError` with every problem. Imports no torch.
 """
 
 from __future__ import annotations

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from harness.config import RunConfig, config_label
-from harness.records import read_json
+from harness.records import UsageError, read_json
+from harness.registration import read_study
 from harness.score import collect_scores
+from harness.tracking import track
 from harness.trial import Outcome, is_complete, study_dir, trial_dir
 
 Launch = Callable[[Sequence[RunConfig]], list[Outcome]]
@@ -60,7 +62,10 @@ def run_study(base: RunConfig, trials: Sequence[RunConfig], launch: Launch) -> S
         trained = [by_id.get(outcome.trial_id, outcome) for outcome in trained]
     collect_scores(study)
     verdict = _decide(study)
-    return StudyResult([*outcomes, *trained], verdict, _report(study), launched)
+    report = _report(study)
+    if launched and verdict:
+        _mirror(base, study, verdict)
+    return StudyResult([*outcomes, *trained], verdict, report, launched)
 
 
 def _configs_by_arm(trials: Sequence[RunConfig]) -> dict[str, set[str]]:
@@ -93,21 +98,41 @@ def select_configs(study: Path, arms: set[str]) -> dict[str, str]:
     """Return each arm's config with the best mean dev score over its seeds; golden is not looked at."""
     import pandas as pd
 
-    from harness.registration import read_study
-
     metric = read_study(study / "study.yaml")["metric"]
     scores = pd.read_csv(collect_scores(study), keep_default_na=False)
     dev = scores[(scores["split"] == "dev") & (scores["scorer"] == metric) & scores["arm"].isin(arms)]
     means = pd.to_numeric(dev["score"]).groupby([dev["arm"], dev["config"]]).mean()
-    return {arm: str(means.loc[arm].idxmax()) for arm in arms if arm in means.index.get_level_values(0)}
+    lacking = sorted(arms - set(means.index.get_level_values(0)))
+    if lacking:
+        raise UsageError(
+            f"{study}: {', '.join(lacking)} has several configs and dev has no scores of {metric} to select on; "
+            "give dev rows with the same kind of scores as golden (checks, or chosen and rejected)"
+        )
+    return {arm: str(means.loc[arm].idxmax()) for arm in sorted(arms)}
 
 
 def _decide(study: Path) -> dict[str, Any] | None:
     from harness.decide import decide_study
-    from harness.registration import read_study
 
     arms = read_study(study / "study.yaml")["arms"]
     return decide_study(study) if len(arms) > 1 else None
+
+
+def _mirror(base: RunConfig, study: Path, verdict: dict[str, Any]) -> None:
+    """Log the study itself: the verdict as a summary, the figures and the report as pages."""
+    with track(
+        base.tracking,
+        folder=study,
+        name=f"{study.name}-verdict",
+        group=study.name,
+        job_type="study",
+        tags=["study", verdict["verdict"], verdict["level"]],
+        config=read_study(study / "study.yaml"),
+    ) as tracker:
+        tracker.summarise({f"verdict/{key}": value for key, value in verdict.items()})
+        for figure in sorted((study / "figures").glob("*.svg")):
+            tracker.page(f"figures/{figure.stem}", figure)
+        tracker.page("report", study / "report.html")
 
 
 def _report(study: Path) -> Path:

@@ -22,7 +22,8 @@ def reason(result: Mapping[str, Any], winner: str | None, failed: Sequence[Mappi
     points, margin = 100 * result["difference"], 100 * result["margin"]
     seeds = "/".join(str(count) for count in dict.fromkeys(result["n_seeds"].values()))
     over = f" over {result['n_prompts']} golden prompts" if result["n_prompts"] else ""
-    basis = f"on {result['metric']} ({level:g}% interval {low:+.1f} to {high:+.1f}){over}, {seeds} seed(s) an arm"
+    runs = "1 seed" if seeds == "1" else f"{seeds} seeds"
+    basis = f"on {result['metric']} ({level:g}% interval {low:+.1f} to {high:+.1f}){over}, {runs} an arm"
     if result["level"] == "checkpoint":
         first, second = f"this {first} checkpoint", f"this {second} checkpoint"
     if winner:

@@ -119,6 +119,8 @@ def arm_scores(frame: pd.DataFrame, arm: str, config: str, cluster: str | None) 
         UsageError: where its runs were not scored on the same prompts, or rows of a prompt name several clusters.
     """
     rows = frame[(frame["arm"] == arm) & (frame["config"] == config)]
+    if rows.empty:
+        raise UsageError(f"scores: arm {arm}, config {config or '(none)'} has no rows of this scorer; score it first")
     flags = {str(seed): str(part["flag"].max()) for seed, part in rows.groupby("seed") if part["flag"].max()}
     if "prompt_id" not in rows:
         rows = rows.sort_values("seed")

@@ -111,7 +111,12 @@ class TestFiles:
 
     def test_rows_of_jsonl_are_numbered_by_line_and_blank_lines_are_no_rows(self, tmp_path):
         path = write_jsonl(tmp_path / "a.jsonl", [row(1), "", row(3), "  "])
-        assert [number for number, _ in read(path).rows] == [1, 3]
+        source = read(path)
+        assert ([number for number, _ in source.rows], source.bad_rows) == ([1, 3], ())
+
+    def test_the_suffix_may_be_in_capitals(self, tmp_path):
+        path = self.write("jsonl.gz", tmp_path / "A.JSONL.GZ")
+        assert [columns for _, columns in read(path).rows] == list(self.ROWS)
 
     def test_rows_of_csv_are_numbered_by_the_line_that_they_begin_on(self, tmp_path):
         path = tmp_path / "a.csv"

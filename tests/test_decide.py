@@ -52,7 +52,7 @@ def test_a_winner() -> None:
     assert found["difference"] == pytest.approx(0.0967, abs=1e-3)
     assert found["ci95"][0] > 0
     assert found["reason"].startswith("SimPO beats DPO by 9.7 points on checks")
-    assert "200 golden prompts, 3 seed(s) an arm" in found["reason"]
+    assert "200 golden prompts, 3 seeds an arm" in found["reason"]
     assert found["n_seeds"] == {"simpo": 3, "dpo": 3}
     json.dumps(found)
 

@@ -19,7 +19,9 @@ def main() -> None:
     from harness.embedded.build import build
 
     card = build(options.out, options.seed)
-    print(f"{options.out}: the base scores {card['base_golden_score']:.3f} on golden; built in {card['seconds']:.0f} s")
+    print(
+        f"{options.out}: the base scores {card['base']['golden_score']:.3f} on golden; built in {card['seconds']:.0f} s"
+    )
 
 
 if __name__ == "__main__":

@@ -5,25 +5,29 @@ The pairs are sampled from the base itself, as in the SimPO paper's Instruct set
 
 from __future__ import annotations
 
+import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from harness.checks import failed_checks
 from harness.config import GenerateConfig
-from harness.embedded.tasks import LETTERS, WORDS, Task, demonstrate, make_task, make_tasks, rank
+from harness.embedded.tasks import WORDS, Task, demonstrate, make_task, make_tasks, rank
 from harness.generate import generate_completions
-from harness.records import EvalPrompt, Message, file_sha256, prompt_id, write_json, write_jsonl
+from harness.records import Completion, EvalPrompt, Message, file_sha256, prompt_id, write_json, write_jsonl
 from harness.tokens import ChatFormat
 
-GOLDEN_PROMPTS, DEV_PROMPTS, TRAIN_PAIRS = 800, 160, 320
-SAMPLES = 6  # answers sampled from the base for each prompt
-MAX_NEW_TOKENS = 24
-SFT_DEMONSTRATIONS, SFT_BATCH_SIZE, SFT_LEARNING_RATE = 64_000, 64, 2e-3
+SIZES = {"golden": 900, "dev": 160, "train": 320}
+SPARE = 2  # train prompts are drawn twice over: not every one yields a pair
+SAMPLES = 8  # answers sampled from the base for each prompt
+MAX_NEW_TOKENS = 32
+SFT_DEMONSTRATIONS, SFT_BATCH_SIZE, SFT_LEARNING_RATE = 57_600, 128, 2e-3
+SORTED_BATCHES = 32  # so many batches are filled at a time, by length: with random ones a third would be padding
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] }}"
@@ -31,30 +35,35 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
 
+# Where the measured optimum on dev lies; see `conf/profile/embedded.yaml`.
+RECOMMENDED: dict[str, Any] = {
+    "learning_rate": {"dpo": 1e-3, "simpo": 1e-3},
+    "epochs": 2,
+    "batch_size": 8,
+}
+
+Pairs = dict[str, tuple[str, str]]  # by prompt: chosen, rejected
+
 
 def build(out: Path, seed: int) -> dict[str, Any]:
-    """Build everything from a seed and write it to `out`; return the card (what was made, how, and its score)."""
-    import torch
-
+    """Build everything from a seed, then write it to `out`; return the card (what was made, how, and its score)."""
     start = time.perf_counter()
-    out.mkdir(parents=True, exist_ok=True)
-    tokenizer = build_tokenizer()
+    chat = ChatFormat(build_tokenizer())
     tasks = draw_tasks(seed)
-    model = train_base(tokenizer, seed, held_out={task.prompt for split in tasks.values() for task in split})
-    model.save_pretrained(out, safe_serialization=True)
-    tokenizer.save_pretrained(out)
-    torch.manual_seed(seed)
-    chat = ChatFormat(tokenizer)
-    pairs = {split: sample_pairs(model, chat, tasks[split]) for split in ("train", "dev")}
-    train_rows = [
-        _pair_row(task, pairs["train"][task.prompt]) for task in tasks["train"] if task.prompt in pairs["train"]
-    ]
-    write_jsonl(out / "train.jsonl", train_rows[:TRAIN_PAIRS])
-    write_jsonl(
-        out / "dev.jsonl", [_check_row(task) | _answers(pairs["dev"].get(task.prompt)) for task in tasks["dev"]]
-    )
-    write_jsonl(out / "golden.jsonl", [_check_row(task) for task in tasks["golden"]])
-    return _card(out, model, chat, tasks["golden"], seed=seed, start=start)
+    model = train_base(chat, seed, held_out={task.prompt for split in tasks.values() for task in split})
+    pairs = sample_pairs(model, chat, [*tasks["train"], *tasks["dev"]], seed=seed)
+    tasks["train"] = [task for task in tasks["train"] if task.prompt in pairs][: SIZES["train"]]
+    card = {
+        "built_by": f"python -m harness.embedded --seed {seed}",
+        "seed": seed,
+        "rows": {split: len(split_tasks) for split, split_tasks in tasks.items()},
+        "base": score_base(model, chat, tasks),
+        "recommended": RECOMMENDED,
+    }
+    write_study(out, model, chat, tasks=tasks, pairs=pairs)
+    card |= _card_facts(out, model, start)
+    write_json(out / "card.json", card)
+    return card
 
 
 def build_tokenizer() -> Any:
@@ -63,12 +72,11 @@ def build_tokenizer() -> Any:
     from transformers import PreTrainedTokenizerFast
 
     special = ["<|pad|>", "<|unk|>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>"]
-    words = sorted(WORDS, key=len, reverse=True)
-    pieces = [*special, *LETTERS, *"0123456789 +", *words, *(f" {word}" for word in words)]
-    tokenizer = Tokenizer(
-        models.WordLevel({piece: i for i, piece in enumerate(dict.fromkeys(pieces))}, unk_token="<|unk|>")
-    )
-    pattern = rf" ?\b(?:{'|'.join(words)})\b|."
+    characters = ["\n", *map(chr, range(32, 127))]
+    words = [start + word for start in ("", " ") for word in WORDS]
+    pieces = dict.fromkeys([*special, *characters, *words])
+    tokenizer = Tokenizer(models.WordLevel({piece: i for i, piece in enumerate(pieces)}, unk_token="<|unk|>"))
+    pattern = rf" ?\b(?:{'|'.join(WORDS)})\b|[\s\S]"
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
     tokenizer.decoder = decoders.Fuse()
     fast = PreTrainedTokenizerFast(
@@ -84,136 +92,174 @@ def build_tokenizer() -> Any:
 
 
 def draw_tasks(seed: int) -> dict[str, list[Task]]:
-    """Draw the tasks of all splits; no prompt occurs twice. Train has spare ones: not every task yields a pair."""
+    """Draw the tasks of all splits; no prompt occurs twice."""
     taken: set[str] = set()
-    sizes = {"golden": GOLDEN_PROMPTS, "dev": DEV_PROMPTS, "train": 2 * TRAIN_PAIRS}
+    counts = SIZES | {"train": SPARE * SIZES["train"]}
     return {
-        split: make_tasks(np.random.default_rng([seed, i]), size, taken=taken)
-        for i, (split, size) in enumerate(sizes.items())
+        split: make_tasks(np.random.default_rng([seed, i]), count, taken=taken)
+        for i, (split, count) in enumerate(counts.items())
     }
 
 
-def demonstrations(seed: int, count: int, held_out: set[str]) -> list[dict[str, Any]]:
-    """Return sloppy demonstrations in TRL's prompt-completion form, on no prompt of the study."""
-    rng = np.random.default_rng([seed, 99])
-    rows = []
+def demonstrations(seed: int, count: int, *, held_out: set[str]) -> list[tuple[Task, str]]:
+    """Return tasks with sloppy answers, on no prompt of the study."""
+    rng = np.random.default_rng([seed, 10])
+    rows: list[tuple[Task, str]] = []
     while len(rows) < count:
         task = make_task(rng)
         if task.prompt not in held_out:
-            completion = [{"role": "assistant", "content": demonstrate(task, rng)}]
-            rows.append({"prompt": [_user(task)], "completion": completion})
+            rows.append((task, demonstrate(task, rng)))
     return rows
 
 
-def train_base(tokenizer: Any, seed: int, *, held_out: set[str], count: int = SFT_DEMONSTRATIONS) -> Any:
-    """Train the tiny Llama on the demonstrations with TRL's SFTTrainer; return it in eval mode."""
-    import tempfile
+def encode_demonstrations(chat: ChatFormat, rows: Sequence[tuple[Task, str]], *, seed: int) -> list[dict[str, Any]]:
+    """Return `input_ids` and `completion_mask` for SFTTrainer; the rows of a batch are of like length."""
+    examples = []
+    for task, answer in tqdm(rows, desc="tokenise demonstrations", delay=5, leave=False):
+        prompt = chat.prompt_ids([_user(task)], conversational=True)
+        reply = chat.answer_ids([_user(task)], [{"role": "assistant", "content": answer}], conversational=True)
+        examples.append({"input_ids": prompt + reply, "completion_mask": [0] * len(prompt) + [1] * len(reply)})
+    batches = []
+    for start in range(0, len(examples), SORTED_BATCHES * SFT_BATCH_SIZE):
+        pool = examples[start : start + SORTED_BATCHES * SFT_BATCH_SIZE]
+        pool.sort(key=lambda example: len(example["input_ids"]))
+        batches += [pool[i : i + SFT_BATCH_SIZE] for i in range(0, len(pool), SFT_BATCH_SIZE)]
+    order = np.random.default_rng([seed, 11]).permutation(len(batches))
+    return [example for i in order for example in batches[i]]
 
-    from datasets import Dataset, disable_progress_bars
-    from transformers import LlamaConfig, LlamaForCausalLM, set_seed
+
+def train_base(chat: ChatFormat, seed: int, *, held_out: set[str], count: int = SFT_DEMONSTRATIONS) -> Any:
+    """Train the tiny Llama on `count` demonstrations with TRL's SFTTrainer, on the answers only; seeds torch."""
+    import torch
+    from datasets import Dataset
+    from transformers import set_seed
     from trl import SFTConfig, SFTTrainer
 
-    disable_progress_bars()
     set_seed(seed)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=128,
-            intermediate_size=384,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            num_key_value_heads=4,
-            max_position_embeddings=256,
-            tie_word_embeddings=True,
-            bos_token_id=None,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
+    examples = encode_demonstrations(chat, demonstrations(seed, count, held_out=held_out), seed=seed)
     with tempfile.TemporaryDirectory() as folder:
         arguments = SFTConfig(
             output_dir=folder,
             per_device_train_batch_size=SFT_BATCH_SIZE,
             num_train_epochs=1,
+            train_sampling_strategy="sequential",
             learning_rate=SFT_LEARNING_RATE,
             lr_scheduler_type="cosine",
             warmup_steps=50,
             bf16=False,
-            use_cpu=True,
+            use_cpu=not torch.cuda.is_available(),
             gradient_checkpointing=False,
             report_to=[],
             save_strategy="no",
             logging_steps=100,
-            max_length=64,
             seed=seed,
         )
-        rows = Dataset.from_list(demonstrations(seed, count, held_out))
-        SFTTrainer(model=model, args=arguments, train_dataset=rows, processing_class=tokenizer).train()
-    model.generation_config.eos_token_id = tokenizer.eos_token_id
+        model = build_model(chat.tokenizer)
+        rows = Dataset.from_list(examples)
+        SFTTrainer(model=model, args=arguments, train_dataset=rows, processing_class=chat.tokenizer).train()
     return model.eval()
 
 
-def sample_pairs(model: Any, chat: ChatFormat, tasks: Sequence[Task]) -> dict[str, tuple[str, str]]:
-    """Sample answers from the base and return, by prompt, the best and the worst where the verifier tells them apart."""
+def build_model(tokenizer: Any) -> Any:
+    """Return an untrained Llama of 0.87M parameters; initialised from torch's global generator."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        initializer_range=0.06,  # about 1/sqrt(2 * hidden_size): with the default 0.02 it learns three times slower
+        rope_parameters={"rope_type": "default", "rope_theta": 100.0},  # texts are of some 30 tokens, not thousands
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return LlamaForCausalLM(config)
+
+
+def sample_pairs(model: Any, chat: ChatFormat, tasks: Sequence[Task], *, seed: int) -> Pairs:
+    """Sample answers from the base and pair, for each prompt, a right and concise one with one that is not.
+
+    A prompt whose samples are all good, or all bad, yields no pair.
+    """
     answers: dict[str, list[str]] = {task.prompt: [] for task in tasks}
-    for i in range(SAMPLES):
-        decoding = GenerateConfig(max_new_tokens=MAX_NEW_TOKENS, batch_size=256, temperature=1.0, seed=i)
-        for task, completion in zip(tasks, _generate(model, chat, tasks, decoding), strict=True):
+    for i in tqdm(range(SAMPLES), desc="sample answers", delay=5, leave=False):
+        for task, completion in zip(tasks, answer_tasks(model, chat, tasks, seed=seed + i), strict=True):
             if completion.ended and completion.completion.strip():
                 answers[task.prompt].append(completion.completion.strip())
+    rng = np.random.default_rng([seed, 12])
     pairs = {}
     for task in tasks:
-        ranked = sorted(answers[task.prompt], key=lambda answer: rank(task, answer))
-        if ranked and rank(task, ranked[-1]) > rank(task, ranked[0]) and rank(task, ranked[-1])[0]:
-            pairs[task.prompt] = (ranked[-1], ranked[0])
+        best = max(answers[task.prompt], key=lambda answer: rank(task, answer), default="")
+        worse = [a for a in answers[task.prompt] if failed_checks(a, task.checks, ended=True)]
+        if worse and not failed_checks(best, task.checks, ended=True):
+            pairs[task.prompt] = (best, str(rng.choice(worse)))
     return pairs
 
 
-def _generate(model: Any, chat: ChatFormat, tasks: Sequence[Task], decoding: GenerateConfig) -> list[Any]:
+def answer_tasks(model: Any, chat: ChatFormat, tasks: Sequence[Task], *, seed: int | None = None) -> list[Completion]:
+    """Answer tasks in order: greedily, or, with a seed, at temperature 1."""
     prompts = [
-        EvalPrompt(prompt_id([_user(task)]), (_user(task),), (), None, conversational=False, row=i)
+        EvalPrompt(prompt_id([_user(task)]), (_user(task),), (), None, conversational=True, row=i)
         for i, task in enumerate(tasks)
     ]
-    return generate_completions(model, chat, prompts, split="sample", decoding=decoding)
+    temperature = 0.0 if seed is None else 1.0
+    decoding = GenerateConfig(MAX_NEW_TOKENS, batch_size=256, temperature=temperature, seed=seed or 0)
+    return generate_completions(model, chat, prompts, split="embedded", decoding=decoding)
+
+
+def score_base(model: Any, chat: ChatFormat, tasks: dict[str, list[Task]]) -> dict[str, float]:
+    """Return the share of greedy answers that pass all checks, and of those with the right answer in them."""
+    scores = {}
+    for split in ("dev", "golden"):
+        answered = list(zip(tasks[split], answer_tasks(model, chat, tasks[split]), strict=True))
+        scores[f"{split}_score"] = fmean(
+            not failed_checks(answer.completion, task.checks, ended=answer.ended) for task, answer in answered
+        )
+        scores[f"{split}_right"] = fmean(rank(task, answer.completion)[0] for task, answer in answered)
+    return {name: round(score, 4) for name, score in scores.items()}
+
+
+def write_study(out: Path, model: Any, chat: ChatFormat, *, tasks: dict[str, list[Task]], pairs: Pairs) -> None:
+    """Write the model, the tokenizer and the three splits beside `out`, then move them in: no half-written study."""
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
+        temporary = Path(folder)
+        model.save_pretrained(temporary, safe_serialization=True)
+        chat.tokenizer.save_pretrained(temporary)
+        for split, split_tasks in tasks.items():
+            write_jsonl(temporary / f"{split}.jsonl", (_row(task, split, pairs) for task in split_tasks))
+        for path in sorted(temporary.iterdir()):
+            path.chmod(0o644)  # safetensors writes for the owner alone
+            path.replace(out / path.name)
+
+
+def _row(task: Task, split: str, pairs: Pairs) -> dict[str, Any]:
+    row: dict[str, Any] = {"id": prompt_id([_user(task)]), "prompt": task.prompt}
+    if split != "train":
+        row["checks"] = task.checks
+    if task.prompt in pairs:
+        row |= dict(zip(("chosen", "rejected"), pairs[task.prompt], strict=True))
+    return row
 
 
 def _user(task: Task) -> Message:
     return {"role": "user", "content": task.prompt}
 
 
-def _pair_row(task: Task, answers: tuple[str, str]) -> dict[str, Any]:
-    return {"id": prompt_id([_user(task)]), "prompt": task.prompt} | _answers(answers)
-
-
-def _check_row(task: Task) -> dict[str, Any]:
-    return {"id": prompt_id([_user(task)]), "prompt": task.prompt, "checks": task.checks}
-
-
-def _answers(answers: tuple[str, str] | None) -> dict[str, Any]:
-    return {"chosen": answers[0], "rejected": answers[1]} if answers else {}
-
-
-def _card(
-    out: Path, model: Any, chat: ChatFormat, golden: Sequence[Task], *, seed: int, start: float
-) -> dict[str, Any]:
-    """Score the base on golden and write card.json."""
+def _card_facts(out: Path, model: Any, start: float) -> dict[str, Any]:
     from harness.provenance import provenance
 
-    greedy = GenerateConfig(max_new_tokens=MAX_NEW_TOKENS, batch_size=256)
-    answers = list(zip(golden, _generate(model, chat, golden, greedy), strict=True))
-    card = {
-        "built_by": "python -m harness.embedded",
-        "seed": seed,
-        "base_golden_score": fmean(not failed_checks(a.completion, t.checks, ended=a.ended) for t, a in answers),
-        "base_golden_right": fmean(rank(task, a.completion)[0] for task, a in answers),
+    shipped = [path for path in sorted(out.iterdir()) if path.is_file() and path.name != "card.json"]
+    return {
         "parameters": sum(p.numel() for p in model.parameters()),
         "seconds": round(time.perf_counter() - start, 1),
         "versions": provenance()["versions"],
-        "sha256": {path.name: file_sha256(path) for path in _shipped(out)},
+        "bytes": {path.name: path.stat().st_size for path in shipped},
+        "sha256": {path.name: file_sha256(path) for path in shipped},
     }
-    write_json(out / "card.json", card)
-    return card
-
-
-def _shipped(out: Path) -> Iterator[Path]:
-    return (path for path in sorted(out.iterdir()) if path.is_file() and path.name != "card.json")
