@@ -5,27 +5,43 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterator, Sequence
+from statistics import fmean
 from typing import Any
 
 from tqdm import tqdm
 
 from harness.config import RunConfig, config_label
-from harness.inputs import identify
+from harness.inputs import identify, plan_of, splits_of
 from harness.protocol import StudyResult
+from harness.records import read_json
 from harness.trial import is_complete, study_dir
 
 POLL_SECONDS = 1.0
 
 
 def print_plan(trials: Sequence[RunConfig], warnings: Sequence[str]) -> None:
-    """Print the trials of a study; nothing is run."""
+    """Print the trials of a study, their number and their size; nothing is run."""
     print(f"study {study_dir(trials[0])}: {len(trials)} trials and the SFT base")
+    print(_size_of_a_trial(trials[0]))
     print(f"{'trial':14}{'arm':10}{'seed':>5}  {'state':10}config")
     for trial in trials:
         state = "complete" if is_complete(trial, tuple(trial.evaluate)) else "to run"
         print(f"{identify(trial):14}{trial.method.name:10}{trial.seed:5}  {state:10}{config_label(trial)}")
     for warning in warnings:
         print(f"warning: {warning}")
+
+
+def _size_of_a_trial(trial: RunConfig) -> str:
+    """Say what one trial works through, and how long those took that are finished already."""
+    splits = splits_of(trial)
+    pairs = len(splits.train)
+    steps = plan_of(trial, pairs).num_steps
+    answers = {"dev": len(splits.dev_prompts), "golden": len(splits.golden_prompts)}
+    text = f"each trial: {pairs} pairs x {trial.train.epochs} epochs = {steps} steps of {trial.train.batch_size}; "
+    text += f"answers to {answers['dev']} dev and {answers['golden']} golden prompts"
+    found = [read_json(path) for path in study_dir(trial).glob("trials/*/manifest.json")]
+    seconds = [sum(manifest["seconds"].values()) for manifest in found if manifest["status"] == "complete"]
+    return text + (f"; finished ones took {fmean(seconds):.0f} s on average" if seconds else "")
 
 
 @contextlib.contextmanager

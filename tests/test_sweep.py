@@ -174,8 +174,9 @@ def test_plan_prints_the_trials_and_runs_nothing(tmp_path: Path, capsys) -> None
     assert run_sweep([*arguments, "plan=true"]) is None
     lines = capsys.readouterr().out.splitlines()
     assert "12 trials and the SFT base" in lines[0]
-    assert len({line.split()[0] for line in lines[2:14]}) == 12
-    assert sum("dpo" in line for line in lines[2:14]) == 6
+    assert re.search(r"each trial: \d+ pairs x \d+ epochs = \d+ steps", lines[1])
+    assert len({line.split()[0] for line in lines[3:15]}) == 12
+    assert sum("dpo" in line for line in lines[3:15]) == 6
     assert list(tmp_path.iterdir()) == []
 
 

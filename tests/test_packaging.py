@@ -1,0 +1,79 @@
+"""What a user installs: the wheel carries conf/, sweeps/, templates and the embedded study; the notebook runs."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from harness.config import CONF, SWEEPS
+from harness.sweep import run_sweep
+from tests.conftest import SMALL
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.mark.slow
+def test_an_installed_wheel_finds_its_config_from_any_folder(tmp_path: Path) -> None:
+    subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(tmp_path), str(ROOT)],
+        check=True,
+    )
+    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
+        wheel.extractall(tmp_path / "installed")
+    ran = subprocess.run(
+        [sys.executable, "-m", "harness.sweep", "+method=simpo,dpo", "plan=true"],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(tmp_path / "installed"), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)},
+    )
+    assert "10 trials and the SFT base" in ran.stdout
+    shown = subprocess.run(
+        [sys.executable, "-c", "import harness.config as c; print(c.CONF, c.SWEEPS)"],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(tmp_path / "installed")},
+    )
+    assert str(tmp_path / "installed" / "harness" / "conf") in shown.stdout
+
+
+def test_a_checkout_uses_its_own_config() -> None:
+    assert (CONF, SWEEPS) == (ROOT / "conf", ROOT / "sweeps")
+
+
+def test_every_sweep_composes_and_plans_with_equal_budgets(capsys, tmp_path: Path) -> None:
+    names = [path.stem for path in SWEEPS.glob("*.yaml")]
+    assert names
+    for name in names:
+        run_sweep([f"+sweep={name}", "plan=true", f"results_dir={tmp_path}"])
+        lines = capsys.readouterr().out.splitlines()
+        assert "trials and the SFT base" in lines[0]
+
+
+def test_versions_in_the_constraints_are_pinned_and_name_no_place() -> None:
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+    assert all("==" in line for line in lines)
+    assert "torch==2.13.0" in lines
+    assert not any("/" in line for line in lines)
+
+
+@pytest.mark.slow
+def test_the_notebook_runs_top_to_bottom_and_is_committed_without_output(tmp_path: Path, monkeypatch) -> None:
+    notebook = json.loads((ROOT / "notebooks" / "tour.ipynb").read_text())
+    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in cells)
+    run_sweep(["+method=simpo,dpo", *SMALL, f"results_dir={tmp_path / 'results'}", "seed=0,1"])
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    for cell in cells:
+        exec("".join(cell["source"]), names)
+    assert names["identity"]["status"] == "proved"
+    assert names["again"]["verdict"] == names["decided"]["verdict"]
