@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import yaml
 
@@ -56,36 +55,34 @@ def verdict(
     metric = choose_metric(frame[frame["arm"].isin(arms)], metric)
     warnings: list[str] = []
     configs = _configs(frame, metric, arms, warnings)
-    chosen = _arrays(frame, metric, arms, configs, cluster)
-    kept, unscored = paired(chosen, warnings)
+    runs = _arrays(frame, metric, arms, configs, cluster)
+    kept, unscored = paired(runs, warnings)
     found = _compare(kept)
-    _warn_of_flags(chosen, warnings)
-    if min(found.num_seeds) < 2 <= max(found.num_seeds):
-        warnings.append(f"seeds an arm: {found.num_seeds}; with a single seed in one, only checkpoints are compared")
+    _warn_of_runs(runs, warnings)
     result = _decision(found, arms=arms, margin=margin, alpha=alpha)
-    _bound_unscored(chosen, unscored, result["verdict"], arms=arms, margin=margin, alpha=alpha, warnings=warnings)
-    checks = [_guard(frame, guard, result["verdict"], arms, configs, cluster, alpha) for guard in guards]
-    failed = [guard for guard in checks if result["winner"] and not guard["passed"]]
+    _bound_unscored(runs, unscored, result["verdict"], arms=arms, margin=margin, alpha=alpha, warnings=warnings)
     winner = result.pop("winner")
+    checks = [_guard(frame, guard, winner, arms, configs, cluster, alpha) for guard in guards]
+    failed = [guard for guard in checks if winner and not guard["passed"]]
     if failed:
         result["verdict"] = "trade-off"
-    result |= {
-        "metric": metric,
-        "arms": list(arms),
-        "margin": margin,
-        "alpha": alpha,
+    result |= {"metric": metric, "arms": list(arms), "margin": margin, "alpha": alpha, "configs": configs}
+    result |= _counts(found, kept, unscored) | {"guards": checks, "warnings": warnings}
+    return result | {"reason": reason(result, winner, failed)}
+
+
+def _counts(found: Components, kept: Mapping[str, ArmScores], unscored: Mapping[str, int]) -> dict[str, Any]:
+    runs = {name: dict(zip(arm.seeds, arm.values.mean(1).tolist(), strict=True)) for name, arm in kept.items()}
+    return {
         "n_prompts": found.num_prompts,
         "n_clusters": found.num_clusters,
-        "n_seeds": dict(zip(arms, found.num_seeds, strict=True)),
-        "n_unscored": unscored,
-        "means": {arm: float(np.nanmean(kept[arm].values)) for arm in arms},
-        "run_means": {arm: dict(zip(kept[arm].seeds, kept[arm].values.mean(1).tolist(), strict=True)) for arm in arms},
-        "configs": configs,
-        "guards": checks,
-        "warnings": warnings,
+        "n_seeds": dict(zip(kept, found.num_seeds, strict=True)),
+        "n_unscored": dict(unscored),
+        "means": {name: float(arm.values.mean()) for name, arm in kept.items()},
+        "run_means": {
+            name: dict(zip(arm.seeds, arm.values.mean(1).tolist(), strict=True)) for name, arm in kept.items()
+        },
     }
-    result["reason"] = reason(result, winner, failed)
-    return result
 
 
 def _configs(frame: pd.DataFrame, metric: str, arms: Sequence[str], warnings: list[str]) -> dict[str, str]:
@@ -179,8 +176,12 @@ def _bound_unscored(
         )
 
 
-def _warn_of_flags(arms: Mapping[str, ArmScores], warnings: list[str]) -> None:
-    for name, arm in arms.items():
+def _warn_of_runs(runs: Mapping[str, ArmScores], warnings: list[str]) -> None:
+    """Warn of runs that scored as worst, and of arms with unlike numbers of seeds where one has a single seed."""
+    counts = {name: len(arm.seeds) for name, arm in runs.items()}
+    if min(counts.values()) < 2 <= max(counts.values()):
+        warnings.append(f"seeds an arm: {counts}; with a single seed in one, only checkpoints are compared")
+    for name, arm in runs.items():
         for seed, flag in arm.flags.items():
             warnings.append(f"{name} seed {seed} {flag}: scored as worst, not dropped")
 
@@ -188,7 +189,7 @@ def _warn_of_flags(arms: Mapping[str, ArmScores], warnings: list[str]) -> None:
 def _guard(
     frame: pd.DataFrame,
     guard: Mapping[str, Any],
-    winner: str,
+    winner: str | None,
     arms: tuple[str, str],
     configs: Mapping[str, str],
     cluster: str | None,
@@ -198,7 +199,7 @@ def _guard(
     metric, margin = str(guard["metric"]), float(guard["margin"])
     choose_metric(frame, metric)
     kept, _ = paired(_arrays(frame, metric, arms, configs, cluster), [])
-    first = winner if winner in arms else arms[0]
+    first = winner or arms[0]
     second = next(arm for arm in arms if arm != first)
     found = _compare({first: kept[first], second: kept[second]})
     bound = found.lower_bound(alpha)

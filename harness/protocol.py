@@ -26,13 +26,15 @@ class StudyResult:
 
     Attributes:
         outcomes: of all trials, those finished earlier included.
-        verdict: as in verdict.json; None where there is nothing to decide (one arm, or an arm without a trial).
+        verdict: as in verdict.json; None where there is nothing to decide.
+        undecided: why there is no verdict: one arm, or an arm of which no trial is complete.
         report: path of report.html.
         launched: number of trials that this call ran.
     """
 
     outcomes: list[Outcome]
     verdict: dict[str, Any] | None
+    undecided: str
     report: Path
     launched: int
 
@@ -48,7 +50,7 @@ def run_study(base: RunConfig, trials: Sequence[RunConfig], launch: Launch) -> S
     study = study_dir(base)
     outcomes, launched = _finish([base], launch)
     if outcomes[0].status == "failed":
-        return StudyResult(outcomes, None, study / "report.html", launched)
+        return StudyResult(outcomes, None, "the SFT base could not be scored", study / "report.html", launched)
     several = {arm for arm, configs in _configs_by_arm(trials).items() if len(configs) > 1}
     first = [replace(trial, evaluate=["dev"]) if trial.method.name in several else trial for trial in trials]
     trained, new = _finish(first, launch)
@@ -61,11 +63,11 @@ def run_study(base: RunConfig, trials: Sequence[RunConfig], launch: Launch) -> S
         by_id = {outcome.trial_id: outcome for outcome in answered}
         trained = [by_id.get(outcome.trial_id, outcome) for outcome in trained]
     collect_scores(study)
-    verdict = _decide(study)
+    verdict, undecided = _decide(study)
     report = _report(study)
     if launched and verdict:
         _mirror(base, study, verdict)
-    return StudyResult([*outcomes, *trained], verdict, report, launched)
+    return StudyResult([*outcomes, *trained], verdict, undecided, report, launched)
 
 
 def _configs_by_arm(trials: Sequence[RunConfig]) -> dict[str, set[str]]:
@@ -111,11 +113,15 @@ def select_configs(study: Path, arms: set[str]) -> dict[str, str]:
     return {arm: str(means.loc[arm].idxmax()) for arm in sorted(arms)}
 
 
-def _decide(study: Path) -> dict[str, Any] | None:
+def _decide(study: Path) -> tuple[dict[str, Any] | None, str]:
+    """Return the verdict, or None with the reason; a verdict on what the scores no longer say is taken away."""
     from harness.decide import decide_study
 
-    arms = read_study(study / "study.yaml")["arms"]
-    return decide_study(study) if len(arms) > 1 else None
+    try:
+        return decide_study(study), ""
+    except UsageError as error:
+        (study / "verdict.json").unlink(missing_ok=True)
+        return None, str(error)
 
 
 def _mirror(base: RunConfig, study: Path, verdict: dict[str, Any]) -> None:

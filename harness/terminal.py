@@ -82,6 +82,8 @@ def print_result(result: StudyResult) -> int:
     print(f"trials run now: {result.launched}, complete before: {len(result.outcomes) - result.launched}")
     if verdict:
         print(f"\nverdict: {verdict['verdict']} ({verdict['level']} level). {verdict['reason']}")
+    else:
+        print(f"\nno verdict: {result.undecided}")
     print(f"report: {result.report}")
     return 1 if failed else 0
 

@@ -262,7 +262,7 @@ class _Trial:
         base = study_dir(self.config) / "base" if ARMS[self.config.method.name].trainer else None
         with self._stage("score"):
             rows = score_trial(self.folder, prompt_rows(splits_of(self.config)), tuple(SCORERS), base=base)
-        self.manifest = read_json(self.folder / "manifest.json")
+            self.manifest = read_json(self.folder / "manifest.json")  # score_trial has added flags to it
         status = "diverged" if self.manifest["status"] == "diverged" else "complete"
         self._save(status=status, done=sorted({*self.manifest["done"], "score"}))
         scores: dict[str, list[float]] = {}

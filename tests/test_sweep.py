@@ -277,7 +277,7 @@ def test_golden_prompts_in_the_training_data_are_refused_before_anything_runs(tm
     (tmp_path / "golden.jsonl").write_text(json.dumps(row) + "\n")
     (tmp_path / "dev.jsonl").write_text(json.dumps(row | {"prompt": "another"}) + "\n")
     files = [f"data.{split}={tmp_path / split}.jsonl" for split in ("train", "dev", "golden")]
-    with pytest.raises(UsageError, match=r"(?s)golden.*What is  it\?"):
+    with pytest.raises(UsageError, match=r"(?s)golden.*What is it\?"):
         run_sweep(["+method=simpo,dpo", f"results_dir={tmp_path / 'results'}", *files])
     assert not (tmp_path / "results").exists()
 

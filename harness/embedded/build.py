@@ -26,8 +26,7 @@ SIZES = {"golden": 900, "dev": 160, "train": 320}
 SPARE = 2  # train prompts are drawn twice over: not every one yields a pair
 SAMPLES = 8  # answers sampled from the base for each prompt
 MAX_NEW_TOKENS = 32
-SFT_DEMONSTRATIONS, SFT_BATCH_SIZE, SFT_LEARNING_RATE = 57_600, 128, 2e-3
-SORTED_BATCHES = 32  # so many batches are filled at a time, by length: with random ones a third would be padding
+SFT_DEMONSTRATIONS, SFT_BATCH_SIZE, SFT_LEARNING_RATE = 76_800, 128, 2e-3
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] }}"
@@ -45,17 +44,23 @@ RECOMMENDED: dict[str, Any] = {
 Pairs = dict[str, tuple[str, str]]  # by prompt: chosen, rejected
 
 
-def build(out: Path, seed: int) -> dict[str, Any]:
-    """Build everything from a seed, then write it to `out`; return the card (what was made, how, and its score)."""
+def build(out: Path, seed: int, *, sft_demonstrations: int = SFT_DEMONSTRATIONS) -> dict[str, Any]:
+    """Build everything from a seed, then write it to `out`; return the card (what was made, how, and its score).
+
+    Raises:
+        RuntimeError: where the base is too poor to sample enough pairs from; nothing is written then.
+    """
     start = time.perf_counter()
     chat = ChatFormat(build_tokenizer())
     tasks = draw_tasks(seed)
-    model = train_base(chat, seed, held_out={task.prompt for split in tasks.values() for task in split})
+    held_out = {task.prompt for split in tasks.values() for task in split}
+    model = train_base(chat, demonstrations(seed, sft_demonstrations, held_out=held_out), seed=seed)
     pairs = sample_pairs(model, chat, [*tasks["train"], *tasks["dev"]], seed=seed)
-    tasks["train"] = [task for task in tasks["train"] if task.prompt in pairs][: SIZES["train"]]
+    tasks["train"] = select_train(tasks["train"], pairs)
     card = {
         "built_by": f"python -m harness.embedded --seed {seed}",
         "seed": seed,
+        "sft_demonstrations": sft_demonstrations,
         "rows": {split: len(split_tasks) for split, split_tasks in tasks.items()},
         "base": score_base(model, chat, tasks),
         "recommended": RECOMMENDED,
@@ -112,31 +117,25 @@ def demonstrations(seed: int, count: int, *, held_out: set[str]) -> list[tuple[T
     return rows
 
 
-def encode_demonstrations(chat: ChatFormat, rows: Sequence[tuple[Task, str]], *, seed: int) -> list[dict[str, Any]]:
-    """Return `input_ids` and `completion_mask` for SFTTrainer; the rows of a batch are of like length."""
+def encode_demonstrations(chat: ChatFormat, rows: Sequence[tuple[Task, str]]) -> list[dict[str, Any]]:
+    """Return `input_ids` and `completion_mask` for SFTTrainer, in the order of `rows`, which is random."""
     examples = []
     for task, answer in tqdm(rows, desc="tokenise demonstrations", delay=5, leave=False):
         prompt = chat.prompt_ids([_user(task)], conversational=True)
         reply = chat.answer_ids([_user(task)], [{"role": "assistant", "content": answer}], conversational=True)
         examples.append({"input_ids": prompt + reply, "completion_mask": [0] * len(prompt) + [1] * len(reply)})
-    batches = []
-    for start in range(0, len(examples), SORTED_BATCHES * SFT_BATCH_SIZE):
-        pool = examples[start : start + SORTED_BATCHES * SFT_BATCH_SIZE]
-        pool.sort(key=lambda example: len(example["input_ids"]))
-        batches += [pool[i : i + SFT_BATCH_SIZE] for i in range(0, len(pool), SFT_BATCH_SIZE)]
-    order = np.random.default_rng([seed, 11]).permutation(len(batches))
-    return [example for i in order for example in batches[i]]
+    return examples
 
 
-def train_base(chat: ChatFormat, seed: int, *, held_out: set[str], count: int = SFT_DEMONSTRATIONS) -> Any:
-    """Train the tiny Llama on `count` demonstrations with TRL's SFTTrainer, on the answers only; seeds torch."""
+def train_base(chat: ChatFormat, rows: Sequence[tuple[Task, str]], *, seed: int) -> Any:
+    """Train the tiny Llama once over the demonstrations with TRL's SFTTrainer, on the answers only; seeds torch."""
     import torch
     from datasets import Dataset
     from transformers import set_seed
     from trl import SFTConfig, SFTTrainer
 
     set_seed(seed)
-    examples = encode_demonstrations(chat, demonstrations(seed, count, held_out=held_out), seed=seed)
+    examples = Dataset.from_list(encode_demonstrations(chat, rows))
     with tempfile.TemporaryDirectory() as folder:
         arguments = SFTConfig(
             output_dir=folder,
@@ -155,8 +154,7 @@ def train_base(chat: ChatFormat, seed: int, *, held_out: set[str], count: int = 
             seed=seed,
         )
         model = build_model(chat.tokenizer)
-        rows = Dataset.from_list(examples)
-        SFTTrainer(model=model, args=arguments, train_dataset=rows, processing_class=chat.tokenizer).train()
+        SFTTrainer(model=model, args=arguments, train_dataset=examples, processing_class=chat.tokenizer).train()
     return model.eval()
 
 
@@ -200,6 +198,17 @@ def sample_pairs(model: Any, chat: ChatFormat, tasks: Sequence[Task], *, seed: i
         if worse and not failed_checks(best, task.checks, ended=True):
             pairs[task.prompt] = (best, str(rng.choice(worse)))
     return pairs
+
+
+def select_train(tasks: Sequence[Task], pairs: Pairs) -> list[Task]:
+    """Return the first tasks that have a pair, as many as the study needs."""
+    selected = [task for task in tasks if task.prompt in pairs][: SIZES["train"]]
+    if len(selected) < SIZES["train"]:
+        raise RuntimeError(
+            f"the base yields {len(selected)} training pairs out of {len(tasks)} prompts, {SIZES['train']} are needed: "
+            "its samples are nearly all wrong; train it on more demonstrations, or with another seed"
+        )
+    return selected
 
 
 def answer_tasks(model: Any, chat: ChatFormat, tasks: Sequence[Task], *, seed: int | None = None) -> list[Completion]:
