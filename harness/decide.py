@@ -72,7 +72,6 @@ def verdict(
 
 
 def _counts(found: Components, kept: Mapping[str, ArmScores], unscored: Mapping[str, int]) -> dict[str, Any]:
-    runs = {name: dict(zip(arm.seeds, arm.values.mean(1).tolist(), strict=True)) for name, arm in kept.items()}
     return {
         "n_prompts": found.num_prompts,
         "n_clusters": found.num_clusters,

@@ -83,11 +83,14 @@ def train_arm(
         steps=[entry for entry in trainer.state.log_history if "loss" in entry],
         consumed_tokens_sha256=consumed.state,
         num_pairs=consumed.num_pairs,
-        parameters={
-            "total": sum(p.numel() for p in trainer.model.parameters()),
-            "trainable": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
-        },
+        parameters=_count_parameters(trainer.model),
     )
+
+
+def _count_parameters(model: Any) -> dict[str, int]:
+    parameters = list(model.parameters())
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    return {"total": sum(p.numel() for p in parameters), "trainable": sum(p.numel() for p in trained)}
 
 
 def build_trainer(

@@ -51,6 +51,7 @@ def test_each_failed_check_is_named() -> None:
         ("spam " * 20, True, ["repetition"]),
         ("a" * 40, False, ["cut_off", "repetition"]),
         ("the cat sat on the mat. " * 8, True, ["repetition"]),
+        ("75T7T7T7T7T7", False, ["cut_off", "repetition"]),
         ("na na na na na na", True, []),  # six repeats and yet short: a song, not a collapse
         (
             "| a | b |\n|" + "-" * 30 + "|\n" + "Some words of an answer that is longer than the rule above it.",
@@ -70,8 +71,8 @@ def test_hostile_text_does_not_slow_the_detector() -> None:
     assert time.perf_counter() - start < 5  # quadratic growth would take minutes
 
 
-def rows(*texts: str) -> list[dict]:
-    return [{"completion": text, "flags": completion_flags(text, ended=True)} for text in texts]
+def rows(*texts: str, ended: bool = True) -> list[dict]:
+    return [{"completion": text, "flags": completion_flags(text, ended=ended)} for text in texts]
 
 
 def test_shares_are_counted() -> None:
@@ -86,5 +87,9 @@ def test_a_collapse_is_measured_against_the_base() -> None:
     assert is_collapsed(same, good)
     assert is_collapsed(looping, good)
     assert not is_collapsed(good, good)
+    endless = rows(*[f"answer {i} and so on" for i in range(20)], ended=False)
+    assert is_collapsed(endless, good)
+    assert not is_collapsed(endless[:17] + good[:3], good)  # longer answers than the limit are no collapse
+    assert not is_collapsed(endless, endless)
     assert not is_collapsed(same, same)  # the base was like that: the data's fault, not the arm's
     assert not is_collapsed(rows("same", "same"), good)  # too few prompts to say
