@@ -7,8 +7,8 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-# A unit of up to 40 characters, several times in a row. Bounded, so that hostile text cannot make it slow. An answer that
-# was cut off in the middle of a loop needs fewer repeats: what came before the limit is all that there is to see.
+# A unit of up to 40 characters, several times in a row. Bounded, so that hostile text cannot make it slow. An answer
+# that was cut off in the middle of a loop needs fewer repeats: what came before the limit is all that there is to see.
 _REPEATED = re.compile(r"(.{1,40}?)\1{5,}", re.DOTALL)
 _CUT_LOOP = re.compile(r"(.{1,40}?)\1{3,}", re.DOTALL)
 _SCANNED_CHARS = 2000
