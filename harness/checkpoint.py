@@ -70,6 +70,14 @@ def has_gpu() -> bool:
     return bool(torch.cuda.is_available())
 
 
+def set_threads(config: RunConfig) -> None:
+    """Give torch the number of threads asked for; null leaves torch's own choice."""
+    import torch
+
+    if config.train.threads is not None:
+        torch.set_num_threads(config.train.threads)
+
+
 def uses_bf16(config: RunConfig) -> bool:
     """Return True where matrix products run in bf16: asked for, or on a GPU that has it (on a CPU it is slower)."""
     import torch

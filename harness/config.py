@@ -112,6 +112,7 @@ class TrainConfig:
     max_grad_norm: float = bounded(1.0, above=0.0)
     precision: Precision = Precision.auto
     gradient_checkpointing: bool = False
+    threads: int | None = bounded(None, at_least=1)
     checkpoint_steps: int | None = bounded(None, at_least=1)
     collapse_learning_rate: float | None = bounded(None, above=0.0)
 
@@ -214,7 +215,8 @@ def compose_run(overrides: list[str]) -> RunConfig:
 
 def resolve(composed: DictConfig) -> RunConfig:
     """Turn a composed config into a `RunConfig` with no open default left, or raise a `UsageError`."""
-    from harness.validate import find_problems  # it reads the dataclasses above
+    from harness.profile import fill_from_profile  # these read the dataclasses above
+    from harness.validate import find_problems
 
     composed = copy.deepcopy(composed)
     with open_dict(composed):
@@ -227,33 +229,6 @@ def resolve(composed: DictConfig) -> RunConfig:
     return config
 
 
-def profile_name(config: RunConfig) -> str:
-    """Name the profile whose values fill keys that were left null: `embedded`, or `own` for your model."""
-    return "embedded" if config.model.path == EMBEDDED else "own"
-
-
-def load_profile(name: str) -> dict[str, Any]:
-    """Read `conf/profile/NAME.yaml`."""
-    return cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(CONF / "profile" / f"{name}.yaml")))
-
-
-def fill_from_profile(config: RunConfig) -> None:
-    """Set every key that is null from the profile, then the learning rate from the arm's published ones."""
-    profile = load_profile(profile_name(config))
-    rates = profile.pop("learning_rates", {}).get(config.method.name, config.method.learning_rates)
-    for section, values in profile.items():
-        target = getattr(config, section)
-        if not dataclasses.is_dataclass(target):
-            if target is None:
-                setattr(config, section, values)
-            continue
-        for key, value in values.items():
-            if getattr(target, key) is None:
-                setattr(target, key, value)
-    if config.method.learning_rate is None:
-        config.method.learning_rate = rates.get(config.train.tuning.value)
-
-
 def trial_id(config: RunConfig, contents: dict[str, str]) -> str:
     """Hash what determines a trial's result, and nothing else.
 
@@ -261,7 +236,7 @@ def trial_id(config: RunConfig, contents: dict[str, str]) -> str:
     """
     parts = {
         "method": plain(config.method),
-        "train": plain(config.train),
+        "train": {key: value for key, value in plain(config.train).items() if key not in NOT_IN_RESULT},
         "generate": plain(config.generate),
         "data": {key: value for key, value in plain(config.data).items() if key not in _PATHS},
         "seed": config.seed,
@@ -271,6 +246,8 @@ def trial_id(config: RunConfig, contents: dict[str, str]) -> str:
     return digest(parts)[:12]
 
 
+# Keys of `train` that change how long a trial takes, or what is warned of, and not what comes out.
+NOT_IN_RESULT = {"threads", "checkpoint_steps", "collapse_learning_rate"}
 _PATHS = {"path", "train", "dev", "golden", "revision", "max_bad_fraction"}
 
 

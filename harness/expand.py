@@ -9,8 +9,8 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from harness.config import load_profile
 from harness.overrides import parse, selected_arms, values_of
+from harness.profile import load_profile, profile_name
 from harness.records import UsageError
 
 Space = dict[str, list[Any]]
@@ -53,7 +53,7 @@ def expand(arguments: Sequence[str], master: DictConfig) -> list[Job]:
     arms = selected_arms(parsed)
     shared: Space = {}
     own: dict[str, Space] = {arm: _preset_space(master, arm) for arm in arms}
-    seeds: list[int] = list(master.seeds or load_profile(_profile(master))["seeds"])
+    seeds: list[int] = list(master.seeds or load_profile(profile_name(master))["seeds"])
     common: list[str] = []
     for override in parsed:
         key = override.key_or_group
@@ -83,12 +83,6 @@ def expand(arguments: Sequence[str], master: DictConfig) -> list[Job]:
         for arm in arms
         if i < len(configs[arm])
     ]
-
-
-def _profile(master: DictConfig) -> str:
-    from harness.config import EMBEDDED
-
-    return "embedded" if master.model.path == EMBEDDED else "own"
 
 
 def _preset_space(master: DictConfig, arm: str) -> Space:

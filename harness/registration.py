@@ -11,7 +11,7 @@ from typing import Any, cast
 import yaml
 
 from harness.checkpoint import contents_sha256
-from harness.config import RunConfig, config_label, plain
+from harness.config import NOT_IN_RESULT, RunConfig, config_label, plain
 from harness.inputs import default_metric, prompt_rows, splits_of
 from harness.records import UsageError, digest, write_jsonl, write_text
 
@@ -27,9 +27,7 @@ def fixed_parts(config: RunConfig) -> dict[str, Any]:
         "guards": plain(config.decide.guards),
         "contents": contents_sha256(config, splits.facts),
         "data": data,
-        "train": {
-            k: v for k, v in plain(config.train).items() if k not in ("checkpoint_steps", "collapse_learning_rate")
-        },
+        "train": {key: value for key, value in plain(config.train).items() if key not in NOT_IN_RESULT},
         "generate": plain(config.generate),
     }
 

@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 
 from harness.arms import ARMS
-from harness.checkpoint import contents_sha256, load_base, load_policy
+from harness.checkpoint import contents_sha256, load_base, load_policy, set_threads
 from harness.config import Engine, RunConfig, config_label, plain
 from harness.degenerate import completion_flags
 from harness.heldout import heldout_rows
@@ -143,6 +143,7 @@ class _Trial:
     def run(self, splits: tuple[str, ...]) -> None:
         """Run the missing stages in order, mirrored to the tracker."""
         config, about = self.config, self.manifest
+        set_threads(config)
         write_text(self.folder / "config.yaml", _yaml(plain(config)))
         with track(
             config.tracking,

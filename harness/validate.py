@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from harness.arms import ARMS, SimPOConfig
-from harness.config import EMBEDDED, Engine, RunConfig, Tuning, profile_name
+from harness.config import EMBEDDED, Engine, RunConfig, Tuning
 from harness.overrides import declared_keys, value_problem
+from harness.profile import profile_name
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 

@@ -166,6 +166,8 @@ def test_whatever_changes_the_result_changes_the_trial_id(change: str) -> None:
         "question=why",
         "seeds=[1]",
         "data.max_bad_fraction=0.5",
+        "train.threads=4",
+        "train.checkpoint_steps=7",
     ],
 )
 def test_whatever_does_not_change_the_result_leaves_the_trial_id(change: str) -> None:

@@ -86,11 +86,13 @@ def test_no_prompt_occurs_twice_in_any_split_or_across_splits() -> None:
         assert [value for value, count in Counter(map(key, ALL_ROWS)).items() if count > 1] == []
 
 
-def test_every_split_has_every_kind_in_comparable_numbers() -> None:
-    for rows in ROWS.values():
+def test_every_split_has_every_kind() -> None:
+    for split, rows in ROWS.items():
         counts = Counter(row["prompt"].split()[0] for row in rows)
         assert set(counts) == set(KINDS)
-        assert min(counts.values()) >= len(rows) / len(KINDS) / 3
+        # A kind that the base rarely gets right yields few pairs to train on; the other splits are drawn evenly.
+        share = {"train": 0.03, "dev": 0.1, "golden": 0.13}[split]
+        assert min(counts.values()) >= share * len(rows), (split, counts)
 
 
 @pytest.mark.parametrize("split", ["dev", "golden"])
@@ -255,19 +257,25 @@ def test_too_few_pairs_are_an_error_that_says_so() -> None:
 
 
 @pytest.mark.slow
-def test_sft_learns_answers_and_is_deterministic(chat) -> None:
+def test_sft_is_deterministic(chat) -> None:
     import torch
 
-    rows = demonstrations(0, 2560, held_out=set())
-    first, second = (train_base(chat, rows, seed=1) for _ in range(2))
-    for name, weights in first.state_dict().items():
-        assert torch.equal(weights, second.state_dict()[name]), name
-    answers = answer_tasks(first, chat, [task for task, _ in rows[:64]])
-    assert np.mean([answer.ended for answer in answers]) > 0.9, "twenty steps teach the form: the turn is ended"
+    rows = demonstrations(0, 256, held_out=set())
+    first, second, other = (train_base(chat, rows, seed=seed).state_dict() for seed in (1, 1, 2))
+    assert all(torch.equal(weights, second[name]) for name, weights in first.items())
+    assert not all(torch.equal(weights, other[name]) for name, weights in first.items())
 
 
 @pytest.mark.slow
-def test_a_base_that_learned_nothing_is_not_written(tmp_path: Path) -> None:
+def test_a_few_steps_of_sft_teach_the_form(chat) -> None:
+    rows = demonstrations(0, 2560, held_out=set())
+    answers = answer_tasks(train_base(chat, rows, seed=1), chat, [task for task, _ in rows[:64]])
+    assert np.mean([answer.ended for answer in answers]) > 0.9
+
+
+@pytest.mark.slow
+def test_a_base_that_learned_nothing_is_not_written(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("harness.embedded.build.SAMPLES", 1)
     with pytest.raises(RuntimeError, match="training pairs"):
         build(tmp_path / "study", 0, sft_demonstrations=128)
     assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,37 @@
+"""Values for config keys that are left null: those of the embedded study, or of your own model (`conf/profile/`)."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, cast
+
+from omegaconf import DictConfig, OmegaConf
+
+from harness.config import CONF, EMBEDDED, RunConfig
+
+
+def profile_name(config: RunConfig | DictConfig) -> str:
+    """Name the profile whose values fill keys that were left null: `embedded`, or `own` for your model."""
+    return "embedded" if config.model.path == EMBEDDED else "own"
+
+
+def load_profile(name: str) -> dict[str, Any]:
+    """Read `conf/profile/NAME.yaml`."""
+    return cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(CONF / "profile" / f"{name}.yaml")))
+
+
+def fill_from_profile(config: RunConfig) -> None:
+    """Set every key that is null from the profile, then the learning rate from the arm's published ones."""
+    profile = load_profile(profile_name(config))
+    rates = profile.pop("learning_rates", {}).get(config.method.name, config.method.learning_rates)
+    for section, values in profile.items():
+        target = getattr(config, section)
+        if not dataclasses.is_dataclass(target):
+            if target is None:
+                setattr(config, section, values)
+            continue
+        for key, value in values.items():
+            if getattr(target, key) is None:
+                setattr(target, key, value)
+    if config.method.learning_rate is None:
+        config.method.learning_rate = rates.get(config.train.tuning.value)
