@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from dataclasses import replace
@@ -10,6 +11,7 @@ import pytest
 
 from harness.arms import ARMS
 from harness.config import CONF, Tuning, config_label, load_run, plain, trial_id
+from harness.embedded import study_dir
 from harness.records import UsageError
 from harness.validate import find_warnings
 
@@ -132,6 +134,14 @@ def test_a_learning_rate_known_to_collapse_warns() -> None:
     assert "known to collapse" in find_warnings(config)[0]
     assert find_warnings(replace(config, train=replace(config.train, tuning=Tuning.lora))) == []
     assert find_warnings(load_run(["+method=dpo", *OWN, "train.tuning=full", "method.learning_rate=4.9e-6"])) == []
+
+
+def test_the_embedded_study_runs_at_the_settings_that_its_card_recommends() -> None:
+    card = json.loads((study_dir() / "card.json").read_text())["recommended"]
+    for arm, rate in card["learning_rate"].items():
+        config = load_run([f"+method={arm}"])
+        assert config.method.learning_rate == rate
+        assert (config.train.epochs, config.train.batch_size) == (card["epochs"], card["batch_size"])
 
 
 CONTENTS = {"base": "b", "train": "t", "golden": "g"}
