@@ -65,11 +65,20 @@ def score_checks_fraction(outputs: TrialOutputs) -> list[Score]:
 
 
 def _preference(outputs: TrialOutputs, accuracy: Callable[[dict[str, Any]], float]) -> list[Score]:
-    """Average the accuracies of the pairs of one prompt: prompts are what is sampled, not pairs."""
+    """Average the accuracies of the pairs of one prompt: prompts are what is sampled, not pairs.
+
+    A prompt of which no pair has log-probs, since all were dropped at tokenisation, is unscored and says so.
+    """
     by_prompt: dict[tuple[str, str], list[float]] = defaultdict(list)
     for row in outputs.pairs:
         by_prompt[row["split"], row["prompt_id"]].append(accuracy(row))
-    return [Score(split, prompt_id, fmean(values)) for (split, prompt_id), values in by_prompt.items()]
+    answered = {split for split, _ in by_prompt}
+    dropped = [
+        Score(row["split"], row["prompt_id"], None, "all its pairs were dropped at tokenisation (see dropped_pairs)")
+        for row in outputs.prompts
+        if row["pairs"] and row["split"] in answered and (row["split"], row["prompt_id"]) not in by_prompt
+    ]
+    return [Score(split, prompt_id, fmean(values)) for (split, prompt_id), values in by_prompt.items()] + dropped
 
 
 def _prefers(chosen: float, rejected: float) -> float:
@@ -120,11 +129,13 @@ def score_trial(folder: Path, prompts: Rows, scorers: Sequence[str], *, base: Pa
         base: the SFT base's folder, to tell a collapse from a base that was like that before.
     """
     manifest = read_json(folder / "manifest.json")
-    outputs = TrialOutputs(prompts, _rows(folder / "completions.jsonl"), _rows(folder / "pairs.jsonl"))
-    before = _rows(base / "completions.jsonl") if base is not None else []
+    outputs = _outputs(folder, prompts)
+    before = _outputs(base, prompts) if base is not None else TrialOutputs(prompts, [], [])
     flag = "diverged" if manifest["status"] == "diverged" else ""
-    if not flag and is_collapsed(outputs.completions, before):
+    if not flag and is_collapsed(outputs.completions, before.completions):
         flag = "collapsed"
+    # A diverged trial has no policy: it gets the lowest score wherever the base has one.
+    scored = before if flag == "diverged" else outputs
     manifest["flags"] = [flag] if flag else []
     manifest["degenerate"] = {
         split: degenerate_shares([row for row in outputs.completions if row["split"] == split])
@@ -134,7 +145,7 @@ def score_trial(folder: Path, prompts: Rows, scorers: Sequence[str], *, base: Pa
     answers = {(row["split"], row["prompt_id"]): row for row in outputs.completions}
     rows = [row for row in _rows(folder / "scores.jsonl") if row["scorer"] not in scorers]
     for name in scorers:
-        for score in _worst(prompts, name) if flag == "diverged" else SCORERS[name](outputs):
+        for score in SCORERS[name](scored):
             key = (score.split, score.prompt_id)
             rows.append(_score_row(manifest, name, score, clusters.get(key), answers.get(key), flag))
     write_jsonl(folder / "scores.jsonl", rows)
@@ -146,10 +157,8 @@ def _rows(path: Path) -> Rows:
     return list(read_jsonl(path)) if path.is_file() else []
 
 
-def _worst(prompts: Rows, scorer: str) -> list[Score]:
-    """Give a trial that has no policy the lowest score on each prompt which the scorer covers."""
-    needs = "checks" if scorer.startswith("checks") else "pairs"
-    return [Score(row["split"], row["prompt_id"], 0.0) for row in prompts if row[needs]]
+def _outputs(folder: Path, prompts: Rows) -> TrialOutputs:
+    return TrialOutputs(prompts, _rows(folder / "completions.jsonl"), _rows(folder / "pairs.jsonl"))
 
 
 def _score_row(
@@ -162,7 +171,7 @@ def _score_row(
         "split": score.split,
         "prompt_id": score.prompt_id,
         "scorer": scorer,
-        "score": 0.0 if flag else score.score,
+        "score": 0.0 if flag and score.score is not None else score.score,
         "cluster": cluster or "",
         "tokens": answer["tokens"] if answer else None,
         "chars": len(answer["completion"]) if answer else None,

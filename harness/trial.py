@@ -268,7 +268,8 @@ class _Trial:
         self._save(status=status, done=sorted({*self.manifest["done"], "score"}))
         scores: dict[str, list[float]] = {}
         for row in rows:
-            scores.setdefault(f"{row['split']}/{row['scorer']}", []).append(row["score"])
+            if row["score"] is not None:
+                scores.setdefault(f"{row['split']}/{row['scorer']}", []).append(row["score"])
         tracker.summarise({name: fmean(values) for name, values in scores.items()} | {"status": status})
         path = self.folder / "completions.jsonl"
         answers = list(read_jsonl(path)) if path.is_file() else []

@@ -51,7 +51,7 @@ def logps(prompt_id: str, chosen: float, rejected: float, *, ref=(0.0, 0.0), tok
 
 def scores(scorer: str, *, completions=(), pairs=()) -> dict[str, float | None]:
     found = SCORERS[scorer](TrialOutputs(PROMPTS, list(completions), list(pairs)))
-    return {score.prompt_id: score.score for score in found}
+    return {score.prompt_id: score.score for score in found if score.score is not None}
 
 
 def test_checks_need_all_and_the_fraction_counts_each() -> None:
@@ -112,11 +112,18 @@ def test_rows_name_their_trial_and_prompt(tmp_path: Path) -> None:
     assert [row["score"] for row in rows] == [1.0, 0.0, 1.0]
 
 
-def test_a_diverged_trial_scores_worst_on_every_prompt(tmp_path: Path) -> None:
-    rows = score_trial(trial(tmp_path / "t", status="diverged"), PROMPTS, list(SCORERS), base=None)
-    assert {(row["score"], row["flag"]) for row in rows} == {(0.0, "diverged")}
+def test_a_diverged_trial_scores_worst_wherever_the_base_has_a_score(tmp_path: Path) -> None:
+    base = trial(tmp_path / "base")
+    rows = score_trial(trial(tmp_path / "t", status="diverged"), PROMPTS, list(SCORERS), base=base)
+    assert {(row["score"], row["flag"]) for row in rows if not row["unscored_reason"]} == {(0.0, "diverged")}
     assert {row["scorer"] for row in rows} == set(SCORERS)
     assert {row["prompt_id"] for row in rows} == {"p0", "p1", "p2"}
+
+
+def test_a_prompt_whose_pairs_were_all_dropped_is_unscored_with_a_reason(tmp_path: Path) -> None:
+    rows = score_trial(trial(tmp_path / "t"), PROMPTS, ["preference_accuracy_mean"], base=None)
+    assert {row["prompt_id"]: row["score"] for row in rows} == {"p0": 1.0, "p1": None, "p2": None}
+    assert all("dropped at tokenisation" in row["unscored_reason"] for row in rows if row["score"] is None)
 
 
 def test_a_collapsed_trial_scores_worst_however_well_it_ranks_pairs(tmp_path: Path) -> None:
@@ -124,7 +131,8 @@ def test_a_collapsed_trial_scores_worst_however_well_it_ranks_pairs(tmp_path: Pa
     folder = trial(tmp_path / "t", answers=["1"] * 12)
     base = trial(tmp_path / "base", answers=[str(i) for i in range(12)])
     rows = score_trial(folder, prompts, ["checks", "preference_accuracy"], base=base)
-    assert {(row["score"], row["flag"]) for row in rows} == {(0.0, "collapsed")}
+    assert {(row["score"], row["flag"]) for row in rows if not row["unscored_reason"]} == {(0.0, "collapsed")}
+    assert {row["scorer"] for row in rows if row["score"] == 0.0} == {"checks", "preference_accuracy"}
     assert read_json(folder / "manifest.json")["flags"] == ["collapsed"]
     assert read_json(folder / "manifest.json")["degenerate"]["golden"]["same_answer"] == 1.0
 
