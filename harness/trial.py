@@ -28,6 +28,7 @@ from harness.measure import Meter
 from harness.plan import expected_tokens_sha256
 from harness.records import read_json, read_jsonl, write_json, write_jsonl, write_text
 from harness.score import SCORERS, score_trial
+from harness.stages import done_stages, resume_stages
 from harness.tokens import TokenPair
 from harness.tracking import Tracker, track
 from harness.validate import find_warnings
@@ -63,7 +64,8 @@ def is_complete(config: RunConfig, splits: tuple[str, ...] = SPLITS) -> bool:
     manifest = _read_manifest(trial_dir(config))
     if manifest.get("trial_id") != identify(config):
         return False
-    return manifest.get("status") == "diverged" or {"score", *splits} <= set(manifest.get("done", []))
+    wanted = {"score"} if manifest.get("status") == "diverged" else {"score", *splits}
+    return wanted <= done_stages(trial_dir(config), manifest)
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
@@ -124,6 +126,8 @@ class _Trial:
         found = _read_manifest(folder)
         if found.get("trial_id") != about["trial_id"]:
             found = {}
+        else:
+            found["done"] = resume_stages(folder, found)
         self.manifest: dict[str, Any] = found or {
             **about,
             "status": "running",
@@ -170,11 +174,7 @@ class _Trial:
             "base_sha256": contents_sha256(self.config, facts)["base"],
             "data_sha256": tokens.train.sha256,
             "pairs": {"train": len(tokens.train.rows), "dev": len(tokens.dev.rows), "golden": len(tokens.golden.rows)},
-            "dropped_pairs": {
-                "train": tokens.train.dropped,
-                "dev": tokens.dev.dropped,
-                "golden": tokens.golden.dropped,
-            },
+            "dropped_pairs": {split: getattr(tokens, split).dropped for split in ("train", "dev", "golden")},
             "label_noise": facts.get("label_noise", {}),
             "warnings": find_warnings(self.config),
         }

@@ -139,6 +139,23 @@ def test_the_same_command_again_trains_nothing_and_changes_nothing(finished) -> 
     assert result.verdict == read_json(study / "verdict.json")
 
 
+@pytest.mark.parametrize("damage", ["deleted", "truncated"])
+@pytest.mark.parametrize("name", ["scores.jsonl", "completions.jsonl", "pairs.jsonl", "manifest.json"])
+def test_a_damaged_file_is_made_again_and_nothing_else(name: str, damage: str, finished, tmp_path: Path) -> None:
+    study = copied(finished[1], tmp_path)
+    before = (study / "scores.csv").read_bytes()
+    path = next(study.glob(f"trials/*/{name}"))
+    if damage == "deleted":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    result = sweep(study.parent, "seed=0,1", f"study={study.name}")
+    assert result.launched == 1
+    assert [outcome.status for outcome in result.outcomes] == ["complete"] * 5
+    assert (study / "scores.csv").read_bytes() == before
+    assert len(list(read_jsonl(path.parent / "completions.jsonl"))) == 36
+
+
 def test_another_seed_runs_only_what_is_missing(finished, tmp_path: Path) -> None:
     study = copied(finished[1], tmp_path)
     result = sweep(study.parent, "seed=0,1,2", f"study={study.name}")

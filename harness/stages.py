@@ -1,0 +1,43 @@
+"""Which stages of a trial are done: those that its manifest names and whose files are still there, whole."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+_FILES = {"dev": ("completions.jsonl", "pairs.jsonl"), "golden": ("completions.jsonl", "pairs.jsonl")}
+
+
+def done_stages(folder: Path, manifest: dict[str, Any]) -> set[str]:
+    """Return the stages that need not run again; a file that was deleted or cut off takes its stage with it."""
+    done = set(manifest.get("done", []))
+    trained = any((folder / name).is_dir() for name in ("adapter", "model"))
+    if "train" in done and not trained and manifest.get("status") != "diverged":
+        return set()
+    for split, names in _FILES.items():
+        if split in done and not all(_is_whole(folder / name) for name in names):
+            done -= {split, "score"}
+    if not _is_whole(folder / "scores.jsonl"):
+        done.discard("score")
+    return done
+
+
+def resume_stages(folder: Path, manifest: dict[str, Any]) -> list[str]:
+    """Return the stages that need not run again, and delete files that were cut off, so that no stage reads them."""
+    done = done_stages(folder, manifest)
+    for name in ("completions.jsonl", "pairs.jsonl", "scores.jsonl"):
+        if not _is_whole(folder / name):
+            (folder / name).unlink(missing_ok=True)
+    return sorted(done)
+
+
+def _is_whole(path: Path) -> bool:
+    """Return True where a JSON-lines file exists and ends with its last line's end; an empty one is whole."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        size = file.seek(0, 2)
+        if size == 0:
+            return True
+        file.seek(size - 1)
+        return file.read(1) == b"\n"
