@@ -12,208 +12,23 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-import yaml
-
+from harness.arms import ARMS
 from harness.identity import data_identity
-from harness.reason import reason
-from harness.records import UsageError, write_json
-from harness.scores_file import ArmScores, arm_scores, checked, choose_metric, read_scores, same_prompts
-from harness.stats import Components, compare, compare_runs, needed
-from harness.unscored import at_worst, paired
+from harness.ledger import enter_look
+from harness.records import UsageError, locked, write_json
+from harness.registration import contrast_of, is_selected, read_study
+from harness.rule import verdict
+from harness.scores_file import read_scores
+from harness.selection import edge_warnings
 
+__all__ = ["decide_study", "verdict"]
 
-def verdict(
-    scores: pd.DataFrame,
-    *,
-    metric: str | None = None,
-    margin: float = 0.05,
-    alpha: float = 0.05,
-    arms: tuple[str, str] = ("simpo", "dpo"),
-    cluster: str | None = None,
-    guards: Sequence[Mapping[str, Any]] = (),
-) -> dict[str, Any]:
-    """Apply the decision rule to scores in long form.
-
-    Args:
-        scores: columns `arm, seed, score`, and where there are any `config, split, prompt_id, scorer, cluster,
-            unscored_reason, stage, flag`; scores in [0, 1], higher is better.
-        metric: the scorer to decide on; may be left out where there is only one.
-        margin: the smallest difference that matters.
-        alpha: error rate; `ci95` is the interval at 1 - alpha and `ci90` at 1 - 2 * alpha.
-        arms: the difference is the first arm's mean minus the second's.
-        cluster: column that holds the clusters, if it is not `cluster`.
-        guards: `{metric, margin}`: the winner must not be worse than the other arm by as much as `margin`.
-
-    Returns:
-        The contents of verdict.json.
-
-    Raises:
-        UsageError: for scores that cannot be compared; the message names arm, seed and prompt.
-    """
-    frame = checked(scores)
-    metric = choose_metric(frame[frame["arm"].isin(arms)], metric)
-    warnings: list[str] = []
-    configs = _configs(frame, metric, arms, warnings)
-    runs = _arrays(frame, metric, arms, configs, cluster)
-    kept, unscored = paired(runs, warnings)
-    found = _compare(kept)
-    _warn_of_runs(runs, warnings)
-    result = _decision(found, arms=arms, margin=margin, alpha=alpha)
-    _bound_unscored(runs, unscored, result["verdict"], arms=arms, margin=margin, alpha=alpha, warnings=warnings)
-    winner = result.pop("winner")
-    checks = [_guard(frame, guard, winner, arms, configs, cluster, alpha) for guard in guards]
-    failed = [guard for guard in checks if winner and not guard["passed"]]
-    if failed:
-        result["verdict"] = "trade-off"
-    result |= {"metric": metric, "arms": list(arms), "margin": margin, "alpha": alpha, "configs": configs}
-    result |= _counts(found, kept, unscored) | {"guards": checks, "warnings": warnings}
-    return result | {"reason": reason(result, winner, failed)}
-
-
-def _counts(found: Components, kept: Mapping[str, ArmScores], unscored: Mapping[str, int]) -> dict[str, Any]:
-    return {
-        "n_prompts": found.num_prompts,
-        "n_clusters": found.num_clusters,
-        "n_seeds": dict(zip(kept, found.num_seeds, strict=True)),
-        "n_unscored": dict(unscored),
-        "means": {name: float(arm.values.mean()) for name, arm in kept.items()},
-        "run_means": {
-            name: dict(zip(arm.seeds, arm.values.mean(1).tolist(), strict=True)) for name, arm in kept.items()
-        },
-    }
-
-
-def _configs(frame: pd.DataFrame, metric: str, arms: Sequence[str], warnings: list[str]) -> dict[str, str]:
-    """Return each arm's config; where golden has several, the best on dev by the mean over seeds."""
-    golden = _confirmed(frame[(frame["split"] == "golden") & (frame["scorer"] == metric)])
-    configs = {}
-    for arm in arms:
-        found = sorted(golden[golden["arm"] == arm]["config"].unique())
-        if not found:
-            known = ", ".join(sorted(golden["arm"].unique())) or "none"
-            raise UsageError(f"scores: no golden rows of {metric} for arm {arm}; arms that have some: {known}")
-        if len(found) > 1:
-            dev = frame[(frame["split"] == "dev") & (frame["scorer"] == metric) & (frame["arm"] == arm)]
-            means = dev[dev["config"].isin(found)].groupby("config")["score"].mean()
-            if set(means.index) != set(found):
-                raise UsageError(
-                    f"scores: arm {arm} has {len(found)} configs on golden and dev scores for {len(means)}; "
-                    "add dev rows to select on, or keep the golden rows of one config: golden must not select"
-                )
-            found = [str(means.idxmax())]
-            warnings.append(f"{arm}: {found[0]} was selected on dev among {len(means)} configs, all scored on golden")
-        configs[arm] = str(found[0])
-    return configs
-
-
-def _confirmed(golden: pd.DataFrame) -> pd.DataFrame:
-    """Keep the rows of the confirm stage where there are any: fresh seeds decide, tuning seeds do not."""
-    confirm = golden["stage"] == "confirm"
-    return golden[confirm] if confirm.any() else golden
-
-
-def _arrays(
-    frame: pd.DataFrame, metric: str, arms: Sequence[str], configs: Mapping[str, str], cluster: str | None
-) -> dict[str, ArmScores]:
-    golden = _confirmed(frame[(frame["split"] == "golden") & (frame["scorer"] == metric)])
-    found = {arm: arm_scores(golden, arm, configs[arm], cluster) for arm in arms}
-    same_prompts(found)
-    return found
-
-
-def _compare(arms: Mapping[str, ArmScores]) -> Components:
-    first, second = arms.values()
-    try:
-        if not first.prompts:
-            return compare_runs(first.values[:, 0], second.values[:, 0])
-        return compare(first.values, second.values, first.clusters)
-    except ValueError as error:
-        raise UsageError(f"scores: {error}") from error
-
-
-def _decision(found: Components, *, arms: Sequence[str], margin: float, alpha: float) -> dict[str, Any]:
-    wide, narrow = found.interval(1 - alpha), found.interval(1 - 2 * alpha)
-    winner = None
-    if -margin < narrow[0] and narrow[1] < margin:
-        name = "tie"
-    elif wide[0] > 0 or wide[1] < 0:
-        name = winner = arms[0] if found.difference > 0 else arms[1]
-    else:
-        name = "inconclusive"
-    return {
-        "verdict": name,
-        "winner": winner,
-        "level": "checkpoint" if min(found.num_seeds) < 2 else "method",
-        "difference": found.difference,
-        "ci95": list(wide),
-        "ci90": list(narrow),
-        "beyond_margin": bool(winner and min(abs(wide[0]), abs(wide[1])) > margin),
-        "seed_variance": found.seed_variance,
-        "prompt_variance": found.prompt_variance,
-        "minimum_detectable_difference": found.detectable(alpha),
-        "to_settle": needed(found, margin, alpha) if name == "inconclusive" else None,
-    }
-
-
-def _bound_unscored(
-    runs: Mapping[str, ArmScores],
-    unscored: Mapping[str, int],
-    decided: str,
-    *,
-    warnings: list[str],
-    **rule: Any,
-) -> None:
-    """Warn where the missing scores, all 0 for one arm and all 1 for the other, would give another verdict."""
-    if not any(unscored.values()):
-        return
-    others = {str(_decision(_compare(at_worst(runs, low)), **rule)["verdict"]) for low in runs}
-    if others != {decided}:
-        warnings.append(
-            "the missing scores could change the verdict: with 0 for one arm and 1 for the other it is "
-            + " or ".join(sorted(others))
-        )
-
-
-def _warn_of_runs(runs: Mapping[str, ArmScores], warnings: list[str]) -> None:
-    """Warn of runs that scored as worst, and of arms with unlike numbers of seeds where one has a single seed."""
-    counts = {name: len(arm.seeds) for name, arm in runs.items()}
-    if min(counts.values()) < 2 <= max(counts.values()):
-        warnings.append(f"seeds an arm: {counts}; with a single seed in one, only checkpoints are compared")
-    for name, arm in runs.items():
-        for seed, flag in arm.flags.items():
-            warnings.append(f"{name} seed {seed} {flag}: scored as worst, not dropped")
-
-
-def _guard(
-    frame: pd.DataFrame,
-    guard: Mapping[str, Any],
-    winner: str | None,
-    arms: tuple[str, str],
-    configs: Mapping[str, str],
-    cluster: str | None,
-    alpha: float,
-) -> dict[str, Any]:
-    """Test one-sided non-inferiority on a second metric: of the winner, or of the first arm where there is none."""
-    metric, margin = str(guard["metric"]), float(guard["margin"])
-    choose_metric(frame, metric)
-    kept, _ = paired(_arrays(frame, metric, arms, configs, cluster), [])
-    first = winner or arms[0]
-    second = next(arm for arm in arms if arm != first)
-    found = _compare({first: kept[first], second: kept[second]})
-    bound = found.lower_bound(alpha)
-    return {
-        "metric": metric,
-        "margin": margin,
-        "of": first,
-        "difference": found.difference,
-        "lower_bound": bound,
-        "passed": bound > -margin,
-    }
+MARGIN = 0.05
+ALPHA = 0.05
 
 
 def decide_study(study: Path) -> dict[str, Any]:
-    """Decide a study by its registered rule and write verdict.json.
+    """Decide a study by its registered rule, enter the look in its ledger, and write verdict.json.
 
     Raises:
         UsageError: where the folder holds no scored study.
@@ -223,11 +38,10 @@ def decide_study(study: Path) -> dict[str, Any]:
         raise UsageError(
             f"{study}: no scored study (study.yaml and scores.csv); give a folder that harness.sweep wrote"
         )
-    registered = yaml.safe_load(path.read_text(encoding="utf-8"))
-    arms = [arm for arm in ("simpo", "dpo") if arm in registered["arms"]]
-    arms += [arm for arm in registered["arms"] if arm not in arms]
+    registered = read_study(path)
+    arms = registered.get("contrast") or contrast_of(registered["arms"])
     if len(arms) < 2:
-        raise UsageError(f"{study}: only the arm {', '.join(arms)}; a decision needs two")
+        raise UsageError(f"{study}: only the arm {', '.join(registered['arms'])}; a decision needs two")
     scores = read_scores(study / "scores.csv")
     result = verdict(
         scores,
@@ -240,12 +54,42 @@ def decide_study(study: Path) -> dict[str, Any]:
     identity = data_identity(study)
     if identity["status"] == "not proved":
         result["warnings"].append(f"identical data is NOT proved: {'; '.join(identity['reasons'])}")
-    result["warnings"] += registered.get("warnings", [])
+    result["warnings"] += [
+        *enter_look(study, registered, arms),
+        *_plan_warnings(registered, result),
+        *registered.get("warnings", []),
+    ]
     base = scores[(scores["arm"] == "sft") & (scores["split"] == "golden") & (scores["scorer"] == registered["metric"])]
     if len(base):
         result["base_mean"] = float(base["score"].mean())
     write_json(study / "verdict.json", result)
     return result
+
+
+def _plan_warnings(registered: Mapping[str, Any], result: Mapping[str, Any]) -> list[str]:
+    """Warn where what was scored is less than what was registered, or what was registered was not fair."""
+    warnings = []
+    for arm in result["arms"]:
+        seeds = registered.get("seeds", {}).get(arm, [])
+        missing = [seed for seed in seeds if str(seed) not in result["run_means"][arm]]
+        if missing:
+            shown = ", ".join(map(str, missing))
+            warnings.append(
+                f"{arm}: registered seed {shown} has no scores (failed or unfinished); finish the study first"
+            )
+    configs = {arm: registered.get("configs", {}).get(arm, []) for arm in result["arms"]}
+    if len({len(found) for found in configs.values()}) > 1:
+        shown = ", ".join(f"{arm} {len(found)}" for arm, found in configs.items())
+        warnings.append(f"unequal budgets ({shown} configs): the best of many beats the best of few by luck alone")
+    if is_selected(registered):
+        warnings.append(
+            "configs were selected on dev among the runs that answer golden: the selected arm's luck with its seeds "
+            "is in the difference; confirm with fresh seeds in a new study of the selected configs"
+        )
+    for arm, found in configs.items():
+        title = ARMS[arm].title if arm in ARMS else arm
+        warnings += [f"{title}: {text}" for text in edge_warnings(found, result["configs"][arm])]
+    return warnings
 
 
 def _guard_option(text: str) -> dict[str, Any]:
@@ -265,15 +109,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("source", type=Path, help="results/STUDY, or a .csv, .parquet or .jsonl file of scores")
     parser.add_argument("--metric", help="the scorer to decide on")
-    parser.add_argument("--margin", type=float, default=0.05, help="smallest difference that matters (default 0.05)")
-    parser.add_argument("--alpha", type=float, default=0.05, help="error rate (default 0.05)")
-    parser.add_argument("--arms", default="simpo,dpo", help="two arms; the difference is first minus second")
+    parser.add_argument("--margin", type=float, help=f"smallest difference that matters (default {MARGIN})")
+    parser.add_argument("--alpha", type=float, help=f"error rate (default {ALPHA})")
+    parser.add_argument("--arms", help="two arms; the difference is first minus second (default simpo,dpo)")
     parser.add_argument("--cluster", help="column that holds clusters of prompts (default: cluster, where it exists)")
     parser.add_argument("--guard", action="append", type=_guard_option, default=[], metavar="METRIC:MARGIN")
     options = parser.parse_args(argv)
     try:
         if options.source.is_dir():
-            result = decide_study(options.source)
+            _refuse_rule(options)
+            with locked(options.source):
+                result = decide_study(options.source)
         else:
             result = verdict(read_scores(options.source), **_rule(options))
     except UsageError as error:
@@ -284,15 +130,27 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _rule(options: argparse.Namespace) -> dict[str, Any]:
-    arms = tuple(options.arms.split(","))
+    arms = tuple((options.arms or "simpo,dpo").split(","))
+    margin, alpha = (
+        MARGIN if options.margin is None else options.margin,
+        ALPHA if options.alpha is None else options.alpha,
+    )
     if len(arms) != 2 or arms[0] == arms[1]:
         raise UsageError(f"--arms {options.arms}: give two different arms, such as simpo,dpo")
-    if not 0 < options.margin < 1 or not 0 < options.alpha < 0.5:
+    if not 0 < margin < 1 or not 0 < alpha < 0.5:
+        raise UsageError(f"--margin {margin} --alpha {alpha}: allowed: 0 < margin < 1 and 0 < alpha < 0.5")
+    rule = {"metric": options.metric, "cluster": options.cluster, "guards": options.guard}
+    return rule | {"margin": margin, "alpha": alpha, "arms": arms}
+
+
+def _refuse_rule(options: argparse.Namespace) -> None:
+    """Refuse options that would change a registered rule after its scores are known."""
+    given = [name for name in ("metric", "margin", "alpha", "arms", "cluster", "guard") if getattr(options, name)]
+    if given:
         raise UsageError(
-            f"--margin {options.margin} --alpha {options.alpha}: allowed: 0 < margin < 1 and 0 < alpha < 0.5"
+            f"--{' --'.join(given)}: {options.source} is decided by the rule in its study.yaml, registered before the "
+            f"trial; to explore another rule, give the scores themselves: {options.source / 'scores.csv'}"
         )
-    keys = ("metric", "margin", "alpha", "cluster")
-    return {key: getattr(options, key) for key in keys} | {"arms": arms, "guards": options.guard}
 
 
 if __name__ == "__main__":

@@ -12,8 +12,9 @@ from typing import Any
 _REPEATED = re.compile(r"(.{1,40}?)\1{5,}", re.DOTALL)
 _CUT_LOOP = re.compile(r"(.{1,40}?)\1{3,}", re.DOTALL)
 _SCANNED_CHARS = 2000
-COLLAPSED_SHARE = 0.5
-NEVER_ENDS_SHARE = 0.9
+COLLAPSED_SHARES = {"degenerate": 0.5, "same_answer": 0.9}
+MIN_RISE = 0.4
+CUT_OFF_SHARE = 0.5
 MIN_PROMPTS = 10
 
 
@@ -53,13 +54,31 @@ def degenerate_shares(completions: Sequence[Any]) -> dict[str, float]:
 
 
 def is_collapsed(completions: Sequence[Any], base: Sequence[Any]) -> bool:
-    """Say whether a policy collapsed, measured against the base.
+    """Say whether a policy collapsed: most answers degenerate, or nearly all the same, and far more so than the base's.
 
-    Most of its answers are degenerate, or one and the same, where the base's were not; or it hardly ever ends its turn
-    where the base mostly did.
+    An answer that passes its checks (`passed`) never counts: ninety times "yes" is right where yes is the answer.
+    Answers that are cut off do not count either, only warn: an arm may lengthen answers (see `cut_off_warnings`).
     """
     if len(completions) < MIN_PROMPTS:
         return False
-    policy, before = degenerate_shares(completions), degenerate_shares(base)
-    limits = {"degenerate": COLLAPSED_SHARE, "same_answer": COLLAPSED_SHARE, "cut_off": NEVER_ENDS_SHARE}
-    return any(policy[kind] > limit and before.get(kind, 0.0) <= COLLAPSED_SHARE for kind, limit in limits.items())
+    policy, before = _failed_shares(completions), _failed_shares(base)
+    return any(
+        policy.get(kind, 0.0) >= limit and policy[kind] - before.get(kind, 0.0) >= MIN_RISE
+        for kind, limit in COLLAPSED_SHARES.items()
+    )
+
+
+def _failed_shares(completions: Sequence[Any]) -> dict[str, float]:
+    """Return `degenerate_shares` of the answers that do not pass their checks, as shares of all answers."""
+    failed = [row for row in completions if not row.get("passed")]
+    return {kind: share * len(failed) / len(completions) for kind, share in degenerate_shares(failed).items()}
+
+
+def cut_off_warnings(shares: dict[str, dict[str, float]], base: dict[str, dict[str, float]]) -> list[str]:
+    """Warn of each split on which most answers were cut off and the base's were not: their scores are of stumps."""
+    return [
+        f"{found['cut_off']:.0%} of the answers to {split} were cut off at generate.max_new_tokens, of the base's "
+        f"{base.get(split, {}).get('cut_off', 0.0):.0%}; raise it, or this arm is judged on stumps"
+        for split, found in shares.items()
+        if found["cut_off"] > CUT_OFF_SHARE and found["cut_off"] - base.get(split, {}).get("cut_off", 0.0) > MIN_RISE
+    ]

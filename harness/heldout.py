@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from harness.arms import ARMS
 from harness.config import RunConfig
-from harness.records import PairLogps, read_jsonl
+from harness.records import DivergedError, PairLogps, read_jsonl
 from harness.tokens import TokenPair
 
 
@@ -23,12 +24,19 @@ def heldout_rows(
         rows: the held-out pairs.
         split: their split.
         base: folder of the SFT base's own trial, whose log-probs are the reference. The base is its own reference.
+
+    Raises:
+        DivergedError: where the trained policy's log-probs are not finite; for the base it is a ValueError.
     """
     from harness.inputs import tokens_of
     from harness.logps import pair_logps
 
     pad_id = tokens_of(config).chat.tokenizer.pad_token_id
     logps = pair_logps(policy, rows, pad_id=pad_id, desc=f"held-out {split}").tolist()
+    broken = sum(not all(map(math.isfinite, pair)) for pair in logps)
+    if broken:
+        error = DivergedError if ARMS[config.method.name].trainer else ValueError
+        raise error(f"the log-probs of {broken} of {len(rows)} held-out {split} pairs are not finite numbers")
     reference = _stored(base, split, rows) if ARMS[config.method.name].trainer else logps
     return [
         asdict(

@@ -12,6 +12,7 @@ from harness.config import EMBEDDED, RunConfig, Template, trial_id
 from harness.data import DataSpec, Splits, load_splits
 from harness.plan import BatchPlan, make_plan
 from harness.records import UsageError
+from harness.scorers import SCORERS
 from harness.tokens import ChatFormat, TokenisedPairs, load_chat_format, tokenise_pairs
 
 
@@ -40,12 +41,19 @@ def identify(config: RunConfig) -> str:
     return trial_id(config, contents_sha256(config, splits_of(config).facts))
 
 
+def scorers_of(splits: Splits, split: str) -> list[str]:
+    """Return the scorers that a split's rows allow: those of checks where there are any, then those of pairs."""
+    is_dev = split == "dev"
+    prompts, pairs = (splits.dev_prompts, splits.dev_pairs) if is_dev else (splits.golden_prompts, splits.golden_pairs)
+    found = ["checks", "checks_fraction"] if any(prompt.checks for prompt in prompts) else []
+    return found + ([name for name in SCORERS if name.startswith("preference")] if pairs else [])
+
+
 def default_metric(splits: Splits) -> str:
     """Return the metric that a golden set is decided on where none is given: its checks, else its pairs."""
-    if any(prompt.checks for prompt in splits.golden_prompts):
-        return "checks"
-    if splits.golden_pairs:
-        return "preference_accuracy"
+    found = scorers_of(splits, "golden")
+    if found:
+        return found[0]
     raise UsageError(
         "data.golden: its rows have neither `checks` nor `chosen` and `rejected`, so that nothing can be scored; "
         "add checks (see README, Golden sets) or give held-out pairs"

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from harness.config import RunConfig, config_label
-from harness.records import UsageError, read_json
+from harness.records import UsageError, locked, read_json
 from harness.registration import read_study
 from harness.score import collect_scores
+from harness.selection import select_configs
 from harness.tracking import track
 from harness.trial import Outcome, is_complete, study_dir, trial_dir
 
@@ -25,18 +26,20 @@ class StudyResult:
     """What a sweep ends with.
 
     Attributes:
-        outcomes: of all trials, those finished earlier included.
+        outcomes: of the SFT base and of all trials, those finished earlier included.
         verdict: as in verdict.json; None where there is nothing to decide.
-        undecided: why there is no verdict: one arm, or an arm of which no trial is complete.
-        report: path of report.html.
+        undecided: why there is no verdict.
+        report: path of report.html; None where the base could not be scored, so that there is nothing to report.
         launched: number of trials that this call ran.
+        is_comparison: True where several arms were asked for, so that a missing verdict is a failure.
     """
 
     outcomes: list[Outcome]
     verdict: dict[str, Any] | None
     undecided: str
-    report: Path
+    report: Path | None
     launched: int
+    is_comparison: bool
 
 
 def run_study(base: RunConfig, trials: Sequence[RunConfig], launch: Launch) -> StudyResult:
@@ -45,29 +48,30 @@ def run_study(base: RunConfig, trials: Sequence[RunConfig], launch: Launch) -> S
     Args:
         base: the SFT base as a trial of its own, which the others need.
         trials: all configs and seeds of all arms.
-        launch: runs trials and returns how they ended.
+        launch: runs trials and returns how they ended, in the same order.
     """
     study = study_dir(base)
-    outcomes, launched = _finish([base], launch)
-    if outcomes[0].status == "failed":
-        return StudyResult(outcomes, None, "the SFT base could not be scored", study / "report.html", launched)
+    runs = _Runs(launch)
+    runs.finish([base])
+    is_comparison = len({trial.method.name for trial in trials}) > 1
+    if runs.ended[_key(base)].status == "failed":
+        outcomes = list(runs.ended.values())
+        undecided = "the SFT base, which every arm is measured against, could not be scored"
+        return StudyResult(outcomes, None, undecided, None, len(runs.launched), is_comparison)
     several = {arm for arm, configs in _configs_by_arm(trials).items() if len(configs) > 1}
-    first = [replace(trial, evaluate=["dev"]) if trial.method.name in several else trial for trial in trials]
-    trained, new = _finish(first, launch)
-    launched += new
+    runs.finish([replace(trial, evaluate=["dev"]) if trial.method.name in several else trial for trial in trials])
     if several:
-        selected = select_configs(study, several)
-        chosen = [trial for trial in trials if config_label(trial) == selected.get(trial.method.name)]
-        answered, new = _finish(chosen, launch)
-        launched += new
-        by_id = {outcome.trial_id: outcome for outcome in answered}
-        trained = [by_id.get(outcome.trial_id, outcome) for outcome in trained]
-    collect_scores(study)
-    verdict, undecided = _decide(study)
-    report = _report(study)
-    if launched and verdict:
+        with locked(study):
+            scores = collect_scores(study)
+        selected = select_configs(scores, read_study(study / "study.yaml")["metric"], several)
+        runs.finish([trial for trial in trials if config_label(trial) == selected.get(trial.method.name)])
+    with locked(study):
+        collect_scores(study)
+        verdict, undecided = _decide(study)
+        report = _report(study)
+    if runs.launched and verdict:
         _mirror(base, study, verdict)
-    return StudyResult([*outcomes, *trained], verdict, undecided, report, launched)
+    return StudyResult(list(runs.ended.values()), verdict, undecided, report, len(runs.launched), is_comparison)
 
 
 def _configs_by_arm(trials: Sequence[RunConfig]) -> dict[str, set[str]]:
@@ -77,40 +81,31 @@ def _configs_by_arm(trials: Sequence[RunConfig]) -> dict[str, set[str]]:
     return configs
 
 
-def _finish(trials: Sequence[RunConfig], launch: Launch) -> tuple[list[Outcome], int]:
-    """Launch the trials that are not complete; return how all of them ended, and how many were launched."""
-    missing = [trial for trial in trials if not is_complete(trial, tuple(trial.evaluate))]
-    by_id = {outcome.trial_id: outcome for outcome in launch(missing)} if missing else {}
-    outcomes = []
-    for trial in trials:
-        manifest = trial_dir(trial) / "manifest.json"
-        facts = read_json(manifest) if manifest.is_file() else {}
-        known = by_id.get(facts.get("trial_id", ""))
-        outcomes.append(known or _finished(trial, facts))
-    return outcomes, len(missing)
+def _key(trial: RunConfig) -> tuple[str, str, int]:
+    return trial.method.name, config_label(trial), trial.seed
 
 
-def _finished(trial: RunConfig, facts: dict[str, Any]) -> Outcome:
-    status = facts.get("status", "failed")
-    message = "" if status == "complete" else facts.get("divergence", "it left no manifest")
-    return Outcome(facts.get("trial_id", ""), trial.method.name, config_label(trial), trial.seed, status, message)
+class _Runs:
+    """How trials ended, and which of them were launched, over the several launches of a study."""
+
+    def __init__(self, launch: Launch) -> None:
+        self._launch = launch
+        self.ended: dict[tuple[str, str, int], Outcome] = {}
+        self.launched: set[tuple[str, str, int]] = set()
+
+    def finish(self, trials: Sequence[RunConfig]) -> None:
+        """Launch the trials that are not complete, and note how all of them ended."""
+        missing = [trial for trial in trials if not is_complete(trial, tuple(trial.evaluate))]
+        new = dict(zip(map(_key, missing), self._launch(missing), strict=True)) if missing else {}
+        self.launched |= set(new)
+        self.ended |= {_key(trial): new.get(_key(trial)) or _finished(trial) for trial in trials}
 
 
-def select_configs(study: Path, arms: set[str]) -> dict[str, str]:
-    """Return each arm's config with the best mean dev score over its seeds; golden is not looked at."""
-    import pandas as pd
-
-    metric = read_study(study / "study.yaml")["metric"]
-    scores = pd.read_csv(collect_scores(study), keep_default_na=False)
-    dev = scores[(scores["split"] == "dev") & (scores["scorer"] == metric) & scores["arm"].isin(arms)]
-    means = pd.to_numeric(dev["score"]).groupby([dev["arm"], dev["config"]]).mean()
-    lacking = sorted(arms - set(means.index.get_level_values(0)))
-    if lacking:
-        raise UsageError(
-            f"{study}: {', '.join(lacking)} has several configs and dev has no scores of {metric} to select on; "
-            "give dev rows with the same kind of scores as golden (checks, or chosen and rejected)"
-        )
-    return {arm: str(means.loc[arm].idxmax()) for arm in sorted(arms)}
+def _finished(trial: RunConfig) -> Outcome:
+    """Read how a complete trial ended."""
+    facts = read_json(trial_dir(trial) / "manifest.json")
+    message = facts.get("divergence", "")
+    return Outcome(facts["trial_id"], trial.method.name, config_label(trial), trial.seed, facts["status"], message)
 
 
 def _decide(study: Path) -> tuple[dict[str, Any] | None, str]:

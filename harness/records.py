@@ -5,6 +5,8 @@ Every file is written to a temporary name in the same folder and renamed, so tha
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -33,6 +35,10 @@ SCORE_COLUMNS = (
 
 class UsageError(ValueError):
     """Wrong input of the user: the message says what, which value, what is allowed, what to do. Exit status 2."""
+
+
+class DivergedError(RuntimeError):
+    """A policy whose loss, gradient norm or log-probabilities are not finite numbers: it has no usable weights."""
 
 
 class Message(TypedDict):
@@ -153,6 +159,18 @@ def file_sha256(path: Path) -> str:
     """Return the SHA-256 (hex) of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Let one process at a time work on a folder; the kernel frees the lock of a process that dies.
+
+    Not to be nested: a second lock of one process on one folder waits for itself.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def write_text(path: Path, text: str) -> None:

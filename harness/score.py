@@ -7,116 +7,15 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
-from harness.checks import failed_checks
-from harness.degenerate import degenerate_shares, is_collapsed
+from harness.degenerate import cut_off_warnings, degenerate_shares, is_collapsed
 from harness.records import SCORE_COLUMNS, UsageError, read_json, read_jsonl, write_json, write_jsonl, write_text
-
-Rows = list[dict[str, Any]]
-
-
-@dataclass(frozen=True)
-class TrialOutputs:
-    """What a scorer may look at.
-
-    Attributes:
-        prompts: rows of the study's prompts.jsonl (`split`, `prompt_id`, `prompt`, `checks`, `cluster`, `pairs`).
-        completions: rows of completions.jsonl.
-        pairs: rows of pairs.jsonl (`harness.records.PairLogps`).
-    """
-
-    prompts: Rows
-    completions: Rows
-    pairs: Rows
-
-
-@dataclass(frozen=True)
-class Score:
-    """A score in [0, 1] for one prompt; None with a reason where there is none."""
-
-    split: str
-    prompt_id: str
-    score: float | None
-    unscored_reason: str = ""
-
-
-def _checks(outputs: TrialOutputs) -> Iterable[tuple[dict[str, Any], int, int]]:
-    by_prompt = {(row["split"], row["prompt_id"]): row["checks"] for row in outputs.prompts}
-    for row in outputs.completions:
-        checks = by_prompt.get((row["split"], row["prompt_id"])) or []
-        if checks:
-            yield row, len(failed_checks(row["completion"], checks, ended=row["ended"])), len(checks)
-
-
-def score_checks(outputs: TrialOutputs) -> list[Score]:
-    """Score 1 where a completion passes all checks of its prompt, else 0."""
-    return [Score(row["split"], row["prompt_id"], float(failed == 0)) for row, failed, _ in _checks(outputs)]
-
-
-def score_checks_fraction(outputs: TrialOutputs) -> list[Score]:
-    """Score the share of a prompt's checks that the completion passes."""
-    return [Score(row["split"], row["prompt_id"], 1 - failed / total) for row, failed, total in _checks(outputs)]
-
-
-def _preference(outputs: TrialOutputs, accuracy: Callable[[dict[str, Any]], float]) -> list[Score]:
-    """Average the accuracies of the pairs of one prompt: prompts are what is sampled, not pairs.
-
-    A prompt of which no pair has log-probs, since all were dropped at tokenisation, is unscored and says so.
-    """
-    by_prompt: dict[tuple[str, str], list[float]] = defaultdict(list)
-    for row in outputs.pairs:
-        by_prompt[row["split"], row["prompt_id"]].append(accuracy(row))
-    answered = {split for split, _ in by_prompt}
-    dropped = [
-        Score(row["split"], row["prompt_id"], None, "all its pairs were dropped at tokenisation (see dropped_pairs)")
-        for row in outputs.prompts
-        if row["pairs"] and row["split"] in answered and (row["split"], row["prompt_id"]) not in by_prompt
-    ]
-    return [Score(split, prompt_id, fmean(values)) for (split, prompt_id), values in by_prompt.items()] + dropped
-
-
-def _prefers(chosen: float, rejected: float) -> float:
-    return 0.5 if chosen == rejected else float(chosen > rejected)
-
-
-def _sum_accuracy(row: dict[str, Any]) -> float:
-    chosen = row["chosen_sum_logps"] - row["chosen_ref_sum_logps"]
-    return _prefers(chosen, row["rejected_sum_logps"] - row["rejected_ref_sum_logps"])
-
-
-def _mean_accuracy(row: dict[str, Any]) -> float:
-    chosen = row["chosen_sum_logps"] / row["chosen_tokens"]
-    return _prefers(chosen, row["rejected_sum_logps"] / row["rejected_tokens"])
-
-
-def score_preference_sum(outputs: TrialOutputs) -> list[Score]:
-    """Score whether the policy prefers the chosen answer by DPO's reward: the summed log-ratio to the base."""
-    return _preference(outputs, _sum_accuracy)
-
-
-def score_preference_mean(outputs: TrialOutputs) -> list[Score]:
-    """Score whether the policy prefers the chosen answer by SimPO's reward: the mean log-prob."""
-    return _preference(outputs, _mean_accuracy)
-
-
-def score_preference(outputs: TrialOutputs) -> list[Score]:
-    """Score the mean of both definitions, so that neither arm is judged by its own reward alone."""
-    return _preference(outputs, lambda row: (_sum_accuracy(row) + _mean_accuracy(row)) / 2)
-
-
-SCORERS: dict[str, Callable[[TrialOutputs], list[Score]]] = {
-    "checks": score_checks,
-    "checks_fraction": score_checks_fraction,
-    "preference_accuracy": score_preference,
-    "preference_accuracy_sum": score_preference_sum,
-    "preference_accuracy_mean": score_preference_mean,
-}
+from harness.registration import is_selected, read_study
+from harness.scorers import SCORERS, Rows, Score, TrialOutputs, score_checks
+from harness.stages import done_stages
 
 
 def score_trial(folder: Path, prompts: Rows, scorers: Sequence[str], *, base: Path | None) -> Rows:
@@ -132,15 +31,14 @@ def score_trial(folder: Path, prompts: Rows, scorers: Sequence[str], *, base: Pa
     outputs = _outputs(folder, prompts)
     before = _outputs(base, prompts) if base is not None else TrialOutputs(prompts, [], [])
     flag = "diverged" if manifest["status"] == "diverged" else ""
-    if not flag and is_collapsed(outputs.completions, before.completions):
+    if not flag and is_collapsed(_judged(outputs), _judged(before)):
         flag = "collapsed"
     # A diverged trial has no policy: it gets the lowest score wherever the base has one.
-    scored = before if flag == "diverged" else outputs
+    scored = _of_splits(before, manifest["done"]) if flag == "diverged" else outputs
     manifest["flags"] = [flag] if flag else []
-    manifest["degenerate"] = {
-        split: degenerate_shares([row for row in outputs.completions if row["split"] == split])
-        for split in sorted({row["split"] for row in outputs.completions})
-    }
+    manifest["degenerate"] = _shares(outputs)
+    warnings = cut_off_warnings(manifest["degenerate"], _shares(before)) if base is not None else []
+    manifest["warnings"] = list(dict.fromkeys([*manifest["warnings"], *warnings]))
     clusters = {(row["split"], row["prompt_id"]): row.get("cluster") for row in prompts}
     answers = {(row["split"], row["prompt_id"]): row for row in outputs.completions}
     rows = [row for row in _rows(folder / "scores.jsonl") if row["scorer"] not in scorers]
@@ -151,6 +49,26 @@ def score_trial(folder: Path, prompts: Rows, scorers: Sequence[str], *, base: Pa
     write_jsonl(folder / "scores.jsonl", rows)
     write_json(folder / "manifest.json", manifest)
     return rows
+
+
+def _judged(outputs: TrialOutputs) -> Rows:
+    """Return the completions, each with `passed`: True where it passes all checks of its prompt."""
+    passed = {(score.split, score.prompt_id) for score in score_checks(outputs) if score.score == 1.0}
+    return [row | {"passed": (row["split"], row["prompt_id"]) in passed} for row in outputs.completions]
+
+
+def _of_splits(outputs: TrialOutputs, splits: Sequence[str]) -> TrialOutputs:
+    return TrialOutputs(
+        *(
+            [row for row in rows if row["split"] in splits]
+            for rows in (outputs.prompts, outputs.completions, outputs.pairs)
+        )
+    )
+
+
+def _shares(outputs: TrialOutputs) -> dict[str, dict[str, float]]:
+    splits = sorted({row["split"] for row in outputs.completions})
+    return {s: degenerate_shares([row for row in outputs.completions if row["split"] == s]) for s in splits}
 
 
 def _rows(path: Path) -> Rows:
@@ -188,25 +106,44 @@ def trial_folders(study: Path) -> list[Path]:
 
 
 def collect_scores(study: Path) -> Path:
-    """Write scores.csv out of the scores.jsonl of the base and of all trials."""
+    """Write scores.csv out of the scores.jsonl of the base and of all trials.
+
+    Where configs were selected among runs of the same seeds, golden rows are of the stage `select` like those of dev:
+    nothing was confirmed with fresh seeds.
+    """
     import pandas as pd
 
     rows = [row for folder in trial_folders(study) for row in _rows(folder / "scores.jsonl")]
+    if is_selected(read_study(study / "study.yaml")):
+        rows = [row | {"stage": "select"} for row in rows]
     path = study / "scores.csv"
     write_text(path, pd.DataFrame(rows, columns=list(SCORE_COLUMNS)).to_csv(index=False))
     return path
 
 
 def rescore(study: Path, scorers: Sequence[str]) -> Path:
-    """Score all stored outputs of a study again."""
-    folders = trial_folders(study)
-    if not folders or not (study / "prompts.jsonl").is_file():
+    """Score all stored outputs of a study again.
+
+    Raises:
+        UsageError: for a folder that is no study, or a file in it that is damaged or lost.
+    """
+    if not (study / "prompts.jsonl").is_file() or not (study / "study.yaml").is_file():
         raise UsageError(f"{study}: no scored study; give a folder under results/ that harness.sweep wrote")
-    prompts = _rows(study / "prompts.jsonl")
+    command = read_study(study / "study.yaml").get("command", "python -m harness.sweep ...")
     base = study / "base"
-    for folder in folders:
-        if read_json(folder / "manifest.json")["status"] != "running":
-            score_trial(folder, prompts, scorers, base=base if folder != base else None)
+    try:
+        prompts = list(read_jsonl(study / "prompts.jsonl"))
+        manifests = {folder: read_json(folder / "manifest.json") for folder in trial_folders(study)}
+        if base not in manifests:
+            raise ValueError(f"{base}: the SFT base, which every arm is measured against, is not there")
+        for folder, manifest in manifests.items():
+            lost = set(manifest["done"]) - done_stages(folder, manifest) - {"score"}
+            if lost:
+                raise ValueError(f"{folder}: the files of {', '.join(sorted(lost))} are damaged or lost")
+            if manifest["status"] != "running":
+                score_trial(folder, prompts, scorers, base=base if folder != base else None)
+    except ValueError as error:
+        raise UsageError(f"{error}\nTo mend it, run the study's command again: {command}") from error
     return collect_scores(study)
 
 

@@ -14,7 +14,7 @@ def done_stages(folder: Path, manifest: dict[str, Any]) -> set[str]:
     trained = any((folder / name).is_dir() for name in ("adapter", "model"))
     if "train" in done and not trained and manifest.get("status") != "diverged":
         return set()
-    for split, names in _FILES.items():
+    for split, names in _FILES.items() if manifest.get("status") != "diverged" else ():
         if split in done and not all(_is_whole(folder / name) for name in names):
             done -= {split, "score"}
     if not _is_whole(folder / "scores.jsonl"):

@@ -52,20 +52,35 @@ class Components:
         parts = ((self.seed_variance, self.seed_df), (self.prompt_variance, self.prompt_df))
         return sum(weight * _t(level, df) for weight, df in parts if weight > 0) / self.variance
 
+    def half_width(self, level: float) -> float:
+        """Return t*(level) * sqrt(V), or, where nothing varied, what may have gone unseen.
+
+        C clusters without one deviation leave a share of up to 1 - (1 - level)**(1/C) of the population unseen (the
+        exact form of the rule of three), and a difference in [-1, 1] can deviate from D by at most 1 + |D|. Without
+        prompts nothing bounds it.
+        """
+        if self.variance > 0:
+            return self.quantile(level) * math.sqrt(self.variance)
+        share = 1 - (1 - level) ** (1 / self.num_clusters) if self.num_clusters else 1.0
+        return share * (1 + abs(self.difference))
+
     def interval(self, confidence: float) -> tuple[float, float]:
         """Return the two-sided interval of the difference at a confidence such as 0.95."""
-        half = self.quantile((1 + confidence) / 2) * math.sqrt(self.variance)
+        half = self.half_width((1 + confidence) / 2)
         return self.difference - half, self.difference + half
 
     def lower_bound(self, alpha: float) -> float:
         """Return the one-sided lower bound of the difference, for non-inferiority."""
-        return self.difference - self.quantile(1 - alpha) * math.sqrt(self.variance)
+        return self.difference - self.half_width(1 - alpha)
 
     def detectable(self, alpha: float, power: float = POWER) -> float:
         """Return the minimum detectable difference: (t*(1 - alpha/2) + t*(power)) * sqrt(V).
 
-        A true difference of this size makes the two-sided test at `alpha` find a winner with about this power.
+        A true difference of this size makes the two-sided test at `alpha` find a winner with about this power. Where
+        nothing varied it is the half-width of the interval.
         """
+        if self.variance <= 0:
+            return self.half_width(1 - alpha / 2)
         return (self.quantile(1 - alpha / 2) + self.quantile(power)) * math.sqrt(self.variance)
 
 

@@ -76,7 +76,7 @@ class PairedSweeper(Sweeper):
         if trials[0].plan:
             print_plan(trials, regrets)
             return None
-        register(trials, sys.argv[1:], warnings=regrets)
+        register(trials, ["python", "-m", "harness.sweep", *sys.argv[1:]], warnings=regrets)
         overrides = {id(trial): job.overrides for trial, job in zip(trials, jobs, strict=True)}
         known = {_key(base): jobs[0].base_overrides} | {_key(t): overrides[id(t)] for t in trials}
         with show_progress([base, *trials]):
@@ -180,7 +180,7 @@ def run_single(arguments: Sequence[str]) -> int:
     except UsageError as error:
         print(f"harness.train: {error}", file=sys.stderr)
         return 2
-    register([config], arguments, warnings=find_warnings(config))
+    register([config], ["python", "-m", "harness.train", *arguments], warnings=find_warnings(config))
     outcome = run_trial(base)
     if outcome.status != "failed":
         outcome = run_trial(config)

@@ -13,8 +13,7 @@ from tqdm import tqdm
 from harness.config import RunConfig, config_label
 from harness.inputs import identify, plan_of, splits_of
 from harness.protocol import StudyResult
-from harness.records import read_json
-from harness.trial import is_complete, study_dir
+from harness.trial import is_complete, read_manifest, study_dir
 
 POLL_SECONDS = 1.0
 
@@ -39,8 +38,8 @@ def _size_of_a_trial(trial: RunConfig) -> str:
     answers = {"dev": len(splits.dev_prompts), "golden": len(splits.golden_prompts)}
     text = f"each trial: {pairs} pairs x {trial.train.epochs} epochs = {steps} steps of {trial.train.batch_size}; "
     text += f"answers to {answers['dev']} dev and {answers['golden']} golden prompts"
-    found = [read_json(path) for path in study_dir(trial).glob("trials/*/manifest.json")]
-    seconds = [sum(manifest["seconds"].values()) for manifest in found if manifest["status"] == "complete"]
+    found = [read_manifest(path.parent) for path in study_dir(trial).glob("trials/*/manifest.json")]
+    seconds = [sum(manifest["seconds"].values()) for manifest in found if manifest.get("status") == "complete"]
     return text + (f"; finished ones took {fmean(seconds):.0f} s on average" if seconds else "")
 
 
@@ -84,8 +83,9 @@ def print_result(result: StudyResult) -> int:
         print(f"\nverdict: {verdict['verdict']} ({verdict['level']} level). {verdict['reason']}")
     else:
         print(f"\nno verdict: {result.undecided}")
-    print(f"report: {result.report}")
-    return 1 if failed else 0
+    if result.report:
+        print(f"report: {result.report}")
+    return 1 if failed or (result.is_comparison and not verdict) else 0
 
 
 def _print_table(verdict: dict[str, Any]) -> None:

@@ -21,12 +21,9 @@ from trl import DPOConfig, DPOTrainer
 from trl.experimental.cpo import CPOConfig, CPOTrainer
 
 from harness.plan import ConsumedTokens
+from harness.records import DivergedError
 
 CONSUMED_FILE = "consumed.json"
-
-
-class DivergedError(RuntimeError):
-    """The loss or the gradient norm is not a finite number."""
 
 
 def _ids(row: torch.Tensor, mask: torch.Tensor) -> list[int]:

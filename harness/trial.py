@@ -6,7 +6,6 @@ A stage that the manifest names as done is not run again; a killed trial goes on
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import shutil
 import traceback
 from collections.abc import Iterator
@@ -26,8 +25,9 @@ from harness.heldout import heldout_rows
 from harness.inputs import Tokens, identify, plan_of, prompt_rows, splits_of, tokens_of
 from harness.measure import Meter
 from harness.plan import expected_tokens_sha256
-from harness.records import read_json, read_jsonl, write_json, write_jsonl, write_text
-from harness.score import SCORERS, score_trial
+from harness.records import DivergedError, locked, read_json, read_jsonl, write_json, write_jsonl, write_text
+from harness.score import score_trial
+from harness.scorers import SCORERS
 from harness.stages import done_stages, resume_stages
 from harness.tokens import TokenPair
 from harness.tracking import Tracker, track
@@ -61,14 +61,14 @@ def trial_dir(config: RunConfig) -> Path:
 
 def is_complete(config: RunConfig, splits: tuple[str, ...] = SPLITS) -> bool:
     """Return True where the trial's manifest says that all stages were done for this very config."""
-    manifest = _read_manifest(trial_dir(config))
+    manifest = read_manifest(trial_dir(config))
     if manifest.get("trial_id") != identify(config):
         return False
-    wanted = {"score"} if manifest.get("status") == "diverged" else {"score", *splits}
-    return wanted <= done_stages(trial_dir(config), manifest)
+    return {"score", *splits} <= done_stages(trial_dir(config), manifest)
 
 
-def _read_manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Return a trial's manifest; empty where there is none, or a damaged one, so that the trial runs again."""
     path = folder / "manifest.json"
     try:
         return read_json(path) if path.is_file() else {}
@@ -86,10 +86,9 @@ def run_trial(config: RunConfig, splits: tuple[str, ...] = SPLITS) -> Outcome:
     folder = trial_dir(config)
     about: dict[str, Any] = {"trial_id": identify(config), "arm": config.method.name}
     about |= {"config": config_label(config), "seed": config.seed}
-    folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder):
+    with locked(folder):
         if is_complete(config, splits):
-            return Outcome(**about, status=_read_manifest(folder)["status"])
+            return Outcome(**about, status=read_manifest(folder)["status"])
         trial = _Trial(config, folder, about)
         try:
             trial.run(splits)
@@ -101,14 +100,6 @@ def run_trial(config: RunConfig, splits: tuple[str, ...] = SPLITS) -> Outcome:
         (folder / "failure.json").unlink(missing_ok=True)
         status = trial.manifest["status"]
         return Outcome(**about, status=status, message=trial.manifest.get("divergence", ""))
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Let one process at a time work on a trial; the kernel frees the lock of a process that dies."""
-    with (folder / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 def _now() -> str:
@@ -123,7 +114,7 @@ class _Trial:
 
         self.config, self.folder, self.stage = config, folder, "load"
         self.meter = Meter()
-        found = _read_manifest(folder)
+        found = read_manifest(folder)
         if found.get("trial_id") != about["trial_id"]:
             found = {}
         else:
@@ -142,6 +133,7 @@ class _Trial:
             "tokens": {},
             "created": _now(),
         }
+        self.meter.seconds.update(self.manifest["seconds"])  # what an earlier, interrupted run spent counts too
         self._policy: Any = None
 
     def run(self, splits: tuple[str, ...]) -> None:
@@ -164,7 +156,7 @@ class _Trial:
             if ARMS[config.method.name].trainer and "train" not in about["done"]:
                 self._train(tokens, tracker)
             for split in splits:
-                if about["status"] != "diverged" and split not in about["done"]:
+                if split not in self.manifest["done"]:
                     self._evaluate(tokens, split)
             self._score(tracker)
 
@@ -181,7 +173,6 @@ class _Trial:
 
     def _train(self, tokens: Tokens, tracker: Tracker) -> None:
         from harness.train import train_arm
-        from harness.trainers import DivergedError
 
         config, rows = self.config, tokens.train.rows
         plan = plan_of(config, len(rows))
@@ -231,7 +222,15 @@ class _Trial:
             )
 
     def _evaluate(self, tokens: Tokens, split: str) -> None:
-        """Answer the prompts of a split and take the log-probs of its pairs."""
+        """Answer the prompts of a split and take the log-probs of its pairs; a diverged policy has neither."""
+        if self.manifest["status"] != "diverged":
+            try:
+                self._answer(tokens, split)
+            except DivergedError as error:
+                self._save(status="diverged", divergence=str(error))
+        self._save(done=[*self.manifest["done"], split])
+
+    def _answer(self, tokens: Tokens, split: str) -> None:
         from harness.generate import generate_completions
 
         config, splits = self.config, splits_of(self.config)
@@ -250,7 +249,7 @@ class _Trial:
             old = [row for row in read_jsonl(path) if row["split"] != split] if path.is_file() else []
             write_jsonl(path, old + new)
         generated = self.manifest["tokens"].get("generated", 0) + sum(c.tokens for c in completions)
-        self._save(tokens=self.manifest["tokens"] | {"generated": generated}, done=[*self.manifest["done"], split])
+        self._save(tokens=self.manifest["tokens"] | {"generated": generated})
 
     def _load_policy(self) -> Any:
         if self._policy is None:

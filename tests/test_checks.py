@@ -7,7 +7,7 @@ import time
 import pytest
 
 from harness.checks import CHECKS, failed_checks
-from harness.degenerate import completion_flags, degenerate_shares, is_collapsed
+from harness.degenerate import completion_flags, cut_off_warnings, degenerate_shares, is_collapsed
 
 CASES = [
     ({"equals": "42"}, " 42\n", "42."),
@@ -82,14 +82,31 @@ def test_shares_are_counted() -> None:
 
 def test_a_collapse_is_measured_against_the_base() -> None:
     good = rows(*[f"answer {i}" for i in range(20)])
-    same = rows(*["same"] * 11, *[f"answer {i}" for i in range(9)])
+    same = rows(*["same"] * 19, "answer")
     looping = rows(*["spam " * 20] * 11, *[f"answer {i}" for i in range(9)])
     assert is_collapsed(same, good)
     assert is_collapsed(looping, good)
     assert not is_collapsed(good, good)
-    endless = rows(*[f"answer {i} and so on" for i in range(20)], ended=False)
-    assert is_collapsed(endless, good)
-    assert not is_collapsed(endless[:17] + good[:3], good)  # longer answers than the limit are no collapse
-    assert not is_collapsed(endless, endless)
     assert not is_collapsed(same, same)  # the base was like that: the data's fault, not the arm's
     assert not is_collapsed(rows("same", "same"), good)  # too few prompts to say
+
+
+def test_a_frequent_answer_is_no_collapse() -> None:
+    """A base that says yes and no in halves, and a policy with a little more yes; or yes always, and rightly."""
+    base = rows(*["yes"] * 50, *["no"] * 50)
+    assert not is_collapsed(rows(*["yes"] * 52, *["no"] * 48), base)
+    assert not is_collapsed(rows(*["yes"] * 80, *["no"] * 20), base)
+    always = rows(*["yes"] * 100)
+    assert is_collapsed(always, base)
+    assert not is_collapsed([row | {"passed": True} for row in always], base)
+    assert not is_collapsed([row | {"passed": i < 50} for i, row in enumerate(always)], base)
+
+
+def test_answers_that_are_cut_off_warn_and_are_no_collapse() -> None:
+    """An arm that lengthens its answers beyond the limit is not broken; its scores are of stumps."""
+    good, endless = (rows(*[f"answer {i} and so on" for i in range(20)], ended=ended) for ended in (True, False))
+    assert not is_collapsed(endless, good)
+    shares = {"golden": degenerate_shares(endless)}
+    (warning,) = cut_off_warnings(shares, {"golden": degenerate_shares(good)})
+    assert warning.startswith("100% of the answers to golden were cut off at generate.max_new_tokens, of the base's 0%")
+    assert cut_off_warnings(shares, shares) == []

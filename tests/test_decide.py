@@ -266,6 +266,87 @@ def test_a_verdict_warns_where_identical_data_is_not_proved(tmp_path: Path) -> N
     assert "identical data is NOT proved: seed 0: the consumed tokens differ between arms" in found["warnings"][0]
 
 
+def register(folder: Path, **parts) -> None:
+    """Change what study.yaml has registered."""
+    path = folder / "study.yaml"
+    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | parts))
+
+
+def test_looking_again_with_more_seeds_is_said_for_good(tmp_path: Path) -> None:
+    """Adding seeds until a winner appears finds one far too often; deciding the same runs again teaches nothing."""
+    folder = study(tmp_path)
+    seeds = {arm: [0, 1, 2] for arm in ("simpo", "dpo")}
+    register(folder, seeds={arm: found[:2] for arm, found in seeds.items()})
+    assert decide_study(folder)["warnings"] == ["w"]
+    assert decide_study(folder)["warnings"] == ["w"]
+    register(folder, seeds=seeds)
+    for _ in range(2):
+        found = decide_study(folder)["warnings"]
+        assert "golden was looked at 2 times with other runs (simpo 0 configs x 2 seeds and" in found[0]
+        assert "then simpo 0 configs x 3 seeds" in found[0]
+
+
+def test_an_arm_that_is_added_does_not_change_what_is_compared(tmp_path: Path) -> None:
+    folder = study(tmp_path)
+    register(folder, arms=["dpo_norm", "dpo", "simpo"], contrast=["dpo_norm", "dpo"])
+    with pytest.raises(UsageError, match="no golden rows of checks for arm dpo_norm"):
+        decide_study(folder)
+    register(folder, contrast=["simpo", "dpo"])
+    assert decide_study(folder)["arms"] == ["simpo", "dpo"]
+
+
+def test_what_was_registered_and_is_not_scored_is_said(tmp_path: Path) -> None:
+    folder = study(tmp_path)
+    register(folder, seeds={"simpo": [0, 1, 2, 3], "dpo": [0, 1, 2]})
+    assert "simpo: registered seed 3 has no scores" in decide_study(folder)["warnings"][0]
+
+
+def test_unequal_budgets_and_the_edge_of_a_grid_are_said(tmp_path: Path) -> None:
+    folder = study(tmp_path)
+    labels = ["beta=2,lr=0.0001", "beta=5,lr=0.0001", "beta=10,lr=0.0001"]
+    scores = pd.read_csv(folder / "scores.csv")
+    scores.loc[scores["arm"] == "simpo", "config"] = labels[2]
+    scores.to_csv(folder / "scores.csv", index=False)
+    register(folder, configs={"simpo": labels, "dpo": ["c"]})
+    found = " ".join(decide_study(folder)["warnings"])
+    assert "unequal budgets (simpo 3, dpo 1 configs)" in found
+    assert "SimPO: beta=10 was selected and is the largest that was tried (2, 5, 10)" in found
+    assert "lr=" not in found
+    assert "confirm with fresh seeds" in found
+
+
+def test_a_small_sample_never_names_a_winner_for_sure(tmp_path: Path) -> None:
+    """Two prompts without variance, or two runs that happen to be equal, are no certainty."""
+    rows = [
+        {"arm": arm, "seed": 0, "prompt_id": i, "score": s}
+        for arm, s in (("simpo", 1.0), ("dpo", 0.0))
+        for i in range(2)
+    ]
+    found = verdict(pd.DataFrame(rows))
+    assert found["verdict"] == "inconclusive"
+    assert found["ci95"][0] < 0 < found["ci95"][1]
+    runs = [{"arm": arm, "seed": i, "score": s} for arm, s in (("simpo", 0.6), ("dpo", 0.5)) for i in range(2)]
+    assert verdict(pd.DataFrame(runs))["verdict"] == "inconclusive"
+
+
+def test_small_samples_are_warned_of() -> None:
+    few_seeds = verdict(frame({arm: runs[:2] for arm, runs in WIN.items()}))
+    assert any("2 seeds an arm" in warning for warning in few_seeds["warnings"])
+    few_prompts = verdict(frame(WIN, prompts=20))
+    assert any("20 golden prompts: too few" in warning for warning in few_prompts["warnings"])
+    assert verdict(frame(WIN))["warnings"] == []
+
+
+def test_the_command_does_not_bend_a_registered_rule(tmp_path: Path, capsys) -> None:
+    folder = study(tmp_path)
+    assert main([str(folder), "--margin", "0.01", "--metric", "math"]) == 2
+    said = capsys.readouterr().err
+    assert "--metric --margin" in said
+    assert "scores.csv" in said
+    assert not (folder / "verdict.json").exists()
+    assert main([str(folder)]) == 0
+
+
 @pytest.mark.parametrize("suffix", [".csv", ".parquet", ".jsonl"])
 def test_the_command_reads_any_scores_file(suffix: str, tmp_path: Path, capsys) -> None:
     path = tmp_path / f"scores{suffix}"

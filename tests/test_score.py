@@ -7,8 +7,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from harness.records import read_json, write_json, write_jsonl
-from harness.score import SCORERS, TrialOutputs, main, score_trial
+from harness.records import read_json, read_jsonl, write_json, write_jsonl
+from harness.score import main, score_trial
+from harness.scorers import SCORERS, TrialOutputs
 
 PROMPTS = [
     {
@@ -84,7 +85,8 @@ def trial(folder: Path, *, status: str = "running", answers=("1", "2", "1")) -> 
     folder.mkdir(parents=True)
     write_json(
         folder / "manifest.json",
-        {"trial_id": folder.name, "arm": "dpo", "config": "beta=0.1", "seed": 3, "status": status},
+        {"trial_id": folder.name, "arm": "dpo", "config": "beta=0.1", "seed": 3, "status": status}
+        | {"done": ["golden"], "warnings": []},
     )
     if status != "diverged":
         write_jsonl(folder / "completions.jsonl", [completion(f"p{i}", text) for i, text in enumerate(answers)])
@@ -128,7 +130,7 @@ def test_a_prompt_whose_pairs_were_all_dropped_is_unscored_with_a_reason(tmp_pat
 
 def test_a_collapsed_trial_scores_worst_however_well_it_ranks_pairs(tmp_path: Path) -> None:
     prompts = [dict(PROMPTS[0], prompt_id=f"p{i}") for i in range(12)]
-    folder = trial(tmp_path / "t", answers=["1"] * 12)
+    folder = trial(tmp_path / "t", answers=["0"] * 12)
     base = trial(tmp_path / "base", answers=[str(i) for i in range(12)])
     rows = score_trial(folder, prompts, ["checks", "preference_accuracy"], base=base)
     assert {(row["score"], row["flag"]) for row in rows if not row["unscored_reason"]} == {(0.0, "collapsed")}
@@ -146,12 +148,67 @@ def test_scoring_with_one_scorer_keeps_the_others_rows(tmp_path: Path) -> None:
 
 
 def test_the_command_scores_a_study_again_and_trains_nothing(tmp_path: Path, capsys) -> None:
-    trial(tmp_path / "s" / "trials" / "a", status="complete")
-    write_jsonl(tmp_path / "s" / "prompts.jsonl", PROMPTS)
-    assert main([str(tmp_path / "s"), "checks"]) == 0
-    table = pd.read_csv(tmp_path / "s" / "scores.csv")
-    assert table["score"].tolist() == [1.0, 0.0, 1.0]
+    study = scored_study(tmp_path)
+    assert main([str(study), "checks"]) == 0
+    table = pd.read_csv(study / "scores.csv")
+    assert table["score"].tolist() == [1.0, 0.0, 1.0] * 2
     assert "harness.decide" in capsys.readouterr().out
+
+
+def scored_study(tmp_path: Path) -> Path:
+    """Write what harness.score needs of a study: the registration, the prompts, the base and one trial."""
+    for folder in ("base", "trials/a"):
+        trial(tmp_path / "s" / folder, status="complete")
+        (tmp_path / "s" / folder / "adapter").mkdir()
+    write_jsonl(tmp_path / "s" / "prompts.jsonl", PROMPTS)
+    (tmp_path / "s" / "study.yaml").write_text("{metric: checks, arms: [dpo], command: python -m harness.sweep X}")
+    return tmp_path / "s"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("trials/a/manifest.json", '{"arm": ', "trials/a/manifest.json: not readable as JSON"),
+        ("trials/a/completions.jsonl", '{"split": "gol', "trials/a: the files of golden are damaged or lost"),
+        ("base/pairs.jsonl", None, "base: the files of golden are damaged or lost"),
+        ("base/manifest.json", None, "base: the SFT base, which every arm is measured against, is not there"),
+        ("prompts.jsonl", "{\n", "prompts.jsonl:1: not JSON"),
+        ("study.yaml", "{arms: [", "study.yaml: not readable as YAML"),
+    ],
+)
+def test_the_command_names_a_damaged_file_and_what_mends_it(name, content, message, tmp_path: Path, capsys) -> None:
+    study = scored_study(tmp_path)
+    (study / name).unlink()
+    if content is not None:
+        (study / name).write_text(content)
+    assert main([str(study), "checks"]) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    if name != "study.yaml":
+        assert "run the study's command again: python -m harness.sweep X" in said
+    assert not (study / "scores.csv").exists()
+
+
+def test_a_diverged_trial_scores_only_the_splits_that_it_was_asked_for(tmp_path: Path) -> None:
+    """A config of a grid that diverged and was not selected has no business on golden."""
+    base = trial(tmp_path / "base")
+    for name in ("completions.jsonl", "pairs.jsonl"):
+        rows = [row | {"split": split} for row in read_jsonl(base / name) for split in ("dev", "golden")]
+        write_jsonl(base / name, rows)
+    prompts = [row | {"split": split} for row in PROMPTS for split in ("dev", "golden")]
+    folder = trial(tmp_path / "t", status="diverged")
+    write_json(folder / "manifest.json", read_json(folder / "manifest.json") | {"done": ["train", "dev"]})
+    assert {row["split"] for row in score_trial(folder, prompts, list(SCORERS), base=base)} == {"dev"}
+
+
+def test_an_arm_whose_answers_are_cut_off_warns_once(tmp_path: Path) -> None:
+    base, folder = trial(tmp_path / "base"), trial(tmp_path / "t")
+    endless = [row | {"ended": False, "flags": ["cut_off"]} for row in read_jsonl(folder / "completions.jsonl")]
+    write_jsonl(folder / "completions.jsonl", endless)
+    for _ in range(2):
+        score_trial(folder, PROMPTS, ["checks"], base=base)
+    (warning,) = read_json(folder / "manifest.json")["warnings"]
+    assert "100% of the answers to golden were cut off" in warning
 
 
 def test_the_command_refuses_an_unknown_scorer_and_a_folder_without_scores(tmp_path: Path, capsys) -> None:

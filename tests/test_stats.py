@@ -72,11 +72,15 @@ def test_cochrans_quantile_lies_between_the_two_parts() -> None:
     assert found.quantile(0.975) == pytest.approx((0.0001 * high + 0.0003 * low) / 0.0004)
 
 
-def test_identical_scores_have_no_width() -> None:
-    same = np.ones((3, 5))
+def test_where_nothing_varied_the_interval_is_what_may_have_gone_unseen() -> None:
+    """Rule of three: 300 prompts without one deviation leave at most 1 - .025**(1/300) = 1.22% unseen at 97.5%."""
+    same = np.ones((3, 300))
     found = compare(same, same)
-    assert found.interval(0.95) == (0.0, 0.0)
-    assert found.detectable(0.05) == 0.0
+    assert found.interval(0.95) == pytest.approx((-0.012221, 0.012221), abs=1e-5)
+    assert found.detectable(0.05) == pytest.approx(0.012221, abs=1e-5)
+    assert compare(same[:1, :2], 0 * same[:1, :2]).interval(0.95)[0] < 0  # two prompts prove nothing
+    low, high = compare_runs(np.array([0.6, 0.6]), np.array([0.5, 0.5])).interval(0.95)
+    assert low < 0 < high  # runs that happen to be equal prove nothing
 
 
 def test_exchanging_the_arms_flips_the_sign() -> None:

@@ -1,0 +1,220 @@
+"""The decision rule: scores in long form in, the contents of verdict.json out (DESIGN, section 5)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+
+from harness.reason import reason
+from harness.records import UsageError
+from harness.scores_file import ArmScores, arm_scores, checked, choose_metric, same_prompts
+from harness.stats import Components, compare, compare_runs, needed
+from harness.unscored import at_worst, paired
+
+# Below these the interval's assumptions are strained; the verdict warns.
+MIN_SEEDS = 3
+MIN_CLUSTERS = 30
+
+
+def verdict(
+    scores: pd.DataFrame,
+    *,
+    metric: str | None = None,
+    margin: float = 0.05,
+    alpha: float = 0.05,
+    arms: tuple[str, str] = ("simpo", "dpo"),
+    cluster: str | None = None,
+    guards: Sequence[Mapping[str, Any]] = (),
+) -> dict[str, Any]:
+    """Apply the decision rule to scores in long form.
+
+    Args:
+        scores: columns `arm, seed, score`, and where there are any `config, split, prompt_id, scorer, cluster,
+            unscored_reason, stage, flag`; scores in [0, 1], higher is better.
+        metric: the scorer to decide on; may be left out where there is only one.
+        margin: the smallest difference that matters.
+        alpha: error rate; `ci95` is the interval at 1 - alpha and `ci90` at 1 - 2 * alpha.
+        arms: the difference is the first arm's mean minus the second's.
+        cluster: column that holds the clusters, if it is not `cluster`.
+        guards: `{metric, margin}`: the winner must not be worse than the other arm by as much as `margin`.
+
+    Returns:
+        The contents of verdict.json.
+
+    Raises:
+        UsageError: for scores that cannot be compared; the message names arm, seed and prompt.
+    """
+    frame = checked(scores)
+    metric = choose_metric(frame[frame["arm"].isin(arms)], metric)
+    warnings: list[str] = []
+    configs = _configs(frame, metric, arms, warnings)
+    runs = _arrays(frame, metric, arms, configs, cluster)
+    kept, unscored = paired(runs, warnings)
+    found = _compare(kept)
+    _warn_of_runs(runs, warnings)
+    _warn_of_size(found, warnings)
+    result = _decision(found, arms=arms, margin=margin, alpha=alpha)
+    _bound_unscored(runs, unscored, result["verdict"], arms=arms, margin=margin, alpha=alpha, warnings=warnings)
+    winner = result.pop("winner")
+    checks = [_guard(frame, guard, winner, arms, configs, cluster, alpha) for guard in guards]
+    failed = [guard for guard in checks if winner and not guard["passed"]]
+    if failed:
+        result["verdict"] = "trade-off"
+    result |= {"metric": metric, "arms": list(arms), "margin": margin, "alpha": alpha, "configs": configs}
+    result |= _counts(found, kept, unscored) | {"guards": checks, "warnings": warnings}
+    return result | {"reason": reason(result, winner, failed)}
+
+
+def _counts(found: Components, kept: Mapping[str, ArmScores], unscored: Mapping[str, int]) -> dict[str, Any]:
+    return {
+        "n_prompts": found.num_prompts,
+        "n_clusters": found.num_clusters,
+        "n_seeds": dict(zip(kept, found.num_seeds, strict=True)),
+        "n_unscored": dict(unscored),
+        "means": {name: float(arm.values.mean()) for name, arm in kept.items()},
+        "run_means": {
+            name: dict(zip(arm.seeds, arm.values.mean(1).tolist(), strict=True)) for name, arm in kept.items()
+        },
+    }
+
+
+def _configs(frame: pd.DataFrame, metric: str, arms: Sequence[str], warnings: list[str]) -> dict[str, str]:
+    """Return each arm's config; where golden has several, the best on dev by the mean over seeds."""
+    golden = _confirmed(frame[(frame["split"] == "golden") & (frame["scorer"] == metric)])
+    configs = {}
+    for arm in arms:
+        found = sorted(golden[golden["arm"] == arm]["config"].unique())
+        if not found:
+            known = ", ".join(sorted(golden["arm"].unique())) or "none"
+            raise UsageError(f"scores: no golden rows of {metric} for arm {arm}; arms that have some: {known}")
+        if len(found) > 1:
+            dev = frame[(frame["split"] == "dev") & (frame["scorer"] == metric) & (frame["arm"] == arm)]
+            means = dev[dev["config"].isin(found)].groupby("config")["score"].mean()
+            if set(means.index) != set(found):
+                raise UsageError(
+                    f"scores: arm {arm} has {len(found)} configs on golden and dev scores for {len(means)}; "
+                    "add dev rows to select on, or keep the golden rows of one config: golden must not select"
+                )
+            found = [str(means.idxmax())]
+            warnings.append(f"{arm}: {found[0]} was selected on dev among {len(means)} configs, all scored on golden")
+        configs[arm] = str(found[0])
+    return configs
+
+
+def _confirmed(golden: pd.DataFrame) -> pd.DataFrame:
+    """Keep the rows of the confirm stage where there are any: fresh seeds decide, tuning seeds do not."""
+    confirm = golden["stage"] == "confirm"
+    return golden[confirm] if confirm.any() else golden
+
+
+def _arrays(
+    frame: pd.DataFrame, metric: str, arms: Sequence[str], configs: Mapping[str, str], cluster: str | None
+) -> dict[str, ArmScores]:
+    golden = _confirmed(frame[(frame["split"] == "golden") & (frame["scorer"] == metric)])
+    found = {arm: arm_scores(golden, arm, configs[arm], cluster) for arm in arms}
+    same_prompts(found)
+    return found
+
+
+def _compare(arms: Mapping[str, ArmScores]) -> Components:
+    first, second = arms.values()
+    try:
+        if not first.prompts:
+            return compare_runs(first.values[:, 0], second.values[:, 0])
+        return compare(first.values, second.values, first.clusters)
+    except ValueError as error:
+        raise UsageError(f"scores: {error}") from error
+
+
+def _decision(found: Components, *, arms: Sequence[str], margin: float, alpha: float) -> dict[str, Any]:
+    wide, narrow = found.interval(1 - alpha), found.interval(1 - 2 * alpha)
+    winner = None
+    if -margin < narrow[0] and narrow[1] < margin:
+        name = "tie"
+    elif wide[0] > 0 or wide[1] < 0:
+        name = winner = arms[0] if found.difference > 0 else arms[1]
+    else:
+        name = "inconclusive"
+    return {
+        "verdict": name,
+        "winner": winner,
+        "level": "checkpoint" if min(found.num_seeds) < 2 else "method",
+        "difference": found.difference,
+        "ci95": list(wide),
+        "ci90": list(narrow),
+        "beyond_margin": bool(winner and min(abs(wide[0]), abs(wide[1])) > margin),
+        "seed_variance": found.seed_variance,
+        "prompt_variance": found.prompt_variance,
+        "minimum_detectable_difference": found.detectable(alpha),
+        "to_settle": needed(found, margin, alpha) if name == "inconclusive" else None,
+    }
+
+
+def _bound_unscored(
+    runs: Mapping[str, ArmScores],
+    unscored: Mapping[str, int],
+    decided: str,
+    *,
+    warnings: list[str],
+    **rule: Any,
+) -> None:
+    """Warn where the missing scores, all 0 for one arm and all 1 for the other, would give another verdict."""
+    if not any(unscored.values()):
+        return
+    others = {str(_decision(_compare(at_worst(runs, low)), **rule)["verdict"]) for low in runs}
+    if others != {decided}:
+        warnings.append(
+            "the missing scores could change the verdict: with 0 for one arm and 1 for the other it is "
+            + " or ".join(sorted(others))
+        )
+
+
+def _warn_of_runs(runs: Mapping[str, ArmScores], warnings: list[str]) -> None:
+    """Warn of runs that scored as worst, and of arms with unlike numbers of seeds where one has a single seed."""
+    counts = {name: len(arm.seeds) for name, arm in runs.items()}
+    if min(counts.values()) < 2 <= max(counts.values()):
+        warnings.append(f"seeds an arm: {counts}; with a single seed in one, only checkpoints are compared")
+    for name, arm in runs.items():
+        for seed, flag in arm.flags.items():
+            warnings.append(f"{name} seed {seed} {flag}: scored as worst, not dropped")
+
+
+def _warn_of_size(found: Components, warnings: list[str]) -> None:
+    """Warn of samples so small that an interval rests on its assumptions more than on data."""
+    least = min(found.num_seeds)
+    if 2 <= least < MIN_SEEDS:
+        warnings.append(f"{least} seeds an arm: their variance is hardly known; use at least {MIN_SEEDS}, better 5")
+    if found.num_prompts and found.num_clusters < MIN_CLUSTERS:
+        what = "prompts" if found.num_clusters == found.num_prompts else "clusters of prompts"
+        warnings.append(
+            f"{found.num_clusters} golden {what}: too few to trust an interval; use at least {MIN_CLUSTERS}"
+        )
+
+
+def _guard(
+    frame: pd.DataFrame,
+    guard: Mapping[str, Any],
+    winner: str | None,
+    arms: tuple[str, str],
+    configs: Mapping[str, str],
+    cluster: str | None,
+    alpha: float,
+) -> dict[str, Any]:
+    """Test one-sided non-inferiority on a second metric: of the winner, or of the first arm where there is none."""
+    metric, margin = str(guard["metric"]), float(guard["margin"])
+    choose_metric(frame, metric)
+    kept, _ = paired(_arrays(frame, metric, arms, configs, cluster), [])
+    first = winner or arms[0]
+    second = next(arm for arm in arms if arm != first)
+    found = _compare({first: kept[first], second: kept[second]})
+    bound = found.lower_bound(alpha)
+    return {
+        "metric": metric,
+        "margin": margin,
+        "of": first,
+        "difference": found.difference,
+        "lower_bound": bound,
+        "passed": bound > -margin,
+    }
