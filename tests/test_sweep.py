@@ -156,14 +156,6 @@ def test_a_damaged_file_is_made_again_and_nothing_else(name: str, damage: str, f
     assert len(list(read_jsonl(path.parent / "completions.jsonl"))) == 36
 
 
-def test_another_seed_runs_only_what_is_missing(finished, tmp_path: Path) -> None:
-    study = copied(finished[1], tmp_path)
-    result = sweep(study.parent, "seed=0,1,2", f"study={study.name}")
-    assert result.launched == 2
-    assert result.verdict is not None
-    assert result.verdict["n_seeds"] == {"simpo": 3, "dpo": 3}
-
-
 def test_another_question_on_a_registered_study_is_refused(finished) -> None:
     results = finished[1].parent
     with pytest.raises(UsageError, match=r"margin: registered 0\.05, now 0\.01") as error:
