@@ -226,6 +226,31 @@ def test_a_trainer_fed_in_another_order_arrives_at_another_hash(tmp_path: Path) 
     assert trainer.consumed.state != expected_tokens_sha256(tokens.train.rows, plan.order)
 
 
+# Where the collated batch of each trainer holds the rejected side's own copy of the prompt: (tensor, row of pair 0).
+REJECTED_PROMPT = {"dpo": ("input_ids", 2), "simpo": ("rejected_input_ids", 0)}
+
+
+@pytest.mark.parametrize("engine", list(Engine))
+@pytest.mark.parametrize("arm", ["dpo", "simpo"])
+def test_a_trainer_that_sees_another_prompt_on_the_rejected_side_is_stopped(
+    arm: str, engine: Engine, tmp_path: Path
+) -> None:
+    config = configure(arm, f"train.engine={engine.value}")
+    tokens = tokens_of(config)
+    reference = torch.zeros(len(tokens.train.rows), 2) if arm == "dpo" and engine is Engine.paired else None
+    plan = plan_of(config, len(tokens.train.rows))
+    trainer = build_trainer(config, tokens.train.rows, plan, chat=tokens.chat, output_dir=tmp_path, reference=reference)
+    batch = next(iter(trainer.get_train_dataloader()))
+    rows = [tokens.train.rows[i] for i in plan.order[:2]]
+    assert list(trainer.pairs_of(batch)) == [
+        (list(row.prompt_ids), list(row.chosen_ids), list(row.rejected_ids)) for row in rows
+    ]
+    tensor, row = REJECTED_PROMPT[arm]
+    batch[tensor][row, batch[tensor][row].tolist().index(rows[0].prompt_ids[1])] += 1
+    with pytest.raises(RuntimeError, match=r"another prompt with the rejected answer than with the chosen one"):
+        list(trainer.pairs_of(batch))
+
+
 def test_log_probs_equal_one_sequence_at_a_time(tmp_path: Path) -> None:
     config = configure("dpo")
     rows = tokens_of(config).train.rows[:6]
