@@ -86,7 +86,11 @@ class ChatFormat:
         self._control = re.compile(_any_of(_control_tokens(tokenizer) | ends))
 
     def prompt_ids(self, prompt: Sequence[Message], *, conversational: bool) -> list[int]:
-        """Return the prompt's ids, up to where the assistant's turn begins."""
+        """Return the prompt's ids, up to where the assistant's turn begins.
+
+        A control token in the text acts as one, as it does where a model is served. Pairs with one are not trained on
+        (see `unusable`); a prompt for evaluation is answered all the same, by every arm from the same ids.
+        """
         bos = self.tokenizer.bos_token_id
         ids = self._encode_head(self._head(prompt, conversational=conversational))
         body = list(itertools.dropwhile(lambda token: token == bos, ids))
