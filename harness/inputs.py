@@ -103,7 +103,10 @@ def _tokens(spec: DataSpec, folder: Path, template: str | None, auto: bool, max_
         for pairs in (splits.train, splits.dev_pairs, splits.golden_pairs)
     )
     if not train.rows:
-        raise UsageError(f"no training pair is left after tokenisation: {train.dropped}; raise data.max_length")
+        reasons = "; ".join(f"{reason} ({count} pairs)" for reason, count in train.dropped.items())
+        raise UsageError(f"data.train: no training pair is left after tokenisation: {reasons}")
+    for prompt in [*splits.dev_prompts, *splits.golden_prompts]:
+        chat.prompt_ids(prompt.prompt, conversational=prompt.conversational)  # a template may refuse one: say so now
     return Tokens(chat, train, dev, golden)
 
 

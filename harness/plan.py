@@ -48,7 +48,7 @@ def make_plan(num_rows: int, *, epochs: int, batch_size: int, micro_batch_size: 
 
 
 class ConsumedTokens:
-    """A running hash of the pairs that a trainer really saw, in order.
+    """A running hash of the pairs that a trainer really saw, in order; each prompt once, see `trainers.pairs_of`.
 
     The state is one digest and a count, so that it survives in a checkpoint.
     """

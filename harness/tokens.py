@@ -7,7 +7,10 @@ Stock TRL trainers tokenise for themselves and disagree: `CPOTrainer` adds an EO
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import itertools
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -60,6 +63,9 @@ def canonical_bytes(prompt_ids: Sequence[int], chosen_ids: Sequence[int], reject
 class ChatFormat:
     """Turn conversations into token ids in one way for training, held-out scoring and generation.
 
+    BOS stands once, in front, where the chat template writes it or the tokenizer's own encoding puts it: a template
+    without BOS does not take it from a model that has always seen one.
+
     Args:
         tokenizer: a transformers tokenizer.
         stop_ids: ids at which generation stops; the tokenizer's EOS is always one of them.
@@ -72,33 +78,59 @@ class ChatFormat:
         self.tokenizer = tokenizer
         self.stop_ids = frozenset(stop_ids) | {tokenizer.eos_token_id}
         self.use_template = use_template
+        self._encode_head = functools.lru_cache(maxsize=1)(self._encode)  # both answers follow one prompt
+        first = self._encode("a")[:1] or [tokenizer.eos_token_id]
+        self._opening = list(itertools.takewhile(lambda token: token not in first, tokenizer("a")["input_ids"]))
+        ends = {text for text, token in tokenizer.added_tokens_encoder.items() if token in self.stop_ids}
+        self._end = re.compile(rf"(?:(?:{_any_of(ends)})\s*)+\Z")
+        self._control = re.compile(_any_of(_control_tokens(tokenizer) | ends))
 
     def prompt_ids(self, prompt: Sequence[Message], *, conversational: bool) -> list[int]:
-        """Return the prompt's ids, up to where the assistant's turn begins; BOS stands once where it is used."""
-        if self._templated(conversational):
-            return self._once_bos(self._encode(self._render(prompt, add_generation_prompt=True)))
-        ids = self.tokenizer(prompt[-1]["content"], add_special_tokens=True)["input_ids"]
-        while ids and ids[-1] in self.stop_ids and ids[-1] != self.tokenizer.bos_token_id:
-            ids = ids[:-1]  # some tokenizers add EOS as a special token; the prompt is not the end
-        return self._once_bos(ids)
+        """Return the prompt's ids, up to where the assistant's turn begins.
+
+        A control token in the text acts as one, as it does where a model is served. Pairs with one are not trained on
+        (see `unusable`); a prompt for evaluation is answered all the same, by every arm from the same ids.
+        """
+        bos = self.tokenizer.bos_token_id
+        ids = self._encode_head(self._head(prompt, conversational=conversational))
+        body = list(itertools.dropwhile(lambda token: token == bos, ids))
+        opening = [t for t in self._opening if t == bos] if self._templated(conversational) else self._opening
+        written = ids[:1] if len(body) < len(ids) else []
+        return [*(opening or written), *body]
 
     def answer_ids(self, prompt: Sequence[Message], answer: Sequence[Message], *, conversational: bool) -> list[int]:
-        """Return the answer's ids after the prompt's, ending in exactly one end-of-turn id.
+        """Return the answer's ids after the prompt's; the last one, and in a single turn no other, ends the turn.
 
-        The answer is tokenised apart from the prompt, so that both answers, and generation, follow the same ids.
+        They are those of prompt and answer encoded as one text. Where that would change the prompt's own ids (tokens
+        that merge across the boundary) the answer is encoded apart: generation starts from the prompt's ids as well.
         """
+        head = self._head(prompt, conversational=conversational)
         if self._templated(conversational):
-            head = self._render(prompt, add_generation_prompt=True)
-            whole = self._render([*prompt, *answer], add_generation_prompt=False)
-            if not whole.startswith(head):
-                raise UsageError(
-                    "the chat template renders the prompt alone differently from the prompt within the conversation: "
-                    f"{head[-80:]!r} is not how {whole[:200]!r} begins; give another template with model.chat_template"
-                )
-            text = whole[len(head) :]
+            text = self._rest(prompt, self._without_ends(answer), head)
         else:
             text = answer[-1]["content"]
-        return self._end_once(self._encode(text))
+        head_ids, whole_ids = self._encode_head(head), self._encode(head + text)
+        kept = whole_ids[: len(head_ids)] == head_ids
+        return self._end_once(whole_ids[len(head_ids) :] if kept else self._encode(text))
+
+    def unusable(self, pair: Pair) -> str | None:
+        """Return why a pair's text cannot be trained on: it contains a control token, which would act as one.
+
+        Not counted are an end of turn at the end of an answer, which is there once in any case, and the prompt of a
+        plain text that no template is put around: it may have been written in the template's form.
+        """
+        templated = self._templated(pair.conversational)
+        found = self._find_control(turn["content"] for turn in pair.prompt) if templated else None
+        if found is not None:
+            hint = "" if pair.conversational else " (is it in the template's form already? data.template=never)"
+            return f"prompt contains the control token {found}{hint}"
+        answers = [*self._without_ends(pair.chosen), *self._without_ends(pair.rejected)]
+        found = self._find_control(turn["content"] for turn in answers)
+        return None if found is None else f"answer contains the control token {found}"
+
+    def goes_on(self, ids: Sequence[int], answer: Sequence[Message]) -> bool:
+        """Return whether an answer of one turn has an end of turn before its last id."""
+        return len(answer) == 1 and not self.stop_ids.isdisjoint(ids[:-1])
 
     def _templated(self, conversational: bool) -> bool:
         has_template = bool(self.tokenizer.chat_template)
@@ -109,33 +141,84 @@ class ChatFormat:
             )
         return has_template and (conversational or self.use_template)
 
+    def _head(self, prompt: Sequence[Message], *, conversational: bool) -> str:
+        """Return the text up to where the assistant's turn begins."""
+        if self._templated(conversational):
+            return self._render(prompt, add_generation_prompt=True)
+        return prompt[-1]["content"]
+
+    def _rest(self, prompt: Sequence[Message], answer: Sequence[Message], head: str) -> str:
+        """Return what the template writes after `head`, of which nothing may be the assistant's header."""
+        whole = self._render([*prompt, *answer], add_generation_prompt=False)
+        if not whole.startswith(head):
+            raise UsageError(
+                "the chat template renders the prompt alone differently from the prompt within the conversation: "
+                f"{head[-80:]!r} is not how {whole[:200]!r} begins; give another template with model.chat_template"
+            )
+        rest = whole[len(head) :]
+        header = rest[: max(rest.find(answer[0]["content"].strip()), 0)]
+        if header.strip() and head == self._render(prompt, add_generation_prompt=False):
+            raise UsageError(
+                "the chat template does nothing where add_generation_prompt is set, so that its header of the "
+                f"assistant's turn, {header[:80]!r}, would count as a part of the answer; write the header at the "
+                "template's end in {% if add_generation_prompt %} ... {% endif %} and give it with model.chat_template"
+            )
+        return rest
+
     def _render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
+        from jinja2 import TemplateError
+
         turns = [dict(message) for message in messages]
-        return self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=add_generation_prompt)
+        try:
+            return self.tokenizer.apply_chat_template(
+                turns, tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        except TemplateError as error:
+            roles = ", ".join(message["role"] for message in messages)
+            raise UsageError(
+                f"the chat template refuses a conversation with the turns {roles}: {error}; "
+                "take such rows out, or give another template with model.chat_template"
+            ) from error
 
     def _encode(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    def _once_bos(self, ids: list[int]) -> list[int]:
-        bos = self.tokenizer.bos_token_id
-        while len(ids) > 1 and bos is not None and ids[0] == bos and ids[1] == bos:
-            ids = ids[1:]
-        return ids
+    def _find_control(self, texts: Iterable[str]) -> str | None:
+        return next((found.group() for text in texts if (found := self._control.search(text))), None)
+
+    def _without_ends(self, answer: Sequence[Message]) -> list[Message]:
+        """Take the end of turn, written in the data as well, from the assistant's last turn."""
+        return [*answer[:-1], {**answer[-1], "content": self._end.sub("", answer[-1]["content"])}]
 
     def _end_once(self, ids: list[int]) -> list[int]:
-        """Cut what the template puts behind the last end of turn (a newline), or add the EOS where there is none."""
-        last = max((i for i, token in enumerate(ids) if token in self.stop_ids), default=None)
-        if last is None or self.tokenizer.decode(ids[last + 1 :]).strip():
-            ids, last = [*ids, self.tokenizer.eos_token_id], len(ids)
-        while last > 0 and ids[last - 1] in self.stop_ids:
-            last -= 1  # a template and a data set that both wrote the end
-        return ids[: last + 1]
+        """Cut behind the first of the ends of turn at the end, with white space or none between; or add the EOS."""
+        end = None
+        for i in range(len(ids) - 1, -1, -1):
+            if ids[i] in self.stop_ids:
+                end = i
+            elif self.tokenizer.decode(ids[i : i + 1]).strip():
+                break
+        return [*ids, self.tokenizer.eos_token_id] if end is None else ids[: end + 1]
+
+
+def _any_of(tokens: Iterable[str]) -> str:
+    return "|".join(re.escape(token) for token in sorted(tokens, key=lambda token: (-len(token), token)))
+
+
+def _control_tokens(tokenizer: Any) -> set[str]:
+    """Return the texts that the tokenizer reads as special tokens; that for unknown words does nothing by itself."""
+    added = {str(token.content) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    return (added | {str(token) for token in tokenizer.all_special_tokens}) - {tokenizer.unk_token, ""}
 
 
 def tokenise_pairs(pairs: Iterable[Pair], chat: ChatFormat, *, max_length: int) -> TokenisedPairs:
-    """Tokenise pairs and drop, never cut, those longer than `max_length` or alike after tokenisation."""
+    """Tokenise pairs and drop, never cut, those that are too long, alike as tokens, or hold control tokens as text."""
     rows, dropped = [], Counter[str]()
     for pair in pairs:
+        reason = chat.unusable(pair)
+        if reason is not None:
+            dropped[reason] += 1
+            continue
         prompt, chosen, rejected = (
             chat.prompt_ids(pair.prompt, conversational=pair.conversational),
             chat.answer_ids(pair.prompt, pair.chosen, conversational=pair.conversational),
@@ -148,6 +231,8 @@ def tokenise_pairs(pairs: Iterable[Pair], chat: ChatFormat, *, max_length: int) 
             dropped["prompt has no tokens"] += 1
         elif min(len(chosen), len(rejected)) < 2:
             dropped["answer has no tokens"] += 1
+        elif any(chat.goes_on(ids, answer) for ids, answer in ((chosen, pair.chosen), (rejected, pair.rejected))):
+            dropped["answer goes on after an end of turn"] += 1
         elif chosen == rejected:
             dropped["answers are the same tokens"] += 1
         else:

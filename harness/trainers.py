@@ -24,10 +24,22 @@ from harness.plan import ConsumedTokens
 from harness.records import DivergedError
 
 CONSUMED_FILE = "consumed.json"
+PairIds = tuple[list[int], list[int], list[int]]
 
 
-def _ids(row: torch.Tensor, mask: torch.Tensor) -> list[int]:
-    return row[mask.bool()].tolist()
+def _split(ids: torch.Tensor, attended: torch.Tensor, answer: torch.Tensor) -> tuple[list[int], list[int]]:
+    """Return the ids of the prompt and of the answer in one padded row; all three of shape (width,)."""
+    return ids[attended.bool() & ~answer.bool()].tolist(), ids[answer.bool()].tolist()
+
+
+def _pair(chosen: tuple[list[int], list[int]], rejected: tuple[list[int], list[int]]) -> PairIds:
+    """Join the two rows of a pair. Each holds a copy of the prompt, and the hash only one of them: they must agree."""
+    if chosen[0] != rejected[0]:
+        raise RuntimeError(
+            "the trainer trains on another prompt with the rejected answer than with the chosen one: "
+            f"ids {rejected[0]} and {chosen[0]}; the arms' data cannot be proved identical"
+        )
+    return chosen[0], chosen[1], rejected[1]
 
 
 class RecordsConsumption:
@@ -41,8 +53,12 @@ class RecordsConsumption:
             self.consumed.update(*pair)
         return super().training_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
 
-    def pairs_of(self, inputs: dict[str, Any]) -> Iterator[tuple[list[int], list[int], list[int]]]:
-        """Yield (prompt ids, chosen ids, rejected ids) of each pair in a collated batch."""
+    def pairs_of(self, inputs: dict[str, Any]) -> Iterator[PairIds]:
+        """Yield the ids of each pair in a collated batch.
+
+        Raises:
+            RuntimeError: where a pair's two copies of the prompt differ.
+        """
         raise NotImplementedError
 
 
@@ -52,13 +68,12 @@ class StockDPOTrainer(RecordsConsumption, DPOTrainer):
     def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
         return dataset
 
-    def pairs_of(self, inputs: dict[str, Any]) -> Iterator[tuple[list[int], list[int], list[int]]]:
+    def pairs_of(self, inputs: dict[str, Any]) -> Iterator[PairIds]:
         """Read the pairs from TRL's layout: all chosen rows, then all rejected ones."""
         ids, attended, answer = inputs["input_ids"], inputs["attention_mask"], inputs["completion_mask"]
         half = len(ids) // 2
-        for i in range(half):
-            prompt = attended[i].bool() & ~answer[i].bool()
-            yield _ids(ids[i], prompt), _ids(ids[i], answer[i]), _ids(ids[half + i], answer[half + i])
+        rows = [_split(*row) for row in zip(ids, attended, answer, strict=True)]
+        yield from map(_pair, rows[:half], rows[half:])
 
 
 class StockCPOTrainer(RecordsConsumption, CPOTrainer):
@@ -75,14 +90,18 @@ class StockCPOTrainer(RecordsConsumption, CPOTrainer):
             row[f"{answer}_labels"] = [-100] * len(prompt) + completion
         return row
 
-    def pairs_of(self, inputs: dict[str, Any]) -> Iterator[tuple[list[int], list[int], list[int]]]:
+    def pairs_of(self, inputs: dict[str, Any]) -> Iterator[PairIds]:
         """Read the pairs from TRL's layout: separate tensors, the prompt masked in the labels."""
         for i in range(len(inputs["chosen_input_ids"])):
-            answer = inputs["chosen_labels"][i] != -100
-            prompt = inputs["chosen_attention_mask"][i].bool() & ~answer
-            rejected = inputs["rejected_labels"][i] != -100
-            chosen_ids, rejected_ids = inputs["chosen_input_ids"][i], inputs["rejected_input_ids"][i]
-            yield _ids(chosen_ids, prompt), _ids(chosen_ids, answer), _ids(rejected_ids, rejected)
+            chosen, rejected = (
+                _split(
+                    inputs[f"{side}_input_ids"][i],
+                    inputs[f"{side}_attention_mask"][i],
+                    inputs[f"{side}_labels"][i] != -100,
+                )
+                for side in ("chosen", "rejected")
+            )
+            yield _pair(chosen, rejected)
 
 
 class PairedDPOTrainer(StockDPOTrainer):

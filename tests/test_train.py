@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from datasets import Dataset
+from peft import LoraConfig
+from safetensors.torch import load_file, save_file
+from trl import DPOConfig, DPOTrainer
 
 from harness.checkpoint import load_base, load_policy
 from harness.config import Engine, RunConfig, load_run
-from harness.inputs import plan_of, tokens_of
+from harness.inputs import plan_of, splits_of, tokens_of
 from harness.logps import pair_logps
 from harness.losses import dpo_loss, simpo_loss
 from harness.plan import ConsumedTokens, expected_tokens_sha256
 from harness.reference import StaleReferenceError, reference_logps
 from harness.tokens import TokenPair
 from harness.train import build_trainer, train_arm
-from harness.trainers import CONSUMED_FILE, DivergedError, last_checkpoint
+from harness.trainers import CONSUMED_FILE, CPOConfig, CPOTrainer, DivergedError, last_checkpoint
 
 
 def configure(arm: str, *overrides: str) -> RunConfig:
@@ -71,6 +76,132 @@ def test_each_step_equals_the_stock_trainers(arm: str, tuning: str, tmp_path: Pa
         assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-5)
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-5, abs=1e-5)
     assert paired.consumed_tokens_sha256 == stock.consumed_tokens_sha256
+
+
+# TRL's own trainers with nothing of the harness in them: classes, text and arguments as a user would write them.
+BARE: dict[str, tuple[type, type, dict]] = {
+    "dpo": (DPOTrainer, DPOConfig, {"beta": 0.1}),
+    "dpo_norm": (DPOTrainer, DPOConfig, {"beta": 5.0, "loss_type": ["sigmoid_norm"]}),
+    "simpo": (CPOTrainer, CPOConfig, {"beta": 2.0, "loss_type": "simpo", "simpo_gamma": 1.0, "cpo_alpha": 0.0}),
+}
+
+
+def train_bare(arm: str, config: RunConfig, folder: Path) -> tuple[list[dict], dict[str, torch.Tensor]]:
+    """Train on the plan's pairs as text, in its order, and return each step's log and the adapter.
+
+    The text is what makes this possible: with the embedded study's template, which writes one end of turn and nothing
+    behind it, TRL makes the same ids of it as the harness, which is checked first. (With ChatML it would not, see
+    `test_stock_cpotrainer_on_raw_text_does_not_see_the_same_tokens`.)
+    """
+    trainer_class, config_class, arguments = BARE[arm]
+    pairs = splits_of(config).train
+    rows = tokens_of(config).train.rows
+    assert [pair.pair_id for pair in pairs] == [row.pair_id for row in rows]
+    order = plan_of(config, len(rows)).order
+    text = [{side: [*getattr(pairs[i], side)] for side in ("prompt", "chosen", "rejected")} for i in order]
+    trainer = trainer_class(
+        model=load_base(config),
+        args=config_class(
+            output_dir=str(folder),
+            num_train_epochs=1,
+            per_device_train_batch_size=2,
+            gradient_accumulation_steps=2,
+            learning_rate=1e-4,
+            lr_scheduler_type="cosine",
+            warmup_steps=1,
+            max_grad_norm=1.0,
+            optim="adamw_torch",  # the default is the fused kernel, which rounds otherwise (5e-7 in the loss)
+            train_sampling_strategy="sequential",
+            disable_dropout=True,
+            gradient_checkpointing=False,
+            bf16=False,
+            use_cpu=True,
+            logging_steps=1,
+            save_strategy="no",
+            report_to=[],
+            seed=config.seed,
+            **arguments,
+        ),
+        train_dataset=Dataset.from_list(text),
+        processing_class=copy.deepcopy(tokens_of(config).chat.tokenizer),
+        peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
+    )
+    assert [ids_in(row) for row in trainer.train_dataset] == [
+        (list(rows[i].prompt_ids), list(rows[i].chosen_ids), list(rows[i].rejected_ids)) for i in order
+    ]
+    trainer.train()
+    return [entry for entry in trainer.state.log_history if "loss" in entry], adapter_of(trainer.model)
+
+
+def ids_in(row: dict) -> tuple[list[int], list[int], list[int]]:
+    """Return the ids of prompt, chosen and rejected in a row that DPOTrainer or CPOTrainer tokenised."""
+    if "prompt_ids" in row:
+        return row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]
+    length = len(row["prompt_input_ids"])
+    chosen, rejected = row["chosen_input_ids"], row["rejected_input_ids"]
+    assert chosen[:length] == rejected[:length] == row["prompt_input_ids"]
+    assert [label != -100 for label in row["chosen_labels"]] == [i >= length for i in range(len(chosen))]
+    return chosen[:length], chosen[length:], rejected[length:]
+
+
+def adapter_of(model: Any) -> dict[str, torch.Tensor]:
+    """Return a copy of the LoRA weights, under the names that the saved file has."""
+    weights = {name: p for name, p in model.named_parameters() if "lora_" in name}
+    return {name.replace(".default.", "."): p.detach().clone() for name, p in weights.items()}
+
+
+# The greatest differences that are allowed, in each step's loss and gradient norm and in the weights at the end.
+# None (0.0) where both sides compute the same; the paired engine reads DPO's reference log-probs, which it summed in
+# another order.
+ALLOWED = {("dpo", Engine.paired): 1e-5, ("dpo_norm", Engine.paired): 1e-5}
+
+
+@pytest.mark.parametrize("arm", BARE)
+def test_both_engines_take_the_steps_of_trls_bare_trainer_on_text(arm: str, tmp_path: Path) -> None:
+    base = configure(arm, "method.learning_rate=1e-4")
+    bare_steps, bare_adapter = train_bare(arm, base, tmp_path / "bare")
+    reference = None if arm == "simpo" else reference_of(base, tmp_path / "cache")
+    for engine in Engine:
+        config = replace(base, train=replace(base.train, engine=engine))
+        folder = tmp_path / engine.value
+        ours = train(config, folder, reference=reference if engine is Engine.paired else None)
+        assert len(ours.steps) == len(bare_steps) == 6
+        allowed = ALLOWED.get((arm, engine), 0.0)
+        for key in ("loss", "grad_norm", "learning_rate"):
+            steps = zip(ours.steps, bare_steps, strict=True)
+            differences = [abs(a[key] - b[key]) / max(1.0, abs(b[key])) for a, b in steps]
+            assert max(differences) <= allowed, f"{arm}, {engine.value}: {key} differs by {max(differences):.3g}"
+        adapter = load_file(folder / "adapter" / "adapter_model.safetensors")
+        assert adapter.keys() == bare_adapter.keys()
+        difference = max((adapter[name] - bare_adapter[name]).abs().max().item() for name in adapter)
+        assert difference <= allowed, f"{arm}, {engine.value}: adapters differ by {difference:.3g}"
+
+
+def initial_adapter(arm: str, engine: Engine, seed: int, folder: Path) -> dict[str, torch.Tensor]:
+    config = configure(arm, f"train.engine={engine.value}", f"seed={seed}")
+    rows = tokens_of(config).train.rows
+    reference = torch.zeros(len(rows), 2) if engine is Engine.paired and arm != "simpo" else None
+    torch.manual_seed(len(arm))  # the process may have drawn anything before
+    trainer = build_trainer(
+        config, rows, plan_of(config, len(rows)), chat=tokens_of(config).chat, output_dir=folder, reference=reference
+    )
+    return adapter_of(trainer.model)
+
+
+def test_every_arm_starts_from_the_same_adapter_and_another_seed_from_another(tmp_path: Path) -> None:
+    starts = {
+        (arm, engine.value): initial_adapter(arm, engine, 0, tmp_path)
+        for arm, engine in itertools.product(("dpo", "simpo", "dpo_norm"), Engine)
+    }
+    first = starts["dpo", "paired"]
+    assert len(first) == 2 * 7 * 4  # A and B of each linear layer but the head
+    for case, adapter in starts.items():
+        assert adapter.keys() == first.keys()
+        for name, weights in adapter.items():
+            assert torch.equal(weights, first[name]), f"{case}: {name}"
+            assert ("lora_B" in name) == (not weights.any())
+    other = initial_adapter("simpo", Engine.paired, 1, tmp_path)
+    assert not any(torch.equal(other[name], first[name]) for name in first if "lora_A" in name)
 
 
 def test_both_arms_consume_the_plan_and_nothing_else(tmp_path: Path) -> None:
@@ -179,8 +310,6 @@ def test_a_nan_stops_the_run(tmp_path: Path) -> None:
 
 def test_stock_cpotrainer_on_raw_text_does_not_see_the_same_tokens(tmp_path: Path) -> None:
     """The reason for tokenising once: fed with text, TRL's CPOTrainer appends an EOS of its own to each answer."""
-    from trl.experimental.cpo import CPOConfig, CPOTrainer
-
     config = configure("simpo")
     tokens = tokens_of(config)
     tokenizer = copy.deepcopy(tokens.chat.tokenizer)
@@ -226,6 +355,31 @@ def test_a_trainer_fed_in_another_order_arrives_at_another_hash(tmp_path: Path) 
     assert trainer.consumed.state != expected_tokens_sha256(tokens.train.rows, plan.order)
 
 
+# Where the collated batch of each trainer holds the rejected side's own copy of the prompt: (tensor, row of pair 0).
+REJECTED_PROMPT = {"dpo": ("input_ids", 2), "simpo": ("rejected_input_ids", 0)}
+
+
+@pytest.mark.parametrize("engine", list(Engine))
+@pytest.mark.parametrize("arm", ["dpo", "simpo"])
+def test_a_trainer_that_sees_another_prompt_on_the_rejected_side_is_stopped(
+    arm: str, engine: Engine, tmp_path: Path
+) -> None:
+    config = configure(arm, f"train.engine={engine.value}")
+    tokens = tokens_of(config)
+    reference = torch.zeros(len(tokens.train.rows), 2) if arm == "dpo" and engine is Engine.paired else None
+    plan = plan_of(config, len(tokens.train.rows))
+    trainer = build_trainer(config, tokens.train.rows, plan, chat=tokens.chat, output_dir=tmp_path, reference=reference)
+    batch = next(iter(trainer.get_train_dataloader()))
+    rows = [tokens.train.rows[i] for i in plan.order[:2]]
+    assert list(trainer.pairs_of(batch)) == [
+        (list(row.prompt_ids), list(row.chosen_ids), list(row.rejected_ids)) for row in rows
+    ]
+    tensor, row = REJECTED_PROMPT[arm]
+    batch[tensor][row, batch[tensor][row].tolist().index(rows[0].prompt_ids[1])] += 1
+    with pytest.raises(RuntimeError, match=r"another prompt with the rejected answer than with the chosen one"):
+        list(trainer.pairs_of(batch))
+
+
 def test_log_probs_equal_one_sequence_at_a_time(tmp_path: Path) -> None:
     config = configure("dpo")
     rows = tokens_of(config).train.rows[:6]
@@ -250,8 +404,6 @@ def test_the_reference_is_computed_once_for_all_hyperparameters(tmp_path: Path) 
 
 
 def test_a_stale_reference_is_an_error(tmp_path: Path) -> None:
-    from safetensors.torch import save_file
-
     logps = reference_of(configure("dpo"), tmp_path)
     path = next(tmp_path.glob("*.safetensors"))
     save_file({"logps": logps + 0.01}, path)
