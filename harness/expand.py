@@ -65,10 +65,6 @@ def expand(arguments: Sequence[str], master: DictConfig) -> list[Job]:
             shared[key.removeprefix("method.")] = _flat(values_of(override))
         elif key.startswith("arms."):
             _, arm, name = key.split(".", 2)
-            if arm not in arms:
-                raise UsageError(
-                    f"{override.input_line}: {arm} is not among the arms of this sweep ({', '.join(arms)})"
-                )
             own[arm][name] = _flat(values_of(override))
         else:
             common.append(str(override.input_line))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,16 @@ def _splits(spec: DataSpec) -> Splits:
 
 def splits_of(config: RunConfig) -> Splits:
     """Load the splits of a config; needs no torch."""
-    return _splits(data_spec(config))
+    splits = _splits(data_spec(config))
+    if config.model.path != EMBEDDED:
+        return splits
+    folder = str(checkpoint_dir(config.model))  # where this machine keeps the package says nothing to a reader
+    facts = {
+        key: value | {"path": value["path"].replace(folder + os.sep, f"{EMBEDDED}:")} if "path" in value else value
+        for key, value in splits.facts.items()
+        if isinstance(value, dict)
+    }
+    return replace(splits, facts=splits.facts | facts)
 
 
 def identify(config: RunConfig) -> str:

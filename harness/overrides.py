@@ -33,11 +33,35 @@ def check_overrides(overrides: list[str]) -> None:
     """Raise a UsageError that lists every override which names an unknown key or a value that is not allowed."""
     parsed = parse(overrides)
     arms = selected_arms(parsed)
-    problems = [message for override in parsed for message in _problems(override, arms)]
+    problems = [*_repeated(parsed), *(message for override in parsed for message in _problems(override, arms))]
     if not arms:
         problems.append(f"no method: add +method=simpo,dpo (arms: {', '.join(TRAINED)}) or +sweep=NAME")
     if problems:
         raise UsageError("\n".join(problems))
+
+
+def check_single(overrides: list[str]) -> None:
+    """Raise a UsageError where overrides ask for more than one trial, which is what `harness.train` runs."""
+    for override in parse(overrides):
+        key, line = override.key_or_group, override.input_line
+        if len(values_of(override)) > 1:
+            raise UsageError(f"{line}: harness.train runs one trial; give one value, or use harness.sweep")
+        if key.startswith("arms."):
+            name = key.split(".", 2)[-1]
+            raise UsageError(f"{line}: harness.train runs one arm; write method.{name}=... instead")
+        if key in ("sweep", "seeds", "plan"):
+            raise UsageError(f"{line}: {key} belongs to harness.sweep; harness.train runs one trial")
+
+
+def _repeated(parsed: list[Override]) -> Iterator[str]:
+    """Name what stands twice: Hydra would silently keep the last."""
+    lines: dict[str, list[str]] = {}
+    for override in parsed:
+        lines.setdefault(override.key_or_group, []).append(str(override.input_line))
+    for key, found in lines.items():
+        if len(found) > 1:
+            several = f", or list the values: {key}=a,b" if key in ("method", "seed") else ""
+            yield f"{' '.join(found)}: {key} is given {len(found)} times; give it once{several}"
 
 
 def parse(overrides: list[str]) -> list[Override]:
@@ -94,6 +118,17 @@ def _problems(override: Override, arms: list[str]) -> Iterator[str]:
     if len(values) > 1 and not key.startswith(("method.", "arms.")) and key != "seed":
         yield f"{line}: only {AXES} may have several values; all else is equal for all trials of a study"
         return
+    arm = key.split(".")[1] if key.startswith("arms.") else None
+    if arm in TRAINED and arm not in arms:
+        yield f"{line}: {arm} is not among the arms of this sweep ({', '.join(arms) or 'none'})"
+        return
+    flat = [item for value in values for item in (value if isinstance(value, list) else [value])]
+    if key == "seed" or key.startswith(("method.", "arms.")):
+        if None in flat:
+            yield f"{key}=null: must not be null; leave it out to take the default"
+            return
+        if len(set(map(str, flat))) < len(flat):
+            yield f"{line}: a value is listed twice; each makes one trial"
     for target, path, scope in _lookup(key, arms):
         if target is None:
             yield f"{line}: {_unknown_key(path, scope)}"
@@ -110,6 +145,8 @@ def _group_problems(group: str, values: list[Any]) -> Iterator[str]:
 
     if group == "sweep":
         preset_arms(str(values[0]))
+        if len(values) > 1:
+            yield f"+sweep={','.join(map(str, values))}: a study has one question; give one sweep"
         return
     known = TRAINED if group == "method" else tuple(sorted(p.stem for p in (CONF / group).glob("*.yaml")))
     for value in values:

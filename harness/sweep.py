@@ -22,9 +22,9 @@ from hydra.core.utils import JobReturn
 from hydra.plugins.sweeper import Sweeper
 from omegaconf import DictConfig
 
-from harness.config import CONF, RunConfig, compose_run, load_run, register_schemas, resolve
+from harness.config import CONF, RunConfig, compose_run, register_schemas, resolve
 from harness.expand import expand, hydra_arguments
-from harness.overrides import check_overrides, explain
+from harness.overrides import check_overrides, check_single, explain
 from harness.protocol import StudyResult, run_study
 from harness.records import UsageError
 from harness.registration import register, study_name
@@ -49,8 +49,10 @@ class PairedSweeper(Sweeper):
 
     Attributes:
         on_result: called with the result: Hydra's main function returns nothing in a multirun.
+        typed: the arguments as the user typed them; Hydra gets others.
     """
 
+    typed: ClassVar[tuple[str, ...]] = ()
     on_result: ClassVar[Callable[[StudyResult], None]] = staticmethod(lambda result: None)
 
     def setup(self, *, hydra_context: Any, task_function: Any, config: DictConfig) -> None:
@@ -76,7 +78,7 @@ class PairedSweeper(Sweeper):
         if trials[0].plan:
             print_plan(trials, regrets)
             return None
-        register(trials, ["python", "-m", "harness.sweep", *sys.argv[1:]], warnings=regrets)
+        register(trials, ["python", "-m", "harness.sweep", *type(self).typed], warnings=regrets)
         overrides = {id(trial): job.overrides for trial, job in zip(trials, jobs, strict=True)}
         known = {_key(base): jobs[0].base_overrides} | {_key(t): overrides[id(t)] for t in trials}
         with show_progress([base, *trials]):
@@ -149,6 +151,7 @@ def run_sweep(arguments: Sequence[str]) -> StudyResult | None:
     register_schemas()
     register_sweeper()
     overrides = [argument for argument in arguments if not argument.startswith("-")]
+    PairedSweeper.typed = tuple(arguments)
     asks_hydra = any(argument.split("=")[0] in _HYDRA_FLAGS for argument in arguments)
     if not asks_hydra:
         check_overrides(overrides)
@@ -173,14 +176,16 @@ def run_single(arguments: Sequence[str]) -> int:
         print("Train, generate and score one trial.\n\nExample: python -m harness.train +method=dpo seed=1")
         return 0
     try:
-        config = load_run([*arguments])
+        check_overrides([*arguments])
+        check_single([*arguments])
+        config = compose_run([*arguments])
         config = replace(config, study=study_name(config))
         shared = [item for item in arguments if not item.lstrip("+").startswith(("method", "arms.", "seed="))]
         base = replace(compose_run([*shared, "+method=sft", "seed=0"]), study=config.study)
+        register([config], ["python", "-m", "harness.train", *arguments], warnings=find_warnings(config))
     except UsageError as error:
         print(f"harness.train: {error}", file=sys.stderr)
         return 2
-    register([config], ["python", "-m", "harness.train", *arguments], warnings=find_warnings(config))
     outcome = run_trial(base)
     if outcome.status != "failed":
         outcome = run_trial(config)

@@ -78,7 +78,7 @@ def train_arm(
 
         trainer.add_callback(TrialCallback(consumed, advance))
         trainer.train(resume_from_checkpoint=str(resume[0]) if resume else None)
-    _save(trainer.model, folder, config.train.tuning)
+    _save(trainer.model, folder, config)
     return TrainResult(
         steps=[entry for entry in trainer.state.log_history if "loss" in entry],
         consumed_tokens_sha256=consumed.state,
@@ -185,12 +185,18 @@ def _columns(row: TokenPair) -> dict[str, Any]:
     }
 
 
-def _save(model: Any, folder: Path, tuning: Tuning) -> None:
-    """Save the weights under a temporary name and rename: a folder that exists is complete."""
-    target = folder / ("adapter" if tuning is Tuning.lora else "model")
+def _save(model: Any, folder: Path, config: RunConfig) -> None:
+    """Save the weights under a temporary name and rename: a folder that exists is complete.
+
+    An adapter names its base as the user named it, not by where this machine keeps it.
+    """
+    target = folder / ("adapter" if config.train.tuning is Tuning.lora else "model")
     temporary = folder / f".{target.name}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
+    if config.train.tuning is Tuning.lora:
+        model.active_peft_config.base_model_name_or_path = config.model.path
     model.save_pretrained(temporary, safe_serialization=True)
+    (temporary / "README.md").unlink(missing_ok=True)  # a template to be filled in, with the path of the base
     shutil.rmtree(target, ignore_errors=True)
     temporary.rename(target)
 

@@ -12,8 +12,10 @@ from harness.arms import ARMS, SimPOConfig
 from harness.config import EMBEDDED, Engine, RunConfig, Tuning
 from harness.overrides import declared_keys, value_problem
 from harness.profile import profile_name
+from harness.scorers import SCORERS
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_FOLDER_NAME = re.compile(r"[A-Za-z0-9_][\w.-]*")
 
 
 def find_problems(config: RunConfig) -> list[str]:
@@ -53,6 +55,8 @@ def _range_problems(config: Any, prefix: str = "") -> Iterator[str]:
 def _combination_problems(config: RunConfig) -> Iterator[str]:
     yield from _model_problems(config)
     yield from _data_problems(config)
+    yield from _study_problems(config)
+    yield from _rule_problems(config)
     train = config.train
     batch, micro = train.batch_size, train.micro_batch_size
     if batch and micro and batch % micro:
@@ -63,9 +67,31 @@ def _combination_problems(config: RunConfig) -> Iterator[str]:
         yield f"method.learning_rate=null: conf/method/{method.name}.yaml has none for train.tuning={tuning}"
     if isinstance(method, SimPOConfig) and train.engine is Engine.stock and method.length_norm != 1.0:
         yield f"method.length_norm={method.length_norm:g}: TRL's own trainer has 1.0 only; use train.engine=paired"
-    for guard in config.decide.guards:
-        if set(guard) != {"metric", "margin"} or not 0 < float(guard["margin"]) < 1:
+
+
+def _study_problems(config: RunConfig) -> Iterator[str]:
+    seeds = config.seeds
+    if seeds is not None and (not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0):
+        yield f"seeds={seeds}: one or more different whole numbers >= 0; null takes the profile's"
+    if not config.evaluate or not set(config.evaluate) <= {"dev", "golden"}:
+        yield f"evaluate={config.evaluate}: one or both of dev, golden"
+    if config.study is not None and not _FOLDER_NAME.fullmatch(config.study):
+        yield f"study={config.study}: the name of a folder in results_dir: letters, digits, `_`, `-` and `.`, no `/`"
+    results = Path(config.results_dir)
+    if not config.results_dir or (results.exists() and not results.is_dir()):
+        yield f"results_dir={config.results_dir}: not a folder; give one, it is made where it does not exist"
+
+
+def _rule_problems(config: RunConfig) -> Iterator[str]:
+    decide, known = config.decide, f"scorers: {', '.join(SCORERS)}"
+    if decide.metric is not None and decide.metric not in SCORERS:
+        yield f"decide.metric={decide.metric}: no such scorer; {known}"
+    for guard in decide.guards:
+        margin = guard.get("margin")
+        if set(guard) != {"metric", "margin"} or not isinstance(margin, int | float) or not 0 < margin < 1:
             yield f"decide.guards: {guard}: each guard is {{metric: NAME, margin: a number between 0 and 1}}"
+        elif guard["metric"] not in SCORERS:
+            yield f"decide.guards: {guard}: no such scorer; {known}"
 
 
 def _model_problems(config: RunConfig) -> Iterator[str]:
@@ -80,8 +106,12 @@ def _model_problems(config: RunConfig) -> Iterator[str]:
                     f"model.path={model.path}: the folder has no *.safetensors (pickled weights are not loaded); "
                     "save it again with save_pretrained"
                 )
+            if model.revision is not None:
+                yield f"model.revision={model.revision}: model.path={model.path} is a folder and has no revisions"
         elif folder.is_absolute() or model.path.startswith(".") or not _HUB_ID.fullmatch(model.path):
             yield f"model.path={model.path}: no such folder; allowed: a folder, a Hub id (owner/name) or `embedded`"
+    elif model.revision is not None:
+        yield f"model.revision={model.revision}: the embedded base has no revisions; only a Hub id has"
     if model.chat_template is not None and not Path(model.chat_template).is_file():
         yield f"model.chat_template={model.chat_template}: no such file; give a Jinja chat template"
 
@@ -94,6 +124,9 @@ def _data_problems(config: RunConfig) -> Iterator[str]:
             f"model.path={config.model.path}: your own model needs your own pairs; set data.train, data.dev and "
             "data.golden, or data.path for one file that is split by prompt"
         )
+    for name in given:
+        if Path(getattr(data, name)).is_dir():
+            yield f"data.{name}={getattr(data, name)}: a folder; give one file, or a Hub id (owner/name)"
     if data.path is None and given and "train" not in given:
         yield f"data.train=null: data.{given[0]} is given without pairs to train on; set data.train or data.path"
     if data.path is None and "train" in given and "golden" not in given:

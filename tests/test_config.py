@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 
+import harness.sweep
 from harness.arms import ARMS
 from harness.config import CONF, Tuning, config_label, load_run, plain, trial_id
 from harness.embedded import study_dir
@@ -58,6 +59,41 @@ REFUSED = {
         ["data.golden_fraction=0.6", "leave nothing"],
     ),
     "a guard without a margin": (["+method=dpo", "decide.guards=[{metric: x}]"], ["decide.guards", "margin"]),
+    "a guard with a margin that is no number": (
+        ["+method=dpo", "decide.guards=[{metric: checks, margin: abc}]"],
+        ["decide.guards", "'abc'", "a number between 0 and 1"],
+    ),
+    "a guard on no scorer": (
+        ["+method=dpo", "decide.guards=[{metric: vibes, margin: 0.1}]"],
+        ["vibes", "no such scorer", "checks"],
+    ),
+    "a metric that no scorer gives": (
+        ["+method=dpo", "decide.metric=vibes"],
+        ["decide.metric=vibes", "scorers: checks"],
+    ),
+    "a method given twice": (["+method=dpo", "+method=simpo"], ["+method=dpo +method=simpo", "method=a,b"]),
+    "a key given twice": (["+method=dpo", "train.epochs=1", "train.epochs=2"], ["train.epochs is given 2 times"]),
+    "a value listed twice": (["+method=dpo", "seed=1,1"], ["seed=1,1", "listed twice"]),
+    "two sweeps": (["+sweep=smoke,smoke"], ["a study has one question"]),
+    "a null for an arm": (
+        ["+method=dpo", "arms.dpo.learning_rate=null"],
+        ["arms.dpo.learning_rate=null", "leave it out to take the default"],
+    ),
+    "a key of an arm that does not run": (
+        ["+method=dpo", "arms.simpo.beta=2"],
+        ["arms.simpo.beta=2: simpo is not among the arms of this sweep (dpo)"],
+    ),
+    "no seeds": (["+method=dpo", "seeds=[]"], ["seeds=[]", "one or more different whole numbers"]),
+    "equal seeds": (["+method=dpo", "seeds=[1,1]"], ["seeds=[1, 1]"]),
+    "splits that do not exist": (["+method=dpo", "evaluate=[foo]"], ["evaluate=['foo']", "one or both of dev, golden"]),
+    "a study outside of the results": (["+method=dpo", "study=../x"], ["study=../x", "no `/`"]),
+    "a study without a name": (["+method=dpo", "study="], ["study=", "name of a folder"]),
+    "a file for the results": (["+method=dpo", f"results_dir={__file__}"], ["results_dir=", "not a folder"]),
+    "a revision of the embedded base": (["+method=dpo", "model.revision=v1"], ["model.revision=v1", "no revisions"]),
+    "a folder of pairs": (
+        ["+method=dpo", f"data.path={CONF}"],
+        [f"data.path={CONF}", "give one file, or a Hub id"],
+    ),
     "length_norm on the stock engine": (
         ["+method=simpo", "method.length_norm=0.5", "train.engine=stock"],
         ["method.length_norm=0.5", "train.engine=paired"],
@@ -72,6 +108,41 @@ def test_refuses(case: str) -> None:
         load_run(overrides)
     for part in parts:
         assert part in str(error.value)
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_the_command_refuses(case: str, tmp_path, monkeypatch, capsys) -> None:
+    """As the user meets it: status 2, the same message on stderr as typed, no traceback, and nothing written."""
+    overrides, parts = REFUSED[case]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["harness.sweep", *overrides])
+    with pytest.raises(SystemExit) as stop:
+        harness.sweep.main()
+    said = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert said.startswith("harness.sweep: ")
+    assert "choice(" not in said
+    for part in parts:
+        assert part in said
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["+method=dpo,simpo"], "+method=dpo,simpo: harness.train runs one trial"),
+        (["+method=dpo", "seed=1,2"], "seed=1,2: harness.train runs one trial"),
+        (["+method=dpo", "arms.dpo.beta=1"], "write method.beta=... instead"),
+        (["+sweep=smoke"], "sweep belongs to harness.sweep"),
+        (["+method=dpo", "plan=true"], "plan belongs to harness.sweep"),
+        (["+method=dpo", "method.gamma_beta_ratio=1"], "gamma_beta_ratio is a key of simpo"),
+    ],
+)
+def test_one_trial_refuses_what_asks_for_several(overrides, message, tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert harness.sweep.run_single(overrides) == 2
+    assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_all_problems_are_named_at_once() -> None:

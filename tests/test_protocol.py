@@ -14,6 +14,7 @@ import yaml
 
 import harness.heldout
 import harness.logps
+import harness.sweep
 import harness.trial
 from harness.protocol import StudyResult
 from harness.records import UsageError, read_json
@@ -93,6 +94,27 @@ def _golden_with_pairs(folder: Path) -> Path:
     ]
     (folder / "golden.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder / "golden.jsonl"
+
+
+def test_no_file_says_where_this_machine_keeps_the_package(tmp_path: Path, monkeypatch) -> None:
+    """Adapters, registrations and W&B files are shared; the embedded study is `embedded` in all of them."""
+    monkeypatch.chdir(tmp_path)
+    run_sweep(["+method=simpo,dpo", *SMALL[:-1], "results_dir=results", "study=s", "seed=0"])
+    registered = yaml.safe_load((tmp_path / "results" / "s" / "study.yaml").read_text())
+    assert registered["data"]["golden"]["path"] == "embedded:golden.jsonl"
+    assert registered["command"].startswith("python -m harness.sweep +method=simpo,dpo data.max_train_pairs=16 ")
+    package = str(Path(harness.trial.__file__).parent.parent).encode()
+    files = [path for path in (tmp_path / "results").rglob("*") if path.is_file()]
+    assert any(path.suffix == ".wandb" for path in files)
+    assert [path.name for path in files if package in path.read_bytes()] == []
+
+
+def test_one_trial_on_a_study_with_another_question_exits_with_2(study: Path, capsys) -> None:
+    arguments = ["+method=dpo", "seed=0", *SMALL, f"results_dir={study.parent}", "study=small"]
+    assert harness.sweep.run_single([*arguments, "decide.margin=0.01"]) == 2
+    said = capsys.readouterr().err
+    assert "margin: registered 0.05, now 0.01" in said
+    assert harness.sweep.run_single(arguments) == 0
 
 
 def test_a_base_that_fails_is_named_with_its_reason_and_exits_with_1(tmp_path: Path, monkeypatch, capsys) -> None:
