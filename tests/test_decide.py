@@ -14,6 +14,7 @@ import yaml
 
 from harness.decide import decide_study, main, verdict
 from harness.records import UsageError, write_json
+from harness.stats import compare
 
 
 def frame(means: dict[str, list[float]], *, prompts: int = 200, scorer: str = "checks", noise: float = 0.1, **columns):
@@ -160,6 +161,32 @@ def test_unscored_prompts_are_counted_left_out_of_all_runs_and_bounded() -> None
     assert "80 of 200 prompts are unscored" in text
     assert "dpo: 13.3% of its scores are missing" in text
     assert "could change the verdict" in text
+
+
+@pytest.mark.parametrize(("seeds", "run_sd", "cluster"), [(3, 0.04, 1), (5, 0.014, 5)])
+def test_the_word_follows_from_the_interval_whose_error_rate_is_simulated(
+    seeds: int, run_sd: float, cluster: int
+) -> None:
+    """Between equal arms, from a table of 0 and 1 to the word: `tests/test_stats.py` simulates this very interval."""
+    rng, prompts = np.random.default_rng(seeds), 120
+    index = pd.MultiIndex.from_product(
+        [("simpo", "dpo"), range(seeds), range(prompts)], names=["arm", "seed", "prompt_id"]
+    )
+    table = index.to_frame(index=False).assign(cluster=lambda rows: "c" + (rows["prompt_id"] // cluster).astype(str))
+    winners = 0
+    for _ in range(40):
+        easy = rng.normal(0.5, 0.3, prompts // cluster).repeat(cluster)
+        chance = np.clip(easy + rng.normal(0, run_sd, (2, seeds, 1)), 0, 1)
+        scores = (rng.random(chance.shape) < chance).astype(float)
+        found = verdict(table.assign(score=scores.ravel()))
+        expected = compare(scores[0], scores[1], np.arange(prompts) // cluster)
+        assert found["ci95"] == pytest.approx(expected.interval(0.95))
+        low, high = expected.interval(0.95)
+        is_tie = max(map(abs, expected.interval(0.90))) < 0.05
+        word = "tie" if is_tie else "simpo" if low > 0 else "dpo" if high < 0 else "inconclusive"
+        assert found["verdict"] == word
+        winners += word in ("simpo", "dpo")
+    assert winners <= 6  # more than 6 of 40 at a rate of 5% is a chance of 1 in 300
 
 
 def test_what_diverged_is_counted_and_not_dropped() -> None:
