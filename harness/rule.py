@@ -47,7 +47,7 @@ def verdict(
         UsageError: for scores that cannot be compared; the message names arm, seed and prompt.
     """
     frame = checked(scores)
-    metric = choose_metric(frame[frame["arm"].isin(arms)], metric)
+    metric = choose_metric(frame, metric, arms)
     warnings: list[str] = []
     configs = _configs(frame, metric, arms, warnings)
     runs = _arrays(frame, metric, arms, configs, cluster)

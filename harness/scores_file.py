@@ -8,80 +8,150 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from harness.records import UsageError
+from harness.scores_reader import read_csv, read_jsonl
 
 REQUIRED = ("arm", "seed", "score")
 DEFAULTS = {"config": "", "split": "golden", "scorer": "score", "unscored_reason": "", "stage": "", "flag": ""}
 _RUN = ["arm", "config", "seed"]
+_TRUTH = {"true": 1.0, "false": 0.0}
 
 
 def read_scores(path: Path) -> pd.DataFrame:
     """Read CSV, Parquet or JSONL by its suffix.
 
+    Of a CSV every field but the score stays the text that it is: an arm may be called `NA` and a prompt `007`. Only an
+    empty score is a missing one.
+
     Raises:
-        UsageError: for a missing or unreadable file or an unknown suffix.
+        UsageError: for a missing, unreadable or truncated file, or an unknown suffix.
     """
-    readers = {
-        ".csv": lambda: pd.read_csv(path, dtype={"prompt_id": str, "cluster": str, "config": str}),
-        ".parquet": lambda: pd.read_parquet(path),
-        ".jsonl": lambda: pd.read_json(path, lines=True, dtype={"prompt_id": str, "cluster": str, "config": str}),
-    }
+    readers: dict[str, Callable[[Path], pd.DataFrame]]
+    readers = {".csv": read_csv, ".parquet": pd.read_parquet, ".jsonl": read_jsonl}
     if not path.is_file():
         raise UsageError(f"{path}: no such file; give a scores file (.csv, .parquet, .jsonl) or a folder of results/")
     if path.suffix not in readers:
         raise UsageError(f"{path}: cannot tell its kind by {path.suffix!r}; allowed: {', '.join(readers)}")
     try:
-        return readers[path.suffix]()
+        frame = readers[path.suffix](path)
     except (ValueError, OSError) as error:
         raise UsageError(f"{path}: not readable as {path.suffix} ({error})") from error
+    if "score" in frame:
+        numbers = _numbers(frame["score"])
+        if not _is_text(frame["score"], numbers).any():  # else it stays, for `checked` to quote
+            frame["score"] = numbers
+    return frame
 
 
 def checked(scores: pd.DataFrame) -> pd.DataFrame:
-    """Return the scores with every column there, or raise a UsageError that names the first bad row of each kind."""
+    """Return the scores with every column there, names as text, scores as floats in [0, 1], NaN where unscored.
+
+    Raises:
+        UsageError: with the number, arm, seed and prompt of the first bad row of the first kind found.
+    """
     missing = [column for column in REQUIRED if column not in scores.columns]
     if missing:
         raise UsageError(
             f"scores: column {', '.join(missing)} is missing; found: {', '.join(map(str, scores.columns))}; "
-            f"needed: {', '.join(REQUIRED)}, and prompt_id where a run has one score for each prompt"
+            f"needed: {', '.join(REQUIRED)}, and prompt_id unless a run has one score"
         )
     if scores.empty:
         raise UsageError("scores: no rows")
-    frame = scores.copy()
+    frame = scores.reset_index(drop=True)
     for column, value in DEFAULTS.items():
-        frame[column] = frame[column].astype(object).fillna(value).astype(str) if column in frame else value
-    frame["arm"] = frame["arm"].astype(str)
-    numbers = pd.to_numeric(frame["score"], errors="coerce")
-    text = frame["score"].notna() & numbers.isna()
-    _refuse(frame[text], lambda row: f"score {row['score']!r} is not a number")
-    frame["score"] = numbers
+        frame[column] = _text(frame[column], blank=value) if column in frame else value
+    names = ["arm", "seed", *(["prompt_id"] if "prompt_id" in frame else [])]
+    for column in names:
+        frame[column] = _text(frame[column])
+    for column in names:
+        hint = "; leave the column out where a run has one score" if column == "prompt_id" else ""
+        _refuse(frame[frame[column] == ""], lambda _, c=column, h=hint: f"{c} is empty{h}")  # type: ignore[misc]
+    _check_scores(frame)
+    hint = "" if "prompt_id" in frame else "; several scores a run need a prompt_id column"
+    key = [*_RUN, "split", "scorer", "stage", *names[2:]]
+    _refuse(frame[frame.duplicated(key)], lambda _: f"this row stands twice{hint}")
+    return frame
+
+
+def _check_scores(frame: pd.DataFrame) -> None:
+    """Make the scores of a frame numbers, or refuse it."""
+    numbers = _numbers(frame["score"])
     _refuse(
-        frame[numbers.isna() & (frame["unscored_reason"] == "")],
-        lambda row: "the score is NaN; a prompt without a score needs an unscored_reason",
+        frame[_is_text(frame["score"], numbers)],
+        lambda row: f"score {row['score']!r} is not a number; leave it empty with an unscored_reason if there is none",
+    )
+    frame["score"] = numbers
+    has_reason = frame["unscored_reason"] != ""
+    _refuse(
+        frame[numbers.isna() & ~has_reason],
+        lambda row: "the score is empty or NaN; a prompt without a score needs an unscored_reason",
     )
     _refuse(
         frame[numbers.notna() & ~numbers.between(0, 1)],
         lambda row: f"score {row['score']:g} is outside [0, 1]; rescale it, higher is better",
     )
-    key = [*_RUN, "split", "scorer", *(["prompt_id"] if "prompt_id" in frame else [])]
-    _refuse(frame[frame.duplicated([*key, "stage"])], lambda row: "this row stands twice")
-    return frame
+    _refuse(
+        frame[numbers.notna() & has_reason],
+        lambda row: (
+            f"score {row['score']:g} and an unscored_reason ({row['unscored_reason']!r}); leave one of them out"
+        ),
+    )
+
+
+def _text(column: pd.Series, blank: str = "") -> pd.Series:
+    """Write names as text: 7 and 7.0 are "7", "007" and "NA" stay, and what is missing or empty is `blank`."""
+    objects = column.astype(object)
+    texts = objects.map(_name).where(objects.notna(), "").astype(object)
+    return texts.where(texts != "", blank)
+
+
+def _name(value: Any) -> str:
+    # Integers with a gap among them come out of pandas and Parquet as floats.
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+
+
+def _numbers(scores: pd.Series) -> pd.Series:
+    """Return floats, NaN for what is none; true and false, as pass and fail, are 1 and 0."""
+    words = scores.astype(object).map(
+        lambda score: _TRUTH.get(score.lower(), score) if isinstance(score, str) else score
+    )
+    return pd.to_numeric(words, errors="coerce").astype(float)
+
+
+def _is_text(scores: pd.Series, numbers: pd.Series) -> pd.Series:
+    return numbers.isna() & scores.notna() & (scores.astype(object) != "")
 
 
 def _refuse(rows: pd.DataFrame, message: Callable[[pd.Series], str]) -> None:
+    """Raise a UsageError about the first of some rows, if there are any."""
     if len(rows):
         first = rows.iloc[0]
         prompt = f", prompt {first['prompt_id']}" if "prompt_id" in rows else ""
-        where = f"arm {first['arm']}, seed {first['seed']}{prompt}, scorer {first['scorer']}"
-        raise UsageError(f"scores: {where}: {message(first)} ({len(rows)} such rows)")
+        where = f"row {rows.index[0] + 1} (arm {first['arm']}, seed {first['seed']}{prompt}, scorer {first['scorer']})"
+        raise UsageError(f"scores: {where}: {message(first)} ({len(rows)} such row{'s' if len(rows) > 1 else ''})")
 
 
-def choose_metric(frame: pd.DataFrame, metric: str | None) -> str:
-    """Return the scorer to decide on: the one asked for, or the only one."""
-    found = sorted(frame["scorer"].unique())
+def choose_metric(frame: pd.DataFrame, metric: str | None, arms: Sequence[str] = ()) -> str:
+    """Return the scorer to decide on: the one asked for, or the only one.
+
+    Args:
+        frame: checked scores.
+        metric: the scorer asked for.
+        arms: look at the rows of these alone; empty for all.
+    """
+    present = sorted(frame["arm"].unique())
+    rows = frame[frame["arm"].isin(arms)] if arms else frame
+    if rows.empty:
+        raise UsageError(
+            f"scores: no rows of arms {', '.join(arms)}; arms in the scores: {', '.join(present)}; "
+            "name the two to compare (--arms, or arms=)"
+        )
+    found = sorted(rows["scorer"].unique())
     if metric is None and len(found) == 1:
         return str(found[0])
     if metric is None:
@@ -122,25 +192,33 @@ def arm_scores(frame: pd.DataFrame, arm: str, config: str, cluster: str | None) 
     if rows.empty:
         raise UsageError(f"scores: arm {arm}, config {config or '(none)'} has no rows of this scorer; score it first")
     flags = {str(seed): str(part["flag"].max()) for seed, part in rows.groupby("seed") if part["flag"].max()}
-    if "prompt_id" not in rows:
-        rows = rows.sort_values("seed")
-        return ArmScores(
-            config, tuple(map(str, rows["seed"])), (), rows[["score"]].to_numpy(float), np.array([]), flags
-        )
-    rows = rows.assign(prompt_id=rows["prompt_id"].astype(str))
-    table = rows.pivot_table(index="seed", columns="prompt_id", values="score", aggfunc="first", dropna=False)
+    has_prompts = "prompt_id" in rows
+    stages = ", ".join(sorted(rows["stage"].unique()))
+    again = rows.duplicated(["seed", "prompt_id"] if has_prompts else ["seed"])
+    _refuse(
+        rows[again], lambda _: f"scored in several stages ({stages}); keep one, or call the one that counts confirm"
+    )
+    order = sorted(rows["seed"].unique(), key=_by_number)
+    if not has_prompts:
+        values = rows.set_index("seed").loc[order, ["score"]].to_numpy(float)
+        return ArmScores(config, tuple(order), (), values, np.array([]), flags)
+    table = rows.pivot(index="seed", columns="prompt_id", values="score").loc[order]
     counts = rows.groupby("seed")["prompt_id"].nunique()
     if counts.nunique() > 1 or counts.iloc[0] != table.shape[1]:
         _refuse_unequal(arm, rows, list(table.columns))
     clusters = _clusters(rows, cluster).reindex(table.columns)
     return ArmScores(
         config,
-        tuple(map(str, table.index)),
+        tuple(order),
         tuple(map(str, table.columns)),
         table.to_numpy(float),
         clusters.to_numpy(str),
         flags,
     )
+
+
+def _by_number(seed: str) -> tuple[int, str]:
+    return (int(seed), "") if seed.isdecimal() else (-1, seed)
 
 
 def _refuse_unequal(arm: str, rows: pd.DataFrame, prompts: Sequence[str]) -> None:
@@ -160,7 +238,7 @@ def _clusters(rows: pd.DataFrame, cluster: str | None) -> pd.Series:
         raise UsageError(f"--cluster {cluster}: no such column; found: {', '.join(map(str, rows.columns))}")
     if column not in rows:
         return pd.Series({prompt: prompt for prompt in rows["prompt_id"]})
-    labels = rows[column].fillna("").astype(str)
+    labels = _text(rows[column])
     labels = labels.where(labels != "", "prompt " + rows["prompt_id"])
     grouped = labels.groupby(rows["prompt_id"])
     several = grouped.nunique()

@@ -14,8 +14,16 @@ MAX_UNSCORED = 0.01
 
 
 def paired(runs: Mapping[str, ArmScores], warnings: list[str]) -> tuple[dict[str, ArmScores], dict[str, int]]:
-    """Leave out prompts that any run has unscored, for all runs alike, and say so."""
+    """Leave out prompts that any run has unscored, for all runs alike, and say so.
+
+    Where a run has one score, the runs without one are left out instead.
+
+    Raises:
+        UsageError: where fewer than two prompts, or fewer than two runs of one score, are left.
+    """
     unscored = {name: int(np.isnan(arm.values).sum()) for name, arm in runs.items()}
+    if not any(arm.prompts for arm in runs.values()):
+        return {name: _scored_runs(name, arm, warnings) for name, arm in runs.items()}, unscored
     keep = ~np.any([np.isnan(arm.values).any(0) for arm in runs.values()], axis=0)
     if keep.all():
         return dict(runs), unscored
@@ -29,12 +37,30 @@ def paired(runs: Mapping[str, ArmScores], warnings: list[str]) -> tuple[dict[str
     return {
         name: replace(
             arm,
-            prompts=tuple(np.array(arm.prompts)[keep]) if arm.prompts else (),
+            prompts=tuple(np.array(arm.prompts)[keep]),
             values=arm.values[:, keep],
-            clusters=arm.clusters[keep] if len(arm.clusters) else arm.clusters,
+            clusters=arm.clusters[keep],
         )
         for name, arm in runs.items()
     }, unscored
+
+
+def _scored_runs(name: str, arm: ArmScores, warnings: list[str]) -> ArmScores:
+    """Leave out the runs of an arm whose one score is missing, and say so."""
+    keep = ~np.isnan(arm.values[:, 0])
+    if keep.all():
+        return arm
+    seeds, gone = np.array(arm.seeds), f"seed {', '.join(np.array(arm.seeds)[~keep])}"
+    if keep.sum() < 2:
+        raise UsageError(
+            f"scores: arm {name} has {keep.sum()} scored run{'' if keep.sum() == 1 else 's'} of {len(keep)} "
+            f"(unscored: {gone}); at least two an arm are needed where a run has one score"
+        )
+    verb = "is" if (~keep).sum() == 1 else "are"
+    warnings.append(
+        f"{name}: {(~keep).sum()} of {len(keep)} runs {verb} unscored and left out ({gone}; see unscored_reason)"
+    )
+    return replace(arm, seeds=tuple(map(str, seeds[keep])), values=arm.values[keep])
 
 
 def at_worst(runs: Mapping[str, ArmScores], low: str) -> dict[str, ArmScores]:
