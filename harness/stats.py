@@ -1,7 +1,7 @@
 """The decision rule's arithmetic, on arrays of shape (num_seeds, num_prompts): seeds unpaired, prompts paired.
 
 Training seeds and golden prompts are both samples: a rule that counts only one of them finds winners where there are
-none (14 to 50% of the time in simulations at a nominal 5%). numpy and scipy only; nothing is drawn at random.
+none (15 to 50% of the time in simulations at a nominal 5%). numpy and scipy only; nothing is drawn at random.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ def test_wrong_labels_hurt_both_arms(default, tmp_path: Path) -> None:
 
 
 def test_a_bad_learning_rate_hurts_both_arms(default, tmp_path: Path) -> None:
-    """Ten and five times the default rates of DPO and SimPO."""
-    spoilt = means(tmp_path, "method.learning_rate=1e-3")
+    """Thirty times the default rates."""
+    spoilt = means(tmp_path, "arms.dpo.learning_rate=3e-3", "arms.simpo.learning_rate=6e-3")
     for arm in ("simpo", "dpo"):
         assert spoilt[arm] <= default[arm] - 0.1, spoilt
