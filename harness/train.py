@@ -193,9 +193,11 @@ def _save(model: Any, folder: Path, config: RunConfig) -> None:
     target = folder / ("adapter" if config.train.tuning is Tuning.lora else "model")
     temporary = folder / f".{target.name}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
+    more = {}
     if config.train.tuning is Tuning.lora:
         model.active_peft_config.base_model_name_or_path = config.model.path
-    model.save_pretrained(temporary, safe_serialization=True)
+        more = {"save_embedding_layers": False}  # PEFT would ask the Hub about the base's vocabulary
+    model.save_pretrained(temporary, safe_serialization=True, **more)
     (temporary / "README.md").unlink(missing_ok=True)  # a template to be filled in, with the path of the base
     shutil.rmtree(target, ignore_errors=True)
     temporary.rename(target)

@@ -29,6 +29,11 @@ SMALL = [
 ]
 
 
+def overriding(defaults: list[str], *overrides: str) -> list[str]:
+    """Return overrides with one for each key, the last: the command line refuses a key that stands twice."""
+    return list({override.partition("=")[0]: override for override in [*defaults, *overrides]}.values())
+
+
 @pytest.fixture
 def shared() -> Path:
     """The folder of real data and models; tests that need it say so when it is not there."""

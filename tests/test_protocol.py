@@ -20,13 +20,13 @@ from harness.protocol import StudyResult
 from harness.records import UsageError, read_json
 from harness.sweep import run_sweep
 from harness.terminal import print_result
-from tests.conftest import SMALL
+from tests.conftest import SMALL, overriding
 
 pytestmark = pytest.mark.slow
 
 
 def sweep(results: Path, *arguments: str) -> StudyResult:
-    result = run_sweep(["+method=simpo,dpo", *SMALL, f"results_dir={results}", *arguments])
+    result = run_sweep(overriding(SMALL, "+method=simpo,dpo", f"results_dir={results}", *arguments))
     assert result is not None
     return result
 

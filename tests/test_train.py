@@ -27,21 +27,20 @@ from harness.reference import StaleReferenceError, reference_logps
 from harness.tokens import TokenPair
 from harness.train import build_trainer, train_arm
 from harness.trainers import CONSUMED_FILE, CPOConfig, CPOTrainer, DivergedError, last_checkpoint
+from tests.conftest import overriding
 
 
 def configure(arm: str, *overrides: str) -> RunConfig:
-    return load_run(
-        [
-            f"+method={arm}",
-            "data.max_train_pairs=24",
-            "train.epochs=1",
-            "train.batch_size=4",
-            "train.micro_batch_size=2",
-            "method.learning_rate=1e-3",
-            "tracking=none",
-            *overrides,
-        ]
-    )
+    defaults = [
+        f"+method={arm}",
+        "data.max_train_pairs=24",
+        "train.epochs=1",
+        "train.batch_size=4",
+        "train.micro_batch_size=2",
+        "method.learning_rate=1e-3",
+        "tracking=none",
+    ]
+    return load_run(overriding(defaults, *overrides))
 
 
 def reference_of(config: RunConfig, cache: Path) -> torch.Tensor:
