@@ -169,8 +169,8 @@ def test_the_verdict_seldom_finds_a_winner_between_equal_arms(seeds: int, seed_s
 
 
 def test_the_verdict_finds_the_minimum_detectable_difference_four_times_in_five() -> None:
-    rng = np.random.default_rng(13)
-    draws = {"seeds": 3, "prompts": 100, "seed_sd": 0.028}
+    rng = np.random.default_rng(15)
+    draws = {"seeds": 5, "prompts": 100, "seed_sd": 0.014}
     size = float(np.mean([simulate(rng, discrete=True, **draws).detectable(0.05) for _ in range(REPEATS)]))
     found = [decide(rng, difference=size, **draws) for _ in range(300)]
     assert found.count("simpo") / len(found) == pytest.approx(0.8, abs=0.03 + slack(0.8, len(found)))
