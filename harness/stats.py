@@ -10,8 +10,7 @@ import math
 from dataclasses import dataclass, replace
 
 import numpy as np
-from scipy import stats
-from scipy.stats import t as student
+from scipy.special import ndtri, stdtrit
 
 POWER = 0.8
 
@@ -85,7 +84,7 @@ class Components:
 
 
 def _t(level: float, df: float) -> float:
-    return float(stats.norm.ppf(level) if math.isinf(df) else student.ppf(level, df))
+    return float(ndtri(level) if math.isinf(df) else stdtrit(df, level))
 
 
 def compare(scores_a: np.ndarray, scores_b: np.ndarray, clusters: np.ndarray | None = None) -> Components:
