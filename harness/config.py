@@ -20,6 +20,8 @@ from harness.arms import ARMS, MethodConfig, bounded
 from harness.records import UsageError, digest
 
 EMBEDDED = "embedded"
+MAX_SEED = 2**32 - 1  # NumPy's global generator takes no larger one
+GUARD = "{metric: NAME, margin: a number between 0 and 1}"
 
 
 def _shipped(folder: str, marker: str) -> Path:
@@ -112,7 +114,7 @@ class TrainConfig:
     max_grad_norm: float = bounded(1.0, above=0.0)
     precision: Precision = Precision.auto
     gradient_checkpointing: bool = False
-    threads: int | None = bounded(None, at_least=1)
+    threads: int | None = bounded(None, at_least=1, at_most=1024)
     checkpoint_steps: int | None = bounded(None, at_least=1)
     collapse_learning_rate: float | None = bounded(None, above=0.0)
 
@@ -125,7 +127,7 @@ class GenerateConfig:
     batch_size: int | None = bounded(None, at_least=1)
     temperature: float = bounded(0.0, at_least=0.0, at_most=10.0)
     top_p: float = bounded(1.0, above=0.0, at_most=1.0)
-    seed: int = bounded(0, at_least=0)
+    seed: int = bounded(0, at_least=0, at_most=MAX_SEED)
 
 
 @dataclass
@@ -135,7 +137,7 @@ class DecideConfig:
     metric: str | None = None
     margin: float = bounded(0.05, above=0.0, below=1.0)
     alpha: float = bounded(0.05, above=0.0, below=0.5)
-    guards: list[dict[str, Any]] = field(default_factory=list)
+    guards: list[dict[str, Any]] = field(default_factory=list, metadata={"items": GUARD})
 
 
 @dataclass
@@ -172,15 +174,17 @@ class RunConfig:
     generate: GenerateConfig = field(default_factory=GenerateConfig)
     decide: DecideConfig = field(default_factory=DecideConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
-    seed: int = bounded(0, at_least=0)
-    seeds: list[int] | None = None
+    seed: int = bounded(0, at_least=0, at_most=MAX_SEED)
+    seeds: list[int] | None = field(default=None, metadata={"at_least": 0, "at_most": MAX_SEED, "distinct": True})
     arms: dict[str, dict[str, Any]] = field(default_factory=dict)
     study: str | None = None
     results_dir: str = "results"
     question: str = "Which of the two should be shipped?"
     plan: bool = False
     allow_unequal_budgets: bool = False
-    evaluate: list[str] = field(default_factory=lambda: ["dev", "golden"])
+    evaluate: list[str] = field(
+        default_factory=lambda: ["dev", "golden"], metadata={"choices": ("dev", "golden"), "distinct": True}
+    )
 
 
 def register_schemas() -> None:

@@ -70,6 +70,7 @@ def expand(arguments: Sequence[str], master: DictConfig) -> list[Job]:
             common.append(str(override.input_line))
     configs = {arm: _configs({**own[arm], **shared}) for arm in arms}
     _check_budgets({arm: len(found) for arm, found in configs.items()}, allowed=bool(master.allow_unequal_budgets))
+    _check_selectable(configs, list(master.evaluate))
     base = [*common, "+method=sft", "seed=0"]
     longest = max(map(len, configs.values()))
     return [
@@ -95,7 +96,18 @@ def _configs(space: Space) -> list[list[str]]:
     return [list(config) for config in itertools.product(*axes)]
 
 
+def _check_selectable(configs: dict[str, list[list[str]]], evaluate: list[str]) -> None:
+    for arm, found in configs.items():
+        if len(found) > 1 and "dev" not in evaluate:
+            raise UsageError(
+                f"evaluate=[{','.join(evaluate)}]: {arm} has {len(found)} configs and they are selected on dev; add dev"
+            )
+
+
 def _check_budgets(sizes: dict[str, int], *, allowed: bool) -> None:
+    for arm, size in sizes.items():
+        if size == 0:
+            raise UsageError(f"arms.{arm}: an empty list makes no trial; list one value or more, or leave the key out")
     if len(set(sizes.values())) > 1 and not allowed:
         shown = ", ".join(f"{arm}: {size}" for arm, size in sizes.items())
         raise UsageError(

@@ -7,26 +7,22 @@ key of another arm, and exit with status 1.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import difflib
-import math
-import types
 import typing
 from collections.abc import Iterator
-from enum import Enum
 from typing import Any
 
+from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Glob, Override, OverrideType
+from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from harness.arms import ARMS
+from harness.keys import TRAINED, close_match, find_declared, shown, unknown_key, value_problem
 from harness.records import UsageError
 
 AXES = "method, arms.ARM.KEY, method.KEY and seed"
-TRAINED = tuple(name for name, arm in ARMS.items() if arm.trainer)
 
 
 def check_overrides(overrides: list[str]) -> None:
@@ -36,21 +32,30 @@ def check_overrides(overrides: list[str]) -> None:
     problems = [*_repeated(parsed), *(message for override in parsed for message in _problems(override, arms))]
     if not arms:
         problems.append(f"no method: add +method=simpo,dpo (arms: {', '.join(TRAINED)}) or +sweep=NAME")
+    _refuse(problems)
+
+
+def _refuse(problems: list[str]) -> None:
     if problems:
-        raise UsageError("\n".join(problems))
+        raise UsageError("\n".join(dict.fromkeys(problems)))
 
 
 def check_single(overrides: list[str]) -> None:
     """Raise a UsageError where overrides ask for more than one trial, which is what `harness.train` runs."""
-    for override in parse(overrides):
-        key, line = override.key_or_group, override.input_line
-        if len(values_of(override)) > 1:
-            raise UsageError(f"{line}: harness.train runs one trial; give one value, or use harness.sweep")
-        if key.startswith("arms."):
-            name = key.split(".", 2)[-1]
-            raise UsageError(f"{line}: harness.train runs one arm; write method.{name}=... instead")
-        if key in ("sweep", "seeds", "plan"):
-            raise UsageError(f"{line}: {key} belongs to harness.sweep; harness.train runs one trial")
+    _refuse([f"{override.input_line}: {problem}" for override in parse(overrides) if (problem := _several(override))])
+
+
+def _several(override: Override) -> str | None:
+    key = override.key_or_group
+    if override.is_sweep_override():
+        return "harness.train runs one trial; give one value, or use harness.sweep"
+    if key.startswith("arms."):
+        return f"harness.train runs one arm; write method.{key.split('.', 2)[-1]}=... instead"
+    if key in ("sweep", "seeds", "plan") or _is_hydra(key):
+        return f"{key} belongs to harness.sweep; harness.train runs one trial"
+    if key == "method" and not override.is_add():
+        return f"write +method={override.value()}"
+    return None
 
 
 def _repeated(parsed: list[Override]) -> Iterator[str]:
@@ -62,20 +67,42 @@ def _repeated(parsed: list[Override]) -> Iterator[str]:
         if len(found) > 1:
             several = f", or list the values: {key}=a,b" if key in ("method", "seed") else ""
             yield f"{' '.join(found)}: {key} is given {len(found)} times; give it once{several}"
+        _, arm, name = key.split(".", 2) if key.count(".") > 1 and key.startswith("arms.") else ("", "", "")
+        if arm and f"method.{name}" in lines:
+            both = f"{lines[f'method.{name}'][0]} {found[0]}"
+            yield f"{both}: {name} of {arm} is given twice; give it for each arm, or once for all"
 
 
 def parse(overrides: list[str]) -> list[Override]:
     """Parse overrides with Hydra's grammar."""
-    with explain():
-        return OverridesParser.create().parse_overrides(overrides)
+    parser, parsed, problems = OverridesParser.create(), [], []
+    for text in overrides:
+        try:
+            parsed += parser.parse_overrides([text])
+        except HydraException:
+            problems.append(_grammar(text))
+    _refuse(problems)
+    return parsed
+
+
+def _grammar(text: str) -> str:
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        return f"{text or repr(text)}: write KEY=VALUE, such as seed=1"
+    return f"{text}: its value has characters with a meaning of their own; {_quote(key, value)}"
+
+
+def _quote(key: str, value: str) -> str:
+    return f"""write a text in quotes of its own: '{key}="{value}"'"""
 
 
 def values_of(override: Override) -> list[Any]:
     """Return the value, or the values where the override is a sweep, unquoted."""
     value = override.value()
     if override.is_sweep_override():
-        if not override.is_discrete_sweep():
-            raise UsageError(f"{override.input_line}: an interval cannot be planned; list the values: {AXES}")
+        if not override.is_discrete_sweep() or isinstance(value, Glob):
+            kind = "a pattern" if isinstance(value, Glob) else "an interval"
+            raise UsageError(f"{override.input_line}: {kind} cannot be planned; list the values: {AXES}")
         return [_unquoted(item) for item in override.sweep_iterator()]
     return [_unquoted(value)]
 
@@ -99,45 +126,99 @@ def preset_arms(name: str) -> dict[str, dict[str, Any]]:
     """Return the space per arm of `sweeps/NAME.yaml`."""
     from harness.config import SWEEPS
 
-    path = SWEEPS / f"{name}.yaml"
-    if not path.is_file():
-        known = ", ".join(sorted(p.stem for p in SWEEPS.glob("*.yaml")))
-        raise UsageError(f"+sweep={name}: no such sweep; sweeps/ has: {known}")
-    preset = typing.cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(path)))
+    known = sorted(path.stem for path in SWEEPS.glob("*.yaml"))
+    if name not in known:
+        raise UsageError(f"+sweep={name}: no such sweep; sweeps/ has: {', '.join(known)}")
+    preset = typing.cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(SWEEPS / f"{name}.yaml")))
     return preset.get("arms", {})
 
 
+def _is_hydra(key: str) -> bool:
+    return key == "hydra" or key.startswith(("hydra.", "hydra/"))
+
+
+def _is_axis(key: str) -> bool:
+    return key == "seed" or key.startswith(("method.", "arms."))
+
+
+def _form_problem(override: Override, arms: list[str]) -> str | None:
+    """Say why an override is refused whatever its value: how it is written, or what it would take from the sweep."""
+    key = override.key_or_group
+    if override.type is OverrideType.DEL:
+        return "a key cannot be taken away; give it another value, or leave it out to take the default"
+    if _is_hydra(key):
+        return _hydra_problem(override)
+    return _plus_problem(override) or _arm_problem(key, arms) or _axis_problem(override)
+
+
+def _plus_problem(override: Override) -> str | None:
+    key, line = override.key_or_group, str(override.input_line)
+    if key == "sweep" and not override.is_add():
+        return f"write +{line}"
+    if key == "tracking" and override.type is not OverrideType.CHANGE:
+        return f"write {line.lstrip('+')}"
+    return None
+
+
+def _axis_problem(override: Override) -> str | None:
+    key, line = override.key_or_group, str(override.input_line)
+    if override.is_sweep_override() and not _is_axis(key) and key not in ("method", "sweep"):
+        quote = f"; {_quote(key, line.partition('=')[2])}" if " " in line else ""
+        return f"only {AXES} may have several values; all else is equal for all trials of a study{quote}"
+    return None
+
+
+def _arm_problem(key: str, arms: list[str]) -> str | None:
+    if key == "arms" or (key.startswith("arms.") and key.count(".") == 1):
+        return "each key of an arm is given by itself, as arms.ARM.KEY=VALUE, such as arms.dpo.beta=0.1,0.5"
+    arm = key.split(".")[1] if key.startswith("arms.") else None
+    if arm in TRAINED and arm not in arms:
+        return f"{arm} is not among the arms of this sweep ({', '.join(arms) or 'none'})"
+    return None
+
+
+def _hydra_problem(override: Override) -> str | None:
+    """Let users choose a launcher; with another sweeper or working folder nothing of the study would be checked."""
+    key = override.key_or_group
+    own = ("hydra/sweeper", "hydra.sweeper", "hydra.mode", "hydra.job.chdir")
+    if key == "hydra" or any(key == name or key.startswith(f"{name}.") for name in own):
+        return "the sweeper plans paired trials and cannot be changed; hydra/launcher=NAME and hydra.launcher.KEY can"
+    if key == "hydra/launcher":
+        Plugins.instance()  # finds the launchers that are installed
+        known = sorted(name.removesuffix(".yaml") for name in ConfigStore.instance().list("hydra/launcher"))
+        if values_of(override)[0] not in known:
+            return f"no such launcher; installed: {', '.join(known)}; a package such as hydra-joblib-launcher adds one"
+    return None
+
+
 def _problems(override: Override, arms: list[str]) -> Iterator[str]:
-    key, values = override.key_or_group, values_of(override)
-    line = override.input_line
-    if key == "hydra" or key.startswith(("hydra.", "hydra/")):
+    key, line = override.key_or_group, override.input_line
+    form = _form_problem(override, arms)
+    if form or _is_hydra(key):
+        yield from [f"{line}: {form}"] if form else []
         return
+    values = values_of(override)
     if key in ("method", "tracking", "sweep"):
         yield from _group_problems(key, values)
         return
-    if len(values) > 1 and not key.startswith(("method.", "arms.")) and key != "seed":
-        yield f"{line}: only {AXES} may have several values; all else is equal for all trials of a study"
-        return
-    arm = key.split(".")[1] if key.startswith("arms.") else None
-    if arm in TRAINED and arm not in arms:
-        yield f"{line}: {arm} is not among the arms of this sweep ({', '.join(arms) or 'none'})"
-        return
-    flat = [item for value in values for item in (value if isinstance(value, list) else [value])]
-    if key == "seed" or key.startswith(("method.", "arms.")):
+    if _is_axis(key):
+        flat = [item for value in values for item in (value if isinstance(value, list) else [value])]
         if None in flat:
             yield f"{key}=null: must not be null; leave it out to take the default"
             return
+        if not flat:
+            yield f"{line}: an empty list makes no trial; list one value or more"
         if len(set(map(str, flat))) < len(flat):
             yield f"{line}: a value is listed twice; each makes one trial"
-    for target, path, scope in _lookup(key, arms):
+    for target, path, scope in find_declared(key, arms):
         if target is None:
-            yield f"{line}: {_unknown_key(path, scope)}"
+            yield f"{line}: {unknown_key(path, scope)}"
             return
         for value in values:
             for item in value if scope.is_space and isinstance(value, list) else [value]:
                 problem = value_problem(target, item)
                 if problem:
-                    yield f"{key}={_shown(item)}: {problem}"
+                    yield f"{key}={shown(item)}: {problem}"
 
 
 def _group_problems(group: str, values: list[Any]) -> Iterator[str]:
@@ -152,128 +233,10 @@ def _group_problems(group: str, values: list[Any]) -> Iterator[str]:
     for value in values:
         if value not in known:
             prefix = "+" if group == "method" else ""
-            allowed = f"allowed: {', '.join(known)}{_close(str(value), known)}"
-            yield f"{prefix}{group}={_shown(value)}: no such {group}; {allowed}"
+            allowed = f"allowed: {', '.join(known)}{close_match(str(value), known)}"
+            yield f"{prefix}{group}={shown(value)}: no such {group}; {allowed}"
     if group == "method" and len(set(map(str, values))) < len(values):
         yield f"+method={','.join(map(str, values))}: an arm is named twice"
-
-
-@dataclasses.dataclass(frozen=True)
-class _Scope:
-    """Where a key was looked for: the prefix, the keys that exist there, and the other arms that have the key."""
-
-    prefix: str
-    known: tuple[str, ...]
-    others: tuple[str, ...] = ()
-    arm: str | None = None
-    is_space: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
-class Declared:
-    """What is declared of a key: its type and its limits (see `harness.arms.bounded`)."""
-
-    hint: Any
-    limits: typing.Mapping[str, Any]
-
-
-def declared_keys(owner: type) -> dict[str, Declared]:
-    """Return the declared keys of a config dataclass by name."""
-    hints = typing.get_type_hints(owner)
-    return {f.name: Declared(hints[f.name], f.metadata) for f in dataclasses.fields(owner)}
-
-
-def _lookup(key: str, arms: list[str]) -> Iterator[tuple[Declared | None, str, _Scope]]:
-    """Find what is declared of a key, once for each arm that it would apply to."""
-    from harness.config import RunConfig
-
-    head, _, rest = key.partition(".")
-    if head == "method" and rest:
-        for arm in arms:
-            if arm in ARMS:
-                yield _arm_field(arm, rest, prefix="method.", is_space=False)
-        return
-    if head == "arms" and rest:
-        arm, _, name = rest.partition(".")
-        if arm not in TRAINED:
-            yield None, key, _Scope("arms.", TRAINED)
-            return
-        yield _arm_field(arm, name, prefix=f"arms.{arm}.", is_space=True)
-        return
-    owner: Any = RunConfig
-    found, walked = Declared(RunConfig, {}), ""
-    for part in key.split("."):
-        known = declared_keys(owner) if isinstance(owner, type) and dataclasses.is_dataclass(owner) else {}
-        if part not in known:
-            yield None, key, _Scope(walked, tuple(known))
-            return
-        found, walked, owner = known[part], f"{walked}{part}.", known[part].hint
-    is_section = dataclasses.is_dataclass(owner)
-    yield (
-        (None if is_section else found),
-        key,
-        _Scope(walked, tuple(declared_keys(owner)) if is_section else ()),
-    )
-
-
-def _arm_field(arm: str, name: str, *, prefix: str, is_space: bool) -> tuple[Declared | None, str, _Scope]:
-    keys = {k: v for k, v in declared_keys(ARMS[arm].config).items() if k not in ("name", "learning_rates")}
-    others = tuple(n for n in TRAINED if n != arm and name in declared_keys(ARMS[n].config))
-    return keys.get(name), f"{prefix}{name}", _Scope(prefix, tuple(keys), others, arm, is_space)
-
-
-def _unknown_key(path: str, scope: _Scope) -> str:
-    name = path.removeprefix(scope.prefix)
-    allowed = ", ".join(f"{scope.prefix}{key}" for key in scope.known) or "none"
-    if scope.arm and scope.others:
-        return (
-            f"{name} is a key of {', '.join(scope.others)}, not of {scope.arm}; "
-            f"to set it for one arm only write arms.{scope.others[0]}.{name}=...; allowed for {scope.arm}: {allowed}"
-        )
-    return f"unknown key {path}; allowed: {allowed}{_close(path, [scope.prefix + k for k in scope.known])}"
-
-
-def _close(word: str, known: typing.Iterable[str]) -> str:
-    matches = difflib.get_close_matches(word, list(known), n=1)
-    return f". Did you mean {matches[0]}?" if matches else ""
-
-
-def _shown(value: Any) -> str:
-    return "null" if value is None else str(value)
-
-
-def value_problem(declared: Declared, value: Any) -> str | None:
-    """Say what is wrong with a value for a declared key, or None: its type first, then its range."""
-    hint = declared.hint
-    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
-    if value is None:
-        return None if type(None) in options else "must not be null"
-    kind = next(option for option in options if option is not type(None))
-    if isinstance(kind, type) and issubclass(kind, Enum):
-        names = [member.name for member in kind]
-        return None if getattr(value, "name", value) in names else f"allowed: {', '.join(names)}"
-    if kind is bool:
-        return None if isinstance(value, bool) else "must be true or false"
-    if kind in (int, float):
-        return _number_problem(kind, declared.limits, value)
-    choices = declared.limits.get("choices")
-    return f"allowed: {', '.join(choices)}" if choices and value not in choices else None
-
-
-def _number_problem(kind: type, limits: typing.Mapping[str, Any], value: Any) -> str | None:
-    signs = {"above": ">", "at_least": ">=", "below": "<", "at_most": "<="}
-    parts = [f"{sign} {limits[name]:g}" for name, sign in signs.items() if name in limits]
-    allowed = f"; allowed: {' and '.join(parts)}" if parts else ""
-    if isinstance(value, bool) or not isinstance(value, int if kind is int else int | float):
-        return ("must be a whole number" if kind is int else "must be a number") + allowed
-    inside = (
-        math.isfinite(value)
-        and ("above" not in limits or value > limits["above"])
-        and ("at_least" not in limits or value >= limits["at_least"])
-        and ("below" not in limits or value < limits["below"])
-        and ("at_most" not in limits or value <= limits["at_most"])
-    )
-    return None if inside else "out of range" + allowed
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ import types
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 import hydra
@@ -78,7 +79,7 @@ class PairedSweeper(Sweeper):
         if trials[0].plan:
             print_plan(trials, regrets)
             return None
-        register(trials, ["python", "-m", "harness.sweep", *type(self).typed], warnings=regrets)
+        _register(trials, ["harness.sweep", *type(self).typed], regrets)
         overrides = {id(trial): job.overrides for trial, job in zip(trials, jobs, strict=True)}
         known = {_key(base): jobs[0].base_overrides} | {_key(t): overrides[id(t)] for t in trials}
         with show_progress([base, *trials]):
@@ -150,11 +151,11 @@ def run_sweep(arguments: Sequence[str]) -> StudyResult | None:
     quieten()
     register_schemas()
     register_sweeper()
-    overrides = [argument for argument in arguments if not argument.startswith("-")]
     PairedSweeper.typed = tuple(arguments)
     asks_hydra = any(argument.split("=")[0] in _HYDRA_FLAGS for argument in arguments)
     if not asks_hydra:
-        check_overrides(overrides)
+        _check_options(arguments, allowed=("--multirun", "-m"))
+        check_overrides([argument for argument in arguments if not argument.startswith("-")])
         arguments = ["--multirun", *hydra_arguments(arguments)]
     result: list[StudyResult] = []
     application = hydra.main(version_base="1.3", config_path=str(CONF), config_name="sweep")(run_job)
@@ -169,6 +170,25 @@ def run_sweep(arguments: Sequence[str]) -> StudyResult | None:
     return result[0] if result else None
 
 
+def _check_options(arguments: Sequence[str], *, allowed: Sequence[str] = ()) -> None:
+    for argument in arguments:
+        if argument.startswith("-") and argument not in allowed:
+            raise UsageError(f"{argument}: unknown option; write KEY=VALUE, and see --help for the keys")
+
+
+def _register(trials: Sequence[RunConfig], command: Sequence[str], regrets: Sequence[str]) -> None:
+    """Register the study; a place that cannot be written to is the user's to change."""
+    try:
+        register(trials, ["python", "-m", *command], warnings=regrets)
+    except OSError as error:
+        results = trials[0].results_dir
+        if not str(error.filename).startswith(str(Path(results))):
+            raise
+        raise UsageError(
+            f"results_dir={results}: {error.filename} cannot be written ({error.strerror}); give a folder that can"
+        ) from error
+
+
 def run_single(arguments: Sequence[str]) -> int:
     """Run one trial (and the SFT base, which it needs): the body of `python -m harness.train`."""
     quieten()
@@ -176,19 +196,20 @@ def run_single(arguments: Sequence[str]) -> int:
         print("Train, generate and score one trial.\n\nExample: python -m harness.train +method=dpo seed=1")
         return 0
     try:
-        check_overrides([*arguments])
+        _check_options(arguments)
         check_single([*arguments])
+        check_overrides([*arguments])
         config = compose_run([*arguments])
         config = replace(config, study=study_name(config))
         shared = [item for item in arguments if not item.lstrip("+").startswith(("method", "arms.", "seed="))]
         base = replace(compose_run([*shared, "+method=sft", "seed=0"]), study=config.study)
-        register([config], ["python", "-m", "harness.train", *arguments], warnings=find_warnings(config))
+        _register([config], ["harness.train", *arguments], find_warnings(config))
     except UsageError as error:
         print(f"harness.train: {error}", file=sys.stderr)
         return 2
-    outcome = run_trial(base)
+    outcome = run_trial(base, tuple(config.evaluate))
     if outcome.status != "failed":
-        outcome = run_trial(config)
+        outcome = run_trial(config, tuple(config.evaluate))
     print(f"{outcome.arm} {outcome.config} seed {outcome.seed}: {outcome.status} {outcome.message}")
     return 1 if outcome.status == "failed" else 0
 

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from harness.arms import ARMS, SimPOConfig
-from harness.config import EMBEDDED, Engine, RunConfig, Tuning
-from harness.overrides import declared_keys, value_problem
+from harness.checkpoint import checkpoint_problems, is_utf8
+from harness.config import EMBEDDED, GUARD, Engine, RunConfig, Tuning
+from harness.keys import declared_keys, shown, value_problem
 from harness.profile import profile_name
 from harness.scorers import SCORERS
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_FOLDER_NAME = re.compile(r"[A-Za-z0-9_][\w.-]*")
+_FOLDER_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}")
 
 
 def find_problems(config: RunConfig) -> list[str]:
@@ -49,7 +50,7 @@ def _range_problems(config: Any, prefix: str = "") -> Iterator[str]:
             continue
         problem = value_problem(declared, value)
         if problem:
-            yield f"{prefix}{name}={'null' if value is None else value}: {problem}"
+            yield f"{prefix}{name}={shown(value)}: {problem}"
 
 
 def _combination_problems(config: RunConfig) -> Iterator[str]:
@@ -57,6 +58,7 @@ def _combination_problems(config: RunConfig) -> Iterator[str]:
     yield from _data_problems(config)
     yield from _study_problems(config)
     yield from _rule_problems(config)
+    yield from _decoding_problems(config)
     train = config.train
     batch, micro = train.batch_size, train.micro_batch_size
     if batch and micro and batch % micro:
@@ -70,28 +72,44 @@ def _combination_problems(config: RunConfig) -> Iterator[str]:
 
 
 def _study_problems(config: RunConfig) -> Iterator[str]:
-    seeds = config.seeds
-    if seeds is not None and (not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0):
-        yield f"seeds={seeds}: one or more different whole numbers >= 0; null takes the profile's"
-    if not config.evaluate or not set(config.evaluate) <= {"dev", "golden"}:
-        yield f"evaluate={config.evaluate}: one or both of dev, golden"
-    if config.study is not None and not _FOLDER_NAME.fullmatch(config.study):
-        yield f"study={config.study}: the name of a folder in results_dir: letters, digits, `_`, `-` and `.`, no `/`"
+    name, project = config.study, config.tracking.project
+    if name is not None and not _FOLDER_NAME.fullmatch(name):
+        yield (
+            f"study={name}: the name of a folder in results_dir: letters, digits, `_`, `-` and `.`, no `/`, "
+            "no `.` or `-` at the beginning, at most 200 characters"
+        )
     results = Path(config.results_dir)
     if not config.results_dir or (results.exists() and not results.is_dir()):
         yield f"results_dir={config.results_dir}: not a folder; give one, it is made where it does not exist"
+    if not project.strip() or len(project) > 128 or set(project) & set("/\\#?%:"):
+        yield (
+            f"tracking.project={project}: W&B wants a name of at most 128 characters with no `/`, `\\`, `#`, `?`, "
+            "`%` or `:` in it"
+        )
 
 
 def _rule_problems(config: RunConfig) -> Iterator[str]:
     decide, known = config.decide, f"scorers: {', '.join(SCORERS)}"
     if decide.metric is not None and decide.metric not in SCORERS:
         yield f"decide.metric={decide.metric}: no such scorer; {known}"
+    metrics = []
     for guard in decide.guards:
-        margin = guard.get("margin")
+        metric, margin = guard.get("metric"), guard.get("margin")
         if set(guard) != {"metric", "margin"} or not isinstance(margin, int | float) or not 0 < margin < 1:
-            yield f"decide.guards: {guard}: each guard is {{metric: NAME, margin: a number between 0 and 1}}"
-        elif guard["metric"] not in SCORERS:
-            yield f"decide.guards: {guard}: no such scorer; {known}"
+            yield f"decide.guards: {shown(guard)}: each guard is {GUARD}"
+        elif not isinstance(metric, str) or metric not in SCORERS:
+            yield f"decide.guards: {shown(guard)}: no such scorer; {known}"
+        elif metric in metrics:
+            yield f"decide.guards: {metric} is guarded twice; give it once"
+        metrics.append(metric)
+
+
+def _decoding_problems(config: RunConfig) -> Iterator[str]:
+    temperature, top_p = config.generate.temperature, config.generate.top_p
+    if temperature == 0 and top_p != 1:
+        yield f"generate.top_p={top_p:g}: generate.temperature=0 is greedy and has no use for it; set a temperature"
+    if 0 < temperature < 0.01:
+        yield f"generate.temperature={temperature:g}: 0 (greedy) or at least 0.01; smaller ones overflow"
 
 
 def _model_problems(config: RunConfig) -> Iterator[str]:
@@ -99,21 +117,19 @@ def _model_problems(config: RunConfig) -> Iterator[str]:
     if model.path != EMBEDDED:
         folder = Path(model.path)
         if folder.is_dir():
-            if not (folder / "config.json").is_file():
-                yield f"model.path={model.path}: the folder has no config.json; give a checkpoint saved by transformers"
-            elif not list(folder.glob("*.safetensors")):
-                yield (
-                    f"model.path={model.path}: the folder has no *.safetensors (pickled weights are not loaded); "
-                    "save it again with save_pretrained"
-                )
+            yield from (f"model.path={model.path}: {problem}" for problem in checkpoint_problems(folder))
             if model.revision is not None:
                 yield f"model.revision={model.revision}: model.path={model.path} is a folder and has no revisions"
         elif folder.is_absolute() or model.path.startswith(".") or not _HUB_ID.fullmatch(model.path):
             yield f"model.path={model.path}: no such folder; allowed: a folder, a Hub id (owner/name) or `embedded`"
     elif model.revision is not None:
         yield f"model.revision={model.revision}: the embedded base has no revisions; only a Hub id has"
-    if model.chat_template is not None and not Path(model.chat_template).is_file():
-        yield f"model.chat_template={model.chat_template}: no such file; give a Jinja chat template"
+    if model.chat_template is not None:
+        template = Path(model.chat_template)
+        if not template.is_file():
+            yield f"model.chat_template={model.chat_template}: no such file; give a Jinja chat template"
+        elif not is_utf8(template):
+            yield f"model.chat_template={model.chat_template}: not UTF-8 text; give a Jinja chat template"
 
 
 def _data_problems(config: RunConfig) -> Iterator[str]:
@@ -124,9 +140,6 @@ def _data_problems(config: RunConfig) -> Iterator[str]:
             f"model.path={config.model.path}: your own model needs your own pairs; set data.train, data.dev and "
             "data.golden, or data.path for one file that is split by prompt"
         )
-    for name in given:
-        if Path(getattr(data, name)).is_dir():
-            yield f"data.{name}={getattr(data, name)}: a folder; give one file, or a Hub id (owner/name)"
     if data.path is None and given and "train" not in given:
         yield f"data.train=null: data.{given[0]} is given without pairs to train on; set data.train or data.path"
     if data.path is None and "train" in given and "golden" not in given:

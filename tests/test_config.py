@@ -61,7 +61,7 @@ REFUSED = {
     "a guard without a margin": (["+method=dpo", "decide.guards=[{metric: x}]"], ["decide.guards", "margin"]),
     "a guard with a margin that is no number": (
         ["+method=dpo", "decide.guards=[{metric: checks, margin: abc}]"],
-        ["decide.guards", "'abc'", "a number between 0 and 1"],
+        ["decide.guards", "margin: abc", "a number between 0 and 1"],
     ),
     "a guard on no scorer": (
         ["+method=dpo", "decide.guards=[{metric: vibes, margin: 0.1}]"],
@@ -84,16 +84,15 @@ REFUSED = {
         ["arms.simpo.beta=2: simpo is not among the arms of this sweep (dpo)"],
     ),
     "no seeds": (["+method=dpo", "seeds=[]"], ["seeds=[]", "one or more different whole numbers"]),
-    "equal seeds": (["+method=dpo", "seeds=[1,1]"], ["seeds=[1, 1]"]),
-    "splits that do not exist": (["+method=dpo", "evaluate=[foo]"], ["evaluate=['foo']", "one or both of dev, golden"]),
+    "equal seeds": (["+method=dpo", "seeds=[1,1]"], ["seeds=[1,1]", "one or more different"]),
+    "splits that do not exist": (
+        ["+method=dpo", "evaluate=[foo]"],
+        ["evaluate=[foo]", "one or more different words", "allowed: dev, golden"],
+    ),
     "a study outside of the results": (["+method=dpo", "study=../x"], ["study=../x", "no `/`"]),
     "a study without a name": (["+method=dpo", "study="], ["study=", "name of a folder"]),
     "a file for the results": (["+method=dpo", f"results_dir={__file__}"], ["results_dir=", "not a folder"]),
     "a revision of the embedded base": (["+method=dpo", "model.revision=v1"], ["model.revision=v1", "no revisions"]),
-    "a folder of pairs": (
-        ["+method=dpo", f"data.path={CONF}"],
-        [f"data.path={CONF}", "give one file, or a Hub id"],
-    ),
     "length_norm on the stock engine": (
         ["+method=simpo", "method.length_norm=0.5", "train.engine=stock"],
         ["method.length_norm=0.5", "train.engine=paired"],
