@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import sys
 import types
 import warnings
@@ -72,7 +73,7 @@ class PairedSweeper(Sweeper):
         """Run the study, or print its trials where `plan=true`."""
         jobs = expand(arguments, self.config)
         trials = self._compose_all([job.overrides for job in jobs])
-        name = study_name(trials[0])
+        name = _folder_name(trials[0])
         trials = [replace(trial, study=name) for trial in trials]
         base = replace(self.compose(jobs[0].base_overrides), study=name)
         regrets = list(dict.fromkeys(text for trial in trials for text in find_warnings(trial)))
@@ -176,6 +177,11 @@ def _check_options(arguments: Sequence[str], *, allowed: Sequence[str] = ()) -> 
             raise UsageError(f"{argument}: unknown option; write KEY=VALUE, and see --help for the keys")
 
 
+def _folder_name(trial: RunConfig) -> str:
+    """Return the study's name; one derived from a model's folder keeps only what `study=` may hold."""
+    return re.sub(r"[^A-Za-z0-9_.-]+", "-", study_name(trial))[-200:].lstrip(".-")
+
+
 def _register(trials: Sequence[RunConfig], command: Sequence[str], regrets: Sequence[str]) -> None:
     """Register the study; a place that cannot be written to is the user's to change."""
     try:
@@ -200,7 +206,7 @@ def run_single(arguments: Sequence[str]) -> int:
         check_single([*arguments])
         check_overrides([*arguments])
         config = compose_run([*arguments])
-        config = replace(config, study=study_name(config))
+        config = replace(config, study=_folder_name(config))
         shared = [item for item in arguments if not item.lstrip("+").startswith(("method", "arms.", "seed="))]
         base = replace(compose_run([*shared, "+method=sft", "seed=0"]), study=config.study)
         _register([config], ["harness.train", *arguments], find_warnings(config))

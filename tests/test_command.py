@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 import harness.sweep
+from harness.config import load_run
 from harness.embedded import study_dir
 from tests.conftest import SMALL
 
@@ -213,6 +214,18 @@ def test_a_folder_of_pairs_is_read_and_one_without_any_is_refused(tmp_path: Path
     (tmp_path / "pairs" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     harness.sweep.run_sweep([*BOTH, "data.path=pairs", "plan=true", "seed=0"])
     assert "2 trials and the SFT base" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["my model", ".hidden", "größe", "a(1)", "."])
+def test_a_study_is_named_after_any_model_folder(name: str, tmp_path: Path, monkeypatch, capsys) -> None:
+    """Each trial gets the study's name as an override: a derived name must be one that may be given."""
+    folder = tmp_path / name
+    shutil.copytree(study_dir(), folder, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    arguments = [f"model.path='{name}'", *OWN]
+    harness.sweep.run_sweep([*BOTH, *arguments, "plan=true", "seed=0"])
+    study = capsys.readouterr().out.split(":")[0].removeprefix("study results/")
+    assert load_run(["+method=dpo", *arguments, f"study={study}"]).study == study
 
 
 def test_what_is_wrong_for_two_arms_is_said_once(refused) -> None:
