@@ -150,30 +150,14 @@ def load_base(config: RunConfig) -> Any:
     import torch
 
     dtype = torch.bfloat16 if uses_bf16(config) and config.train.tuning is Tuning.lora else torch.float32
-    return _load_model(checkpoint_dir(config.model), dtype)
+    return load_model(checkpoint_dir(config.model), dtype)
 
 
-def _load_model(folder: Path, dtype: Any) -> Any:
+def load_model(folder: Path, dtype: Any) -> Any:
+    """Load a causal LM's weights, to the GPU where there is one."""
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # a bar for each of a hundred loads tells nothing
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False, use_safetensors=True)
     return model.to("cuda") if has_gpu() else model
-
-
-def load_policy(config: RunConfig, folder: Path) -> Any:
-    """Load what a trial has trained: its full model, or the base with its adapter.
-
-    In fp32 the adapter is merged into the weights, which makes generation faster; in bf16 merging would round away a
-    small adapter, so it stays apart.
-    """
-    import torch
-
-    if (folder / "model").is_dir():
-        return _load_model(folder / "model", torch.float32)
-    from peft import PeftModel
-
-    base = load_base(config)
-    policy = PeftModel.from_pretrained(base, folder / "adapter")
-    return policy.merge_and_unload() if base.dtype == torch.float32 else policy

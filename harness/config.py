@@ -99,7 +99,11 @@ class DataConfig:
 
 @dataclass
 class TrainConfig:
-    """All that must be equal between arms. Keys that are null come from the profile (`conf/profile/`)."""
+    """All that must be equal between arms. Keys that are null come from the profile (`conf/profile/`).
+
+    `cache_reference` to `metrics_steps` are what makes the paired engine fast, each to be switched off;
+    losses stay the same up to rounding (see `benchmarks/`).
+    """
 
     engine: Engine = Engine.paired
     tuning: Tuning = Tuning.lora
@@ -113,9 +117,15 @@ class TrainConfig:
     weight_decay: float = bounded(0.0, at_least=0.0)
     max_grad_norm: float = bounded(1.0, above=0.0)
     precision: Precision = Precision.auto
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool | None = None
     threads: int | None = bounded(None, at_least=1, at_most=1024)
     checkpoint_steps: int | None = bounded(None, at_least=1)
+    cache_reference: bool = True
+    share_prefix: bool = True
+    completion_head: bool = True
+    group_lengths: bool = True
+    reuse_base: bool = True
+    metrics_steps: int = bounded(10, at_least=1)
     collapse_learning_rate: float | None = bounded(None, above=0.0)
 
 
@@ -251,7 +261,7 @@ def trial_id(config: RunConfig, contents: dict[str, str]) -> str:
 
 
 # Keys of `train` that change how long a trial takes, or what is warned of, and not what comes out.
-NOT_IN_RESULT = {"threads", "checkpoint_steps", "collapse_learning_rate"}
+NOT_IN_RESULT = {"threads", "checkpoint_steps", "collapse_learning_rate", "reuse_base", "metrics_steps"}
 _PATHS = {"path", "train", "dev", "golden", "revision", "max_bad_fraction"}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -14,7 +15,7 @@ from harness.data import DataSpec, Splits, load_splits
 from harness.plan import BatchPlan, make_plan
 from harness.records import UsageError
 from harness.scorers import SCORERS
-from harness.tokens import ChatFormat, TokenisedPairs, load_chat_format, tokenise_pairs
+from harness.tokens import ChatFormat, TokenisedPairs, TokenPair, load_chat_format, tokenise_pairs
 
 
 def data_spec(config: RunConfig) -> DataSpec:
@@ -131,16 +132,24 @@ def tokens_of(config: RunConfig) -> Tokens:
     )
 
 
-def plan_of(config: RunConfig, num_rows: int) -> BatchPlan:
-    """Return the batch plan of a config: the arm and its keys do not enter it."""
+def plan_of(config: RunConfig, rows: Sequence[TokenPair]) -> BatchPlan:
+    """Return the batch plan of a config over its training rows: the arm and its keys do not enter it."""
     train = config.train
     assert train.epochs is not None, "the profile fills it, and the two below"
     assert train.batch_size is not None
     assert train.micro_batch_size is not None
     return make_plan(
-        num_rows,
+        len(rows),
         epochs=train.epochs,
         batch_size=train.batch_size,
         micro_batch_size=train.micro_batch_size,
         seed=config.seed,
+        lengths=[row.length for row in rows] if train.group_lengths else (),
     )
+
+
+def num_steps(config: RunConfig, num_pairs: int) -> int:
+    """Return how many optimiser steps a config takes over so many pairs."""
+    assert config.train.epochs is not None, "the profile fills it, and the batch size"
+    assert config.train.batch_size is not None
+    return -(-num_pairs * config.train.epochs // config.train.batch_size)

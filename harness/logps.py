@@ -2,26 +2,76 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
+from harness.engine import packing_problem
+from harness.packed import answer_sums, pack, packed_logps, packing
 from harness.tokens import TokenPair
 
-MAX_BATCH_TOKENS = 4096
+MAX_BATCH_TOKENS = 2048  # of activations; larger batches are no faster
 MAX_LOGITS_BYTES = 256 * 2**20
 
 
 @torch.no_grad()
-def pair_logps(model: Any, rows: Sequence[TokenPair], *, pad_id: int, desc: str) -> torch.Tensor:
+def pair_logps(
+    model: Any, rows: Sequence[TokenPair], *, pad_id: int, desc: str, share_prefix: bool = True
+) -> torch.Tensor:
     """Return the log-probs of both answers, summed over their tokens (the turn's end included), in nats.
+
+    Packed, each prompt once for both answers, where the model can; padded where it cannot.
+
+    Args:
+        model: a causal LM; it is put into evaluation mode.
+        rows: the pairs.
+        pad_id: padding.
+        desc: text of the progress bar.
+        share_prefix: False computes each prompt once for each answer.
 
     Returns:
         float64, shape (num_pairs, 2): chosen, rejected; in the order of `rows`.
     """
     model.eval()
+    if not rows:
+        return torch.zeros(0, 2, dtype=torch.float64)
+    if not is_packed(model, rows, pad_id):
+        return _padded_logps(model, rows, pad_id=pad_id, desc=desc)
+    sums = torch.zeros(len(rows), 2, dtype=torch.float64)
+    with packing(model), tqdm(total=len(rows), desc=desc, delay=5, leave=False) as bar:
+        for batch in _packed_batches(rows):
+            answers = [(rows[i].prompt_ids, [rows[i].chosen_ids, rows[i].rejected_ids]) for i in batch]
+            groups = answers if share_prefix else [(prompt, [answer]) for prompt, both in answers for answer in both]
+            packed = pack(groups, model.device)
+            sums[batch] = answer_sums(packed_logps(model, packed).log_probs, packed).view(-1, 2).cpu()
+            bar.update(len(batch))
+    return sums
+
+
+def is_packed(model: Any, rows: Sequence[TokenPair], pad_id: int) -> bool:
+    """Return True where a model can be run packed over these pairs."""
+    return not packing_problem(model, rows, functools.partial(_padded_logps, pad_id=pad_id, desc=""))
+
+
+def _packed_batches(rows: Sequence[TokenPair]) -> Iterator[list[int]]:
+    batch: list[int] = []
+    tokens = 0
+    for i, row in enumerate(rows):
+        size = len(row.prompt_ids) + len(row.chosen_ids) + len(row.rejected_ids)
+        if batch and tokens + size > MAX_BATCH_TOKENS:
+            yield batch
+            batch, tokens = [], 0
+        batch.append(i)
+        tokens += size
+    if batch:
+        yield batch
+
+
+@torch.no_grad()
+def _padded_logps(model: Any, rows: Sequence[TokenPair], *, pad_id: int, desc: str) -> torch.Tensor:
     answers = [(row.prompt_ids, answer) for row in rows for answer in (row.chosen_ids, row.rejected_ids)]
     sums = torch.zeros(len(answers), dtype=torch.float64)
     with tqdm(total=len(answers), desc=desc, delay=5, leave=False) as bar:

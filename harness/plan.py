@@ -39,12 +39,37 @@ class BatchPlan:
         return digest([list(self.order), self.batch_size, self.micro_batch_size])
 
 
-def make_plan(num_rows: int, *, epochs: int, batch_size: int, micro_batch_size: int, seed: int) -> BatchPlan:
-    """Shuffle the rows anew for each epoch with a private generator: the global seed and other draws change nothing."""
+def make_plan(
+    num_rows: int, *, epochs: int, batch_size: int, micro_batch_size: int, seed: int, lengths: Sequence[int] = ()
+) -> BatchPlan:
+    """Shuffle the rows anew for each epoch with a private generator: the global seed and other draws change nothing.
+
+    Args:
+        num_rows: number of training pairs.
+        epochs: times that each row comes.
+        batch_size: rows of an optimiser step.
+        micro_batch_size: rows that are computed at once.
+        seed: of the shuffle.
+        lengths: of the rows; where given, each step's rows are sorted by it, so that its micro-batches hold rows alike.
+            Which rows a step holds, and so its gradient, stays the same.
+    """
     order: list[int] = []
     for epoch in range(epochs):
         order += np.random.default_rng([seed, epoch]).permutation(num_rows).tolist()
+    if lengths:
+        steps = (order[start : start + batch_size] for start in range(0, len(order), batch_size))
+        order = [row for step in steps for row in sorted(step, key=lambda i: lengths[i], reverse=True)]
     return BatchPlan(tuple(order), batch_size, micro_batch_size)
+
+
+def padding_share(rows: Sequence[TokenPair], plan: BatchPlan) -> float:
+    """Return the share of padding in what a trainer computes that pads each micro-batch to its longest answer."""
+    real = padded = 0
+    for start in range(0, len(plan.order), plan.micro_batch_size):
+        batch = [rows[i] for i in plan.order[start : start + plan.micro_batch_size]]
+        real += sum(2 * len(row.prompt_ids) + len(row.chosen_ids) + len(row.rejected_ids) for row in batch)
+        padded += 2 * len(batch) * max(row.length for row in batch)
+    return 1 - real / padded if padded else 0.0
 
 
 class ConsumedTokens:

@@ -1,25 +1,32 @@
-"""DPO's reference log-probs: computed once for a base and a set of ids, kept on disk, shared by trials and studies.
+"""DPO's reference log-probs: computed once for a base and an answer, kept on disk, shared by trials and studies.
 
-The key never holds beta, learning rate, seed or LoRA initialisation: the reference does not depend on them. TRL's own
-cache does, and so misses on every point of a grid.
+The key of an answer is what its log-prob depends on: the base's weights, dtype and kernel, and the ids of prompt and
+answer. It never holds beta, learning rate, seed or LoRA initialisation, and not the label: pairs whose labels are
+flipped, or that are drawn anew from the same answers, find theirs. TRL's own cache misses on every point of a grid.
+
+A writer adds a file of its own under a temporary name and renames it, so that any number of them may write at once.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
 
-from harness.logps import pair_logps
+from harness.logps import is_packed, pair_logps
 from harness.records import digest
-from harness.tokens import TokenisedPairs
+from harness.tokens import TokenisedPairs, TokenPair, canonical_bytes
 
-CHECKED_ROWS = 2
+CHECKED_ROWS = 3
 TOLERANCE = 1e-3  # nats per answer; float noise between batch shapes is below 1e-4 in fp32
+_KEY_BYTES = 16
 
 
 class StaleReferenceError(RuntimeError):
@@ -27,11 +34,19 @@ class StaleReferenceError(RuntimeError):
 
 
 def reference_logps(
-    pairs: TokenisedPairs, load_base: Callable[[], Any], *, base_sha256: str, pad_id: int, cache: Path
+    pairs: TokenisedPairs, base: Any, *, base_sha256: str, pad_id: int, cache: Path, share_prefix: bool = True
 ) -> torch.Tensor:
-    """Return the base's summed log-probs of all pairs, from the cache where it has them.
+    """Return the base's summed log-probs of all pairs; only answers that the cache does not have are computed.
 
-    A cached file is checked on use: a few rows are computed again.
+    Some of the cached rows are computed again and compared.
+
+    Args:
+        pairs: the pairs.
+        base: the SFT base's model.
+        base_sha256: of its weights.
+        pad_id: padding.
+        cache: folder of all caches.
+        share_prefix: as in `pair_logps`.
 
     Returns:
         float64, shape (num_pairs, 2): chosen, rejected.
@@ -39,21 +54,53 @@ def reference_logps(
     Raises:
         StaleReferenceError: where a cached value is not what the base gives.
     """
-    base = load_base()
-    key = digest([base_sha256, pairs.sha256, str(base.dtype), base.config._attn_implementation, torch.__version__])
-    path = cache / f"{key[:32]}.safetensors"
-    if path.is_file():
-        logps = load_file(path)["logps"]
-        fresh = pair_logps(base, pairs.rows[:CHECKED_ROWS], pad_id=pad_id, desc="checking the reference")
+    kernel = "packed" if is_packed(base, pairs.rows, pad_id) else base.config._attn_implementation
+    name = digest([base_sha256, str(base.dtype), kernel, base.device.type, torch.__version__])
+    folder = cache / name[:32]
+    known = _read(folder)
+    keys = [[_key(row.prompt_ids, answer) for answer in (row.chosen_ids, row.rejected_ids)] for row in pairs.rows]
+    found = np.array([[known.get(key, np.nan) for key in both] for both in keys]).reshape(-1, 2)
+    missing = np.flatnonzero(np.isnan(found).any(axis=1))
+
+    def compute(indices: Iterable[int], desc: str) -> np.ndarray:
+        rows: list[TokenPair] = [pairs.rows[i] for i in indices]
+        return pair_logps(base, rows, pad_id=pad_id, desc=desc, share_prefix=share_prefix).numpy()
+
+    cached = np.setdiff1d(np.arange(len(keys)), missing)
+    if len(cached):
+        checked = np.random.default_rng(len(cached)).permutation(cached)[:CHECKED_ROWS]
         tolerance = TOLERANCE if base.dtype == torch.float32 else 100 * TOLERANCE
-        if len(logps) != len(pairs.rows) or (logps[:CHECKED_ROWS] - fresh).abs().max() > tolerance:
+        if np.abs(found[checked] - compute(checked, "checking the reference")).max() > tolerance:
             raise StaleReferenceError(
-                f"{path}: the cached reference log-probs are not the base's; delete the file and run again"
+                f"{folder}: the cached reference log-probs are not the base's; delete the folder and run again"
             )
-        return logps
-    logps = pair_logps(base, pairs.rows, pad_id=pad_id, desc="reference log-probs")
-    cache.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    save_file({"logps": logps}, temporary)
-    temporary.replace(path)
-    return logps
+    if len(missing):
+        found[missing] = compute(missing, "reference log-probs")
+        new = {key: value for i in missing for key, value in zip(keys[i], found[i], strict=True)}
+        _write(folder, new)
+    return torch.from_numpy(found)
+
+
+def _key(prompt_ids: Iterable[int], answer_ids: Iterable[int]) -> bytes:
+    return hashlib.sha256(canonical_bytes([*prompt_ids], [*answer_ids], [])).digest()[:_KEY_BYTES]
+
+
+def _read(folder: Path) -> dict[bytes, float]:
+    """Read all parts; one that is cut off counts as not there, and its answers are computed again."""
+    known: dict[bytes, float] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            part = load_file(path)
+        except (SafetensorError, OSError):
+            continue
+        known |= zip((row.tobytes() for row in part["keys"]), part["sums"].tolist(), strict=True)
+    return known
+
+
+def _write(folder: Path, sums: dict[bytes, float]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    keys = np.frombuffer(b"".join(sums), dtype=np.uint8).reshape(-1, _KEY_BYTES)
+    name = hashlib.sha256(keys.tobytes()).hexdigest()[:32]
+    temporary = folder / f".{name}.{os.getpid()}.tmp"
+    save_file({"keys": keys, "sums": np.array(list(sums.values()), dtype=np.float64)}, temporary)
+    temporary.replace(folder / f"{name}.safetensors")

@@ -11,7 +11,7 @@ from typing import Any
 from tqdm import tqdm
 
 from harness.config import RunConfig, config_label
-from harness.inputs import identify, plan_of, splits_of
+from harness.inputs import identify, num_steps, splits_of
 from harness.protocol import StudyResult
 from harness.trial import is_complete, read_manifest, study_dir
 
@@ -34,7 +34,7 @@ def _size_of_a_trial(trial: RunConfig) -> str:
     """Say what one trial works through, and how long those took that are finished already."""
     splits = splits_of(trial)
     pairs = len(splits.train)
-    steps = plan_of(trial, pairs).num_steps
+    steps = num_steps(trial, pairs)
     answers = {"dev": len(splits.dev_prompts), "golden": len(splits.golden_prompts)}
     text = f"each trial: {pairs} pairs x {trial.train.epochs} epochs = {steps} steps of {trial.train.batch_size}; "
     text += f"answers to {answers['dev']} dev and {answers['golden']} golden prompts"

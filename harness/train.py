@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from harness.activations import needs_checkpointing
 from harness.arms import ARMS, SimPOConfig
-from harness.checkpoint import has_gpu, load_base, uses_bf16
+from harness.checkpoint import has_gpu, uses_bf16
 from harness.config import Engine, RunConfig, Tuning
 from harness.plan import BatchPlan, ConsumedTokens
 from harness.tokens import ChatFormat, TokenPair
@@ -36,12 +37,18 @@ class TrainResult:
     num_pairs: int
     parameters: dict[str, int]
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What the manifest records."""
+        return {"consumed_tokens_sha256": self.consumed_tokens_sha256, "parameters": self.parameters}
+
 
 def train_arm(
     config: RunConfig,
     rows: tuple[TokenPair, ...],
     plan: BatchPlan,
     *,
+    model: Any,
     chat: ChatFormat,
     folder: Path,
     reference: Any = None,
@@ -53,6 +60,7 @@ def train_arm(
         config: the trial.
         rows: the training pairs.
         plan: the order of the rows, the same for every arm.
+        model: the base, in which the adapter stays, or whose weights are trained.
         chat: the tokenizer, for padding.
         folder: the trial's folder.
         reference: the base's log-probs, shape (num_rows, 2); None lets TRL compute them, or the arm needs none.
@@ -68,7 +76,7 @@ def train_arm(
     checkpoints = folder / "checkpoints"
     resume = last_checkpoint(checkpoints)
     consumed = resume[1] if resume else ConsumedTokens()
-    trainer = build_trainer(config, rows, plan, chat=chat, output_dir=checkpoints, reference=reference)
+    trainer = build_trainer(config, rows, plan, model=model, chat=chat, output_dir=checkpoints, reference=reference)
     trainer.consumed = consumed
     with tqdm(total=plan.num_steps, desc=f"train {config.method.name} seed {config.seed}", delay=5, leave=False) as bar:
 
@@ -98,6 +106,7 @@ def build_trainer(
     rows: tuple[TokenPair, ...],
     plan: BatchPlan,
     *,
+    model: Any,
     chat: ChatFormat,
     output_dir: Path,
     reference: Any = None,
@@ -114,6 +123,9 @@ def build_trainer(
     assert arm.trainer is not None, f"{config.method.name} is not trained"
     trainer_class, config_class = TRAINERS[config.train.engine.value, arm.trainer]
     arguments = common_arguments(config, plan, output_dir) | dict(arm.trl_arguments(config.method))
+    if arguments["gradient_checkpointing"] is None:
+        shares = config.train.engine is Engine.paired and config.train.share_prefix
+        arguments["gradient_checkpointing"] = needs_checkpointing(model, rows, plan, share_prefix=shares)
     if arm.trainer == "CPOTrainer":
         arguments["max_length"] = max(row.length for row in rows)  # nothing is cut: every row fits
         arguments["remove_unused_columns"] = False  # its collator needs the columns that the model does not
@@ -132,16 +144,34 @@ def build_trainer(
         task_type="CAUSAL_LM",
     )
     trainer = trainer_class(
-        model=load_base(config),
+        model=model,
         args=config_class(**arguments),
         train_dataset=Dataset.from_list(columns).select(plan.order),
         processing_class=chat.tokenizer,
         peft_config=lora if config.train.tuning is Tuning.lora else None,
     )
     trainer.remove_callback(PrinterCallback)  # train.jsonl has each step; the terminal has a bar
-    if isinstance(config.method, SimPOConfig) and config.train.engine is Engine.paired:
-        trainer.length_norm = config.method.length_norm
+    if config.train.engine is Engine.paired:
+        _make_fast(trainer, model, config, rows, chat)
     return trainer
+
+
+def _make_fast(trainer: Any, model: Any, config: RunConfig, rows: tuple[TokenPair, ...], chat: ChatFormat) -> None:
+    """Let the model answer from packed batches where it can; where it cannot, say so and leave TRL's own pass."""
+    from harness.engine import answer_packed_calls
+    from harness.logps import is_packed
+    from harness.packed import ATTENTION
+
+    if isinstance(config.method, SimPOConfig):
+        trainer.length_norm = config.method.length_norm
+    train = config.train
+    if not (train.share_prefix or train.completion_head) or not is_packed(model, rows, chat.tokenizer.pad_token_id):
+        return
+    trainer.packs, trainer.metrics_steps = True, train.metrics_steps
+    model.set_attn_implementation(ATTENTION)  # to stay: gradient checkpointing runs layers again in the backward pass
+    answer_packed_calls(
+        model, share_prefix=train.share_prefix, completion_head=train.completion_head, metrics=trainer.wants_metrics
+    )
 
 
 def common_arguments(config: RunConfig, plan: BatchPlan, output_dir: Path) -> dict[str, Any]:

@@ -104,17 +104,74 @@ class StockCPOTrainer(RecordsConsumption, CPOTrainer):
             yield _pair(chosen, rejected)
 
 
-class PairedDPOTrainer(StockDPOTrainer):
+# Metrics that need more of the head than a log-prob: computed every `metrics_steps` steps, and not logged in between.
+HEAD_METRICS = ("entropy", "logits/chosen", "logits/rejected", "mean_token_accuracy")
+
+
+class Packs:
+    """What the paired trainers share: a model that answers from a packed batch (`harness.engine`), where it can.
+
+    Attributes:
+        packs: True where the model runs packed; else TRL's own forward pass runs.
+        metrics_steps: steps from one computation of `HEAD_METRICS` to the next.
+    """
+
+    packs = False
+    metrics_steps = 1
+    state: TrainerState
+
+    def wants_metrics(self) -> bool:
+        """Return True at the steps that compute `HEAD_METRICS`."""
+        return self.state.global_step % self.metrics_steps == 0
+
+
+class PairedDPOTrainer(Packs, StockDPOTrainer):
     """DPO with reference log-probs that stand in the rows: the base is not run during training."""
 
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
         return dataset
 
+    def _compute_loss(self, model: Any, inputs: Any, return_outputs: bool) -> Any:
+        loss = super()._compute_loss(model, inputs, return_outputs)
+        if self.packs and not self.wants_metrics():
+            kept = self._metrics["train"]
+            for name in HEAD_METRICS:
+                kept[name].pop()
+                if not kept[name]:
+                    del kept[name]
+        return loss
 
-class PairedCPOTrainer(StockCPOTrainer):
+
+class PairedCPOTrainer(Packs, StockCPOTrainer):
     """SimPO with the length-normalisation weight as a key: reward = log-prob / length**length_norm."""
 
     length_norm = 1.0
+
+    def concatenated_forward(self, model: Any, batch: Any) -> Any:
+        """Return TRL's tuple: log-probs of chosen and rejected answers, logits for the metrics, and the SFT loss."""
+        if not self.packs:
+            return super().concatenated_forward(model, batch)
+        padded = self.concatenated_inputs(batch, padding_value=self.pad_token_id, device=self.accelerator.device)
+        labels = padded["concatenated_labels"]
+        outputs = model(
+            input_ids=padded["concatenated_input_ids"],
+            attention_mask=padded["concatenated_attention_mask"],
+            labels=labels,
+            fused_lm_head=True,
+        )
+        answered = labels[:, 1:] != -100
+        sums, lengths = outputs.log_probs.sum(-1), answered.sum(-1)
+        half = len(labels) // 2
+        logps = sums / lengths**self.length_norm
+        logits = [outputs.mean_logits[side][answered[side]] for side in (slice(half), slice(half, None))]
+        return logps[:half], logps[half:], *logits, -sums[:half].sum() / lengths[:half].sum()
+
+    def get_batch_loss_metrics(self, model: Any, batch: Any, train_eval: Any = "train") -> Any:
+        """Return TRL's loss and metrics, without those of the head at steps that do not compute them."""
+        loss, metrics = super().get_batch_loss_metrics(model, batch, train_eval)
+        if self.packs and not self.wants_metrics():
+            metrics = {name: value for name, value in metrics.items() if name not in HEAD_METRICS}
+        return loss, metrics
 
     def get_batch_logps(self, logits: Any, labels: Any, average_log_prob: bool = False, **kwargs: Any) -> Any:
         """Return TRL's mean log-probs, or the sum over length**length_norm where that is not 1."""

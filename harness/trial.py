@@ -18,13 +18,13 @@ from typing import Any
 import yaml
 
 from harness.arms import ARMS
-from harness.checkpoint import contents_sha256, load_base, load_policy, set_threads
-from harness.config import Engine, RunConfig, config_label, plain
+from harness.checkpoint import contents_sha256, set_threads
+from harness.config import Engine, RunConfig, Tuning, config_label, plain
 from harness.degenerate import completion_flags
 from harness.heldout import heldout_rows
 from harness.inputs import Tokens, identify, plan_of, prompt_rows, splits_of, tokens_of
 from harness.measure import Meter
-from harness.plan import expected_tokens_sha256
+from harness.plan import expected_tokens_sha256, padding_share
 from harness.records import DivergedError, locked, read_json, read_jsonl, write_json, write_jsonl, write_text
 from harness.score import score_trial
 from harness.scorers import SCORERS
@@ -32,6 +32,7 @@ from harness.stages import done_stages, resume_stages
 from harness.tokens import TokenPair
 from harness.tracking import Tracker, track
 from harness.validate import find_warnings
+from harness.worker import borrowed_base, borrowed_policy
 
 SPLITS = ("dev", "golden")
 
@@ -135,6 +136,7 @@ class _Trial:
         }
         self.meter.seconds.update(self.manifest["seconds"])  # what an earlier, interrupted run spent counts too
         self._policy: Any = None
+        self._lent = contextlib.ExitStack()
 
     def run(self, splits: tuple[str, ...]) -> None:
         """Run the missing stages in order, mirrored to the tracker."""
@@ -155,9 +157,10 @@ class _Trial:
                 self._describe_data(tokens)
             if ARMS[config.method.name].trainer and "train" not in about["done"]:
                 self._train(tokens, tracker)
-            for split in splits:
-                if split not in self.manifest["done"]:
-                    self._evaluate(tokens, split)
+            with self._lent:
+                for split in splits:
+                    if split not in self.manifest["done"]:
+                        self._evaluate(tokens, split)
             self._score(tracker)
 
     def _describe_data(self, tokens: Tokens) -> None:
@@ -175,8 +178,7 @@ class _Trial:
         from harness.train import train_arm
 
         config, rows = self.config, tokens.train.rows
-        plan = plan_of(config, len(rows))
-        reference = self._reference(tokens)
+        plan = plan_of(config, rows)
         steps: list[dict[str, Any]] = []
 
         def on_step(step: int, logs: dict[str, Any]) -> None:
@@ -186,39 +188,38 @@ class _Trial:
         facts: dict[str, Any] = {
             "batch_plan_sha256": plan.sha256,
             "expected_tokens_sha256": expected_tokens_sha256(rows, plan.order),
+            "padding_share": padding_share(rows, plan),
         }
-        with self._stage("train"):
-            try:
-                result = train_arm(
-                    config, rows, plan, chat=tokens.chat, folder=self.folder, reference=reference, on_step=on_step
-                )
-            except DivergedError as error:
-                facts |= {"status": "diverged", "divergence": str(error)}
-            else:
-                steps = result.steps
-                facts |= {
-                    "consumed_tokens_sha256": result.consumed_tokens_sha256,
-                    "parameters": result.parameters,
-                    "tokens": {"train": sum(_num_tokens(rows[i]) for i in plan.order)},
-                }
-            write_jsonl(self.folder / "train.jsonl", steps)
+        with borrowed_base(config, trains_all=config.train.tuning is Tuning.full) as base:
+            more = {"chat": tokens.chat, "folder": self.folder, "reference": self._reference(tokens, base)}
+            with self._stage("train"):
+                try:
+                    result = train_arm(config, rows, plan, model=base, on_step=on_step, **more)
+                except DivergedError as error:
+                    facts |= {"status": "diverged", "divergence": str(error)}
+                else:
+                    steps = result.steps
+                    facts |= result.facts | {"tokens": {"train": sum(_num_tokens(rows[i]) for i in plan.order)}}
+                write_jsonl(self.folder / "train.jsonl", steps)
         self._save(**facts, done=[*self.manifest["done"], "train"])
         shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
 
-    def _reference(self, tokens: Tokens) -> Any:
+    def _reference(self, tokens: Tokens, base: Any) -> Any:
         """Return the base's log-probs for an arm that needs them, unless TRL's own engine computes them."""
         config = self.config
-        if config.train.engine is Engine.stock or not ARMS[config.method.name].uses_reference:
+        is_trls = config.train.engine is Engine.stock or not config.train.cache_reference
+        if is_trls or not ARMS[config.method.name].uses_reference:
             return None
         from harness.reference import reference_logps
 
         with self._stage("reference"):
             return reference_logps(
                 tokens.train,
-                lambda: load_base(config),
+                base,
                 base_sha256=self.manifest["base_sha256"],
                 pad_id=tokens.chat.tokenizer.pad_token_id,
                 cache=Path(config.results_dir) / ".cache" / "reference",
+                share_prefix=config.train.share_prefix,
             )
 
     def _evaluate(self, tokens: Tokens, split: str) -> None:
@@ -237,13 +238,11 @@ class _Trial:
         prompts = splits.dev_prompts if split == "dev" else splits.golden_prompts
         rows = tokens.dev.rows if split == "dev" else tokens.golden.rows
         with self._stage("generate"):
-            policy = self._load_policy()
+            policy = self._borrow_policy()
             completions = generate_completions(policy, tokens.chat, prompts, split=split, decoding=config.generate)
         flagged = [asdict(c) | {"flags": completion_flags(c.completion, ended=c.ended)} for c in completions]
         with self._stage("heldout"):
-            pairs = (
-                heldout_rows(config, self._load_policy(), rows, split, base=study_dir(config) / "base") if rows else []
-            )
+            pairs = heldout_rows(config, policy, rows, split, base=study_dir(config) / "base") if rows else []
         for name, new in (("completions.jsonl", flagged), ("pairs.jsonl", pairs)):
             path = self.folder / name
             old = [row for row in read_jsonl(path) if row["split"] != split] if path.is_file() else []
@@ -251,10 +250,12 @@ class _Trial:
         generated = self.manifest["tokens"].get("generated", 0) + sum(c.tokens for c in completions)
         self._save(tokens=self.manifest["tokens"] | {"generated": generated})
 
-    def _load_policy(self) -> Any:
+    def _borrow_policy(self) -> Any:
+        """Return what answers, the same for all splits; it is given back at the end of the run."""
         if self._policy is None:
             trained = ARMS[self.config.method.name].trainer
-            self._policy = load_policy(self.config, self.folder) if trained else load_base(self.config)
+            lent = borrowed_policy(self.config, self.folder) if trained else borrowed_base(self.config)
+            self._policy = self._lent.enter_context(lent)
         return self._policy
 
     def _score(self, tracker: Tracker) -> None:

@@ -16,6 +16,7 @@ import harness.heldout
 import harness.logps
 import harness.sweep
 import harness.trial
+import harness.worker
 from harness.protocol import StudyResult
 from harness.records import UsageError, read_json
 from harness.sweep import run_sweep
@@ -121,7 +122,7 @@ def test_a_base_that_fails_is_named_with_its_reason_and_exits_with_1(tmp_path: P
     def out_of_memory(*_):
         raise MemoryError("cannot allocate the weights")
 
-    monkeypatch.setattr(harness.trial, "load_base", out_of_memory)
+    monkeypatch.setattr(harness.worker, "load_base", out_of_memory)
     result = sweep(tmp_path, "seed=0", "study=s")
     assert print_result(result) == 1
     said = capsys.readouterr().out

@@ -15,6 +15,7 @@ import yaml
 
 import harness.reference
 import harness.train
+from harness.checkpoint import load_base
 from harness.decide import decide_study
 from harness.identity import data_identity
 from harness.protocol import StudyResult
@@ -111,10 +112,12 @@ def test_an_arm_fed_in_another_order_loses_the_claim_of_identical_data(finished,
     folder = next(path.parent for path in study.glob("trials/*/manifest.json") if read_json(path)["arm"] == "dpo")
     config = harness.sweep.compose_run(["+method=simpo", *SMALL])
     tokens = tokens_of(config)
-    plan = plan_of(config, len(tokens.train.rows))
+    plan = plan_of(config, tokens.train.rows)
     other = BatchPlan(plan.order[::-1], plan.batch_size, plan.micro_batch_size)
     (tmp_path / "train").mkdir()
-    result = harness.train.train_arm(config, tokens.train.rows, other, chat=tokens.chat, folder=tmp_path / "train")
+    result = harness.train.train_arm(
+        config, tokens.train.rows, other, model=load_base(config), chat=tokens.chat, folder=tmp_path / "train"
+    )
     manifest = read_json(folder / "manifest.json")
     write_json(folder / "manifest.json", manifest | {"consumed_tokens_sha256": result.consumed_tokens_sha256})
     assert any("identical data is NOT proved" in warning for warning in decide_study(study)["warnings"])

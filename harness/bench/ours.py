@@ -1,0 +1,45 @@
+"""The same runs by the harness: one process, as a sweep's worker runs them, with plan, hashes, manifest and tracking.
+
+Command: `python -m harness.bench.ours TRIALS.json`; prints one line of JSON.
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+start = time.perf_counter()
+
+
+def main() -> None:
+    """Train the trials in the file, one after the other; nothing is generated."""
+    from harness.config import load_run
+    from harness.measure import peak_memory_bytes
+    from harness.records import read_json, read_jsonl
+    from harness.sweep import quieten
+    from harness.trial import run_trial, trial_dir
+
+    quieten()
+    trials = []
+    for overrides in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):
+        config = load_run(overrides)
+        began = time.perf_counter()
+        outcome = run_trial(config, ())
+        if outcome.status != "complete":
+            raise SystemExit(f"{outcome.status}: {outcome.message}")
+        manifest = read_json(trial_dir(config) / "manifest.json")
+        steps = read_jsonl(trial_dir(config) / "train.jsonl")
+        trials.append(
+            {
+                "seconds": manifest["seconds"],
+                "trial_seconds": time.perf_counter() - began,
+                "peak_memory_bytes": manifest["peak_memory_bytes"],
+                "losses": [step["loss"] for step in steps],
+            }
+        )
+    ended = time.perf_counter()
+    print(json.dumps({"trials": trials, "seconds": ended - start, "peak_memory_bytes": peak_memory_bytes()}))
+
+
+if __name__ == "__main__":
+    main()

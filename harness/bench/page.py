@@ -1,0 +1,123 @@
+"""The benchmark's page in Markdown: ratios first, spreads beside them, losses side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from statistics import median
+from typing import Any
+
+# Which run of TRL's each run of the harness is held against, and the target for the ratio of seconds.
+TARGETS = (
+    ("dpo", "dpo", 1 / 3),
+    ("dpo", "dpo, precomputed", 0.45),
+    ("simpo", "simpo", 0.6),
+    ("grid", "grid", 1 / 3),
+)
+MEMORY_TARGET = 0.65
+LOOP_TARGET = 1.5
+
+
+def page(result: Mapping[str, Any]) -> str:
+    """Return the page for the contents of cost.json."""
+    runs = result["runs"]
+    parts = [
+        "# What a paired sweep costs",
+        f"`python -m harness.bench` over {result['num_pairs']} pairs of {result['model']}: {result['tokens']:,} tokens "
+        f"with each prompt once, {result['padded_tokens']:,} with it before both answers. "
+        f"{result['hardware']['cpu']}, {result['hardware']['cores']} cores, device {result['hardware']['device']}; "
+        + ", ".join(f"{name} {result['versions'][name]}" for name in ("python", "torch", "trl", "transformers", "peft"))
+        + ".",
+        _ratios(runs),
+        _work(result),
+        _stages(runs),
+        _losses(runs),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _of(runs: Sequence[Mapping[str, Any]], side: str, name: str) -> list[Mapping[str, Any]]:
+    return [run for run in runs if run["side"] == side and run["name"] == name]
+
+
+def _ratios(runs: Sequence[Mapping[str, Any]]) -> str:
+    lines = [
+        "| work | TRL's script, s | harness, s | ratio (range) | target | memory ratio | target |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for ours, theirs, target in TARGETS:
+        a, b = _of(runs, "harness", ours), _of(runs, "stock", theirs)
+        if not a or not b:
+            continue
+        ratios = [x["wall"] / y["wall"] for x in a for y in b]
+        memory = median(x["peak_memory_bytes"] for x in a) / median(y["peak_memory_bytes"] for y in b)
+        lines.append(
+            f"| {ours} against {theirs} | {_spread([y['wall'] for y in b])} | {_spread([x['wall'] for x in a])} "
+            f"| {median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}) | {target:.2f} | {memory:.2f} "
+            f"| {MEMORY_TARGET} |"
+        )
+    return "\n".join(lines)
+
+
+def _spread(values: Sequence[float]) -> str:
+    return f"{median(values):.1f}" if len(values) == 1 else f"{min(values):.1f} to {max(values):.1f}"
+
+
+def _work(result: Mapping[str, Any]) -> str:
+    """Hold the training loop against the matrix products that are needed at the measured rate."""
+    rate = max(result["matmul_flops_per_second"])
+    least = result["needed_flops"] / rate
+    lines = [
+        f"Needed: {result['needed_flops'] / 1e12:.2f} TFLOP for one pass; this machine multiplies matrices at "
+        + " and ".join(f"{value / 1e9:.0f}" for value in result["matmul_flops_per_second"])
+        + f" GFLOP/s (before and after the runs): {least:.1f} s at the faster rate.",
+        "",
+        "| training loop | seconds | times the least | share of the rate | tokens/s | target |",
+        "|---|---|---|---|---|---|",
+    ]
+    for side, name in (
+        ("harness", "dpo"),
+        ("harness", "simpo"),
+        ("stock", "dpo"),
+        ("stock", "dpo, precomputed"),
+        ("stock", "simpo"),
+    ):
+        seconds = [run["seconds"]["train"] for run in _of(result["runs"], side, name)]
+        if seconds:
+            times = median(seconds) / least
+            target = f"{LOOP_TARGET}" if side == "harness" else ""
+            lines.append(
+                f"| {side}: {name} | {_spread(seconds)} | {times:.2f} | {1 / times:.0%} "
+                f"| {result['tokens'] / median(seconds):,.0f} | {target} |"
+            )
+    return "\n".join(lines)
+
+
+def _stages(runs: Sequence[Mapping[str, Any]]) -> str:
+    lines = ["| run | wall, s | peak memory, GB | seconds by stage |", "|---|---|---|---|"]
+    for run in runs:
+        stages = ", ".join(f"{name} {seconds:.1f}" for name, seconds in run["seconds"].items() if seconds >= 0.05)
+        peak = run["peak_memory_bytes"] / 1e9
+        lines.append(f"| {run['side']}: {run['name']} | {run['wall']:.1f} | {peak:.2f} | {stages} |")
+    return "\n".join(lines)
+
+
+def _losses(runs: Sequence[Mapping[str, Any]]) -> str:
+    """Show the losses side by side: the scripts tokenise for themselves, so that these are alike and not equal."""
+    columns = [
+        (side, name)
+        for side, name in (("stock", "dpo"), ("harness", "dpo"), ("stock", "simpo"), ("harness", "simpo"))
+        if _of(runs, side, name)
+    ]
+    if not columns:
+        return ""
+    losses = [_of(runs, side, name)[0]["losses"] for side, name in columns]
+    lines = [
+        "Losses of the first steps. TRL tokenises for itself (with ChatML its answers end in one more token), so these "
+        "are alike and not equal; on the same ids they are equal (`tests/test_engine.py`).",
+        "",
+        "| step | " + " | ".join(f"{side}: {name}" for side, name in columns) + " |",
+        "|---|" + "---|" * len(columns),
+    ]
+    for step in range(min(8, *map(len, losses))):
+        lines.append(f"| {step + 1} | " + " | ".join(f"{column[step]:.4f}" for column in losses) + " |")
+    return "\n".join(lines)

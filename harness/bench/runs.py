@@ -1,0 +1,144 @@
+"""The runs of the benchmark: TRL's own scripts and the harness, each in processes of its own, on the same pairs."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from harness.config import RunConfig, load_run
+from harness.inputs import plan_of, splits_of, tokens_of
+from harness.records import UsageError, write_json, write_jsonl
+
+BETAS = (0.01, 0.05, 0.1, 0.5)
+SIMPO = ((2.0, 0.3), (2.0, 0.5), (2.5, 0.5), (10.0, 0.5))  # beta, gamma over beta
+RATES = {"dpo": 5e-6, "simpo": 5e-6}
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one run cost.
+
+    Attributes:
+        name: which work, such as `dpo`.
+        side: `stock` or `harness`.
+        wall: seconds from the start of the first process to the end of the last.
+        seconds: by stage.
+        peak_memory_bytes: of the largest process.
+        losses: of each step; of the first trial where there are several.
+    """
+
+    name: str
+    side: str
+    wall: float
+    seconds: dict[str, float]
+    peak_memory_bytes: int
+    losses: list[float] = field(default_factory=list)
+
+
+class Bench:
+    """The pairs, laid out so that both sides take the same ones in the same order, and the runs over them.
+
+    Args:
+        folder: for everything that the runs write.
+        model: a checkpoint's folder, or `embedded`.
+        pairs: a file of pairs as text (`prompt`, `chosen`, `rejected`); None takes the embedded study's.
+        num_pairs: how many of them.
+    """
+
+    def __init__(self, folder: Path, *, model: str, pairs: str | None, num_pairs: int) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
+        only = [{"prompt": "Say yes.", "chosen": "yes", "rejected": "no"}]
+        for split, prompt in (("dev", "Say yes."), ("golden", "Say no.")):
+            write_jsonl(folder / f"{split}.jsonl", [only[0] | {"prompt": prompt}])
+        train = pairs or "embedded"
+        self.keys = [f"model.path={model}", "train.batch_size=4", "train.micro_batch_size=4", "train.epochs=1"]
+        self.keys += [] if pairs is None else [f"data.train={Path(train).resolve()}"]
+        self.keys += [f"data.{split}={folder / split}.jsonl" for split in ("dev", "golden")] if pairs else []
+        self.keys += [f"data.max_train_pairs={num_pairs}"]
+        self.config: RunConfig = load_run(["+method=dpo", *self.keys])
+        self.rows = tokens_of(self.config).train.rows
+        if len(self.rows) < num_pairs:
+            raise UsageError(f"--num-pairs {num_pairs}: {train} has {len(self.rows)} that can be trained on")
+        self._write_stock_pairs()
+
+    def _write_stock_pairs(self) -> None:
+        """Write the pairs as text in the order of the harness's plan, for the scripts."""
+        by_id = {pair.pair_id: pair for pair in splits_of(self.config).train}
+        ordered = [by_id[self.rows[i].pair_id] for i in plan_of(self.config, self.rows).order]
+        write_jsonl(
+            self.folder / "pairs.jsonl",
+            [
+                {
+                    "prompt": pair.prompt[-1]["content"],
+                    "chosen": pair.chosen[-1]["content"],
+                    "rejected": pair.rejected[-1]["content"],
+                }
+                for pair in ordered
+            ],
+        )
+
+    @property
+    def model_dir(self) -> str:
+        """Folder of the checkpoint, for the scripts."""
+        from harness.checkpoint import checkpoint_dir
+
+        return str(checkpoint_dir(self.config.model))
+
+    def stock(self, name: str, arm: str, **keys: Any) -> Run:
+        """Run one of TRL's scripts."""
+        script = Path(__file__).with_name("stock.py")
+        given = {"learning_rate": RATES[arm], **keys}
+        command = [sys.executable, str(script), arm, self.model_dir, str(self.folder / "pairs.jsonl")]
+        wall, found = _timed(
+            [*command, str(self.folder / "stock"), *(f"{k}={json.dumps(v)}" for k, v in given.items())]
+        )
+        return Run(name, "stock", wall, found["seconds"], found["peak_memory_bytes"], found["losses"])
+
+    def stock_grid(self) -> Run:
+        """Run the eight scripts of a grid one after the other."""
+        runs = [self.stock("", "dpo", beta=beta) for beta in BETAS]
+        runs += [self.stock("", "simpo", beta=beta, simpo_gamma=ratio * beta) for beta, ratio in SIMPO]
+        stages = {key: sum(run.seconds[key] for run in runs) for key in runs[0].seconds}
+        peak = max(run.peak_memory_bytes for run in runs)
+        return Run("grid", "stock", sum(run.wall for run in runs), stages, peak, runs[0].losses)
+
+    def harness(self, name: str, trials: list[list[str]], *more: str) -> Run:
+        """Run trials by the harness in one process, with an empty cache of reference log-probs."""
+        results = self.folder / f"results-{time.time_ns()}"
+        shared = [*self.keys, f"results_dir={results}", "study=bench", *more]
+        write_json(self.folder / "trials.json", [[*trial, *shared] for trial in trials])
+        wall, found = _timed([sys.executable, "-m", "harness.bench.ours", str(self.folder / "trials.json")])
+        stages: dict[str, float] = {}
+        for trial in found["trials"]:
+            for stage, seconds in trial["seconds"].items():
+                stages[stage] = stages.get(stage, 0.0) + seconds
+        stages["import and load"] = wall - sum(trial["trial_seconds"] for trial in found["trials"])
+        stages["around"] = sum(t["trial_seconds"] - sum(t["seconds"].values()) for t in found["trials"])
+        return Run(name, "harness", wall, stages, found["peak_memory_bytes"], found["trials"][0]["losses"])
+
+    def trial(self, arm: str, **keys: Any) -> list[str]:
+        """Return the overrides of one trial at the benchmark's learning rate."""
+        given = {"learning_rate": RATES[arm], **keys}
+        return [f"+method={arm}", *(f"method.{key}={value}" for key, value in given.items())]
+
+    def harness_grid(self, size: int = 8) -> Run:
+        """Run the same grid, or the first trials of it, by the harness."""
+        trials = [self.trial("dpo", beta=beta) for beta in BETAS]
+        simpo = [self.trial("simpo", beta=beta, gamma_beta_ratio=ratio) for beta, ratio in SIMPO]
+        both = [trial for pair in zip(trials, simpo, strict=True) for trial in pair]
+        return self.harness("grid" if size == len(both) else f"{size} trials", both[:size])
+
+
+def _timed(command: list[str]) -> tuple[float, dict[str, Any]]:
+    start = time.perf_counter()
+    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    wall = time.perf_counter() - start
+    if ran.returncode:
+        raise RuntimeError(f"{' '.join(command[:4])} failed:\n{ran.stderr[-2000:]}")
+    return wall, json.loads(ran.stdout.strip().splitlines()[-1])

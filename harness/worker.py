@@ -1,0 +1,95 @@
+"""The base's weights, loaded once in a process, lent to each trial and given back unchanged.
+
+A trial resets the model, not the process: adapters are taken out, patches removed, trained weights put back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from harness.checkpoint import checkpoint_dir, load_base, uses_bf16
+from harness.config import RunConfig, Tuning
+
+_held: dict[tuple[Any, ...], Any] = {}
+_pristine: dict[tuple[Any, ...], dict[str, Any]] = {}
+
+
+@contextlib.contextmanager
+def borrowed_base(config: RunConfig, *, trains_all: bool = False) -> Iterator[Any]:
+    """Yield the base; it is loaded where this process does not hold it yet, or where `train.reuse_base` is off.
+
+    Args:
+        config: the trial.
+        trains_all: True where the weights themselves will be trained; a copy is kept in memory to put them back.
+    """
+    if not config.train.reuse_base:
+        yield load_base(config)
+        return
+    key = (checkpoint_dir(config.model), uses_bf16(config), config.train.tuning is Tuning.lora)
+    model = _held.pop(key, None)
+    if model is None:
+        _held.clear()  # one base in memory, not two
+        _pristine.clear()
+        model = load_base(config)
+    attention = model.config._attn_implementation
+    if trains_all and key not in _pristine:
+        _pristine[key] = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    yield model  # after an error the model is not held: its state is unknown
+    _reset(model)
+    model.set_attn_implementation(attention)
+    if trains_all:
+        model.load_state_dict(_pristine[key])
+    _held[key] = model
+
+
+def _reset(model: Any) -> None:
+    """Undo what trainers and PEFT do to a model."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for name, module in list(model.named_modules()):
+        if isinstance(module, BaseTunerLayer):
+            model.set_submodule(name, module.get_base_layer())
+    for patched in ("forward", "peft_config"):
+        model.__dict__.pop(patched, None)
+    if model.is_gradient_checkpointing:
+        model.gradient_checkpointing_disable()
+        model.disable_input_require_grads()
+    model.zero_grad(set_to_none=True)
+    model.requires_grad_(True)
+    model.eval()
+
+
+@contextlib.contextmanager
+def borrowed_policy(config: RunConfig, folder: Path) -> Iterator[Any]:
+    """Yield what a trial has trained: its full model, or the base with its adapter.
+
+    In fp32 the adapter is merged, which makes generation faster: the layers' weights are exchanged for merged ones and
+    put back afterwards, so that nothing is rounded. In bf16 merging would round away a small adapter: it stays apart.
+    """
+    import torch
+    from peft import PeftModel
+    from peft.tuners.lora import LoraLayer
+
+    if (folder / "model").is_dir():
+        from harness.checkpoint import load_model
+
+        yield load_model(folder / "model", torch.float32)
+        return
+    with borrowed_base(config) as base:
+        policy: Any = PeftModel.from_pretrained(base, folder / "adapter")
+        if base.dtype != torch.float32:
+            yield policy
+            return
+        kept = {}
+        for layer in [module for module in policy.modules() if isinstance(module, LoraLayer)]:
+            weight = layer.get_base_layer().weight
+            kept[weight] = weight.data
+            weight.data = weight.data + layer.get_delta_weight("default")
+        try:
+            yield policy.unload()
+        finally:
+            for weight, data in kept.items():
+                weight.data = data
