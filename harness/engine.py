@@ -20,7 +20,7 @@ from harness.packed import Packed, answer_sums, pack, packed_logps, packing
 from harness.tokens import TokenPair
 
 PROBE_TOLERANCE = 1e-3  # nats per answer token, relative to at least one nat; bf16 takes a hundred times as much
-_probed: WeakKeyDictionary[Any, tuple[int, str]] = WeakKeyDictionary()
+_probed: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
 
 
 def answer_packed_calls(model: Any, *, share_prefix: bool, completion_head: bool, metrics: Callable[[], bool]) -> None:
@@ -96,27 +96,35 @@ def _padded(found: Any, packed: Packed, mask: Any) -> FusedCausalLMOutput:
 
 
 def packing_problem(model: Any, rows: Sequence[TokenPair], padded: Callable[..., torch.Tensor]) -> str:
-    """Say why a model cannot be run packed, or nothing: the longest pair is computed both ways and compared.
+    """Say why a model cannot be run packed, or nothing: the shortest pair is computed both ways and compared.
 
     Args:
         model: the causal LM.
         rows: the pairs that are to be run.
         padded: `(model, rows) -> (num_rows, 2)`, the padded computation to compare with.
     """
-    longest = max(rows, key=lambda row: row.length)
-    length, problem = _probed.get(model, (0, ""))
-    if longest.length <= length:
-        return problem
+    shortest, longest = min(rows, key=_length), max(rows, key=_length)
+    window = getattr(model.config.get_text_config(), "sliding_window", None)
+    if window is not None and longest.length > window:
+        return f"its attention has a sliding_window of {window}, shorter than the longest pair of {longest.length}"
+    if model in _probed:
+        return _probed[model]
     tolerance = PROBE_TOLERANCE * (1 if model.dtype == torch.float32 else 100)
+    problem = ""
     try:
         with torch.no_grad(), packing(model):
-            packed = pack([(longest.prompt_ids, [longest.chosen_ids, longest.rejected_ids])], model.device)
+            packed = pack([(shortest.prompt_ids, [shortest.chosen_ids, shortest.rejected_ids])], model.device)
             ours = answer_sums(packed_logps(model, packed).log_probs, packed).cpu()
     except Exception as error:  # a model may fail on packed input in any way; then it is run padded
         problem = f"{type(error).__name__}: {error}"
     else:
-        lengths = torch.tensor([len(longest.chosen_ids), len(longest.rejected_ids)])
-        gap = float(((ours - padded(model, [longest])[0]).abs() / lengths).max())
-        problem = "" if gap <= tolerance else f"its log-probs differ by {gap:.2g} nats a token from the padded ones"
-    _probed[model] = (longest.length, problem)
+        lengths = torch.tensor([len(shortest.chosen_ids), len(shortest.rejected_ids)])
+        gap = float(((ours - padded(model, [shortest])[0]).abs() / lengths).max())
+        if not gap <= tolerance:
+            problem = f"its log-probs differ by {gap:.2g} nats a token from the padded ones"
+    _probed[model] = problem
     return problem
+
+
+def _length(row: TokenPair) -> int:
+    return row.length

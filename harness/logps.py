@@ -38,7 +38,7 @@ def pair_logps(
     model.eval()
     if not rows:
         return torch.zeros(0, 2, dtype=torch.float64)
-    if not is_packed(model, rows, pad_id):
+    if why_padded(model, rows, pad_id):
         return _padded_logps(model, rows, pad_id=pad_id, desc=desc)
     sums = torch.zeros(len(rows), 2, dtype=torch.float64)
     with packing(model), tqdm(total=len(rows), desc=desc, delay=5, leave=False) as bar:
@@ -51,9 +51,9 @@ def pair_logps(
     return sums
 
 
-def is_packed(model: Any, rows: Sequence[TokenPair], pad_id: int) -> bool:
-    """Return True where a model can be run packed over these pairs."""
-    return not packing_problem(model, rows, functools.partial(_padded_logps, pad_id=pad_id, desc=""))
+def why_padded(model: Any, rows: Sequence[TokenPair], pad_id: int) -> str:
+    """Say why a model cannot be run packed over these pairs, or nothing where it can."""
+    return packing_problem(model, rows, functools.partial(_padded_logps, pad_id=pad_id, desc=""))
 
 
 def _packed_batches(rows: Sequence[TokenPair]) -> Iterator[list[int]]:

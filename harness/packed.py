@@ -86,22 +86,22 @@ def packed_attention(
     Raises:
         NotImplementedError: for what this attention does not have, so that no model is computed wrongly.
     """
-    window, longest = kwargs.get("sliding_window"), max(prompt + answers for prompt, answers in packed.spans)
-    if window is not None and longest > window:
-        raise NotImplementedError(f"the model's attention has a sliding_window of {window}, shorter than {longest}")
+    window = kwargs.get("sliding_window")
+    if window is not None and max(map(sum, packed.spans)) > window:
+        raise NotImplementedError(f"the model's attention has a sliding_window of {window}, shorter than a pair")
     for name in ("softcap", "s_aux"):
         if kwargs.get(name) is not None:
             raise NotImplementedError(f"the model's attention has {name}")
     grouped = {"enable_gqa": key.shape[1] != query.shape[1], "scale": scaling}
-    parts, start = [], 0
-    for (prompt, answers), mask in zip(packed.spans, packed.masks, strict=True):
-        end = start + prompt + answers
-        q, k, v = (states[:, :, start:end] for states in (query, key, value))
-        first = q[:, :, :prompt], k[:, :, :prompt], v[:, :, :prompt]
-        parts.append(scaled_dot_product_attention(*first, is_causal=True, **grouped))
-        if answers:
-            parts.append(scaled_dot_product_attention(q[:, :, prompt:], k, v, attn_mask=mask, **grouped))
-        start = end
+    parts = []
+    # Split, not sliced: the gradient of a slice is a tensor of zeros of the whole row's size, one for each slice.
+    queries = query.split([length for span in packed.spans for length in span], dim=2)
+    keys, values = (states.split([sum(span) for span in packed.spans], dim=2) for states in (key, value))
+    for first, rest, k, v, mask in zip(queries[::2], queries[1::2], keys, values, packed.masks, strict=True):
+        # Causal from the first query on, so that a prompt sees none of the answers' keys.
+        parts.append(scaled_dot_product_attention(first, k, v, is_causal=True, **grouped))
+        if rest.shape[2]:
+            parts.append(scaled_dot_product_attention(rest, k, v, attn_mask=mask, **grouped))
     return torch.cat(parts, dim=2).transpose(1, 2).contiguous(), None
 
 

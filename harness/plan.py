@@ -62,6 +62,11 @@ def make_plan(
     return BatchPlan(tuple(order), batch_size, micro_batch_size)
 
 
+def trained_tokens(rows: Sequence[TokenPair], plan: BatchPlan) -> int:
+    """Count the tokens that a trainer reads over a plan: the prompt stands before each answer."""
+    return sum(2 * len(rows[i].prompt_ids) + len(rows[i].chosen_ids) + len(rows[i].rejected_ids) for i in plan.order)
+
+
 def padding_share(rows: Sequence[TokenPair], plan: BatchPlan) -> float:
     """Return the share of padding in what a trainer computes that pads each micro-batch to its longest answer."""
     real = padded = 0

@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from harness.logps import is_packed, pair_logps
+from harness.logps import pair_logps, why_padded
 from harness.records import digest
 from harness.tokens import TokenisedPairs, TokenPair, canonical_bytes
 
@@ -54,7 +54,7 @@ def reference_logps(
     Raises:
         StaleReferenceError: where a cached value is not what the base gives.
     """
-    kernel = "packed" if is_packed(base, pairs.rows, pad_id) else base.config._attn_implementation
+    kernel = base.config._attn_implementation if why_padded(base, pairs.rows, pad_id) else "packed"
     name = digest([base_sha256, str(base.dtype), kernel, base.device.type, torch.__version__])
     folder = cache / name[:32]
     known = _read(folder)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,17 +30,22 @@ class TrainResult:
         consumed_tokens_sha256: hash of the pairs that the trainer saw, in order.
         num_pairs: how many it saw.
         parameters: number of weights, `total` and `trainable`.
+        packed: True where the model ran on packed batches (see `harness.packed`).
+        why_padded: why it could not, where that was asked for.
     """
 
     steps: list[dict[str, Any]]
     consumed_tokens_sha256: str
     num_pairs: int
     parameters: dict[str, int]
+    packed: bool
+    why_padded: str
 
     @property
     def facts(self) -> dict[str, Any]:
         """What the manifest records."""
-        return {"consumed_tokens_sha256": self.consumed_tokens_sha256, "parameters": self.parameters}
+        facts = {"consumed_tokens_sha256": self.consumed_tokens_sha256, "parameters": self.parameters}
+        return facts | {"packed": self.packed, "why_padded": self.why_padded}
 
 
 def train_arm(
@@ -63,8 +68,8 @@ def train_arm(
         model: the base, in which the adapter stays, or whose weights are trained.
         chat: the tokenizer, for padding.
         folder: the trial's folder.
-        reference: the base's log-probs, shape (num_rows, 2); None lets TRL compute them, or the arm needs none.
-        on_step: called after each logged step with TRL's metrics.
+        reference: the base's log-probs, shape (num_rows, 2); None: TRL computes them, or the arm needs none.
+        on_step: called after each logged step.
 
     Raises:
         DivergedError: at the first loss or gradient norm that is not finite.
@@ -92,7 +97,13 @@ def train_arm(
         consumed_tokens_sha256=consumed.state,
         num_pairs=consumed.num_pairs,
         parameters=_count_parameters(trainer.model),
+        **_packing_facts(trainer),
     )
+
+
+def _packing_facts(trainer: Any) -> dict[str, Any]:
+    """Return how a trainer ran its batches; TRL's own engine knows nothing of packing."""
+    return {"packed": getattr(trainer, "packs", False), "why_padded": getattr(trainer, "why_padded", "")}
 
 
 def _count_parameters(model: Any) -> dict[str, int]:
@@ -112,8 +123,7 @@ def build_trainer(
     reference: Any = None,
 ) -> Any:
     """Build the arm's trainer over the rows in the plan's order, with an adapter where one is trained."""
-    from datasets import Dataset, disable_progress_bars
-    from peft import LoraConfig
+    from datasets import disable_progress_bars
     from transformers.trainer_callback import PrinterCallback
 
     from harness.trainers import TRAINERS
@@ -132,23 +142,12 @@ def build_trainer(
     else:
         arguments["max_length"] = None
         arguments["precompute_ref_log_probs"] = reference is not None
-    columns = [_columns(row) for row in rows]
-    if reference is not None:
-        for column, (chosen, rejected) in zip(columns, reference.tolist(), strict=True):
-            column |= {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
-    lora = LoraConfig(
-        r=config.train.lora_rank,
-        lora_alpha=config.train.lora_alpha,
-        lora_dropout=0.0,
-        target_modules="all-linear",
-        task_type="CAUSAL_LM",
-    )
     trainer = trainer_class(
         model=model,
         args=config_class(**arguments),
-        train_dataset=Dataset.from_list(columns).select(plan.order),
+        train_dataset=_dataset(rows, reference).select(plan.order),
         processing_class=chat.tokenizer,
-        peft_config=lora if config.train.tuning is Tuning.lora else None,
+        peft_config=_adapter(config) if config.train.tuning is Tuning.lora else None,
     )
     trainer.remove_callback(PrinterCallback)  # train.jsonl has each step; the terminal has a bar
     if config.train.engine is Engine.paired:
@@ -159,13 +158,16 @@ def build_trainer(
 def _make_fast(trainer: Any, model: Any, config: RunConfig, rows: tuple[TokenPair, ...], chat: ChatFormat) -> None:
     """Let the model answer from packed batches where it can; where it cannot, say so and leave TRL's own pass."""
     from harness.engine import answer_packed_calls
-    from harness.logps import is_packed
+    from harness.logps import why_padded
     from harness.packed import ATTENTION
 
     if isinstance(config.method, SimPOConfig):
         trainer.length_norm = config.method.length_norm
     train = config.train
-    if not (train.share_prefix or train.completion_head) or not is_packed(model, rows, chat.tokenizer.pad_token_id):
+    if not (train.share_prefix or train.completion_head):
+        return
+    trainer.why_padded = why_padded(model, rows, chat.tokenizer.pad_token_id)
+    if trainer.why_padded:
         return
     trainer.packs, trainer.metrics_steps = True, train.metrics_steps
     model.set_attn_implementation(ATTENTION)  # to stay: gradient checkpointing runs layers again in the backward pass
@@ -207,12 +209,29 @@ def common_arguments(config: RunConfig, plan: BatchPlan, output_dir: Path) -> di
     }
 
 
-def _columns(row: TokenPair) -> dict[str, Any]:
-    return {
-        "prompt_ids": list(row.prompt_ids),
-        "chosen_ids": list(row.chosen_ids),
-        "rejected_ids": list(row.rejected_ids),
-    }
+def _dataset(rows: Sequence[TokenPair], reference: Any) -> Any:
+    """Lay rows out as the trainers read them, with the base's log-probs where there are any."""
+    from datasets import Dataset
+
+    sides = ("prompt_ids", "chosen_ids", "rejected_ids")
+    columns: list[dict[str, Any]] = [{side: list(getattr(row, side)) for side in sides} for row in rows]
+    if reference is not None:
+        for column, (chosen, rejected) in zip(columns, reference.tolist(), strict=True):
+            column |= {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
+    return Dataset.from_list(columns)
+
+
+def _adapter(config: RunConfig) -> Any:
+    """Return the adapter on all linear layers, without dropout: the arms must differ in the loss alone."""
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=config.train.lora_rank,
+        lora_alpha=config.train.lora_alpha,
+        lora_dropout=0.0,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )
 
 
 def _save(model: Any, folder: Path, config: RunConfig) -> None:

@@ -113,10 +113,12 @@ class Packs:
 
     Attributes:
         packs: True where the model runs packed; else TRL's own forward pass runs.
+        why_padded: why the model cannot run packed.
         metrics_steps: steps from one computation of `HEAD_METRICS` to the next.
     """
 
     packs = False
+    why_padded = ""
     metrics_steps = 1
     state: TrainerState
 

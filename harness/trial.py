@@ -24,12 +24,11 @@ from harness.degenerate import completion_flags
 from harness.heldout import heldout_rows
 from harness.inputs import Tokens, identify, plan_of, prompt_rows, splits_of, tokens_of
 from harness.measure import Meter
-from harness.plan import expected_tokens_sha256, padding_share
+from harness.plan import expected_tokens_sha256, padding_share, trained_tokens
 from harness.records import DivergedError, locked, read_json, read_jsonl, write_json, write_jsonl, write_text
 from harness.score import score_trial
 from harness.scorers import SCORERS
 from harness.stages import done_stages, resume_stages
-from harness.tokens import TokenPair
 from harness.tracking import Tracker, track
 from harness.validate import find_warnings
 from harness.worker import borrowed_base, borrowed_policy
@@ -199,7 +198,10 @@ class _Trial:
                     facts |= {"status": "diverged", "divergence": str(error)}
                 else:
                     steps = result.steps
-                    facts |= result.facts | {"tokens": {"train": sum(_num_tokens(rows[i]) for i in plan.order)}}
+                    if result.why_padded:
+                        padded = f"the model is run padded, slower than packed: {result.why_padded}"
+                        self.manifest["warnings"].append(padded)
+                    facts |= result.facts | {"tokens": {"train": trained_tokens(rows, plan)}}
                 write_jsonl(self.folder / "train.jsonl", steps)
         self._save(**facts, done=[*self.manifest["done"], "train"])
         shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
@@ -288,11 +290,6 @@ class _Trial:
         self.manifest["peak_memory_bytes"] |= self.meter.peak_memory_bytes
         self.manifest |= facts
         write_json(self.folder / "manifest.json", self.manifest)
-
-
-def _num_tokens(row: TokenPair) -> int:
-    """Count the tokens that a trainer reads for a pair: the prompt stands before each answer."""
-    return 2 * len(row.prompt_ids) + len(row.chosen_ids) + len(row.rejected_ids)
 
 
 def _yaml(value: Any) -> str:

@@ -13,7 +13,7 @@ PACKAGE = Path(harness.__file__).parent
 FILES = {str(path.relative_to(PACKAGE)): path for path in sorted(PACKAGE.rglob("*.py"))}
 
 HOMES = {
-    "trl": {"trainers.py", "embedded/build.py"},
+    "trl": {"trainers.py", "engine.py", "head.py", "embedded/build.py", "bench/stock.py"},
     "hydra": {"config.py", "overrides.py", "sweep.py"},
     "wandb": {"tracking.py"},
     "matplotlib": {"figures.py"},

@@ -93,6 +93,20 @@ def test_twenty_steps_equal_the_stock_trainers(arm: str, levers: str, tmp_path: 
     compare(run(config, tmp_path / "ours", rows=rows), run(stock, tmp_path / "stock", rows=rows))
 
 
+@pytest.mark.parametrize("arm", ["dpo", "simpo"])
+def test_a_model_that_cannot_be_packed_is_trained_padded_and_says_so(arm: str, tmp_path: Path, monkeypatch) -> None:
+    def refuse(*args, **kwargs):
+        raise NotImplementedError("the model's attention has softcap")
+
+    monkeypatch.setattr(harness.engine, "packed_logps", refuse)
+    config = configure(arm)
+    ours = run(config, tmp_path / "ours")
+    assert not ours.packed
+    assert ours.why_padded == "NotImplementedError: the model's attention has softcap"
+    stock = replace(config, train=replace(config.train, engine=Engine.stock))
+    compare(ours, run(stock, tmp_path / "stock"))
+
+
 @pytest.mark.slow
 def test_the_order_within_a_step_changes_no_gradient(tmp_path: Path) -> None:
     """Sorting a step's rows by length saves padding; the steps hold the same rows."""

@@ -5,10 +5,18 @@ from __future__ import annotations
 from collections import Counter
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harness.plan import ConsumedTokens, expected_tokens_sha256, make_plan
+from harness.plan import (
+    BatchPlan,
+    ConsumedTokens,
+    expected_tokens_sha256,
+    make_plan,
+    padding_share,
+    trained_tokens,
+)
 from harness.tokens import TokenPair
 
 ROWS = [TokenPair(str(i), "p", (1, i), (2, i), (3, i)) for i in range(5)]
@@ -64,3 +72,23 @@ def test_a_hash_goes_on_from_a_checkpoint() -> None:
     resumed = ConsumedTokens(first.state, first.num_pairs)
     resumed.update(ROWS[1].prompt_ids, ROWS[1].chosen_ids, ROWS[1].rejected_ids)
     assert resumed.state == expected_tokens_sha256(ROWS, (0, 1))
+
+
+def test_sorting_by_length_keeps_each_steps_rows_and_lowers_the_padding() -> None:
+    lengths = [3, 50, 4, 48, 5, 52, 6, 47]
+    rows = [
+        TokenPair(str(i), str(i), (1,), (2,) * (length - 1), (3,) * (length - 1)) for i, length in enumerate(lengths)
+    ]
+    keys = {"epochs": 2, "batch_size": 4, "micro_batch_size": 2, "seed": 0}
+    plain, grouped = make_plan(8, **keys), make_plan(8, **keys, lengths=lengths)
+    assert [set(plain.order[i : i + 4]) for i in range(0, 16, 4)] == [
+        set(grouped.order[i : i + 4]) for i in range(0, 16, 4)
+    ]
+    assert padding_share(rows, grouped) < padding_share(rows, plain)
+    assert trained_tokens(rows, plain) == trained_tokens(rows, grouped) == 2 * 2 * sum(lengths)
+
+
+def test_padding_is_what_the_longest_answer_of_a_micro_batch_leaves_empty() -> None:
+    rows = [TokenPair("a", "a", (1,), (2, 3, 4), (5,)), TokenPair("b", "b", (1,), (2,), (3,))]
+    plan = BatchPlan((0, 1), 2, 2)
+    assert padding_share(rows, plan) == pytest.approx(1 - 10 / 16)  # four rows of width 4 hold 4, 2, 2 and 2 tokens

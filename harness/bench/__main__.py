@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -13,6 +14,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from harness.arms import ARMS
 from harness.bench.page import page
 from harness.bench.runs import Bench, Run
 from harness.bench.work import matmul_rate, needed_flops
@@ -33,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=2, help="of each pair of runs, alternated (default 2)")
     parser.add_argument("--grid", action="store_true", help="also a grid of 4 DPO and 4 SimPO configs, once")
     parser.add_argument("--levers", action="store_true", help="also the harness with each lever switched off")
+    parser.add_argument("--layout", action="store_true", help="also two trials in one process, and in two at once")
     parser.add_argument("--scale", action="store_true", help="also 1, 2, 4, 8 trials and 32 to 512 pairs")
     parser.add_argument("--out", type=Path, default=Path("benchmarks"), help="folder for cost.json and cost.md")
     options = parser.parse_args(argv)
@@ -90,8 +93,11 @@ def _jobs(bench: Bench, options: argparse.Namespace) -> list[Job]:
     jobs = once * options.repeats
     if options.grid:
         jobs += [bench.harness_grid, bench.stock_grid]
+    if options.layout:
+        cores = os.cpu_count() or 2
+        jobs += [partial(bench.layout, 1, cores), partial(bench.layout, 2, max(1, cores // 2))]
     for arm in ("dpo", "simpo") if options.levers else ():
-        off = [f"train.{lever}=false" for lever in LEVERS if lever != "cache_reference" or arm == "dpo"]
+        off = [f"train.{lever}=false" for lever in LEVERS if lever != "cache_reference" or ARMS[arm].uses_reference]
         jobs += [partial(bench.harness, f"{arm}, {key}", [bench.trial(arm)], key) for key in off]
         jobs.append(partial(bench.harness, f"{arm}, all of these off", [bench.trial(arm)], *off))
     return jobs

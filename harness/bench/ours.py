@@ -14,12 +14,11 @@ start = time.perf_counter()
 def main() -> None:
     """Train the trials in the file, one after the other; nothing is generated."""
     from harness.config import load_run
-    from harness.measure import peak_memory_bytes
     from harness.records import read_json, read_jsonl
-    from harness.sweep import quieten
+    from harness.sweep import prepare_process
     from harness.trial import run_trial, trial_dir
 
-    quieten()
+    prepare_process()
     trials = []
     for overrides in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):
         config = load_run(overrides)
@@ -38,7 +37,8 @@ def main() -> None:
             }
         )
     ended = time.perf_counter()
-    print(json.dumps({"trials": trials, "seconds": ended - start, "peak_memory_bytes": peak_memory_bytes()}))
+    peak = max(max(trial["peak_memory_bytes"].values()) for trial in trials)
+    print(json.dumps({"trials": trials, "seconds": ended - start, "peak_memory_bytes": peak}))
 
 
 if __name__ == "__main__":

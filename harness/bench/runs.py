@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -112,8 +113,8 @@ class Bench:
         """Run trials by the harness in one process, with an empty cache of reference log-probs."""
         results = self.folder / f"results-{time.time_ns()}"
         shared = [*self.keys, f"results_dir={results}", "study=bench", *more]
-        write_json(self.folder / "trials.json", [[*trial, *shared] for trial in trials])
-        wall, found = _timed([sys.executable, "-m", "harness.bench.ours", str(self.folder / "trials.json")])
+        write_json(results / "trials.json", [[*trial, *shared] for trial in trials])
+        wall, found = _timed([sys.executable, "-m", "harness.bench.ours", str(results / "trials.json")])
         stages: dict[str, float] = {}
         for trial in found["trials"]:
             for stage, seconds in trial["seconds"].items():
@@ -126,6 +127,19 @@ class Bench:
         """Return the overrides of one trial at the benchmark's learning rate."""
         given = {"learning_rate": RATES[arm], **keys}
         return [f"+method={arm}", *(f"method.{key}={value}" for key, value in given.items())]
+
+    def layout(self, workers: int, threads: int) -> Run:
+        """Run two trials with all cores: one after the other, or at once with a share of the cores each."""
+        keys = f"train.threads={threads}"
+        name = f"2 trials, {workers} worker{'s' * (workers > 1)} of {threads} threads"
+        if workers == 1:
+            return self.harness(name, [self.trial("dpo"), self.trial("simpo")], keys)
+        start = time.perf_counter()
+        with ThreadPoolExecutor(workers) as pool:
+            runs = list(pool.map(lambda arm: self.harness(name, [self.trial(arm)], keys), ("dpo", "simpo")))
+        stages = {key: max(run.seconds.get(key, 0.0) for run in runs) for key in {**runs[0].seconds, **runs[1].seconds}}
+        peak = sum(run.peak_memory_bytes for run in runs)
+        return Run(name, "harness", time.perf_counter() - start, stages, peak, runs[0].losses)
 
     def harness_grid(self, size: int = 8) -> Run:
         """Run the same grid, or the first trials of it, by the harness."""
