@@ -123,6 +123,7 @@ class TrainConfig:
     cache_reference: bool = True
     share_prefix: bool = True
     completion_head: bool = True
+    fuse_adapters: bool = True
     group_lengths: bool = True
     reuse_base: bool = True
     metrics_steps: int = bounded(10, at_least=1)

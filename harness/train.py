@@ -78,10 +78,10 @@ def train_arm(
 
     from harness.trainers import TrialCallback, last_checkpoint
 
-    checkpoints = folder / "checkpoints"
-    resume = last_checkpoint(checkpoints)
+    output = folder / "checkpoints"
+    resume = last_checkpoint(output)
     consumed = resume[1] if resume else ConsumedTokens()
-    trainer = build_trainer(config, rows, plan, model=model, chat=chat, output_dir=checkpoints, reference=reference)
+    trainer = build_trainer(config, rows, plan, model=model, chat=chat, output_dir=output, reference=reference)
     trainer.consumed = consumed
     with tqdm(total=plan.num_steps, desc=f"train {config.method.name} seed {config.seed}", delay=5, leave=False) as bar:
 
@@ -96,14 +96,14 @@ def train_arm(
         steps=[entry for entry in trainer.state.log_history if "loss" in entry],
         consumed_tokens_sha256=consumed.state,
         num_pairs=consumed.num_pairs,
-        parameters=_count_parameters(trainer.model),
-        **_packing_facts(trainer),
+        **_facts_of(trainer),
     )
 
 
-def _packing_facts(trainer: Any) -> dict[str, Any]:
-    """Return how a trainer ran its batches; TRL's own engine knows nothing of packing."""
-    return {"packed": getattr(trainer, "packs", False), "why_padded": getattr(trainer, "why_padded", "")}
+def _facts_of(trainer: Any) -> dict[str, Any]:
+    """Return what a trainer trained and how it ran its batches; TRL's own engine knows nothing of packing."""
+    packing = {"packed": getattr(trainer, "packs", False), "why_padded": getattr(trainer, "why_padded", "")}
+    return {"parameters": _count_parameters(trainer.model), **packing}
 
 
 def _count_parameters(model: Any) -> dict[str, int]:
@@ -159,11 +159,14 @@ def _make_fast(trainer: Any, model: Any, config: RunConfig, rows: tuple[TokenPai
     """Let the model answer from packed batches where it can; where it cannot, say so and leave TRL's own pass."""
     from harness.engine import answer_packed_calls
     from harness.logps import why_padded
+    from harness.lora import fuse_adapters
     from harness.packed import ATTENTION
 
     if isinstance(config.method, SimPOConfig):
         trainer.length_norm = config.method.length_norm
     train = config.train
+    if train.fuse_adapters and train.tuning is Tuning.lora:
+        fuse_adapters(model)
     if not (train.share_prefix or train.completion_head):
         return
     trainer.why_padded = why_padded(model, rows, chat.tokenizer.pad_token_id)

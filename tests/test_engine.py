@@ -74,6 +74,7 @@ LEVERS = {
     "prompt twice": ["train.share_prefix=false"],
     "head on all rows": ["train.completion_head=false"],
     "TRL's forward pass": ["train.share_prefix=false", "train.completion_head=false"],
+    "PEFT's own layers": ["train.fuse_adapters=false"],
     "gradient checkpointing": ["train.gradient_checkpointing=true"],
     "no accumulation": ["train.micro_batch_size=4"],
     "full": ["train.tuning=full", "method.learning_rate=2e-5"],
@@ -183,6 +184,35 @@ def test_the_heads_metrics_are_logged_at_some_steps_and_are_trls(tmp_path: Path)
             theirs = run(stock, tmp_path / "stock").steps
             for name in HEAD_METRICS:
                 assert steps[5][name] == pytest.approx(theirs[5][name], rel=1e-3), name
+
+
+def test_a_fused_adapter_computes_what_pefts_layers_compute() -> None:
+    """Output and all gradients, in every layer that there is, with adapters that are not at their start."""
+    from peft import LoraConfig, get_peft_model
+
+    from harness.lora import fuse_adapters
+
+    found = []
+    for fused in (False, True):
+        torch.manual_seed(0)
+        config = LoraConfig(r=4, lora_alpha=12, target_modules="all-linear", task_type="CAUSAL_LM")
+        model = get_peft_model(load_base(configure("dpo")), config)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.02)
+        layers = sum(name.endswith("lora_A") for name, _ in model.named_modules())
+        assert not fused or fuse_adapters(model) == layers
+        logits = model(input_ids=torch.arange(30).view(2, 15) % 40).logits
+        logits.log_softmax(-1)[..., 3].sum().backward()
+        gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        with model.disable_adapter():
+            found.append((logits, gradients, model(input_ids=torch.arange(15)[None] % 40).logits))
+    (logits, gradients, plain), (fused_logits, fused_gradients, fused_plain) = found
+    assert torch.allclose(logits, fused_logits, atol=1e-5)
+    assert torch.allclose(plain, fused_plain, atol=1e-5)
+    assert gradients.keys() == fused_gradients.keys()
+    for name, gradient in gradients.items():
+        assert torch.allclose(gradient, fused_gradients[name], rtol=1e-4, atol=1e-4), name
 
 
 def weights(model: Any) -> dict[str, torch.Tensor]:

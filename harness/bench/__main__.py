@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 Job = Callable[[], Run]
-LEVERS = ("cache_reference", "share_prefix", "completion_head")
+LEVERS = ("cache_reference", "share_prefix", "completion_head", "fuse_adapters")
 
 
 def _measure(options: argparse.Namespace, scratch: Path) -> dict[str, object]:
