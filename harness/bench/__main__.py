@@ -65,7 +65,7 @@ def _measure(options: argparse.Namespace, scratch: Path) -> dict[str, object]:
     runs: list[Run] = []
     for job in tqdm(jobs, desc="runs", unit="run"):
         runs.append(job())
-        tqdm.write(f"{runs[-1].side:8}{runs[-1].name:28}{runs[-1].wall:8.1f} s")
+        tqdm.write(f"{runs[-1].side:8}{runs[-1].name:40}{runs[-1].wall:8.1f} s", file=sys.stderr)
     if options.scale:
         runs += _scale(options, scratch)
     rows = bench.rows
