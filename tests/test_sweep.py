@@ -345,7 +345,7 @@ def test_full_fine_tuning_saves_a_whole_model(tmp_path: Path) -> None:
 
 
 def test_help_says_what_the_command_does_with_an_example() -> None:
-    for module in ("sweep", "train", "score", "decide", "report"):
+    for module in ("sweep", "train", "score", "decide", "report", "bench"):
         ran = subprocess.run(
             [sys.executable, "-m", f"harness.{module}", "--help"], capture_output=True, text=True, check=False
         )
