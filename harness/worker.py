@@ -34,7 +34,7 @@ def borrowed_base(config: RunConfig, *, trains_all: bool = False) -> Iterator[An
         _held.clear()  # one base in memory, not two
         _pristine.clear()
         model = load_base(config)
-    attention = model.config._attn_implementation
+    attention, sums = model.config._attn_implementation, _sums(model)
     if trains_all and key not in _pristine:
         _pristine[key] = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
     yield model  # after an error the model is not held: its state is unknown
@@ -42,7 +42,15 @@ def borrowed_base(config: RunConfig, *, trains_all: bool = False) -> Iterator[An
     model.set_attn_implementation(attention)
     if trains_all:
         model.load_state_dict(_pristine[key])
-    _held[key] = model
+    if _sums(model) == sums:  # a base that something changed, NaN included, is not lent again
+        _held[key] = model
+
+
+def _sums(model: Any) -> list[float]:
+    """Return the sum of each weight: one pass over memory, to notice a base that is not what it was."""
+    import torch
+
+    return [tensor.sum(dtype=torch.float64).item() for tensor in model.state_dict().values()]
 
 
 def _reset(model: Any) -> None:

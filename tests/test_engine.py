@@ -250,7 +250,7 @@ def test_a_second_trial_in_a_process_equals_one_in_a_fresh_process(tmp_path: Pat
     assert [(s["loss"], s["grad_norm"]) for s in found.steps] == [(s["loss"], s["grad_norm"]) for s in alone.steps]
 
 
-def test_a_base_is_not_lent_again_after_an_error() -> None:
+def test_a_base_is_not_lent_again_after_an_error_or_a_change() -> None:
     config = configure("simpo")
     with borrowed_base(config) as base:
         pass
@@ -258,5 +258,9 @@ def test_a_base_is_not_lent_again_after_an_error() -> None:
         raise MemoryError
     with borrowed_base(config) as model:
         assert model is not base
+    with torch.no_grad(), borrowed_base(config) as broken:
+        next(broken.parameters()).view(-1)[0] = float("nan")
+    with borrowed_base(config) as model:
+        assert model is not broken
     with borrowed_base(configure("simpo", "train.reuse_base=false")) as other:
         assert other is not model

@@ -122,6 +122,7 @@ def test_a_base_that_fails_is_named_with_its_reason_and_exits_with_1(tmp_path: P
     def out_of_memory(*_):
         raise MemoryError("cannot allocate the weights")
 
+    monkeypatch.setattr(harness.worker, "_held", {})  # this process may hold the base of another test
     monkeypatch.setattr(harness.worker, "load_base", out_of_memory)
     result = sweep(tmp_path, "seed=0", "study=s")
     assert print_result(result) == 1
