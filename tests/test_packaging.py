@@ -25,6 +25,9 @@ def test_an_installed_wheel_finds_its_config_from_any_folder(tmp_path: Path) -> 
     )
     with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
         wheel.extractall(tmp_path / "installed")
+        shipped = {name for name in wheel.namelist() if name.endswith(".py")}
+    modules = {str(path.relative_to(ROOT)) for path in (ROOT / "harness").rglob("*.py")}
+    assert shipped == modules | {"harness/conf/__init__.py", "harness/sweeps/__init__.py"}
     ran = subprocess.run(
         [sys.executable, "-m", "harness.sweep", "+method=simpo,dpo", "plan=true"],
         capture_output=True,
