@@ -132,8 +132,12 @@ class TrainConfig:
 
 @dataclass
 class GenerateConfig:
-    """Decoding, identical for every arm and for the SFT base. Temperature 0 is greedy."""
+    """Decoding, identical for every arm and for the SFT base. Temperature 0 is greedy.
 
+    A null `backend` is vLLM where it is installed, a GPU is there and adapters are trained; else transformers.
+    """
+
+    backend: str | None = bounded(None, choices=("transformers", "vllm"))
     max_new_tokens: int | None = bounded(None, at_least=1)
     batch_size: int | None = bounded(None, at_least=1)
     temperature: float = bounded(0.0, at_least=0.0, at_most=10.0)
@@ -175,7 +179,8 @@ class RunConfig:
         question: one sentence for the report.
         plan: print the trials and stop.
         allow_unequal_budgets: let one arm have more configs to select from than another; the verdict then warns.
-        evaluate: the splits that a trial answers; the sweep leaves `golden` out until a config is selected.
+        evaluate: the splits that a trial answers; the sweep leaves `golden` out until a config is selected, and both
+            where vLLM answers for all trials at once.
     """
 
     method: MethodConfig = field(default_factory=MethodConfig)
@@ -194,7 +199,8 @@ class RunConfig:
     plan: bool = False
     allow_unequal_budgets: bool = False
     evaluate: list[str] = field(
-        default_factory=lambda: ["dev", "golden"], metadata={"choices": ("dev", "golden"), "distinct": True}
+        default_factory=lambda: ["dev", "golden"],
+        metadata={"choices": ("dev", "golden"), "distinct": True, "may_be_empty": True},
     )
 
 

@@ -97,6 +97,8 @@ def _configs(space: Space) -> list[list[str]]:
 
 
 def _check_selectable(configs: dict[str, list[list[str]]], evaluate: list[str]) -> None:
+    if not evaluate:
+        raise UsageError("evaluate=[]: nothing would be scored; give dev, golden or both, such as [dev,golden]")
     for arm, found in configs.items():
         if len(found) > 1 and "dev" not in evaluate:
             raise UsageError(

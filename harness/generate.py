@@ -1,4 +1,8 @@
-"""Answer the evaluation prompts with one policy: the same decoding for every arm and for the SFT base."""
+"""Answer the evaluation prompts with one policy: the same decoding for every arm and for the SFT base.
+
+Prompts of similar length are answered together, in rounds: after each, the answers that have ended leave the batch, so
+that one answer that runs to the limit does not keep the others' rows in the computation.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +12,13 @@ from typing import Any
 import torch
 from tqdm import tqdm
 from transformers import GenerationConfig
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from harness.config import GenerateConfig
 from harness.records import Completion, EvalPrompt
 from harness.tokens import ChatFormat
+
+ROUND_TOKENS = 8
 
 
 @torch.no_grad()
@@ -34,7 +41,7 @@ def generate_completions(
         for start in range(0, len(order), size):
             batch = order[start : start + size]
             for i, answer in zip(batch, _answer(model, chat, [ids[i] for i in batch]), strict=True):
-                completions[i] = _completion(chat, prompts[i], answer, split)
+                completions[i] = completion_of(chat, prompts[i], answer, split)
             bar.update(len(batch))
     return [completions[i] for i in range(len(prompts))]
 
@@ -53,21 +60,51 @@ def _generation_config(chat: ChatFormat, decoding: GenerateConfig) -> Generation
 
 def _answer(model: Any, chat: ChatFormat, prompts: Sequence[list[int]]) -> list[list[int]]:
     """Return the generated ids of each prompt, the end of turn included, padding left out."""
+    ids, attended = _left_padded(prompts, chat.tokenizer.pad_token_id, model.device)
+    width, limit = ids.shape[1], model.generation_config.max_new_tokens
+    cache = DynamicCache(config=model.config.get_text_config())
+    can_leave = all(isinstance(layer, DynamicLayer) for layer in cache.layers)  # other caches cannot lose rows
+    answers: list[list[int]] = [[] for _ in prompts]
+    running = list(range(len(prompts)))
+    while running:
+        left = limit - (ids.shape[1] - width)
+        output = model.generate(
+            input_ids=ids,
+            attention_mask=attended,
+            past_key_values=cache if can_leave else None,
+            max_new_tokens=min(ROUND_TOKENS, left) if can_leave else left,
+            return_dict_in_generate=True,
+        )
+        new = output.sequences.shape[1] - ids.shape[1]
+        ids, attended = output.sequences, torch.nn.functional.pad(attended, (0, new), value=1)
+        for row, answer in zip(running, ids[:, width:].tolist(), strict=True):
+            answers[row] = _until_stop(answer, chat)
+        kept = [i for i, row in enumerate(running) if new < left and answers[row][-1] not in chat.stop_ids]
+        if kept and len(kept) < len(running):
+            ids, attended = ids[kept], attended[kept]
+            cache.batch_select_indices(torch.tensor(kept, device=ids.device))
+        running = [running[i] for i in kept]
+    return answers
+
+
+def _left_padded(prompts: Sequence[list[int]], pad_id: int, device: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return ids and attention mask, both (num_prompts, longest)."""
     width = max(map(len, prompts))
-    ids = torch.full((len(prompts), width), chat.tokenizer.pad_token_id)
+    ids = torch.full((len(prompts), width), pad_id)
     attended = torch.zeros_like(ids)
     for i, prompt in enumerate(prompts):
         ids[i, width - len(prompt) :] = torch.tensor(prompt)
         attended[i, width - len(prompt) :] = 1
-    output = model.generate(input_ids=ids.to(model.device), attention_mask=attended.to(model.device))
-    answers = []
-    for row in output[:, width:].tolist():
-        end = next((i for i, token in enumerate(row) if token in chat.stop_ids), None)
-        answers.append(row if end is None else row[: end + 1])
-    return answers
+    return ids.to(device), attended.to(device)
 
 
-def _completion(chat: ChatFormat, prompt: EvalPrompt, answer: list[int], split: str) -> Completion:
+def _until_stop(answer: list[int], chat: ChatFormat) -> list[int]:
+    end = next((i for i, token in enumerate(answer) if token in chat.stop_ids), None)
+    return answer if end is None else answer[: end + 1]
+
+
+def completion_of(chat: ChatFormat, prompt: EvalPrompt, answer: list[int], split: str) -> Completion:
+    """Return the completion that generated ids stand for; one that ended has its end of turn as the last id."""
     ended = bool(answer) and answer[-1] in chat.stop_ids
     text = chat.tokenizer.decode(answer[:-1] if ended else answer, skip_special_tokens=True)
     shown = "\n".join(f"{m['role']}: {m['content']}" for m in prompt.prompt) if len(prompt.prompt) > 1 else ""

@@ -89,7 +89,8 @@ def _list_problem(item: Any, limits: Mapping[str, Any], value: Any) -> str | Non
         wrong = any(
             not isinstance(one, dict) if is_mapping else value_problem(Declared(item, limits), one) for one in value
         )
-        some = not limits.get("distinct") or (value and len(set(map(str, value))) == len(value))
+        is_set = len(set(map(str, value))) == len(value) and (bool(value) or limits.get("may_be_empty"))
+        some = is_set or not limits.get("distinct")
         if some and not wrong:
             return None
     if limits.get("items"):

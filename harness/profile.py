@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
 
-from harness.config import CONF, EMBEDDED, RunConfig
+from harness.config import CONF, EMBEDDED, RunConfig, Tuning
 
 
 def profile_name(config: RunConfig | DictConfig) -> str:
@@ -33,5 +35,20 @@ def fill_from_profile(config: RunConfig) -> None:
         for key, value in values.items():
             if getattr(target, key) is None:
                 setattr(target, key, value)
+    if config.generate.backend is None:
+        config.generate.backend = "vllm" if vllm_problem(config) is None else "transformers"
     if config.method.learning_rate is None:
         config.method.learning_rate = rates.get(config.train.tuning.value)
+
+
+def vllm_problem(config: RunConfig) -> str | None:
+    """Say why vLLM cannot answer for this config, or None where it can; imports neither vLLM nor torch."""
+    if config.train.tuning is not Tuning.lora:
+        return "vLLM loads all adapters of a study onto one base, and train.tuning=full makes no adapters"
+    if config.model.path == EMBEDDED:
+        return "the embedded model is too small for vLLM's kernels"
+    if find_spec("vllm") is None:
+        return "vLLM is not installed (pip install 'dpo-simpo-harness[vllm]')"
+    if not (Path("/dev/nvidia0").exists() or Path("/dev/kfd").exists()):
+        return "no GPU is there"
+    return None

@@ -26,6 +26,7 @@ from omegaconf import DictConfig
 
 from harness.config import CONF, RunConfig, compose_run, register_schemas, resolve
 from harness.expand import expand, hydra_arguments
+from harness.multilora import answer_trials
 from harness.overrides import check_overrides, check_single, explain
 from harness.protocol import StudyResult, run_study
 from harness.records import UsageError
@@ -100,12 +101,33 @@ class PairedSweeper(Sweeper):
         return trials
 
     def _launch(self, trials: Sequence[RunConfig], known: dict[tuple[Any, ...], list[str]]) -> list[Outcome]:
-        """Launch trials as Hydra jobs; each job gets the study's name and the splits that it may answer."""
-        jobs = [
-            [*known[_key(trial)], f"study={trial.study}", f"evaluate=[{','.join(trial.evaluate)}]"] for trial in trials
-        ]
+        """Launch trials as Hydra jobs; where vLLM answers, all are trained first and then answered for in one pass."""
+        if trials[0].generate.backend == "vllm":
+            trained = self._run([replace(trial, evaluate=[]) for trial in trials], known)
+            try:
+                answer_trials(trials)
+            except RuntimeError as error:
+                why = f"generate: {error}"
+                return [replace(one, status="failed", message=why) if _is_ok(one) else one for one in trained]
+        return self._run(trials, known)
+
+    def _run(self, trials: Sequence[RunConfig], known: dict[tuple[Any, ...], list[str]]) -> list[Outcome]:
+        """Run Hydra jobs; each gets the study's name, the splits that it may answer, and who answers."""
+        jobs = []
+        for trial in trials:
+            typed = [override for override in known[_key(trial)] if not override.startswith("generate.backend=")]
+            added = {
+                "study": trial.study,
+                "evaluate": f"[{','.join(trial.evaluate)}]",
+                "generate.backend": trial.generate.backend,  # found here, where another machine might find another
+            }
+            jobs.append([*typed, *(f"{key}={value}" for key, value in added.items())])
         returns: Sequence[JobReturn] = self.launcher.launch(jobs, initial_job_idx=0)
         return [_outcome(trial, job) for trial, job in zip(trials, returns, strict=True)]
+
+
+def _is_ok(outcome: Outcome) -> bool:
+    return outcome.status == "complete"
 
 
 def _key(trial: RunConfig) -> tuple[Any, ...]:

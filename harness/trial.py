@@ -24,6 +24,7 @@ from harness.degenerate import completion_flags
 from harness.heldout import heldout_rows
 from harness.inputs import Tokens, identify, plan_of, prompt_rows, splits_of, tokens_of
 from harness.measure import Meter
+from harness.multilora import drop_answers, stored_answers
 from harness.plan import expected_tokens_sha256, padding_share, trained_tokens
 from harness.records import DivergedError, locked, read_json, read_jsonl, write_json, write_jsonl, write_text
 from harness.score import score_trial
@@ -141,7 +142,7 @@ class _Trial:
         """Run the missing stages in order, mirrored to the tracker."""
         config, about = self.config, self.manifest
         set_threads(config)
-        write_text(self.folder / "config.yaml", _yaml(plain(config)))
+        write_text(self.folder / "config.yaml", yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True))
         with track(
             config.tracking,
             folder=study_dir(config),
@@ -176,6 +177,7 @@ class _Trial:
     def _train(self, tokens: Tokens, tracker: Tracker) -> None:
         from harness.train import train_arm
 
+        drop_answers(self.folder)  # of weights that are trained anew
         config, rows = self.config, tokens.train.rows
         plan = plan_of(config, rows)
         steps: list[dict[str, Any]] = []
@@ -241,7 +243,9 @@ class _Trial:
         rows = tokens.dev.rows if split == "dev" else tokens.golden.rows
         with self._stage("generate"):
             policy = self._borrow_policy()
-            completions = generate_completions(policy, tokens.chat, prompts, split=split, decoding=config.generate)
+            completions = stored_answers(self.folder, split, prompts) or generate_completions(
+                policy, tokens.chat, prompts, split=split, decoding=config.generate
+            )
         flagged = [asdict(c) | {"flags": completion_flags(c.completion, ended=c.ended)} for c in completions]
         with self._stage("heldout"):
             pairs = heldout_rows(config, policy, rows, split, base=study_dir(config) / "base") if rows else []
@@ -249,6 +253,7 @@ class _Trial:
             path = self.folder / name
             old = [row for row in read_jsonl(path) if row["split"] != split] if path.is_file() else []
             write_jsonl(path, old + new)
+        drop_answers(self.folder, split)
         generated = self.manifest["tokens"].get("generated", 0) + sum(c.tokens for c in completions)
         self._save(tokens=self.manifest["tokens"] | {"generated": generated})
 
@@ -290,7 +295,3 @@ class _Trial:
         self.manifest["peak_memory_bytes"] |= self.meter.peak_memory_bytes
         self.manifest |= facts
         write_json(self.folder / "manifest.json", self.manifest)
-
-
-def _yaml(value: Any) -> str:
-    return yaml.safe_dump(value, sort_keys=False, allow_unicode=True)

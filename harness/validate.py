@@ -12,7 +12,7 @@ from harness.arms import ARMS, SimPOConfig
 from harness.checkpoint import checkpoint_problems, is_utf8
 from harness.config import EMBEDDED, GUARD, Engine, RunConfig, Tuning
 from harness.keys import declared_keys, shown, value_problem
-from harness.profile import profile_name
+from harness.profile import profile_name, vllm_problem
 from harness.scorers import SCORERS
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -110,6 +110,8 @@ def _decoding_problems(config: RunConfig) -> Iterator[str]:
         yield f"generate.top_p={top_p:g}: generate.temperature=0 is greedy and has no use for it; set a temperature"
     if 0 < temperature < 0.01:
         yield f"generate.temperature={temperature:g}: 0 (greedy) or at least 0.01; smaller ones overflow"
+    if config.generate.backend == "vllm" and (problem := vllm_problem(config)):
+        yield f"generate.backend=vllm: {problem}; use generate.backend=transformers"
 
 
 def _model_problems(config: RunConfig) -> Iterator[str]:

@@ -12,14 +12,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
-from harness.arms import ARMS
 from harness.bench.page import page
 from harness.bench.runs import Bench, Run
 from harness.bench.work import matmul_rate, needed_flops
 from harness.provenance import provenance
-from harness.records import UsageError, write_json, write_text
+from harness.records import UsageError, read_json, write_json, write_text
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,53 +29,69 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", default="embedded", help="a checkpoint's folder (default: the embedded study's)")
     parser.add_argument("--pairs", help="a file with prompt, chosen, rejected as text (default: the embedded study's)")
     parser.add_argument("--num-pairs", type=int, default=64)
-    parser.add_argument("--repeats", type=int, default=2, help="of each pair of runs, alternated (default 2)")
+    parser.add_argument("--repeats", type=int, default=2, help="of each pair of runs, alternated (default 2; 0: none)")
     parser.add_argument("--grid", action="store_true", help="also a grid of 4 DPO and 4 SimPO configs, once")
     parser.add_argument("--levers", action="store_true", help="also the harness with each lever switched off")
     parser.add_argument("--layout", action="store_true", help="also two trials in one process, and in two at once")
     parser.add_argument("--scale", action="store_true", help="also 1, 2, 4, 8 trials and 32 to 512 pairs")
+    parser.add_argument("--append", action="store_true", help="keep the runs that are in cost.json, and add these")
     parser.add_argument("--out", type=Path, default=Path("benchmarks"), help="folder for cost.json and cost.md")
     options = parser.parse_args(argv)
     try:
         with tempfile.TemporaryDirectory() as scratch:
-            result = _measure(options, Path(scratch))
+            print(_measure(options, Path(scratch)))
     except UsageError as error:
         print(f"harness.bench: {error}", file=sys.stderr)
         return 2
-    write_json(options.out / "cost.json", result)
-    text = page(result)
-    write_text(options.out / "cost.md", text)
-    print(text)
     return 0
 
 
 Job = Callable[[], Run]
-LEVERS = ("cache_reference", "share_prefix", "completion_head", "fuse_adapters")
+LEVERS = (
+    "train.share_prefix=false",
+    "train.completion_head=false",
+    "train.fuse_adapters=false",
+    "train.group_lengths=false",
+    "train.metrics_steps=1",
+)
 
 
-def _measure(options: argparse.Namespace, scratch: Path) -> dict[str, object]:
+def _measure(options: argparse.Namespace, scratch: Path) -> str:
+    """Make the runs; what was measured is saved after each of them, and the page of all is returned."""
     bench = Bench(scratch, model=options.model, pairs=options.pairs, num_pairs=options.num_pairs)
     config = _model_config(bench)
-    text = config.get_text_config()
-    rate = matmul_rate(text.hidden_size, text.intermediate_size)
-    jobs = _jobs(bench, options)
-    runs: list[Run] = []
-    for job in tqdm(jobs, desc="runs", unit="run"):
-        runs.append(job())
-        tqdm.write(f"{runs[-1].side:8}{runs[-1].name:40}{runs[-1].wall:8.1f} s", file=sys.stderr)
-    if options.scale:
-        runs += _scale(options, scratch)
-    rows = bench.rows
-    return {
+    text, rows = config.get_text_config(), bench.rows
+    result: dict[str, Any] = {
         "model": Path(options.model).name,
         "num_pairs": options.num_pairs,
         "tokens": sum(len(row.prompt_ids) + len(row.chosen_ids) + len(row.rejected_ids) for row in rows),
         "padded_tokens": sum(2 * len(r.prompt_ids) + len(r.chosen_ids) + len(r.rejected_ids) for r in rows),
-        "matmul_flops_per_second": [rate, matmul_rate(text.hidden_size, text.intermediate_size)],
+        "matmul_flops_per_second": [],
         "needed_flops": needed_flops(config, rows, lora_rank=bench.config.train.lora_rank),
-        "runs": [asdict(run) for run in runs],
+        "runs": [],
         **provenance(),
     }
+    if options.append:
+        result |= _earlier(options.out / "cost.json", result)
+    for job in [*_jobs(bench, options), *(_scale(options, scratch) if options.scale else [])]:
+        result["matmul_flops_per_second"].append(matmul_rate(text.hidden_size, text.intermediate_size))
+        result["runs"].append(asdict(job()))
+        run = result["runs"][-1]
+        print(f"{run['side']:8} {run['name']:45} {run['wall']:8.1f} s", file=sys.stderr)
+        write_json(options.out / "cost.json", result)
+        write_text(options.out / "cost.md", page(result))
+    return page(result)
+
+
+def _earlier(path: Path, now: dict[str, Any]) -> dict[str, Any]:
+    """Return the runs in a file, where they are of the same work on the same machine."""
+    if not path.is_file():
+        return {}
+    found = read_json(path)
+    for key in ("model", "num_pairs", "tokens", "hardware", "versions"):
+        if found[key] != now[key]:
+            raise UsageError(f"--append: {path} has {key}={found[key]}, this run {now[key]}; give another --out")
+    return {key: found[key] for key in ("runs", "matmul_flops_per_second")}
 
 
 def _jobs(bench: Bench, options: argparse.Namespace) -> list[Job]:
@@ -92,27 +105,32 @@ def _jobs(bench: Bench, options: argparse.Namespace) -> list[Job]:
     ]
     jobs = once * options.repeats
     if options.grid:
-        jobs += [bench.harness_grid, bench.stock_grid]
+        jobs += [partial(bench.harness_grid, name="grid"), bench.stock_grid]
     if options.layout:
         cores = os.cpu_count() or 2
         jobs += [partial(bench.layout, 1, cores), partial(bench.layout, 2, max(1, cores // 2))]
-    for arm in ("dpo", "simpo") if options.levers else ():
-        off = [f"train.{lever}=false" for lever in LEVERS if lever != "cache_reference" or ARMS[arm].uses_reference]
-        jobs += [partial(bench.harness, f"{arm}, {key}", [bench.trial(arm)], key) for key in off]
-        jobs.append(partial(bench.harness, f"{arm}, all of these off", [bench.trial(arm)], *off))
+    if options.levers:
+        dpo, simpo = bench.trial("dpo"), bench.trial("simpo")
+        jobs.append(partial(bench.harness, "simpo", [simpo]))
+        jobs += [partial(bench.harness, f"simpo, {key}", [simpo], key) for key in LEVERS]
+        jobs.append(partial(bench.harness, "simpo, all of these", [simpo], *LEVERS))
+        jobs.append(partial(bench.harness, "dpo", [dpo]))
+        jobs += [partial(bench.harness, f"dpo, {key}", [dpo], key) for key in ("train.cache_reference=false",)]
+        jobs.append(partial(bench.harness, "dpo, all of these", [dpo], "train.cache_reference=false", *LEVERS))
     return jobs
 
 
-def _scale(options: argparse.Namespace, scratch: Path) -> list[Run]:
+def _scale(options: argparse.Namespace, scratch: Path) -> list[Job]:
+    """Return runs of 1 to 8 trials over 32 pairs, and of one trial over 32 to 512, as far as there are so many."""
     bench = Bench(scratch / "scale", model=options.model, pairs=options.pairs, num_pairs=32)
-    runs = [bench.harness_grid(size) for size in (1, 2, 4, 8)]
+    jobs: list[Job] = [partial(bench.harness_grid, size) for size in (1, 2, 4, 8)]
     for count in (32, 64, 128, 256, 512):
         try:
             bench = Bench(scratch / f"scale{count}", model=options.model, pairs=options.pairs, num_pairs=count)
         except UsageError:
             break
-        runs.append(bench.harness(f"{count} pairs", [bench.trial("dpo")]))
-    return runs
+        jobs.append(partial(bench.harness, f"{count} pairs", [bench.trial("dpo")]))
+    return jobs
 
 
 def _model_config(bench: Bench) -> Any:

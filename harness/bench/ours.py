@@ -3,6 +3,7 @@
 Command: `python -m harness.bench.ours TRIALS.json`; prints one line of JSON.
 """
 
+import importlib
 import json
 import sys
 import time
@@ -19,6 +20,8 @@ def main() -> None:
     from harness.trial import run_trial, trial_dir
 
     prepare_process()
+    for module in ("wandb", "harness.trainers", "harness.reference"):
+        importlib.import_module(module)  # once in a worker: not time around a trial
     trials = []
     for overrides in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):
         config = load_run(overrides)

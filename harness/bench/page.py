@@ -15,6 +15,8 @@ TARGETS = (
 )
 MEMORY_TARGET = 0.65
 LOOP_TARGET = 1.5
+OVERHEAD_TARGET = 0.05
+_WORK = ("train", "reference", "import")  # what is not overhead around a trial
 
 
 def page(result: Mapping[str, Any]) -> str:
@@ -29,6 +31,10 @@ def page(result: Mapping[str, Any]) -> str:
         + ".",
         _ratios(runs),
         _work(result),
+        _overhead(runs),
+        _levers(runs),
+        _layout(runs),
+        _growth(runs),
         _stages(runs),
         _losses(runs),
     ]
@@ -58,18 +64,18 @@ def _ratios(runs: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _spread(values: Sequence[float]) -> str:
-    return f"{median(values):.1f}" if len(values) == 1 else f"{min(values):.1f} to {max(values):.1f}"
+def _spread(values: Sequence[float], form: str = ".1f") -> str:
+    return f"{values[0]:{form}}" if len(values) == 1 else f"{min(values):{form}} to {max(values):{form}}"
 
 
 def _work(result: Mapping[str, Any]) -> str:
     """Hold the training loop against the matrix products that are needed at the measured rate."""
     rate = max(result["matmul_flops_per_second"])
     least = result["needed_flops"] / rate
+    rates = _spread([value / 1e9 for value in result["matmul_flops_per_second"]], ".0f")
     lines = [
         f"Needed: {result['needed_flops'] / 1e12:.2f} TFLOP for one pass; this machine multiplies matrices at "
-        + " and ".join(f"{value / 1e9:.0f}" for value in result["matmul_flops_per_second"])
-        + f" GFLOP/s (before and after the runs): {least:.1f} s at the faster rate.",
+        f"{rates} GFLOP/s (measured before each run): {least:.1f} s at the fastest of these rates.",
         "",
         "| training loop | seconds | times the least | share of the rate | tokens/s | target |",
         "|---|---|---|---|---|---|",
@@ -90,6 +96,68 @@ def _work(result: Mapping[str, Any]) -> str:
                 f"| {result['tokens'] / median(seconds):,.0f} | {target} |"
             )
     return "\n".join(lines)
+
+
+def _overhead(runs: Sequence[Mapping[str, Any]]) -> str:
+    """Show what a trial takes besides training and the reference pass, as a share of the training loop."""
+    lines = [
+        "Around the training loop: tokens, plan, hashes, manifest, scores, tracking (W&B offline).",
+        "",
+        f"| trial | seconds around | share of the loop (target under {OVERHEAD_TARGET:.0%}) |",
+        "|---|---|---|",
+    ]
+    for name in ("dpo", "simpo"):
+        found = _of(runs, "harness", name)
+        around = [sum(s for stage, s in run["seconds"].items() if stage not in _WORK) for run in found]
+        shares = [x / run["seconds"]["train"] * 100 for x, run in zip(around, found, strict=True)]
+        if found:
+            lines.append(f"| {name} | {_spread(around)} | {_spread(shares)}% |")
+    return "\n".join(lines) if len(lines) > 4 else ""
+
+
+def _levers(runs: Sequence[Mapping[str, Any]]) -> str:
+    """Hold runs with a lever switched off against the runs with all of them."""
+    lines = [
+        "What each lever gives: the same trial with one switched off, and with all that are listed for its arm.",
+        "",
+        "| trial | loop, s | loop against all levers | reference pass, s | whole run, s | peak memory, GB |",
+        "|---|---|---|---|---|---|",
+    ]
+    for arm in ("simpo", "dpo"):
+        whole = _of(runs, "harness", arm)
+        off = [run for run in runs if run["side"] == "harness" and run["name"].startswith(f"{arm}, ")]
+        loop = median(run["seconds"]["train"] for run in whole) if whole else 0.0
+        for name in dict.fromkeys(run["name"] for run in [*whole, *off] if off):
+            found = _of(runs, "harness", name)
+            loops = [run["seconds"]["train"] for run in found]
+            reference = [run["seconds"].get("reference", 0.0) for run in found]
+            lines.append(
+                f"| {name} | {_spread(loops)} | {median(loops) / loop:.2f} | {_spread(reference)} "
+                f"| {_spread([run['wall'] for run in found])} "
+                f"| {_spread([run['peak_memory_bytes'] / 1e9 for run in found], '.2f')} |"
+            )
+    return "\n".join(lines) if len(lines) > 4 else ""
+
+
+def _layout(runs: Sequence[Mapping[str, Any]]) -> str:
+    found = [run for run in runs if run["name"].startswith("2 trials, ")]
+    lines = ["| layout of two trials (one DPO, one SimPO) | wall, s | memory, GB |", "|---|---|---|"]
+    lines += [f"| {run['name'][10:]} | {run['wall']:.1f} | {run['peak_memory_bytes'] / 1e9:.2f} |" for run in found]
+    return "\n".join(lines) if found else ""
+
+
+def _growth(runs: Sequence[Mapping[str, Any]]) -> str:
+    """Show seconds and memory for more trials and for more pairs."""
+    tables = []
+    for unit, title in (("trials", "trials of 32 pairs in one sweep"), ("pairs", "pairs, one DPO trial")):
+        found = [run for run in runs if run["side"] == "harness" and run["name"].split()[1:] == [unit]]
+        lines = [f"| {title} | wall, s | loops, s | loop a {unit[:-1]}, s | peak memory, GB |", "|---|---|---|---|---|"]
+        for run in found:
+            count, loop = int(run["name"].split()[0]), run["seconds"]["train"]
+            memory = run["peak_memory_bytes"] / 1e9
+            lines.append(f"| {count} | {run['wall']:.1f} | {loop:.1f} | {loop / count:.2f} | {memory:.2f} |")
+        tables += ["\n".join(lines)] if found else []
+    return "\n\n".join(tables)
 
 
 def _stages(runs: Sequence[Mapping[str, Any]]) -> str:

@@ -119,7 +119,7 @@ class Bench:
         for trial in found["trials"]:
             for stage, seconds in trial["seconds"].items():
                 stages[stage] = stages.get(stage, 0.0) + seconds
-        stages["import and load"] = wall - sum(trial["trial_seconds"] for trial in found["trials"])
+        stages["import"] = wall - sum(trial["trial_seconds"] for trial in found["trials"])
         stages["around"] = sum(t["trial_seconds"] - sum(t["seconds"].values()) for t in found["trials"])
         return Run(name, "harness", wall, stages, found["peak_memory_bytes"], found["trials"][0]["losses"])
 
@@ -141,12 +141,12 @@ class Bench:
         peak = sum(run.peak_memory_bytes for run in runs)
         return Run(name, "harness", time.perf_counter() - start, stages, peak, runs[0].losses)
 
-    def harness_grid(self, size: int = 8) -> Run:
+    def harness_grid(self, size: int = 8, name: str = "") -> Run:
         """Run the same grid, or the first trials of it, by the harness."""
         trials = [self.trial("dpo", beta=beta) for beta in BETAS]
         simpo = [self.trial("simpo", beta=beta, gamma_beta_ratio=ratio) for beta, ratio in SIMPO]
         both = [trial for pair in zip(trials, simpo, strict=True) for trial in pair]
-        return self.harness("grid" if size == len(both) else f"{size} trials", both[:size])
+        return self.harness(name or f"{size} trials", both[:size])
 
 
 def _timed(command: list[str]) -> tuple[float, dict[str, Any]]:

@@ -218,7 +218,7 @@ def answer_tasks(model: Any, chat: ChatFormat, tasks: Sequence[Task], *, seed: i
         for i, task in enumerate(tasks)
     ]
     temperature = 0.0 if seed is None else 1.0
-    decoding = GenerateConfig(MAX_NEW_TOKENS, batch_size=256, temperature=temperature, seed=seed or 0)
+    decoding = GenerateConfig(max_new_tokens=MAX_NEW_TOKENS, batch_size=256, temperature=temperature, seed=seed or 0)
     return generate_completions(model, chat, prompts, split="embedded", decoding=decoding)
 
 
