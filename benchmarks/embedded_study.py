@@ -40,8 +40,7 @@ def main() -> None:
     rows, commands, found = [], [], {}
     for number, (name, overrides) in enumerate(SETTINGS.items()):
         # A folder each: two learning rates in one study would be a search with a selection on dev.
-        result = run_sweep([*COMMAND, *overrides, f"results_dir={folder / str(number)}"])
-        assert result is not None
+        (result,) = run_sweep([*COMMAND, *overrides, f"results_dir={folder / str(number)}"])
         assert result.verdict is not None, result.undecided
         found = result.verdict
         rows.append(row(name, found))

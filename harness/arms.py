@@ -25,11 +25,13 @@ class MethodConfig:
     Attributes:
         learning_rate: peak learning rate; null takes `learning_rates[train.tuning]`.
         learning_rates: the arm's published rate for each tuning, `lora` and `full`.
+        learning_rate_factor: multiplies the rate; a grid over it fits models with rates of their own.
     """
 
     name: str = "???"
     learning_rate: float | None = bounded(None, above=0.0, at_most=1.0)
     learning_rates: dict[str, float] = field(default_factory=dict)
+    learning_rate_factor: float = bounded(1.0, above=0.0, at_most=1000.0)
 
 
 @dataclass
@@ -37,6 +39,17 @@ class BetaConfig(MethodConfig):
     """Keys of DPO and of length-normalised DPO."""
 
     beta: float = bounded(0.1, above=0.0, at_most=1000.0)
+
+
+@dataclass
+class DPOMarginConfig(BetaConfig):
+    """Keys of DPO with SimPO's target margin, for the ablation.
+
+    Attributes:
+        gamma_beta_ratio: target margin over beta, in nats (per token where the reward is length-normalised).
+    """
+
+    gamma_beta_ratio: float = bounded(0.5, at_least=0.0, at_most=10.0)
 
 
 @dataclass
@@ -65,6 +78,8 @@ class Arm:
         trainer: TRL's trainer class by name; None for the SFT base, which is scored and not trained.
         trl_arguments: from the arm's keys to keyword arguments of that trainer's config class.
         uses_reference: True where the loss needs log-probs of the SFT base.
+        per_token: True where rewards are means over an answer's tokens, False where they are sums.
+        has_margin: True where the chosen answer must win by a target margin.
     """
 
     title: str
@@ -72,6 +87,8 @@ class Arm:
     trainer: str | None
     trl_arguments: Callable[[Any], Mapping[str, Any]]
     uses_reference: bool
+    per_token: bool = False
+    has_margin: bool = False
 
 
 def _simpo_arguments(method: SimPOConfig) -> dict[str, Any]:
@@ -85,27 +102,44 @@ def _simpo_arguments(method: SimPOConfig) -> dict[str, Any]:
     }
 
 
+def _dpo_arguments(method: BetaConfig) -> dict[str, Any]:
+    return {"loss_type": ["sigmoid"], "beta": method.beta}
+
+
+def _dpo_norm_arguments(method: BetaConfig) -> dict[str, Any]:
+    return {"loss_type": ["sigmoid_norm"], "beta": method.beta}
+
+
+# The rows below `simpo` are for the ablation: which part of SimPO makes the difference. Reference or none, sum or mean,
+# margin or none make eight arms with `dpo`, `simpo` and `dpo_norm`.
 ARMS: dict[str, Arm] = {
-    "dpo": Arm(
-        title="DPO",
-        config=BetaConfig,
-        trainer="DPOTrainer",
-        trl_arguments=lambda method: {"loss_type": ["sigmoid"], "beta": method.beta},
-        uses_reference=True,
-    ),
+    "dpo": Arm("DPO", BetaConfig, "DPOTrainer", _dpo_arguments, uses_reference=True),
     "simpo": Arm(
-        title="SimPO",
-        config=SimPOConfig,
-        trainer="CPOTrainer",
-        trl_arguments=_simpo_arguments,
-        uses_reference=False,
+        "SimPO", SimPOConfig, "CPOTrainer", _simpo_arguments, uses_reference=False, per_token=True, has_margin=True
     ),
     "dpo_norm": Arm(
-        title="length-normalised DPO",
-        config=BetaConfig,
-        trainer="DPOTrainer",
-        trl_arguments=lambda method: {"loss_type": ["sigmoid_norm"], "beta": method.beta},
-        uses_reference=True,
+        "length-normalised DPO", BetaConfig, "DPOTrainer", _dpo_norm_arguments, uses_reference=True, per_token=True
     ),
-    "sft": Arm(title="SFT base", config=MethodConfig, trainer=None, trl_arguments=lambda _: {}, uses_reference=False),
+    "dpo_margin": Arm(
+        "DPO with margin", DPOMarginConfig, "DPOTrainer", _dpo_arguments, uses_reference=True, has_margin=True
+    ),
+    "dpo_norm_margin": Arm(
+        "length-normalised DPO with margin",
+        DPOMarginConfig,
+        "DPOTrainer",
+        _dpo_norm_arguments,
+        uses_reference=True,
+        per_token=True,
+        has_margin=True,
+    ),
+    "simpo_no_margin": Arm(
+        "SimPO without margin", SimPOConfig, "CPOTrainer", _simpo_arguments, uses_reference=False, per_token=True
+    ),
+    "simpo_sum": Arm(
+        "SimPO by sums", SimPOConfig, "CPOTrainer", _simpo_arguments, uses_reference=False, has_margin=True
+    ),
+    "simpo_sum_no_margin": Arm(
+        "SimPO by sums without margin", SimPOConfig, "CPOTrainer", _simpo_arguments, uses_reference=False
+    ),
+    "sft": Arm("SFT base", MethodConfig, None, lambda _: {}, uses_reference=False),
 }

@@ -8,8 +8,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from harness.config import EMBEDDED, ModelConfig, Precision, RunConfig, Tuning
 from harness.records import UsageError, digest, file_sha256
+from harness.schema import EMBEDDED, ModelConfig, Precision, RunConfig, Tuning
 
 _WANTED = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.txt")
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")

@@ -12,14 +12,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from harness.arms import ARMS
 from harness.identity import data_identity
 from harness.ledger import enter_look
 from harness.records import UsageError, locked, write_json
-from harness.registration import contrast_of, is_selected, read_study
+from harness.registration import contrast_of, read_study
 from harness.rule import verdict
 from harness.scores_file import read_scores
-from harness.selection import edge_warnings
+from harness.selection import edge_warnings, golden_problem
 
 __all__ = ["decide_study", "verdict"]
 
@@ -43,20 +45,24 @@ def decide_study(study: Path) -> dict[str, Any]:
     if len(arms) < 2:
         raise UsageError(f"{study}: only the arm {', '.join(registered['arms'])}; a decision needs two")
     scores = read_scores(study / "scores.csv")
+    _refuse_unselected(study, scores, arms)
+    seeds, looks = _seeds_of_look(study, scores, registered, arms)
     result = verdict(
-        scores,
+        _of_seeds(scores, seeds) if looks else scores,
         metric=registered["metric"],
         margin=registered["margin"],
-        alpha=registered["alpha"],
+        alpha=registered["alpha"] / max(1, len(looks)),
         arms=(arms[0], arms[1]),
         guards=registered.get("guards") or (),
     )
+    if looks:
+        result["look"] = {"seeds": len(seeds[arms[0]]), "registered": looks, "alpha": registered["alpha"]}
     identity = data_identity(study)
     if identity["status"] == "not proved":
         result["warnings"].append(f"identical data is NOT proved: {'; '.join(identity['reasons'])}")
     result["warnings"] += [
-        *enter_look(study, registered, arms),
-        *_plan_warnings(registered, result),
+        *enter_look(study, registered, arms, seeds),
+        *_plan_warnings(registered, result, seeds),
         *registered.get("warnings", []),
     ]
     base = scores[(scores["arm"] == "sft") & (scores["split"] == "golden") & (scores["scorer"] == registered["metric"])]
@@ -66,12 +72,56 @@ def decide_study(study: Path) -> dict[str, Any]:
     return result
 
 
-def _plan_warnings(registered: Mapping[str, Any], result: Mapping[str, Any]) -> list[str]:
+def _refuse_unselected(study: Path, scores: pd.DataFrame, arms: Sequence[str]) -> None:
+    """Refuse golden scores of configs that were not selected, or of seeds that selected: they must not decide."""
+    golden = scores[(scores["split"] == "golden") & scores["arm"].isin(list(arms))]
+    runs = golden[["arm", "config", "seed"]].drop_duplicates().itertuples(index=False, name=None)
+    for arm, config, seed in runs:
+        number = int(seed) if str(seed).isdigit() else -1
+        problem = golden_problem(study, str(arm), str(config), number)
+        if problem:
+            raise UsageError(f"{study / 'scores.csv'}: {problem}")
+
+
+def _seeds_of_look(
+    study: Path, scores: pd.DataFrame, registered: Mapping[str, Any], arms: Sequence[str]
+) -> tuple[dict[str, list[int]], list[int]]:
+    """Return the seeds that decide, and the registered looks.
+
+    Where looks are registered, the decision is on the first seeds of the largest look that all arms have reached.
+    """
+    seeds = {arm: list(registered.get("seeds", {}).get(arm, [])) for arm in arms}
+    looks = sorted(registered.get("looks") or [])
+    if not looks:
+        return seeds, []
+    golden = scores[(scores["split"] == "golden") & (scores["scorer"] == registered["metric"])]
+    reached = []
+    for arm in arms:
+        scored = set(golden[golden["arm"] == arm]["seed"].astype(str))
+        reached.append(next((i for i, seed in enumerate(seeds[arm]) if str(seed) not in scored), len(seeds[arm])))
+    count = max((look for look in looks if look <= min(reached)), default=0)
+    if not count:
+        raise UsageError(
+            f"{study}: its first registered look at golden is with {looks[0]} seeds an arm, and {min(reached)} are "
+            "scored; finish the study with the same command"
+        )
+    return {arm: found[:count] for arm, found in seeds.items()}, looks
+
+
+def _of_seeds(scores: pd.DataFrame, seeds: Mapping[str, Sequence[int]]) -> pd.DataFrame:
+    """Keep the golden rows of these seeds, and all other rows."""
+    wanted = {(arm, str(seed)) for arm, found in seeds.items() for seed in found}
+    runs = pd.Series(list(zip(scores["arm"], scores["seed"].astype(str), strict=True)), index=scores.index)
+    return scores[(scores["split"] != "golden") | ~scores["arm"].isin(list(seeds)) | runs.isin(wanted)]
+
+
+def _plan_warnings(
+    registered: Mapping[str, Any], result: Mapping[str, Any], decided_by: Mapping[str, Sequence[int]]
+) -> list[str]:
     """Warn where what was scored is less than what was registered, or what was registered was not fair."""
     warnings = []
     for arm in result["arms"]:
-        seeds = registered.get("seeds", {}).get(arm, [])
-        missing = [seed for seed in seeds if str(seed) not in result["run_means"][arm]]
+        missing = [seed for seed in decided_by[arm] if str(seed) not in result["run_means"][arm]]
         if missing:
             shown = ", ".join(map(str, missing))
             warnings.append(
@@ -81,11 +131,6 @@ def _plan_warnings(registered: Mapping[str, Any], result: Mapping[str, Any]) -> 
     if len({len(found) for found in configs.values()}) > 1:
         shown = ", ".join(f"{arm} {len(found)}" for arm, found in configs.items())
         warnings.append(f"unequal budgets ({shown} configs): the best of many beats the best of few by luck alone")
-    if is_selected(registered):
-        warnings.append(
-            "configs were selected on dev among the runs that answer golden: the selected arm's luck with its seeds "
-            "is in the difference; confirm with fresh seeds in a new study of the selected configs"
-        )
     for arm, found in configs.items():
         title = ARMS[arm].title if arm in ARMS else arm
         warnings += [f"{title}: {text}" for text in edge_warnings(found, result["configs"][arm])]

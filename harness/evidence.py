@@ -151,7 +151,9 @@ def _entry(key: str, value: Any) -> str:
 def _method(trial: Trial) -> str:
     """Write the arm's settings that were used: not its name, nor the rates that it would have had otherwise."""
     method = mapping(trial.manifest.get("method"))
-    return phrase({key: value for key, value in method.items() if key not in ("name", "learning_rates")})
+    return phrase(
+        {key: value for key, value in method.items() if key not in ("name", "learning_rates", "learning_rate_factor")}
+    )
 
 
 def _is_split(value: Any) -> bool:

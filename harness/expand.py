@@ -1,9 +1,8 @@
-"""From the command line to the trials: an arm's keys are expanded for that arm only, seeds for all arms alike."""
+"""From the command line to what it asks for: a space for each arm, the seeds, and what all trials share."""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,17 +11,24 @@ from omegaconf import DictConfig, OmegaConf
 from harness.overrides import parse, selected_arms, values_of
 from harness.profile import load_profile, profile_name
 from harness.records import UsageError
-
-Space = dict[str, list[Any]]
+from harness.search import is_interval
 
 
 @dataclass(frozen=True)
-class Job:
-    """One trial as Hydra overrides; `base_overrides` make the SFT base's own trial of the same study."""
+class Request:
+    """What a command line asks for.
 
-    arm: str
-    overrides: list[str]
-    base_overrides: list[str]
+    Attributes:
+        common: Hydra overrides that all trials share.
+        spaces: for each arm its own keys: a list of values, or an interval.
+        seeds: those that decide.
+        tuning_seeds: those that configs are selected with, where an arm has several.
+    """
+
+    common: list[str]
+    spaces: dict[str, dict[str, Any]]
+    seeds: list[int]
+    tuning_seeds: list[int]
 
 
 def hydra_arguments(arguments: Sequence[str]) -> list[str]:
@@ -43,17 +49,18 @@ def hydra_arguments(arguments: Sequence[str]) -> list[str]:
     return [*options, "hydra/sweeper=paired", *fixed]
 
 
-def expand(arguments: Sequence[str], master: DictConfig) -> list[Job]:
-    """Return all trials, seed by seed with the arms side by side, so that a sweep that stops early is still paired.
+def expand(arguments: Sequence[str], master: DictConfig) -> Request:
+    """Read a study out of the command line and the master config, which holds the preset.
 
     Raises:
-        UsageError: where arms have unequal numbers of configs and `allow_unequal_budgets` is not set.
+        UsageError: for seeds that would both tune and decide, or nothing to score.
     """
     parsed = parse(list(arguments))
     arms = selected_arms(parsed)
-    shared: Space = {}
-    own: dict[str, Space] = {arm: _preset_space(master, arm) for arm in arms}
-    seeds: list[int] = list(master.seeds or load_profile(profile_name(master))["seeds"])
+    shared: dict[str, Any] = {}
+    own: dict[str, dict[str, Any]] = {arm: _preset_space(master, arm) for arm in arms}
+    profile = load_profile(profile_name(master))
+    seeds: list[int] = list(master.seeds or profile["seeds"])
     common: list[str] = []
     for override in parsed:
         key = override.key_or_group
@@ -62,57 +69,55 @@ def expand(arguments: Sequence[str], master: DictConfig) -> list[Job]:
         if key == "seed":
             seeds = values_of(override)
         elif key.startswith("method."):
-            shared[key.removeprefix("method.")] = _flat(values_of(override))
+            shared[key.removeprefix("method.")] = _space(values_of(override))
         elif key.startswith("arms."):
             _, arm, name = key.split(".", 2)
-            own[arm][name] = _flat(values_of(override))
+            own[arm][name] = _space(values_of(override))
         else:
             common.append(str(override.input_line))
-    configs = {arm: _configs({**own[arm], **shared}) for arm in arms}
-    _check_budgets({arm: len(found) for arm, found in configs.items()}, allowed=bool(master.allow_unequal_budgets))
-    _check_selectable(configs, list(master.evaluate))
-    base = [*common, "+method=sft", "seed=0"]
-    longest = max(map(len, configs.values()))
-    return [
-        Job(arm, [*common, f"+method={arm}", *configs[arm][i], f"seed={seed}"], base)
-        for seed in dict.fromkeys(seeds)
-        for i in range(longest)
-        for arm in arms
-        if i < len(configs[arm])
-    ]
+    if not master.evaluate:
+        raise UsageError("evaluate=[]: nothing would be scored; give dev, golden or both, such as [dev,golden]")
+    tuning_seeds = list(master.tuning_seeds or profile["tuning_seeds"])
+    return Request(common, {arm: {**own[arm], **shared} for arm in arms}, list(dict.fromkeys(seeds)), tuning_seeds)
 
 
-def _preset_space(master: DictConfig, arm: str) -> Space:
+def _preset_space(master: DictConfig, arm: str) -> dict[str, Any]:
     space = OmegaConf.to_container(master.arms).get(arm) or {}  # type: ignore[union-attr]
-    return {str(key): value if isinstance(value, list) else [value] for key, value in space.items()}
+    return {str(key): value if isinstance(value, list | dict) else [value] for key, value in space.items()}
 
 
-def _flat(values: Sequence[Any]) -> list[Any]:
+def _space(values: Sequence[Any]) -> Any:
+    """Return the values of one key as a list, or its interval."""
+    if len(values) == 1 and is_interval(values[0]):
+        return dict(values[0])
     return [item for value in values for item in (value if isinstance(value, list) else [value])]
 
 
-def _configs(space: Space) -> list[list[str]]:
-    axes = [[f"method.{key}={value}" for value in dict.fromkeys(values)] for key, values in space.items()]
-    return [list(config) for config in itertools.product(*axes)]
+def check_study(request: Request, sizes: Mapping[str, int], evaluate: Sequence[str], *, allow_unequal: bool) -> None:
+    """Check what shows once the number of configs of each arm is known.
 
-
-def _check_selectable(configs: dict[str, list[list[str]]], evaluate: list[str]) -> None:
-    if not evaluate:
-        raise UsageError("evaluate=[]: nothing would be scored; give dev, golden or both, such as [dev,golden]")
-    for arm, found in configs.items():
-        if len(found) > 1 and "dev" not in evaluate:
-            raise UsageError(
-                f"evaluate=[{','.join(evaluate)}]: {arm} has {len(found)} configs and they are selected on dev; add dev"
-            )
-
-
-def _check_budgets(sizes: dict[str, int], *, allowed: bool) -> None:
+    Raises:
+        UsageError: for arms with unequal or no configs, a selection without dev, or seeds that tune and decide.
+    """
     for arm, size in sizes.items():
         if size == 0:
             raise UsageError(f"arms.{arm}: an empty list makes no trial; list one value or more, or leave the key out")
-    if len(set(sizes.values())) > 1 and not allowed:
+    if len(set(sizes.values())) > 1 and not allow_unequal:
         shown = ", ".join(f"{arm}: {size}" for arm, size in sizes.items())
         raise UsageError(
             f"unequal budgets ({shown} configs): the best of many beats the best of few by luck alone; give every arm "
-            "the same number of configs, or set allow_unequal_budgets=true and the verdict will warn"
+            "the same number of configs, or set allow_unequal_budgets=true and the verdict will carry a warning"
+        )
+    tuned = [arm for arm, size in sizes.items() if size > 1]
+    if tuned and "dev" not in evaluate:
+        raise UsageError(
+            f"evaluate=[{','.join(evaluate)}]: {tuned[0]} has {sizes[tuned[0]]} configs and they are selected on dev; "
+            "add dev"
+        )
+    both = sorted(set(request.seeds) & set(request.tuning_seeds)) if tuned else []
+    if both:
+        raise UsageError(
+            f"seed={','.join(map(str, request.seeds))} tuning_seeds=[{','.join(map(str, request.tuning_seeds))}]: "
+            f"{', '.join(map(str, both))} would tune and decide; the selected config has been lucky with its tuning "
+            "seeds, so that only fresh ones may decide: give other tuning_seeds"
         )

@@ -14,8 +14,8 @@ from tqdm import tqdm
 from transformers import GenerationConfig
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from harness.config import GenerateConfig
 from harness.records import Completion, EvalPrompt
+from harness.schema import GenerateConfig
 from harness.tokens import ChatFormat
 
 ROUND_TOKENS = 8

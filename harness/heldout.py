@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from harness.arms import ARMS
-from harness.config import RunConfig
 from harness.records import DivergedError, PairLogps, read_jsonl
+from harness.schema import RunConfig
 from harness.tokens import TokenPair
 
 

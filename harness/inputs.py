@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from harness.checkpoint import checkpoint_dir, contents_sha256
-from harness.config import EMBEDDED, RunConfig, Template, trial_id
+from harness.config import trial_id
 from harness.data import DataSpec, Splits, load_splits
 from harness.plan import BatchPlan, make_plan
 from harness.records import UsageError
+from harness.schema import EMBEDDED, RunConfig, Template
 from harness.scorers import SCORERS
 from harness.tokens import ChatFormat, TokenisedPairs, TokenPair, load_chat_format, tokenise_pairs
 

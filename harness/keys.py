@@ -141,7 +141,7 @@ class Scope:
 
 def find_declared(key: str, arms: list[str]) -> Iterator[tuple[Declared | None, str, Scope]]:
     """Find what is declared of a key, once for each arm that it would apply to."""
-    from harness.config import RunConfig
+    from harness.schema import RunConfig
 
     head, _, rest = key.partition(".")
     if head == "method" and rest:

@@ -15,29 +15,35 @@ from harness.records import UsageError, digest, read_jsonl, write_jsonl
 FILE = "ledger.jsonl"
 
 
-def enter_look(study: Path, registered: Mapping[str, Any], contrast: list[str]) -> list[str]:
+def enter_look(
+    study: Path, registered: Mapping[str, Any], contrast: list[str], seeds: Mapping[str, list[int]]
+) -> list[str]:
     """Enter a look at golden and return the verdict's warnings of earlier looks with other runs.
 
-    The same registered seeds and configs are one look, however often they are decided: nothing is learned from it.
+    The same seeds and configs are one look, however often they are decided: nothing is learned from it. Looks that were
+    registered (`decide.looks`) have their own error rate and count as one.
 
     Args:
         study: the study's folder.
         registered: contents of study.yaml.
         contrast: the two arms that are compared.
+        seeds: those that decide, by arm.
 
     Raises:
         UsageError: where the ledger is damaged.
     """
     runs = {
         "contrast": contrast,
-        "seeds": {arm: sorted(registered.get("seeds", {}).get(arm, [])) for arm in contrast},
+        "seeds": {arm: sorted(seeds[arm]) for arm in contrast},
         "configs": {arm: sorted(registered.get("configs", {}).get(arm, [])) for arm in contrast},
     }
     looks = _looks(study)
     if not any(look["sha256"] == digest(runs) for look in looks):
         looks.append(runs | {"sha256": digest(runs), "looked_at": datetime.now(UTC).isoformat(timespec="seconds")})
         write_jsonl(study / FILE, looks)
-    if len(looks) < 2:
+    planned = registered.get("looks") or []
+    surplus = [look for look in looks if {len(found) for found in look["seeds"].values()} - set(planned)]
+    if len(surplus) + (len(surplus) < len(looks)) < 2:
         return []
     history = ", then ".join(_shown(look) for look in looks)
     return [

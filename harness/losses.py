@@ -18,23 +18,27 @@ def dpo_loss(
     rejected_ref_sum_logps: Tensor,
     *,
     beta: float,
+    gamma_beta_ratio: float = 0.0,
 ) -> Tensor:
     """Return the DPO loss of each pair (Rafailov et al. 2023, arXiv 2305.18290, Eq. 7).
 
-    -log sigmoid(beta * [(log pi(c) - log ref(c)) - (log pi(r) - log ref(r))]), with log-probs summed over the answer.
+    -log sigmoid(beta * [(log pi(c) - log ref(c)) - (log pi(r) - log ref(r)) - gamma_beta_ratio]), with log-probs summed
+    over the answer; the paper's loss has no margin.
     """
     from torch.nn.functional import logsigmoid
 
     chosen_logratios = chosen_sum_logps - chosen_ref_sum_logps
     rejected_logratios = rejected_sum_logps - rejected_ref_sum_logps
-    return -logsigmoid(beta * (chosen_logratios - rejected_logratios))
+    return -logsigmoid(beta * (chosen_logratios - rejected_logratios - gamma_beta_ratio))
 
 
-def dpo_norm_loss(chosen_mean_logratios: Tensor, rejected_mean_logratios: Tensor, *, beta: float) -> Tensor:
+def dpo_norm_loss(
+    chosen_mean_logratios: Tensor, rejected_mean_logratios: Tensor, *, beta: float, gamma_beta_ratio: float = 0.0
+) -> Tensor:
     """Return the length-normalised DPO loss of each pair: DPO with log-ratios divided by the answer's length."""
     from torch.nn.functional import logsigmoid
 
-    return -logsigmoid(beta * (chosen_mean_logratios - rejected_mean_logratios))
+    return -logsigmoid(beta * (chosen_mean_logratios - rejected_mean_logratios - gamma_beta_ratio))
 
 
 def simpo_loss(

@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from harness.arms import ARMS
-from harness.config import RunConfig
+from harness.folders import read_manifest, study_dir, trial_dir
 from harness.records import Completion, EvalPrompt, read_json, read_jsonl, write_json, write_jsonl
+from harness.schema import RunConfig
 from harness.stages import done_stages
 
 _LAST_WORDS = 2000  # characters of vLLM's error output that are shown
@@ -36,7 +37,6 @@ def answer_trials(trials: Sequence[RunConfig]) -> None:
     """
     from harness.generate import completion_of
     from harness.inputs import splits_of, tokens_of
-    from harness.trial import study_dir
 
     work = [(folder, split) for trial in trials for folder, split in _lacking(trial)]
     if not work:
@@ -57,8 +57,6 @@ def answer_trials(trials: Sequence[RunConfig]) -> None:
 
 def _lacking(trial: RunConfig) -> list[tuple[Path, str]]:
     """Return the trial's folder with each split that it has neither scored nor answered."""
-    from harness.trial import read_manifest, trial_dir
-
     folder = trial_dir(trial)
     manifest = read_manifest(folder)
     is_trained = "train" in manifest.get("done", []) and manifest["status"] != "diverged"

@@ -21,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from harness.keys import TRAINED, close_match, find_declared, shown, unknown_key, value_problem
 from harness.records import UsageError
+from harness.search import interval_problem, is_interval
 
 AXES = "method, arms.ARM.KEY, method.KEY and seed"
 
@@ -214,11 +215,20 @@ def _problems(override: Override, arms: list[str]) -> Iterator[str]:
         if target is None:
             yield f"{line}: {unknown_key(path, scope)}"
             return
-        for value in values:
-            for item in value if scope.is_space and isinstance(value, list) else [value]:
-                problem = value_problem(target, item)
-                if problem:
-                    yield f"{key}={shown(item)}: {problem}"
+        for item in _items(values) if scope.is_space else values:
+            problem = interval_problem(item) if scope.is_space and is_interval(item) else value_problem(target, item)
+            if problem:
+                yield f"{key}={shown(item)}: {problem}"
+
+
+def _items(values: list[Any]) -> Iterator[Any]:
+    """Yield each value of an arm's space; of an interval itself and, where it is one, its two ends."""
+    for value in values:
+        if is_interval(value):
+            yield value
+            yield from [] if interval_problem(value) else [value["low"], value["high"]]
+        else:
+            yield from value if isinstance(value, list) else [value]
 
 
 def _group_problems(group: str, values: list[Any]) -> Iterator[str]:

@@ -42,13 +42,21 @@ _COLOURS = {
     "green": ("#00795a", "#3cc9a0"),
     "purple": ("#a8528a", "#d993bf"),
     "ochre": ("#946300", "#e6b23c"),
+    "teal": ("#007c89", "#4dc4d0"),
+    "olive": ("#6b7300", "#c3cc4f"),
+    "brown": ("#8a4b2a", "#d39a7a"),
     "grey": ("#667079", "#a3adb8"),
 }
-_SHAPES = {"o": "●", "s": "■", "^": "▲", "v": "▼", "P": "✚", "D": "◆"}
+_SHAPES = {"o": "●", "s": "■", "^": "▲", "v": "▼", "P": "✚", "D": "◆", "<": "◀", ">": "▶", "X": "✖", "p": "⬟", "h": "⬢"}
 _FIXED = {
     "simpo": ("blue", "o", "solid"),
     "dpo": ("vermillion", "s", "dashed"),
     "dpo_norm": ("green", "^", "dashdot"),
+    "dpo_margin": ("brown", "<", "dashed"),
+    "dpo_norm_margin": ("olive", ">", "dashdot"),
+    "simpo_no_margin": ("teal", "X", "solid"),
+    "simpo_sum": ("purple", "p", "solid"),
+    "simpo_sum_no_margin": ("ochre", "h", "dotted"),
     BASE: ("grey", "D", "dotted"),
 }
 _SPARE = (("purple", "v", "solid"), ("ochre", "P", "dashed"))

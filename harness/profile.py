@@ -9,7 +9,8 @@ from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
 
-from harness.config import CONF, EMBEDDED, RunConfig, Tuning
+from harness.config import CONF
+from harness.schema import EMBEDDED, RunConfig, Tuning
 
 
 def profile_name(config: RunConfig | DictConfig) -> str:
@@ -39,6 +40,9 @@ def fill_from_profile(config: RunConfig) -> None:
         config.generate.backend = "vllm" if vllm_problem(config) is None else "transformers"
     if config.method.learning_rate is None:
         config.method.learning_rate = rates.get(config.train.tuning.value)
+    if config.method.learning_rate is not None:
+        config.method.learning_rate *= config.method.learning_rate_factor
+        config.method.learning_rate_factor = 1.0  # it is in the rate now
 
 
 def vllm_problem(config: RunConfig) -> str | None:

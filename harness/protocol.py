@@ -1,22 +1,25 @@
-"""The study as a whole: base -> train and answer dev -> select on dev -> answer golden -> decide -> report.
+"""The study as a whole: base -> tune on dev -> train what was selected with fresh seeds -> golden -> decide -> report.
 
 Knows nothing of Hydra: trials are launched through a function that the sweep passes in. Imports no torch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from harness.config import RunConfig, config_label
+from harness.costtrials import cost_trials
+from harness.design import Design
+from harness.folders import is_complete, study_dir, trial_dir
 from harness.records import UsageError, locked, read_json
 from harness.registration import read_study
 from harness.score import collect_scores
-from harness.selection import select_configs
 from harness.tracking import track
-from harness.trial import Outcome, is_complete, study_dir, trial_dir
+from harness.trial import Outcome
+from harness.tuning import tune
 
 Launch = Callable[[Sequence[RunConfig]], list[Outcome]]
 
@@ -32,6 +35,7 @@ class StudyResult:
         report: path of report.html; None where the base could not be scored, so that there is nothing to report.
         launched: number of trials that this call ran.
         is_comparison: True where several arms were asked for, so that a missing verdict is a failure.
+        stages: number of trials by stage: `base`, `tune`, `confirm`, `costs`.
     """
 
     outcomes: list[Outcome]
@@ -40,49 +44,58 @@ class StudyResult:
     report: Path | None
     launched: int
     is_comparison: bool
+    stages: Mapping[str, int]
 
 
-def run_study(base: RunConfig, trials: Sequence[RunConfig], launch: Launch) -> StudyResult:
+def run_study(design: Design, launch: Launch) -> StudyResult:
     """Run what is missing of a study, then decide and report.
 
     Args:
-        base: the SFT base as a trial of its own, which the others need.
-        trials: all configs and seeds of all arms.
+        design: what to train.
         launch: runs trials and returns how they ended, in the same order.
     """
-    study = study_dir(base)
+    study = study_dir(design.base)
     runs = _Runs(launch)
-    runs.finish([base])
-    is_comparison = len({trial.method.name for trial in trials}) > 1
-    if runs.ended[_key(base)].status == "failed":
-        outcomes = list(runs.ended.values())
+    verdict, undecided = None, ""
+    if runs.finish("base", [design.base]):
         undecided = "the SFT base, which every arm is measured against, could not be scored"
-        return StudyResult(outcomes, None, undecided, None, len(runs.launched), is_comparison)
-    several = {arm for arm, configs in _configs_by_arm(trials).items() if len(configs) > 1}
-    runs.finish([replace(trial, evaluate=["dev"]) if trial.method.name in several else trial for trial in trials])
-    if several:
-        with locked(study):
-            scores = collect_scores(study)
-        selected = select_configs(scores, read_study(study / "study.yaml")["metric"], several)
-        runs.finish([trial for trial in trials if config_label(trial) == selected.get(trial.method.name)])
+        return _result(runs, design, None, undecided, None)
+    selected = tune(design, study, lambda trials: runs.finish("tune", trials), lambda: runs.failed)
+    if selected is None:
+        undecided = (
+            f"{runs.failed} of {runs.stages['tune']} tuning trials failed, so that no config is selected and golden is "
+            "not looked at; mend the cause (failure.json) and run the same command again"
+        )
+    else:
+        for seeds in _looks(design):
+            runs.finish("confirm", design.deciding(selected, seeds))
+            verdict, undecided = _decided(study)
+            if verdict and verdict["verdict"] != "inconclusive":
+                break
+        runs.finish("costs", cost_trials(design, selected) if verdict else [])
     with locked(study):
         collect_scores(study)
-        verdict, undecided = _decide(study)
         report = _report(study)
     if runs.launched and verdict:
-        _mirror(base, study, verdict)
-    return StudyResult(list(runs.ended.values()), verdict, undecided, report, len(runs.launched), is_comparison)
+        _mirror(design.base, study, verdict)
+    return _result(runs, design, verdict, undecided, report)
 
 
-def _configs_by_arm(trials: Sequence[RunConfig]) -> dict[str, set[str]]:
-    configs: dict[str, set[str]] = {}
-    for trial in trials:
-        configs.setdefault(trial.method.name, set()).add(config_label(trial))
-    return configs
+def _looks(design: Design) -> list[Sequence[int]]:
+    """Return the seeds that there are at each look at golden."""
+    counts = design.any.decide.looks or [len(design.seeds)]
+    return [design.seeds[:count] for count in counts]
 
 
-def _key(trial: RunConfig) -> tuple[str, str, int]:
-    return trial.method.name, config_label(trial), trial.seed
+def _result(
+    runs: _Runs, design: Design, verdict: dict[str, Any] | None, undecided: str, report: Path | None
+) -> StudyResult:
+    outcomes = list(runs.ended.values())
+    return StudyResult(outcomes, verdict, undecided, report, len(runs.launched), len(design.arms) > 1, runs.stages)
+
+
+def _key(trial: RunConfig) -> tuple[str, str, int, str]:
+    return trial.method.name, config_label(trial), trial.seed, trial.cost_name or ""
 
 
 class _Runs:
@@ -90,15 +103,25 @@ class _Runs:
 
     def __init__(self, launch: Launch) -> None:
         self._launch = launch
-        self.ended: dict[tuple[str, str, int], Outcome] = {}
-        self.launched: set[tuple[str, str, int]] = set()
+        self.ended: dict[tuple[str, str, int, str], Outcome] = {}
+        self.launched: set[tuple[str, str, int, str]] = set()
+        self.stages: dict[str, int] = {}
 
-    def finish(self, trials: Sequence[RunConfig]) -> None:
-        """Launch the trials that are not complete, and note how all of them ended."""
+    @property
+    def failed(self) -> int:
+        """Number of trials that failed."""
+        return sum(outcome.status == "failed" for outcome in self.ended.values())
+
+    def finish(self, stage: str, trials: Sequence[RunConfig]) -> int:
+        """Launch the trials that are not complete, note how all of them ended, and return how many failed."""
+        trials = list({_key(trial): trial for trial in trials}.values())
         missing = [trial for trial in trials if not is_complete(trial, tuple(trial.evaluate))]
         new = dict(zip(map(_key, missing), self._launch(missing), strict=True)) if missing else {}
         self.launched |= set(new)
+        before = len(self.ended)
         self.ended |= {_key(trial): new.get(_key(trial)) or _finished(trial) for trial in trials}
+        self.stages[stage] = self.stages.get(stage, 0) + len(self.ended) - before
+        return sum(self.ended[_key(trial)].status == "failed" for trial in trials)
 
 
 def _finished(trial: RunConfig) -> Outcome:
@@ -108,15 +131,17 @@ def _finished(trial: RunConfig) -> Outcome:
     return Outcome(facts["trial_id"], trial.method.name, config_label(trial), trial.seed, facts["status"], message)
 
 
-def _decide(study: Path) -> tuple[dict[str, Any] | None, str]:
+def _decided(study: Path) -> tuple[dict[str, Any] | None, str]:
     """Return the verdict, or None with the reason; a verdict on what the scores no longer say is taken away."""
     from harness.decide import decide_study
 
-    try:
-        return decide_study(study), ""
-    except UsageError as error:
-        (study / "verdict.json").unlink(missing_ok=True)
-        return None, str(error)
+    with locked(study):
+        collect_scores(study)
+        try:
+            return decide_study(study), ""
+        except UsageError as error:
+            (study / "verdict.json").unlink(missing_ok=True)
+            return None, str(error)
 
 
 def _mirror(base: RunConfig, study: Path, verdict: dict[str, Any]) -> None:

@@ -11,9 +11,13 @@ from typing import Any, cast
 import yaml
 
 from harness.checkpoint import contents_sha256
-from harness.config import NOT_IN_RESULT, RunConfig, config_label, plain
+from harness.config import NOT_IN_RESULT, plain
+from harness.design import Design
 from harness.inputs import default_metric, prompt_rows, scorers_of, splits_of, tokens_of
-from harness.records import UsageError, digest, locked, write_jsonl, write_text
+from harness.records import UsageError, digest, locked, read_json, write_jsonl, write_text
+from harness.schema import RunConfig
+
+_HASH = "sha256"
 
 
 def fixed_parts(config: RunConfig) -> dict[str, Any]:
@@ -21,10 +25,13 @@ def fixed_parts(config: RunConfig) -> dict[str, Any]:
     splits = splits_of(config)
     data = {k: v for k, v in plain(config.data).items() if k not in ("path", "train", "dev", "golden", "revision")}
     return {
+        "question": config.question,
         "metric": config.decide.metric or default_metric(splits),
         "margin": config.decide.margin,
         "alpha": config.decide.alpha,
         "guards": plain(config.decide.guards),
+        "looks": list(config.decide.looks or []),
+        "search": plain(config.search),
         "contents": contents_sha256(config, splits.facts),
         "data": data,
         "train": {key: value for key, value in plain(config.train).items() if key not in NOT_IN_RESULT},
@@ -39,59 +46,87 @@ def study_name(config: RunConfig) -> str:
     return f"{Path(config.model.path).name}-{digest(fixed_parts(config))[:8]}"
 
 
-def register(configs: Sequence[RunConfig], command: Sequence[str], *, warnings: Sequence[str]) -> dict[str, Any]:
+def register(design: Design, command: Sequence[str], *, warnings: Sequence[str]) -> dict[str, Any]:
     """Write study.yaml and prompts.jsonl; where the study exists, refuse another question and add arms and seeds.
 
     Args:
-        configs: the trained trials of this command; they share everything in `fixed_parts`.
+        design: what this command trains.
         command: the whole command line, for the report.
         warnings: what the verdict must say of how the study was set up.
 
     Raises:
-        UsageError: for another question than the registered one, or one that the data cannot answer.
+        UsageError: for another question than the registered one, one that the data cannot answer, or configs that
+            are added after golden was scored.
     """
-    first = configs[0]
-    folder = Path(first.results_dir) / study_name(first)
-    fixed = fixed_parts(first)
+    config = design.any
+    folder = Path(config.results_dir) / study_name(config)
+    fixed = fixed_parts(config)
     path = folder / "study.yaml"
     if not path.is_file():
-        check_answerable(configs, fixed)
-        tokens_of(first)  # what is wrong with tokenizer, template or lengths shows here, and not in the first trial
+        check_answerable(design, fixed)
+        tokens_of(config)  # what is wrong with tokenizer, template or lengths shows here, and not in the first trial
     with locked(folder):
         old = read_study(path) if path.is_file() else {}
         if old:
             _refuse_changes(path, old.get("fixed", {}), fixed)
-        study = _study(folder.name, configs, fixed, old, command=shlex.join(command), warnings=warnings)
+        study = _study(folder.name, design, fixed, old, command=shlex.join(command), warnings=warnings)
+        _refuse_late_configs(path, old, study)
         if study != old:
-            write_jsonl(folder / "prompts.jsonl", prompt_rows(splits_of(first)))
-            write_text(path, yaml.safe_dump(study, sort_keys=False, allow_unicode=True))
+            write_jsonl(folder / "prompts.jsonl", prompt_rows(splits_of(config)))
+            _write(path, study)
     return study
 
 
+def add_configs(folder: Path, labels: Mapping[str, Sequence[str]]) -> None:
+    """Register configs that a sampler has suggested, before they are trained.
+
+    Raises:
+        UsageError: where golden was scored already.
+    """
+    path = folder / "study.yaml"
+    with locked(folder):
+        old = read_study(path)
+        configs = {arm: _merged(old["configs"].get(arm, []), found) for arm, found in labels.items()}
+        study = old | {"configs": old["configs"] | configs}
+        _refuse_late_configs(path, old, study)
+        if study != old:
+            _write(path, study)
+
+
+def _write(path: Path, study: dict[str, Any]) -> None:
+    """Write study.yaml with the hash of its contents, so that a change by hand shows."""
+    parts = {key: value for key, value in study.items() if key != _HASH}
+    text = yaml.safe_dump(parts | {_HASH: digest(parts)}, sort_keys=False, allow_unicode=True)
+    write_text(path, text)
+
+
 def _study(
-    name: str,
-    configs: Sequence[RunConfig],
-    fixed: dict[str, Any],
-    old: dict[str, Any],
-    *,
-    command: str,
-    warnings: Sequence[str],
+    name: str, design: Design, fixed: dict[str, Any], old: dict[str, Any], *, command: str, warnings: Sequence[str]
 ) -> dict[str, Any]:
     """Return the contents of study.yaml: what is registered already stays, arms, configs and seeds are added."""
-    first = configs[0]
-    facts = splits_of(first).facts
-    arms = _merged(old.get("arms", []), [c.method.name for c in configs])
-    return {
+    config, labels = design.any, design.labels()
+    facts = splits_of(config).facts
+    arms = _merged(old.get("arms", []), list(labels))
+    configs = dict(old.get("configs", {}))
+    seeds = dict(old.get("seeds", {}))
+    for arm, found in labels.items():
+        configs[arm] = _merged(configs.get(arm, []), found)
+        seeds[arm] = _merged(seeds.get(arm, []), list(design.seeds))
+    tuned = [arm for arm in arms if arm in old.get("tuned", []) or arm in design.tuned or len(configs[arm]) > 1]
+    study = {
         "study": name,
-        "question": old.get("question", first.question),
+        "question": fixed["question"],
         "arms": arms,
         "contrast": old.get("contrast") or contrast_of(arms),
-        "configs": _merged_by_arm(old.get("configs", {}), [(c.method.name, config_label(c)) for c in configs]),
-        "seeds": _merged_by_arm(old.get("seeds", {}), [(c.method.name, c.seed) for c in configs]),
-        **{key: fixed[key] for key in ("metric", "margin", "alpha", "guards")},
+        "configs": configs,
+        "seeds": seeds,
+        "tuned": tuned,
+        "tuning_seeds": _merged(old.get("tuning_seeds", []), list(design.tuning_seeds) if tuned else []),
+        **{key: fixed[key] for key in ("metric", "margin", "alpha", "guards", "looks")},
+        "family": plain(config.family) if config.family.name else {},
         "model": {
-            "path": first.model.path,
-            "revision": first.model.revision,
+            "path": config.model.path,
+            "revision": config.model.revision,
             "base_sha256": fixed["contents"]["base"],
         },
         "data": facts,
@@ -101,6 +136,33 @@ def _study(
         "fixed": fixed,
         "fixed_sha256": digest(fixed),
     }
+    return study | ({_HASH: old[_HASH]} if _HASH in old else {})
+
+
+def _refuse_late_configs(path: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+    """Refuse configs and tuning seeds that are added once golden was scored: what is selected then has seen it."""
+    added = {
+        f"{arm} {label}": None
+        for arm, labels in new["configs"].items()
+        for label in labels
+        if old.get("configs", {}).get(arm) and label not in old["configs"][arm]
+    }
+    added |= {f"tuning seed {seed}": None for seed in new["tuning_seeds"] if seed not in old.get("tuning_seeds", [])}
+    if old and added and _has_golden_scores(path.parent):
+        raise UsageError(
+            f"{path}: golden was scored in this study already, and this command adds {', '.join(added)}; a selection "
+            "that comes after a look at golden is worth nothing: give it a study of its own, study=NAME"
+        )
+
+
+def _has_golden_scores(folder: Path) -> bool:
+    for path in (folder / "trials").glob("*/manifest.json"):
+        try:
+            if "golden" in read_json(path).get("done", []):
+                return True
+        except ValueError:
+            continue
+    return False
 
 
 def contrast_of(arms: Sequence[str]) -> list[str]:
@@ -113,18 +175,12 @@ def contrast_of(arms: Sequence[str]) -> list[str]:
     return ordered[:2] if len(ordered) > 1 else []
 
 
-def is_selected(study: Mapping[str, Any]) -> bool:
-    """Return True where an arm has several configs, so that the golden runs are those that selected the config."""
-    return any(len(configs) > 1 for configs in study.get("configs", {}).values())
-
-
-def check_answerable(configs: Sequence[RunConfig], fixed: dict[str, Any]) -> None:
+def check_answerable(design: Design, fixed: dict[str, Any]) -> None:
     """Raise a UsageError where the splits cannot be scored on the metric or a guard."""
-    splits = splits_of(configs[0])
-    several = any(len({config_label(c) for c in configs if c.method.name == arm}) > 1 for arm in _arms(configs))
+    splits = splits_of(design.any)
     needed = [("decide.metric", "golden", fixed["metric"])]
     needed += [("decide.guards", "golden", guard["metric"]) for guard in fixed["guards"]]
-    needed += [("decide.metric", "dev", fixed["metric"])] if several else []
+    needed += [("decide.metric", "dev", fixed["metric"])] if design.tuned else []
     for key, split, metric in needed:
         allowed = scorers_of(splits, split)
         if metric not in allowed:
@@ -134,10 +190,6 @@ def check_answerable(configs: Sequence[RunConfig], fixed: dict[str, Any]) -> Non
                 f"scorers that {split} allows: {', '.join(allowed) or 'none'}; "
                 f"`checks` need rows with checks, `preference_accuracy` rows with chosen and rejected"
             )
-
-
-def _arms(configs: Sequence[RunConfig]) -> list[str]:
-    return list(dict.fromkeys(config.method.name for config in configs))
 
 
 def read_study(path: Path) -> dict[str, Any]:
@@ -158,6 +210,11 @@ def read_study(path: Path) -> dict[str, Any]:
         raise UsageError(f"{path}: not readable ({error.strerror}); give a folder that harness.sweep wrote") from error
     if not isinstance(study, dict) or "metric" not in study or "arms" not in study:
         raise UsageError(f"{path}: not a study that harness.sweep registered; choose another study=NAME")
+    if _HASH in study and study[_HASH] != digest({key: value for key, value in study.items() if key != _HASH}):
+        raise UsageError(
+            f"{path}: was changed after it was registered; a verdict on a changed question means nothing: put the file "
+            "back as it was, or register the new question as a study of its own, study=NAME"
+        )
     return cast(dict[str, Any], study)
 
 
@@ -185,10 +242,3 @@ def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _merged(old: Sequence[Any], new: Sequence[Any]) -> list[Any]:
     return list(dict.fromkeys([*old, *new]))
-
-
-def _merged_by_arm(old: dict[str, list[Any]], new: Sequence[tuple[str, Any]]) -> dict[str, list[Any]]:
-    merged = {arm: list(values) for arm, values in old.items()}
-    for arm, value in new:
-        merged[arm] = _merged(merged.get(arm, []), [value])
-    return merged

@@ -19,6 +19,7 @@ from harness import cautions, evidence, frames, wording
 from harness.costs import cost_table
 from harness.figures import draw_interval, draw_learning, draw_lengths
 from harness.frames import Table
+from harness.ingredients import ingredient_table
 from harness.palette import BASE, THEME, Look, looks, title
 from harness.records import UsageError, write_text
 from harness.sidebyside import SideBySide, side_by_side
@@ -96,6 +97,7 @@ def _verdict(study: Study, identity: Mapping[str, Any]) -> dict[str, Any]:
 def _tables(study: Study) -> dict[str, Table | None]:
     return {
         "scores": frames.score_table(study),
+        "ingredients": ingredient_table(study),
         "preferences": frames.preference_table(study),
         "degenerate": frames.degenerate_table(study),
         "guards": frames.guard_table(wording.guards(study)),

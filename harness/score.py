@@ -13,7 +13,7 @@ from typing import Any
 
 from harness.degenerate import cut_off_warnings, degenerate_shares, is_collapsed
 from harness.records import SCORE_COLUMNS, UsageError, read_json, read_jsonl, write_json, write_jsonl, write_text
-from harness.registration import is_selected, read_study
+from harness.registration import read_study
 from harness.scorers import SCORERS, Rows, Score, TrialOutputs, score_checks
 from harness.stages import done_stages
 
@@ -108,14 +108,11 @@ def trial_folders(study: Path) -> list[Path]:
 def collect_scores(study: Path) -> Path:
     """Write scores.csv out of the scores.jsonl of the base and of all trials.
 
-    Where configs were selected among runs of the same seeds, golden rows are of the stage `select` like those of dev:
-    nothing was confirmed with fresh seeds.
+    Dev rows are of the stage `select`, golden rows of the stage `confirm`.
     """
     import pandas as pd
 
     rows = [row for folder in trial_folders(study) for row in _rows(folder / "scores.jsonl")]
-    if is_selected(read_study(study / "study.yaml")):
-        rows = [row | {"stage": "select"} for row in rows]
     path = study / "scores.csv"
     write_text(path, pd.DataFrame(rows, columns=list(SCORE_COLUMNS)).to_csv(index=False))
     return path

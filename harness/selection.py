@@ -1,40 +1,125 @@
-"""Select each arm's config on dev, and flag a selected value that lies on the edge of its grid."""
+"""Select each arm's config on dev, record it once, and keep golden from all others.
+
+Input: dev scores of the tuning seeds -> output: `selection.json`, which is not made again once it is there.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
-from harness.records import UsageError
+from harness.records import UsageError, read_json, write_json
+from harness.registration import read_study
+
+FILE = "selection.json"
 
 
-def select_configs(scores: Path, metric: str, arms: set[str]) -> dict[str, str]:
-    """Return each arm's config with the best mean dev score over its seeds; golden is not looked at.
+def read_selection(study: Path) -> dict[str, Any]:
+    """Return the contents of selection.json; empty where nothing is selected yet.
+
+    Raises:
+        UsageError: where it is damaged: golden may have been looked at, so that it cannot simply be made again.
+    """
+    path = study / FILE
+    if not path.is_file():
+        return {}
+    try:
+        return dict(read_json(path))
+    except ValueError as error:
+        raise UsageError(
+            f"{error}; it says which configs were selected before golden was looked at: put it back as it was"
+        ) from error
+
+
+def dev_means(scores: Path, metric: str, seeds: Sequence[int]) -> dict[tuple[str, str], dict[int, float]]:
+    """Return `{(arm, config): {seed: mean dev score}}` over the tuning seeds; a diverged or collapsed run has 0.
 
     Args:
         scores: scores.csv.
         metric: the scorer to select on.
-        arms: those with several configs.
-
-    Raises:
-        UsageError: where dev has no scores of an arm.
+        seeds: the tuning seeds.
     """
     import pandas as pd
 
-    table = pd.read_csv(scores, keep_default_na=False)
-    dev = table[(table["split"] == "dev") & (table["scorer"] == metric) & table["arm"].isin(arms)]
-    means = pd.to_numeric(dev["score"]).groupby([dev["arm"], dev["config"]]).mean()
-    lacking = sorted(arms - set(means.index.get_level_values(0)))
-    if lacking:
-        raise UsageError(
-            f"{scores}: {', '.join(lacking)} has several configs and dev has no scores of {metric} to select on; "
-            "see which trials failed, or give dev rows with the same kind of scores as golden"
+    table = pd.read_csv(scores, keep_default_na=False, dtype={"config": str})
+    dev = table[(table["split"] == "dev") & (table["scorer"] == metric) & table["seed"].isin(list(seeds))]
+    means = pd.to_numeric(dev["score"]).groupby([dev["arm"], dev["config"], dev["seed"]]).mean()
+    found: dict[tuple[str, str], dict[int, float]] = {}
+    for (arm, config, seed), mean in means.items():
+        found.setdefault((str(arm), str(config)), {})[int(seed)] = float(mean)
+    return found
+
+
+def select(
+    study: Path, means: Mapping[tuple[str, str], Mapping[int, float]], labels: Mapping[str, Sequence[str]]
+) -> dict[str, str]:
+    """Record and return the config of each arm with the best mean over all tuning seeds; of equal ones the first.
+
+    Args:
+        study: the study's folder; what an earlier call recorded there is returned as it is.
+        means: what `dev_means` returned; configs that were given up before the last seed are not selected.
+        labels: the configs of the arms that are tuned, in the order of the space.
+
+    Raises:
+        UsageError: where an arm has no config that was scored with all seeds.
+    """
+    recorded = read_selection(study)
+    if recorded:
+        return {arm: found["selected"] for arm, found in recorded["arms"].items()}
+    registered = read_study(study / "study.yaml")
+    seeds = registered["tuning_seeds"]
+    arms: dict[str, Any] = {}
+    for arm, configs in labels.items():
+        tried = {config: means.get((arm, config), {}) for config in configs}
+        whole = {config: sum(by.values()) / len(by) for config, by in tried.items() if set(by) == set(seeds)}
+        if not whole:
+            raise UsageError(
+                f"{study}: no config of {arm} has dev scores with all tuning seeds to select on; see which trials "
+                "failed, or give dev rows with the same kind of scores as golden"
+            )
+        arms[arm] = {
+            "selected": max(whole, key=lambda config: whole[config]),
+            "dev_means": {config: sum(by.values()) / len(by) for config, by in tried.items() if by},
+            "seeds": {config: len(by) for config, by in tried.items()},
+        }
+    write_json(
+        study / FILE,
+        {
+            "metric": registered["metric"],
+            "tuning_seeds": list(seeds),
+            "arms": arms,
+            "selected_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        },
+    )
+    return {arm: found["selected"] for arm, found in arms.items()}
+
+
+def golden_problem(study: Path, arm: str, label: str, seed: int) -> str | None:
+    """Say why a run of a study must not be scored on golden, or None where it may."""
+    path = study / "study.yaml"
+    registered = read_study(path) if path.is_file() else {}
+    if arm not in registered.get("tuned", []):
+        return None
+    if seed in registered["tuning_seeds"]:
+        return (
+            f"seed={seed}: {study.name} selects its configs with this seed, so that golden would see its luck again; "
+            f"golden is for fresh seeds: {', '.join(map(str, registered['seeds'][arm]))}"
         )
-    return {arm: str(means.loc[arm].idxmax()) for arm in sorted(arms)}
+    selected = read_selection(study).get("arms", {}).get(arm, {}).get("selected")
+    if selected is None:
+        return f"{study.name}: no config of {arm} is selected yet; golden is scored for selected configs only"
+    if label != selected:
+        return (
+            f"{arm} {label}: {study.name} has selected {selected} on dev, and golden is scored for selected configs "
+            "only; give another config a study of its own: study=NAME"
+        )
+    return None
 
 
 def edge_warnings(configs: Sequence[str], selected: str) -> list[str]:
-    """Say which values of the selected config are the smallest or largest that were tried.
+    """Say which values of the selected config are the smallest or largest that were tried, and what to try next.
 
     Args:
         configs: labels of all configs of one arm, as `harness.config.config_label` writes them.
@@ -49,11 +134,23 @@ def edge_warnings(configs: Sequence[str], selected: str) -> list[str]:
         values = sorted(tried.get(key, ()))
         if len(values) > 1 and value in (values[0], values[-1]):
             end, shown = "smallest" if value == values[0] else "largest", ", ".join(f"{v:g}" for v in values)
+            beyond = " and ".join(f"{v:g}" for v in _beyond(values if value == values[-1] else values[::-1]))
+            more = f"try {beyond} too" if beyond else "it cannot be lower"
             warnings.append(
                 f"{key}={value:g} was selected and is the {end} that was tried ({shown}): the best may lie beyond "
-                "the grid; widen it in a new study"
+                f"the grid; {more}, in a new study"
             )
     return warnings
+
+
+def _beyond(values: Sequence[float]) -> list[float]:
+    """Return the next two values at the end of a grid: in equal ratios, or in equal steps where a zero is in it."""
+    last, before = values[-1], values[-2]
+    if min(values) > 0:
+        found = [last * (last / before) ** n for n in (1, 2)]
+    else:
+        found = [last + n * (last - before) for n in (1, 2)]
+    return [value for value in found if value >= 0]
 
 
 def _values(label: str) -> dict[str, float]:

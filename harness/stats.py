@@ -7,6 +7,7 @@ none (15 to 50% of the time in simulations at a nominal 5%). numpy and scipy onl
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -25,7 +26,7 @@ class Components:
         seed_df: its degrees of freedom (Welch-Satterthwaite); inf where no seed varies.
         prompt_variance: c, variance of the difference due to prompts, with the runs' noise taken out.
         prompt_df: clusters minus one; inf where there are no prompts.
-        num_seeds: of arm A and of arm B.
+        num_seeds: of each arm.
         num_prompts: golden prompts; 0 where a run has one score.
         num_clusters: of the prompts.
     """
@@ -35,7 +36,7 @@ class Components:
     seed_df: float
     prompt_variance: float
     prompt_df: float
-    num_seeds: tuple[int, int]
+    num_seeds: tuple[int, ...]
     num_prompts: int
     num_clusters: int
 
@@ -100,27 +101,43 @@ def compare(scores_a: np.ndarray, scores_b: np.ndarray, clusters: np.ndarray | N
     Raises:
         ValueError: for arrays of another shape, or fewer than two prompts or clusters.
     """
-    if scores_a.ndim != 2 or scores_b.ndim != 2 or scores_a.shape[1] != scores_b.shape[1]:
-        raise ValueError(f"expected (seeds, prompts) over the same prompts, got {scores_a.shape} and {scores_b.shape}")
-    num_prompts = scores_a.shape[1]
-    difference = scores_a.mean(0) - scores_b.mean(0)
-    variance, num_clusters = mean_variance(difference, clusters)
-    both = Components(
-        difference=float(scores_a.mean() - scores_b.mean()),
+    return contrast([scores_a, scores_b], [1.0, -1.0], clusters)
+
+
+def contrast(arms: Sequence[np.ndarray], weights: Sequence[float], clusters: np.ndarray | None = None) -> Components:
+    """Estimate the components of a weighted sum of arms' means on the same prompts; `compare` is (1, -1).
+
+    Each arm's seed variance and run noise counts with its weight squared, since seeds are not paired; the prompts'
+    variance is that of the weighted sum over arms at each prompt, since prompts are.
+
+    Args:
+        arms: arrays of shape (num_seeds, num_prompts), the prompts in the same order.
+        weights: one for each arm; they sum to zero.
+        clusters: as in `compare`.
+
+    Raises:
+        ValueError: for arrays of another shape, or fewer than two prompts or clusters.
+    """
+    shapes = [scores.shape for scores in arms]
+    if any(len(shape) != 2 or shape[1] != shapes[0][1] for shape in shapes):
+        raise ValueError(f"expected (seeds, prompts) over the same prompts, got {' and '.join(map(str, shapes))}")
+    by_prompt = sum(weight * scores.mean(0) for weight, scores in zip(weights, arms, strict=True))
+    variance, num_clusters = mean_variance(np.asarray(by_prompt), clusters)
+    whole = Components(
+        difference=float(sum(weight * scores.mean() for weight, scores in zip(weights, arms, strict=True))),
         seed_variance=0.0,
         seed_df=math.inf,
         prompt_variance=variance,
         prompt_df=num_clusters - 1,
-        num_seeds=(scores_a.shape[0], scores_b.shape[0]),
-        num_prompts=num_prompts,
+        num_seeds=tuple(shape[0] for shape in shapes),
+        num_prompts=shapes[0][1],
         num_clusters=num_clusters,
     )
-    if min(both.num_seeds) < 2:
-        return both
-    seed_variance, seed_df = _welch([scores_a.mean(1), scores_b.mean(1)])
-    noise = _residual(scores_a) + _residual(scores_b)
-    prompt_variance = max(variance - noise, 0.0)
-    return replace(both, seed_variance=seed_variance, seed_df=seed_df, prompt_variance=prompt_variance)
+    if min(whole.num_seeds) < 2:
+        return whole
+    seed_variance, seed_df = _welch([scores.mean(1) for scores in arms], weights)
+    noise = sum(weight**2 * _residual(scores) for weight, scores in zip(weights, arms, strict=True))
+    return replace(whole, seed_variance=seed_variance, seed_df=seed_df, prompt_variance=max(variance - noise, 0.0))
 
 
 def compare_runs(means_a: np.ndarray, means_b: np.ndarray) -> Components:
@@ -135,7 +152,7 @@ def compare_runs(means_a: np.ndarray, means_b: np.ndarray) -> Components:
     """
     if min(len(means_a), len(means_b)) < 2:
         raise ValueError("one score a run needs at least two runs an arm")
-    variance, df = _welch([means_a, means_b])
+    variance, df = _welch([means_a, means_b], [1.0, -1.0])
     difference = float(means_a.mean() - means_b.mean())
     return Components(difference, variance, df, 0.0, math.inf, (len(means_a), len(means_b)), 0, 0)
 
@@ -154,9 +171,9 @@ def mean_variance(values: np.ndarray, clusters: np.ndarray | None = None) -> tup
     return float((sums**2).sum() * count / (count - 1) / len(values) ** 2), count
 
 
-def _welch(means: list[np.ndarray]) -> tuple[float, float]:
-    """Return the variance of the difference of two means and its Welch-Satterthwaite degrees of freedom."""
-    parts = [float(values.var(ddof=1)) / len(values) for values in means]
+def _welch(means: Sequence[np.ndarray], weights: Sequence[float]) -> tuple[float, float]:
+    """Return the variance of a weighted sum of means and its Welch-Satterthwaite degrees of freedom."""
+    parts = [w**2 * float(values.var(ddof=1)) / len(values) for values, w in zip(means, weights, strict=True)]
     total = sum(parts)
     if total <= 0:
         return 0.0, math.inf
@@ -174,13 +191,13 @@ def _residual(scores: np.ndarray) -> float:
 
 def planned(components: Components, *, seeds: int, prompts: int) -> Components:
     """Return what the components would be with so many seeds an arm and so many prompts, variances being equal."""
-    seed_factor = sum(components.num_seeds) / 2 / seeds
+    seed_factor = sum(components.num_seeds) / len(components.num_seeds) / seeds
     prompt_factor = components.num_prompts / prompts if components.num_prompts else 1.0
     ratio = components.num_clusters / components.num_prompts if components.num_prompts else 1.0
     return replace(
         components,
         seed_variance=components.seed_variance * seed_factor,
-        seed_df=components.seed_df * (seeds - 1) / max(sum(components.num_seeds) / 2 - 1, 1.0),
+        seed_df=components.seed_df * (seeds - 1) / max(sum(components.num_seeds) / len(components.num_seeds) - 1, 1.0),
         prompt_variance=components.prompt_variance * prompt_factor,
         prompt_df=max(prompts * ratio - 1, 1.0) if components.num_prompts else math.inf,
         num_seeds=(seeds, seeds),

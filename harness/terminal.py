@@ -1,46 +1,19 @@
-"""What the sweep prints: the plan, the progress, and at the end a compact table and the verdict."""
+"""What the sweep prints: the progress, and at the end a compact table and the verdict."""
 
 from __future__ import annotations
 
 import contextlib
 import threading
 from collections.abc import Iterator, Sequence
-from statistics import fmean
 from typing import Any
 
 from tqdm import tqdm
 
-from harness.config import RunConfig, config_label
-from harness.inputs import identify, num_steps, splits_of
+from harness.folders import is_complete
 from harness.protocol import StudyResult
-from harness.trial import is_complete, read_manifest, study_dir
+from harness.schema import RunConfig
 
 POLL_SECONDS = 1.0
-
-
-def print_plan(trials: Sequence[RunConfig], warnings: Sequence[str]) -> None:
-    """Print the trials of a study, their number and their size; nothing is run."""
-    print(f"study {study_dir(trials[0])}: {len(trials)} trials and the SFT base")
-    print(_size_of_a_trial(trials[0]))
-    print(f"{'trial':14}{'arm':10}{'seed':>5}  {'state':10}config")
-    for trial in trials:
-        state = "complete" if is_complete(trial, tuple(trial.evaluate)) else "to run"
-        print(f"{identify(trial):14}{trial.method.name:10}{trial.seed:5}  {state:10}{config_label(trial)}")
-    for warning in warnings:
-        print(f"warning: {warning}")
-
-
-def _size_of_a_trial(trial: RunConfig) -> str:
-    """Say what one trial works through, and how long those took that are finished already."""
-    splits = splits_of(trial)
-    pairs = len(splits.train)
-    steps = num_steps(trial, pairs)
-    answers = {"dev": len(splits.dev_prompts), "golden": len(splits.golden_prompts)}
-    text = f"each trial: {pairs} pairs x {trial.train.epochs} epochs = {steps} steps of {trial.train.batch_size}; "
-    text += f"answers to {answers['dev']} dev and {answers['golden']} golden prompts"
-    found = [read_manifest(path.parent) for path in study_dir(trial).glob("trials/*/manifest.json")]
-    seconds = [sum(manifest["seconds"].values()) for manifest in found if manifest.get("status") == "complete"]
-    return text + (f"; finished ones took {fmean(seconds):.0f} s on average" if seconds else "")
 
 
 @contextlib.contextmanager
@@ -78,7 +51,8 @@ def print_result(result: StudyResult) -> int:
         print(
             f"{len(failed)} of {len(result.outcomes)} trials failed; the rest is kept: the same command runs them again"
         )
-    print(f"trials run now: {result.launched}, complete before: {len(result.outcomes) - result.launched}")
+    stages = ", ".join(f"{stage} {count}" for stage, count in result.stages.items() if count)
+    print(f"trials run now: {result.launched}, complete before: {len(result.outcomes) - result.launched} ({stages})")
     if verdict:
         print(f"\nverdict: {verdict['verdict']} ({verdict['level']} level). {verdict['reason']}")
     else:

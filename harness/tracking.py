@@ -11,8 +11,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from harness.config import TrackingConfig
 from harness.records import digest
+from harness.schema import TrackingConfig
 
 INIT_TIMEOUT_SECONDS = 20  # an unreachable server blocks wandb.init for 90 s by default
 MAX_TABLE_ROWS = 1000

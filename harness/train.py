@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from harness.activations import needs_checkpointing
-from harness.arms import ARMS, SimPOConfig
-from harness.checkpoint import has_gpu, uses_bf16
-from harness.config import Engine, RunConfig, Tuning
+from harness.arms import ARMS, DPOMarginConfig, SimPOConfig
+from harness.checkpoint import has_gpu, load_base, uses_bf16
 from harness.plan import BatchPlan, ConsumedTokens
+from harness.schema import Engine, Reference, RunConfig, Tuning
 from harness.tokens import ChatFormat, TokenPair
 
 
@@ -142,12 +142,18 @@ def build_trainer(
     else:
         arguments["max_length"] = None
         arguments["precompute_ref_log_probs"] = reference is not None
+        reference = with_margin(reference, rows, config)
     trainer = trainer_class(
         model=model,
         args=config_class(**arguments),
         train_dataset=_dataset(rows, reference).select(plan.order),
         processing_class=chat.tokenizer,
         peft_config=_adapter(config) if config.train.tuning is Tuning.lora else None,
+        **(
+            {"ref_model": load_base(config)}
+            if arm.uses_reference and config.train.reference is Reference.separate
+            else {}
+        ),
     )
     trainer.remove_callback(PrinterCallback)  # train.jsonl has each step; the terminal has a bar
     if config.train.engine is Engine.paired:
@@ -173,10 +179,31 @@ def _make_fast(trainer: Any, model: Any, config: RunConfig, rows: tuple[TokenPai
     if trainer.why_padded:
         return
     trainer.packs, trainer.metrics_steps = True, train.metrics_steps
-    model.set_attn_implementation(ATTENTION)  # to stay: gradient checkpointing runs layers again in the backward pass
-    answer_packed_calls(
-        model, share_prefix=train.share_prefix, completion_head=train.completion_head, metrics=trainer.wants_metrics
-    )
+    for each in [model, *([trainer.ref_model] if getattr(trainer, "ref_model", None) is not None else [])]:
+        each.set_attn_implementation(ATTENTION)  # to stay: gradient checkpointing runs layers again going backward
+        answer_packed_calls(
+            each, share_prefix=train.share_prefix, completion_head=train.completion_head, metrics=trainer.wants_metrics
+        )
+
+
+def with_margin(reference: Any, rows: Sequence[TokenPair], config: RunConfig) -> Any:
+    """Put a target margin into the base's log-probs of the chosen answers, since TRL's DPO has none.
+
+    With `ratio` nats more on the chosen side the loss is `-log sigmoid(beta * (difference - ratio))`: SimPO's margin
+    (arXiv 2405.14734, Eq. 6) on DPO's reward; on a reward per token, `ratio` counts for each token of the answer.
+
+    Args:
+        reference: the base's log-probs, shape (num_rows, 2), or None.
+        rows: the pairs.
+        config: the trial; only arms with a margin of their own are changed.
+    """
+    method = config.method
+    if reference is None or not isinstance(method, DPOMarginConfig):
+        return reference
+    lengths = [len(row.chosen_ids) if ARMS[method.name].per_token else 1 for row in rows]
+    shifted = reference.clone()
+    shifted[:, 0] += method.gamma_beta_ratio * shifted.new_tensor(lengths)
+    return shifted
 
 
 def common_arguments(config: RunConfig, plan: BatchPlan, output_dir: Path) -> dict[str, Any]:

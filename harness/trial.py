@@ -19,22 +19,30 @@ import yaml
 
 from harness.arms import ARMS
 from harness.checkpoint import contents_sha256, set_threads
-from harness.config import Engine, RunConfig, Tuning, config_label, plain
+from harness.config import config_label, plain
 from harness.degenerate import completion_flags
+from harness.folders import SPLITS, is_complete, read_manifest, refuse_golden, study_dir, trial_dir
 from harness.heldout import heldout_rows
 from harness.inputs import Tokens, identify, plan_of, prompt_rows, splits_of, tokens_of
 from harness.measure import Meter
 from harness.multilora import drop_answers, stored_answers
 from harness.plan import expected_tokens_sha256, padding_share, trained_tokens
-from harness.records import DivergedError, locked, read_json, read_jsonl, write_json, write_jsonl, write_text
+from harness.records import (
+    DivergedError,
+    locked,
+    read_json,
+    read_jsonl,
+    write_json,
+    write_jsonl,
+    write_text,
+)
+from harness.schema import Engine, Reference, RunConfig, Tuning
 from harness.score import score_trial
 from harness.scorers import SCORERS
-from harness.stages import done_stages, resume_stages
+from harness.stages import resume_stages
 from harness.tracking import Tracker, track
 from harness.validate import find_warnings
 from harness.worker import borrowed_base, borrowed_policy
-
-SPLITS = ("dev", "golden")
 
 
 @dataclass(frozen=True)
@@ -47,34 +55,6 @@ class Outcome:
     seed: int
     status: str
     message: str = ""
-
-
-def study_dir(config: RunConfig) -> Path:
-    """Return the study's folder."""
-    return Path(config.results_dir) / str(config.study)
-
-
-def trial_dir(config: RunConfig) -> Path:
-    """Return the trial's folder; the SFT base has one of its own."""
-    study = study_dir(config)
-    return study / "trials" / identify(config) if ARMS[config.method.name].trainer else study / "base"
-
-
-def is_complete(config: RunConfig, splits: tuple[str, ...] = SPLITS) -> bool:
-    """Return True where the trial's manifest says that all stages were done for this very config."""
-    manifest = read_manifest(trial_dir(config))
-    if manifest.get("trial_id") != identify(config):
-        return False
-    return {"score", *splits} <= done_stages(trial_dir(config), manifest)
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """Return a trial's manifest; empty where there is none, or a damaged one, so that the trial runs again."""
-    path = folder / "manifest.json"
-    try:
-        return read_json(path) if path.is_file() else {}
-    except ValueError:  # truncated: the stages are run again
-        return {}
 
 
 def run_trial(config: RunConfig, splits: tuple[str, ...] = SPLITS) -> Outcome:
@@ -92,6 +72,7 @@ def run_trial(config: RunConfig, splits: tuple[str, ...] = SPLITS) -> Outcome:
             return Outcome(**about, status=read_manifest(folder)["status"])
         trial = _Trial(config, folder, about)
         try:
+            refuse_golden(config, splits)
             trial.run(splits)
         except Exception as error:
             failure = about | {"stage": trial.stage, "error": type(error).__name__, "message": str(error)}
@@ -127,6 +108,7 @@ class _Trial:
             "done": [],
             "method": plain(config.method),
             "engine": config.train.engine.value,
+            "reference": config.train.reference.value,
             **provenance(),
             "warnings": [],
             "seconds": {},
@@ -211,7 +193,7 @@ class _Trial:
     def _reference(self, tokens: Tokens, base: Any) -> Any:
         """Return the base's log-probs for an arm that needs them, unless TRL's own engine computes them."""
         config = self.config
-        is_trls = config.train.engine is Engine.stock or not config.train.cache_reference
+        is_trls = config.train.engine is Engine.stock or config.train.reference is not Reference.cached
         if is_trls or not ARMS[config.method.name].uses_reference:
             return None
         from harness.reference import reference_logps

@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from harness.arms import ARMS, SimPOConfig
+from harness.arms import ARMS, DPOMarginConfig, SimPOConfig
 from harness.checkpoint import checkpoint_problems, is_utf8
-from harness.config import EMBEDDED, GUARD, Engine, RunConfig, Tuning
 from harness.keys import declared_keys, shown, value_problem
 from harness.profile import profile_name, vllm_problem
+from harness.schema import EMBEDDED, GUARD, Engine, Reference, RunConfig, Tuning
 from harness.scorers import SCORERS
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -34,7 +34,7 @@ def find_warnings(config: RunConfig) -> list[str]:
             f"known to collapse a model (SimPO repository, README and issue 33); published rates are 3e-7 to 1e-6"
         )
     ratio = getattr(config.method, "gamma_beta_ratio", 0.0)
-    if ratio > 1.5:
+    if ratio > 1.5 and ARMS[config.method.name].per_token:
         warnings.append(
             f"method.gamma_beta_ratio={ratio:g}: published settings lie between 0 and 1; above 1.5 nats per token the "
             "loss hardly saturates"
@@ -69,6 +69,20 @@ def _combination_problems(config: RunConfig) -> Iterator[str]:
         yield f"method.learning_rate=null: conf/method/{method.name}.yaml has none for train.tuning={tuning}"
     if isinstance(method, SimPOConfig) and train.engine is Engine.stock and method.length_norm != 1.0:
         yield f"method.length_norm={method.length_norm:g}: TRL's own trainer has 1.0 only; use train.engine=paired"
+    yield from _reference_problems(config)
+
+
+def _reference_problems(config: RunConfig) -> Iterator[str]:
+    train, method = config.train, config.method
+    if train.reference is Reference.adapter_off and train.tuning is Tuning.full:
+        yield "train.reference=adapter_off: train.tuning=full has no adapter; use cached or separate"
+    if isinstance(method, DPOMarginConfig) and (
+        train.engine is Engine.stock or train.reference is not Reference.cached
+    ):
+        yield (
+            f"method.gamma_beta_ratio of {method.name}: TRL's DPO has no margin; it is put into the cached reference: "
+            "use train.engine=paired and train.reference=cached"
+        )
 
 
 def _study_problems(config: RunConfig) -> Iterator[str]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.checkpoint import checkpoint_dir, load_base, uses_bf16
-from harness.config import RunConfig, Tuning
+from harness.schema import RunConfig, Tuning
 
 _held: dict[tuple[Any, ...], Any] = {}
 _pristine: dict[tuple[Any, ...], dict[str, Any]] = {}

@@ -14,7 +14,8 @@ FILES = {str(path.relative_to(PACKAGE)): path for path in sorted(PACKAGE.rglob("
 
 HOMES = {
     "trl": {"trainers.py", "engine.py", "head.py", "embedded/build.py", "bench/stock.py"},
-    "hydra": {"config.py", "overrides.py", "sweep.py"},
+    "hydra": {"config.py", "overrides.py", "sweep.py", "sweeper.py"},
+    "optuna": {"search.py"},
     "wandb": {"tracking.py"},
     "matplotlib": {"figures.py"},
 }

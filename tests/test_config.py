@@ -11,9 +11,10 @@ import pytest
 
 import harness.sweep
 from harness.arms import ARMS
-from harness.config import CONF, Tuning, config_label, load_run, plain, trial_id
+from harness.config import CONF, config_label, load_run, plain, trial_id
 from harness.embedded import study_dir
 from harness.records import UsageError
+from harness.schema import Tuning
 from harness.validate import find_warnings
 
 OWN = ["model.path=some/model", "data.train=a.jsonl", "data.golden=b.jsonl"]

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from harness.config import compose_run
+from harness.folders import trial_dir
 from harness.scores_file import read_scores
-from harness.trial import run_trial, trial_dir
+from harness.trial import run_trial
 
 ARMS = ("simpo", "dpo")
 

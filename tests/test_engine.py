@@ -13,9 +13,10 @@ import torch
 import harness.engine
 import harness.head
 from harness.checkpoint import load_base
-from harness.config import Engine, RunConfig, Tuning, load_run
+from harness.config import load_run
 from harness.inputs import plan_of, tokens_of
 from harness.reference import reference_logps
+from harness.schema import Engine, Reference, RunConfig, Tuning
 from harness.tokens import TokenPair
 from harness.train import TrainResult, build_trainer, train_arm
 from harness.trainers import HEAD_METRICS
@@ -52,7 +53,11 @@ def run(config: RunConfig, folder: Path, *, model: Any = None, rows: tuple[Token
     rows = rows or tokens.train.rows
     model = model or load_base(config)
     reference = None
-    if config.train.engine is Engine.paired and config.train.cache_reference and config.method.name != "simpo":
+    if (
+        config.train.engine is Engine.paired
+        and config.train.reference is Reference.cached
+        and config.method.name != "simpo"
+    ):
         pairs = replace(tokens.train, rows=rows)
         reference = reference_logps(pairs, model, base_sha256="base", pad_id=0, cache=folder / "cache")
     folder.mkdir(parents=True, exist_ok=True)
@@ -70,7 +75,7 @@ def compare(ours: TrainResult, stock: TrainResult) -> None:
 
 LEVERS = {
     "all": [],
-    "reference online": ["train.cache_reference=false"],
+    "reference online": ["train.reference=adapter_off"],
     "prompt twice": ["train.share_prefix=false"],
     "head on all rows": ["train.completion_head=false"],
     "TRL's forward pass": ["train.share_prefix=false", "train.completion_head=false"],
@@ -139,7 +144,7 @@ def counts(config: RunConfig, folder: Path, monkeypatch) -> dict[str, int]:
     tokens = tokens_of(config)
     plan = plan_of(config, tokens.train.rows)
     reference = None
-    if config.train.cache_reference and config.method.name != "simpo":
+    if config.train.reference is Reference.cached and config.method.name != "simpo":
         reference = torch.zeros(len(tokens.train.rows), 2)
     parts: dict[str, Any] = {"model": model, "chat": tokens.chat, "reference": reference}
     trainer = build_trainer(config, tokens.train.rows, plan, output_dir=folder, **parts)
@@ -162,7 +167,7 @@ def test_each_lever_is_really_active(tmp_path: Path, monkeypatch) -> None:
     fast = {"calls": 40, "tokens": prompts + answers - 2 * len(rows), "head_rows": answers}
     assert counts(config, tmp_path, monkeypatch) == fast
     assert counts(configure("simpo"), tmp_path, monkeypatch) == fast
-    online = counts(configure("dpo", "train.cache_reference=false"), tmp_path, monkeypatch)
+    online = counts(configure("dpo", "train.reference=adapter_off"), tmp_path, monkeypatch)
     assert online == {key: 2 * value for key, value in fast.items()}
     twice = counts(configure("dpo", "train.share_prefix=false"), tmp_path, monkeypatch)
     assert twice == fast | {"tokens": fast["tokens"] + prompts}

@@ -118,10 +118,9 @@ def test_a_vllm_that_fails_fails_the_trials_and_keeps_what_was_trained(
     for path in (tmp_path / "one" / "trials").iterdir():
         (path / "completions.jsonl").unlink()
     monkeypatch.setenv("STAND_IN_FAILS", "1")
-    result = run_sweep(
+    (result,) = run_sweep(
         [*SMALL, "+method=simpo,dpo", "seed=0,1", "study=one", f"results_dir={tmp_path}", "generate.backend=vllm"]
     )
-    assert result is not None
     messages = [outcome.message for outcome in result.outcomes if outcome.status == "failed"]
     assert len(messages) == 4
     assert all("CUDA out of memory" in text and "generate.backend=transformers" in text for text in messages)

@@ -58,7 +58,7 @@ def test_every_sweep_composes_and_plans_with_equal_budgets(capsys, tmp_path: Pat
     for name in names:
         run_sweep([f"+sweep={name}", "plan=true", f"results_dir={tmp_path}"])
         lines = capsys.readouterr().out.splitlines()
-        assert "trials and the SFT base" in lines[0]
+        assert "and the SFT base" in lines[0]
 
 
 def test_versions_in_the_constraints_are_pinned_and_name_no_place() -> None:

@@ -7,7 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pandas as pd
 import pytest
 import torch
 import yaml
@@ -27,8 +26,7 @@ pytestmark = pytest.mark.slow
 
 
 def sweep(results: Path, *arguments: str) -> StudyResult:
-    result = run_sweep(overriding(SMALL, "+method=simpo,dpo", f"results_dir={results}", *arguments))
-    assert result is not None
+    (result,) = run_sweep(overriding(SMALL, "+method=simpo,dpo", f"results_dir={results}", *arguments))
     return result
 
 
@@ -150,29 +148,9 @@ def test_an_arm_that_fails_before_it_has_a_manifest_keeps_its_reason(tmp_path: P
     assert "no verdict" in said
 
 
-def test_a_grid_says_what_it_did(tmp_path: Path, capsys) -> None:
-    """A config that diverges and is not selected is never scored on golden; nothing is called confirmed."""
-    grid = ["arms.dpo.learning_rate=1e-4,3e-4,1", "arms.simpo.learning_rate=1e-4,3e-4,1", "seed=0", "study=grid"]
-    result = sweep(tmp_path, *grid)
-    assert print_result(result) == 0
-    assert "trials run now: 7, complete before: 0" in capsys.readouterr().out
-    scores = pd.read_csv(tmp_path / "grid" / "scores.csv", keep_default_na=False)
-    golden = scores[(scores["split"] == "golden") & (scores["arm"] != "sft")]
-    assert golden.groupby("arm")["config"].nunique().tolist() == [1, 1]
-    assert set(golden["stage"]) == {"select"}
-    assert result.verdict is not None
-    assert any("confirm with fresh seeds" in warning for warning in result.verdict["warnings"])
-    again = sweep(tmp_path, *grid)
-    assert print_result(again) == 0
-    assert "trials run now: 0, complete before: 7" in capsys.readouterr().out
-
-
 def test_a_damaged_manifest_does_not_stop_the_plan(study: Path, capsys) -> None:
     next(study.glob("trials/*/manifest.json")).write_text('{"arm": ')
-    assert (
-        run_sweep(["+method=simpo,dpo", *SMALL, f"results_dir={study.parent}", "seed=0", "study=small", "plan=true"])
-        is None
-    )
+    run_sweep(["+method=simpo,dpo", *SMALL, f"results_dir={study.parent}", "seed=0", "study=small", "plan=true"])
     said = capsys.readouterr().out
     assert said.count("to run") == 1
     assert said.count("complete") == 1

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from wandb.proto import wandb_internal_pb2
 
-from harness.config import TrackingConfig
+from harness.schema import TrackingConfig
 from harness.tracking import NoTracker, WandbTracker, track
 
 

@@ -18,12 +18,13 @@ from safetensors.torch import load_file
 from trl import DPOConfig, DPOTrainer
 
 from harness.checkpoint import load_base
-from harness.config import Engine, RunConfig, load_run
+from harness.config import load_run
 from harness.inputs import plan_of, splits_of, tokens_of
 from harness.logps import pair_logps
 from harness.losses import dpo_loss, simpo_loss
 from harness.plan import ConsumedTokens, expected_tokens_sha256
 from harness.reference import reference_logps
+from harness.schema import Engine, RunConfig
 from harness.tokens import TokenPair
 from harness.train import build_trainer, train_arm
 from harness.trainers import CONSUMED_FILE, CPOConfig, CPOTrainer, DivergedError, last_checkpoint

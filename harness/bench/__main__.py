@@ -115,8 +115,8 @@ def _jobs(bench: Bench, options: argparse.Namespace) -> list[Job]:
         jobs += [partial(bench.harness, f"simpo, {key}", [simpo], key) for key in LEVERS]
         jobs.append(partial(bench.harness, "simpo, all of these", [simpo], *LEVERS))
         jobs.append(partial(bench.harness, "dpo", [dpo]))
-        jobs += [partial(bench.harness, f"dpo, {key}", [dpo], key) for key in ("train.cache_reference=false",)]
-        jobs.append(partial(bench.harness, "dpo, all of these", [dpo], "train.cache_reference=false", *LEVERS))
+        jobs += [partial(bench.harness, f"dpo, {key}", [dpo], key) for key in ("train.reference=adapter_off",)]
+        jobs.append(partial(bench.harness, "dpo, all of these", [dpo], "train.reference=adapter_off", *LEVERS))
     return jobs
 
 

@@ -15,9 +15,10 @@ start = time.perf_counter()
 def main() -> None:
     """Train the trials in the file, one after the other; nothing is generated."""
     from harness.config import load_run
+    from harness.folders import trial_dir
     from harness.records import read_json, read_jsonl
     from harness.sweep import prepare_process
-    from harness.trial import run_trial, trial_dir
+    from harness.trial import run_trial
 
     prepare_process()
     for module in ("wandb", "harness.trainers", "harness.reference"):

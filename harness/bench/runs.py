@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from harness.config import RunConfig, load_run
+from harness.config import load_run
 from harness.inputs import plan_of, splits_of, tokens_of
 from harness.records import UsageError, write_json, write_jsonl
+from harness.schema import RunConfig
 
 BETAS = (0.01, 0.05, 0.1, 0.5)
 SIMPO = ((2.0, 0.3), (2.0, 0.5), (2.5, 0.5), (10.0, 0.5))  # beta, gamma over beta

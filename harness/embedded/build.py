@@ -16,10 +16,10 @@ import numpy as np
 from tqdm import tqdm
 
 from harness.checks import failed_checks
-from harness.config import GenerateConfig
 from harness.embedded.tasks import WORDS, Task, demonstrate, make_task, make_tasks, rank
 from harness.generate import generate_completions
 from harness.records import Completion, EvalPrompt, Message, file_sha256, prompt_id, write_json, write_jsonl
+from harness.schema import GenerateConfig
 from harness.tokens import ChatFormat
 
 SIZES = {"golden": 900, "dev": 160, "train": 320}

@@ -1,0 +1,71 @@
+"""What `plan=true` prints: the trials of a study by stage, their number and size, and what difference they can find."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import fmean
+
+from harness.config import config_label
+from harness.design import Design
+from harness.folders import is_complete, read_manifest, study_dir
+from harness.inputs import identify, num_steps, splits_of
+from harness.records import UsageError
+from harness.schema import RunConfig
+
+
+def print_plan(design: Design, warnings: Sequence[str]) -> None:
+    """Print the trials of a study, their number and their size; nothing is run."""
+    try:
+        splits_of(design.any)
+        unknown = ""
+    except UsageError as error:
+        unknown = str(error)
+    print(f"study {study_dir(design.base)}: {_count(design)} and the SFT base")
+    if unknown:
+        print(f"ids and sizes are not known here: {unknown}")
+    else:
+        print(_size_of_a_trial(design.any))
+    print(f"{'trial':14}{'stage':9}{'arm':14}{'seed':>5}  {'state':10}config")
+    for stage, trial in _trials(design):
+        name = "-" if unknown else identify(trial)
+        state = "-" if unknown else "complete" if is_complete(trial, tuple(trial.evaluate)) else "to run"
+        print(f"{name:14}{stage:9}{trial.method.name:14}{trial.seed:5}  {state:10}{config_label(trial)}")
+    for arm in design.tuned:
+        for seed in design.seeds:
+            print(f"{'-':14}{'confirm':9}{arm:14}{seed:5}  {'to run':10}the config that dev selects")
+    for warning in warnings:
+        print(f"warning: {warning}")
+
+
+def _trials(design: Design) -> list[tuple[str, RunConfig]]:
+    tuned = {arm: design.arms[arm] for arm in design.tuned}
+    others = {arm: configs[0] for arm, configs in design.arms.items() if arm not in tuned}
+    found = [("tune", trial) for trial in design.tuning(tuned, design.tuning_seeds)]
+    return found + [("confirm", trial) for trial in design.deciding(others, design.seeds)]
+
+
+def _count(design: Design) -> str:
+    sizes = {arm: design.any.search.trials or 0 if design.suggests else len(design.arms[arm]) for arm in design.tuned}
+    confirm = len(design.arms) * len(design.seeds)
+    if not sizes:
+        return f"{confirm} trials"
+    tune = sum(sizes.values()) * len(design.tuning_seeds)
+    shown = ", ".join(f"{arm} {size}" for arm, size in sizes.items())
+    at_most = "at most " if design.any.search.keep < 1 or design.suggests else ""
+    return (
+        f"{at_most}{tune} trials to tune ({shown} configs x {len(design.tuning_seeds)} seeds, on dev), "
+        f"{confirm} to confirm (1 config an arm x {len(design.seeds)} fresh seeds, on golden)"
+    )
+
+
+def _size_of_a_trial(trial: RunConfig) -> str:
+    """Say what one trial works through, and how long those took that are finished already."""
+    splits = splits_of(trial)
+    pairs = len(splits.train)
+    steps = num_steps(trial, pairs)
+    answers = {"dev": len(splits.dev_prompts), "golden": len(splits.golden_prompts)}
+    text = f"each trial: {pairs} pairs x {trial.train.epochs} epochs = {steps} steps of {trial.train.batch_size}; "
+    text += f"answers to {answers['dev']} dev and {answers['golden']} golden prompts"
+    found = [read_manifest(path.parent) for path in study_dir(trial).glob("trials/*/manifest.json")]
+    seconds = [sum(manifest["seconds"].values()) for manifest in found if manifest.get("status") == "complete"]
+    return text + (f"; finished ones took {fmean(seconds):.0f} s on average" if seconds else "")

@@ -1,0 +1,244 @@
+"""The sweeper: plans a study's trials, checks them all before the first one starts, and launches them.
+
+A Hydra plugin of the project's own: it expands an arm's keys for that arm only and runs the protocol through whatever
+launcher is configured (`hydra/launcher=...`).
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+import sys
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+from hydra.core.config_store import ConfigStore
+from hydra.core.plugins import Plugins
+from hydra.core.utils import JobReturn
+from hydra.plugins.sweeper import Sweeper
+from omegaconf import DictConfig
+
+from harness.config import resolve
+from harness.design import Design
+from harness.expand import Request, check_study, expand
+from harness.multilora import answer_trials
+from harness.overrides import explain
+from harness.planning import print_plan
+from harness.protocol import StudyResult, run_study
+from harness.records import UsageError
+from harness.registration import register, study_name
+from harness.schema import FamilyConfig, Reference, RunConfig
+from harness.search import Params, configs_of, is_interval, overrides_of
+from harness.terminal import show_progress
+from harness.trial import Outcome
+from harness.validate import find_warnings
+
+_ALIAS = "hydra_plugins.harness_sweeper"  # Hydra accepts plugin classes under hydra_plugins.* only
+
+
+@dataclass
+class SweeperConfig:
+    """Selects the sweeper in Hydra's config."""
+
+    _target_: str = f"{_ALIAS}.PairedSweeper"
+
+
+class PairedSweeper(Sweeper):
+    """Plan all trials of a study, check them, and run the protocol through Hydra's launcher.
+
+    Attributes:
+        on_result: called with each study's result: Hydra's main function returns nothing in a multirun.
+        typed: the arguments as the user typed them; Hydra gets others.
+    """
+
+    typed: ClassVar[tuple[str, ...]] = ()
+    on_result: ClassVar[Callable[[StudyResult], None]] = staticmethod(lambda result: None)
+
+    def setup(self, *, hydra_context: Any, task_function: Any, config: DictConfig) -> None:
+        """Keep what is needed to compose and launch jobs."""
+        self.loader, self.config = hydra_context.config_loader, config
+        self.launcher = Plugins.instance().instantiate_launcher(
+            hydra_context=hydra_context, task_function=task_function, config=config
+        )
+        self.overrides: dict[str, list[str]] = {}
+
+    def sweep(self, arguments: list[str]) -> list[StudyResult]:
+        """Run the study, or all studies of a family; or print their trials where `plan=true`."""
+        request = expand(arguments, self.config)
+        designs = list(self._designs(request))
+        regrets = [list(dict.fromkeys(find_warnings_of(design))) for design in designs]
+        if designs[0].base.plan:
+            for design, warnings in zip(designs, regrets, strict=True):
+                print_plan(design, warnings)
+            return []
+        for design, warnings in zip(designs, regrets, strict=True):
+            register_design(design, ["harness.sweep", *type(self).typed], warnings)
+        results = []
+        for design in designs:
+            results.append(run_study(design, self._launch))
+            type(self).on_result(results[-1])
+        return results
+
+    def _designs(self, request: Request) -> Iterator[Design]:
+        """Yield the design of each study: one, or one for each value of the family's key."""
+        key, values = self.config.family.key, list(self.config.family["values"])
+        if not key:
+            yield self._design(request, {})
+            return
+        family = ""
+        for value in values:
+            design = self._design(request, {str(key): value})
+            family = family or f"{folder_name(design.any)}-{str(key).rpartition('.')[2]}"
+            named = FamilyConfig(key=key, values=values, name=family, value=value)
+            study = f"{family}-{value:g}"
+            base = replace(design.base, study=study, family=named)
+            arms = {a: [replace(c, study=study, family=named) for c in found] for a, found in design.arms.items()}
+            make = _in_study(design.make, study, named)
+            yield replace(design, base=base, arms=arms, make=make)
+
+    def _design(self, request: Request, fixed: Mapping[str, Any]) -> Design:
+        common = [*request.common, *(f"{key}={value}" for key, value in fixed.items())]
+        base = self._compose([*common, "+method=sft", "seed=0"])
+
+        def make(arm: str, params: Params) -> RunConfig:
+            return replace(self._compose([*common, f"+method={arm}", *overrides_of(params)]), study=study)
+
+        study = None
+        arms = {}
+        for arm, space in request.spaces.items():
+            for key, values in space.items():
+                if is_interval(values):  # what lies between two ends that are allowed is allowed
+                    rest = {k: v[0] if not is_interval(v) else v["low"] for k, v in space.items()}
+                    self._compose_all([[*common, f"+method={arm}", *overrides_of(rest | {key: values["high"]})]])
+            found = configs_of(arm, space, base.search)
+            arms[arm] = self._compose_all([[*common, f"+method={arm}", *overrides_of(params)] for params in found])
+        suggested = base.search.trials or 0 if base.search.sampler == "tpe" else 0
+        sizes = {arm: suggested or len(found) for arm, found in arms.items()}
+        check_study(request, sizes, base.evaluate, allow_unequal=base.allow_unequal_budgets)
+        design = Design(base, arms, request.spaces, request.seeds, request.tuning_seeds, make, tuple(base.evaluate))
+        _check_looks(design)
+        study = folder_name(design.any if any(arms.values()) else make(*_first(request)))
+        arms = {arm: [replace(config, study=study) for config in found] for arm, found in arms.items()}
+        return replace(design, base=replace(base, study=study), arms=arms)
+
+    def _compose(self, overrides: Sequence[str]) -> RunConfig:
+        """Compose and validate one trial, and remember how."""
+        with explain():
+            config = resolve(self.loader.load_sweep_config(self.config, list(overrides)))
+        self.overrides[_key(config)] = list(overrides)
+        return config
+
+    def _compose_all(self, jobs: Sequence[Sequence[str]]) -> list[RunConfig]:
+        configs, problems = [], []
+        for job in jobs:
+            try:
+                configs.append(self._compose(job))
+            except UsageError as error:
+                problems += str(error).splitlines()
+        if problems:
+            raise UsageError("\n".join(dict.fromkeys(problems)))
+        return configs
+
+    def _launch(self, trials: Sequence[RunConfig]) -> list[Outcome]:
+        """Launch trials as Hydra jobs; where vLLM answers, all are trained first and then answered for in one pass."""
+        with show_progress(trials):
+            if trials[0].generate.backend == "vllm":
+                trained = self._run([replace(trial, evaluate=[]) for trial in trials])
+                try:
+                    answer_trials(trials)
+                except RuntimeError as error:
+                    why = f"generate: {error}"
+                    return [replace(x, status="failed", message=why) if x.status == "complete" else x for x in trained]
+            return self._run(trials)
+
+    def _run(self, trials: Sequence[RunConfig]) -> list[Outcome]:
+        """Run Hydra jobs: each gets what was decided here, where another machine might find something else."""
+        jobs = []
+        for trial in trials:
+            added = {
+                "seed": trial.seed,
+                "study": trial.study,
+                "evaluate": f"[{','.join(trial.evaluate)}]",
+                "generate.backend": trial.generate.backend,
+            }
+            if trial.cost_name:
+                added |= {"cost_name": trial.cost_name, "train.reference": trial.train.reference.value}
+            typed = [line for line in self.overrides[_key(trial)] if line.partition("=")[0] not in added]
+            jobs.append([*typed, *(f"{key}={value}" for key, value in added.items())])
+        returns: Sequence[JobReturn] = self.launcher.launch(jobs, initial_job_idx=0)
+        return [_outcome(trial, job) for trial, job in zip(trials, returns, strict=True)]
+
+
+def _key(trial: RunConfig) -> str:
+    """Name what distinguishes the configs of one command: the method's keys, and what a family varies."""
+    return f"{trial.method!r} {trial.data!r} {replace(trial.train, reference=Reference.cached)!r}"
+
+
+def _in_study(make: Callable[[str, Params], RunConfig], study: str, family: FamilyConfig) -> Any:
+    return lambda arm, params: replace(make(arm, params), study=study, family=family)
+
+
+def _first(request: Request) -> tuple[str, Params]:
+    arm, space = next(iter(request.spaces.items()))
+    return arm, {key: values["low"] if is_interval(values) else values[0] for key, values in space.items()}
+
+
+def _check_looks(design: Design) -> None:
+    looks = design.base.decide.looks
+    if looks and (looks != sorted(looks) or looks[-1] != len(design.seeds)):
+        raise UsageError(
+            f"decide.looks=[{','.join(map(str, looks))}]: numbers of seeds in rising order, the last one all "
+            f"{len(design.seeds)} seeds (seed={','.join(map(str, design.seeds))})"
+        )
+
+
+def _outcome(trial: RunConfig, job: JobReturn) -> Outcome:
+    """Read how a job ended; one that died before it could write failure.json counts as failed too."""
+    try:
+        return Outcome(**job.return_value)
+    except Exception as error:
+        return Outcome("", trial.method.name, "", trial.seed, "failed", f"{type(error).__name__}: {error}")
+
+
+def find_warnings_of(design: Design) -> Iterator[str]:
+    """Yield what is likely to be regretted of a study's configs."""
+    for configs in design.arms.values():
+        for config in configs:
+            yield from find_warnings(config)
+
+
+def folder_name(trial: RunConfig) -> str:
+    """Return the study's name; one derived from a model's folder keeps only what `study=` may hold."""
+    return re.sub(r"[^A-Za-z0-9_.-]+", "-", study_name(trial))[-200:].lstrip(".-")
+
+
+def register_design(design: Design, command: Sequence[str], warnings: Sequence[str]) -> None:
+    """Register the study; a place that cannot be written to is the user's to change."""
+    try:
+        register(design, ["python", "-m", *command], warnings=warnings)
+    except OSError as error:
+        results = design.base.results_dir
+        if not str(error.filename).startswith(str(Path(results))):
+            raise
+        raise UsageError(
+            f"results_dir={results}: {error.filename} cannot be written ({error.strerror}); give a folder that can"
+        ) from error
+
+
+def register_sweeper() -> None:
+    """Make the sweeper known to Hydra without an installed `hydra_plugins` package (see hydra issue 2359)."""
+    try:
+        parent = importlib.import_module("hydra_plugins")
+    except ImportError:
+        parent = sys.modules["hydra_plugins"] = types.ModuleType("hydra_plugins")
+        parent.__path__ = []
+    module = types.ModuleType(_ALIAS)
+    module.PairedSweeper = PairedSweeper  # type: ignore[attr-defined]
+    sys.modules[_ALIAS] = module
+    parent.harness_sweeper = module  # type: ignore[attr-defined]
+    PairedSweeper.__module__ = _ALIAS
+    Plugins.instance().register(PairedSweeper)
+    ConfigStore.instance().store(group="hydra/sweeper", name="paired", node=SweeperConfig, provider="harness")
