@@ -145,14 +145,12 @@ class Study:
         return config.arm if alone or config.arm == BASE else f"{config.arm} ({config.label.replace(',', ', ')})"
 
     def missing_runs(self) -> list[tuple[str, int]]:
-        """List the registered (arm, seed) for which no trial was scored; a look at fewer seeds needs no more of them."""
-        seeds = self.settings.get("seeds")
+        """List the registered (arm, seed) for which no trial was scored; a look at fewer seeds needs no more."""
         look = mapping(self.verdict.get("look")).get("seeds")
         done = {(trial.arm, trial.seed) for trial in self.trials if trial.scored}
-        planned = [
-            (str(arm), seed) for arm, row in mapping(seeds).items() if isinstance(row, list) for seed in row[:look]
-        ]
-        return [run for run in planned if run not in done]
+        registered = mapping(self.settings.get("seeds"))
+        rows = {str(arm): row[:look] for arm, row in registered.items() if isinstance(row, list)}
+        return [(arm, seed) for arm, row in rows.items() for seed in row if (arm, seed) not in done]
 
 
 def read_study(folder: Path) -> Study:
