@@ -68,6 +68,7 @@ def _measure(options: argparse.Namespace, scratch: Path) -> str:
         "padded_tokens": sum(2 * len(r.prompt_ids) + len(r.chosen_ids) + len(r.rejected_ids) for r in rows),
         "matmul_flops_per_second": [],
         "needed_flops": needed_flops(config, rows, lora_rank=bench.config.train.lora_rank),
+        "needed_reference_flops": needed_flops(config, rows, lora_rank=0) / 2,
         "runs": [],
         **provenance(),
     }

@@ -95,6 +95,13 @@ def _work(result: Mapping[str, Any]) -> str:
                 f"| {side}: {name} | {_spread(seconds)} | {times:.2f} | {1 / times:.0%} "
                 f"| {result['tokens'] / median(seconds):,.0f} | {target} |"
             )
+    passes = [run["seconds"]["reference"] for run in _of(result["runs"], "harness", "dpo")]
+    if passes:
+        times = median(passes) * rate / result["needed_reference_flops"]
+        lines.append(
+            f"| harness: DPO's reference pass, once for a whole grid | {_spread(passes)} | {times:.2f} | {1 / times:.0%} "
+            f"| {result['tokens'] / median(passes):,.0f} | |"
+        )
     return "\n".join(lines)
 
 

@@ -14,7 +14,8 @@ def needed_flops(model_config: Any, rows: Sequence[TokenPair], *, lora_rank: int
 
     `4 N_blk D + 4 N_head D_c + 6 N_lora D + 8 L h Σ s²/2`: forward and backward through frozen weights, the head on
     answer tokens only, adapters with their own gradient, and causal attention (PaLM, arXiv 2204.02311, appendix B,
-    counts 6 N D for training all weights; frozen ones need no gradient of their own).
+    counts 6 N D for training all weights; frozen ones need no gradient of their own). With rank 0 half of it is the
+    forward pass alone, which is what DPO's reference needs.
 
     Args:
         model_config: the model's config.
