@@ -45,9 +45,10 @@ def dev_means(scores: Path, metric: str, seeds: Sequence[int]) -> dict[tuple[str
 
     table = pd.read_csv(scores, keep_default_na=False, dtype={"config": str})
     dev = table[(table["split"] == "dev") & (table["scorer"] == metric) & table["seed"].isin(list(seeds))]
-    means = pd.to_numeric(dev["score"]).groupby([dev["arm"], dev["config"], dev["seed"]]).mean()
+    dev = dev.assign(score=pd.to_numeric(dev["score"]))
+    means = dev.groupby(["arm", "config", "seed"], as_index=False)["score"].mean()
     found: dict[tuple[str, str], dict[int, float]] = {}
-    for (arm, config, seed), mean in means.items():
+    for arm, config, seed, mean in means[["arm", "config", "seed", "score"]].itertuples(index=False, name=None):
         found.setdefault((str(arm), str(config)), {})[int(seed)] = float(mean)
     return found
 

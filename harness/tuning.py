@@ -17,7 +17,7 @@ from harness.score import collect_scores
 from harness.search import Optuna
 from harness.selection import dev_means, select
 
-Finish = Callable[[Sequence[RunConfig]], None]
+Finish = Callable[[Sequence[RunConfig]], object]
 
 
 def tune(design: Design, study: Path, finish: Finish, failed: Callable[[], int]) -> dict[str, RunConfig] | None:

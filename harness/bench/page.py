@@ -99,7 +99,7 @@ def _work(result: Mapping[str, Any]) -> str:
     if passes:
         times = median(passes) * rate / result["needed_reference_flops"]
         lines.append(
-            f"| harness: DPO's reference pass, once for a whole grid | {_spread(passes)} | {times:.2f} | {1 / times:.0%} "
+            f"| harness: DPO's reference pass, once for a grid | {_spread(passes)} | {times:.2f} | {1 / times:.0%} "
             f"| {result['tokens'] / median(passes):,.0f} | |"
         )
     return "\n".join(lines)
