@@ -24,7 +24,7 @@ REFUSED = {
     "an unknown key with a plus": (["+method=dpo", "+foo=1"], ["+foo=1", "unknown key foo", "method, model, data"]),
     "a key of the other arm": (
         ["+method=dpo", "method.gamma_beta_ratio=0.5"],
-        ["gamma_beta_ratio is a key of simpo, not of dpo", "allowed for dpo: method.learning_rate, method.beta"],
+        ["gamma_beta_ratio is a key of simpo, ", ", not of dpo; ", "allowed for dpo: method.learning_rate, "],
     ),
     "a key of one arm for both": (
         ["+method=simpo,dpo", "method.gamma_beta_ratio=0.5"],
