@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import pandas as pd
 
 from harness.frames import Table, build
 from harness.palette import title
+from harness.reader import Reader
 from harness.study import COMPLETE, Study, Trial, mapping
 from harness.wording import MISSING, listing, number, plural
 
@@ -118,3 +120,37 @@ def _notes(study: Study, used: Mapping[str, set[str]], common: list[str]) -> lis
     if len(machines) > 1:
         notes.append(f"The trials ran on {plural(len(machines), 'different machine')}: compare the seconds with care.")
     return notes
+
+
+def measured(study: Study) -> dict[str, list[dict[str, Any]]]:
+    """Return what training cost, `simpo` and `dpo-WAY` by DPO's way to its reference: a row a trial.
+
+    From the trials that were run side by side for their cost (`costs/`), if any; else from the study's own.
+    """
+    reader = Reader(study.folder)
+    paths = sorted((study.folder / "costs").glob("*/manifest.json"))
+    manifests = [reader.mapping(path) for path in paths]
+    manifests = manifests or [dict(trial.manifest) for trial in study.trials if trial.state == COMPLETE]
+    found: dict[str, list[dict[str, Any]]] = {}
+    for manifest in manifests:
+        seconds, peak = mapping(manifest.get("seconds")), mapping(manifest.get("peak_memory_bytes"))
+        arm = str(manifest.get("arm"))
+        way = manifest.get("reference") or ("adapter_off" if manifest.get("engine") == "stock" else "cached")
+        found.setdefault(f"dpo-{way}" if arm == "dpo" else arm, []).append(
+            {
+                "memory": number(peak.get("train")),
+                "seconds": number(seconds.get("train")),
+                "reference_seconds": number(seconds.get("reference")),
+                "engine": manifest.get("engine"),
+                "hardware": mapping(manifest.get("hardware")),
+                "tokens": mapping(manifest.get("tokens")).get("train"),
+            }
+        )
+    return found
+
+
+def mean_and_range(values: Sequence[float], scale: float) -> str:
+    """Write the mean of measurements, with their range where there are several."""
+    shown = [value / scale for value in values]
+    mean = f"{sum(shown) / len(shown):.2f}"
+    return mean if len(shown) == 1 else f"{mean} ({min(shown):.2f} to {max(shown):.2f})"

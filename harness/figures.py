@@ -80,7 +80,7 @@ def draw_interval(study: Study, looks: Mapping[str, Look]) -> Drawing | None:
         "needs it clear of zero). Below: a point is the mean of a run, the tick the mean of the arm's runs; seeds are "
         "not paired between arms."
     )
-    return _drawing(
+    return drawing(
         "interval", "Difference between the arms, with intervals", said, caption, WIDE, sum(rows) + 0.75, draw
     )
 
@@ -194,7 +194,7 @@ def _draw_arm(arm: str, curves: Sequence[pd.DataFrame], panels: Sequence[tuple[s
     said = say_learning(arm, {label: _mean_curve(curves, key) for key, label in panels}, len(curves))
     several = "thin lines are runs, the thick line is their mean"
     caption = f"{title(arm)}: {several if len(curves) > 1 else 'one run'}."
-    return _drawing(name, f"Learning curves of {title(arm)}", said, caption, PANEL, 1.35 * len(panels) + 0.6, draw)
+    return drawing(name, f"Learning curves of {title(arm)}", said, caption, PANEL, 1.35 * len(panels) + 0.6, draw)
 
 
 def _mean_curve(curves: Sequence[pd.DataFrame], key: str) -> pd.Series:
@@ -240,12 +240,13 @@ def draw_lengths(study: Study, looks: Mapping[str, Look]) -> Drawing | None:
 
     said = say_lengths(study, lengths)
     caption = "Share of completions by length, all seeds together, on one axis for all; the dashed line is the mean."
-    return _drawing("lengths", "Length of the completions", said, caption, WIDE, 0.95 * len(lengths) + 0.6, draw)
+    return drawing("lengths", "Length of the completions", said, caption, WIDE, 0.95 * len(lengths) + 0.6, draw)
 
 
-def _drawing(
+def drawing(
     name: str, heading: str, description: str, caption: str, width: float, height: float, draw: Callable[[Figure], None]
 ) -> Drawing:
+    """Draw a figure in the report's style; the same inputs give the same bytes."""
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=(width, height), layout="constrained")
         canvas = FigureCanvasSVG(figure)

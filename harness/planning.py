@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import fmean
 
+from harness.calibrate import detectable_before
 from harness.config import config_label
 from harness.design import Design
 from harness.folders import is_complete, read_manifest, study_dir
@@ -25,6 +26,7 @@ def print_plan(design: Design, warnings: Sequence[str]) -> None:
         print(f"ids and sizes are not known here: {unknown}")
     else:
         print(_size_of_a_trial(design.any))
+    print(_findable(design))
     print(f"{'trial':14}{'stage':9}{'arm':14}{'seed':>5}  {'state':10}config")
     for stage, trial in _trials(design):
         name = "-" if unknown else identify(trial)
@@ -35,6 +37,21 @@ def print_plan(design: Design, warnings: Sequence[str]) -> None:
             print(f"{'-':14}{'confirm':9}{arm:14}{seed:5}  {'to run':10}the config that dev selects")
     for warning in warnings:
         print(f"warning: {warning}")
+
+
+def _findable(design: Design) -> str:
+    """Say what difference the study could find, before anything is trained."""
+    seeds = len(design.seeds)
+    try:
+        prompts = len(splits_of(design.any).golden_prompts)
+    except UsageError:
+        return "what difference the study could find is not known without its golden prompts"
+    least = 100 * detectable_before(seeds, prompts, alpha=design.base.decide.alpha)
+    level = "" if seeds > 1 else "; with one seed it compares two checkpoints and not the methods"
+    return (
+        f"with {seeds} seeds an arm and {prompts} golden prompts, a difference of about {least:.1f} points is found "
+        f"with 80% power (assumed spreads; python -m harness.calibrate has them and more){level}"
+    )
 
 
 def _trials(design: Design) -> list[tuple[str, RunConfig]]:

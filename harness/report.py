@@ -16,12 +16,17 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from harness import cautions, evidence, frames, wording
+from harness.claims import claims_table
 from harness.costs import cost_table
+from harness.family import family_table
 from harness.figures import draw_interval, draw_learning, draw_lengths
 from harness.frames import Table
+from harness.gridplots import draw_search
 from harness.ingredients import ingredient_table
 from harness.palette import BASE, THEME, Look, looks, title
 from harness.records import UsageError, write_text
+from harness.secondopinion import disagreement
+from harness.sensitivity import sensitivity_table
 from harness.sidebyside import SideBySide, side_by_side
 from harness.study import Study, read_study
 from harness.svg import inline
@@ -55,7 +60,8 @@ def _content(study: Study) -> dict[str, Any]:
     identity = evidence.identity_of(study)
     interval, lengths = draw_interval(study, arm_looks), draw_lengths(study, arm_looks)
     learning = draw_learning(study, arm_looks)
-    drawings = [drawing for drawing in (interval, *learning, lengths) if drawing]
+    search = draw_search(study, arm_looks)
+    drawings = [drawing for drawing in (interval, *search, *learning, lengths) if drawing]
     compared: SideBySide = side_by_side(study)
     return {
         "study": study,
@@ -66,6 +72,7 @@ def _content(study: Study) -> dict[str, Any]:
         "drawings": drawings,
         "interval": interval,
         "learning": learning,
+        "search": search,
         "lengths": lengths,
         **_verdict(study, identity),
         **_tables(study),
@@ -84,7 +91,7 @@ def _verdict(study: Study, identity: Mapping[str, Any]) -> dict[str, Any]:
     verdict = str(study.verdict.get("verdict") or "")
     return {
         "headline": wording.headline(study),
-        "reason": wording.reason(study),
+        "reason": " ".join(filter(None, (wording.reason(study), disagreement(study)))),
         "level": wording.LEVELS.get(level, ""),
         "next_step": wording.next_step(study),
         "warnings": cautions.warnings(study, identity),
@@ -98,6 +105,9 @@ def _tables(study: Study) -> dict[str, Table | None]:
     return {
         "scores": frames.score_table(study),
         "ingredients": ingredient_table(study),
+        "claims": claims_table(study),
+        "family": family_table(study),
+        "sensitivity": sensitivity_table(study),
         "preferences": frames.preference_table(study),
         "degenerate": frames.degenerate_table(study),
         "guards": frames.guard_table(wording.guards(study)),

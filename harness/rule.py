@@ -128,15 +128,20 @@ def _compare(arms: Mapping[str, ArmScores]) -> Components:
         raise UsageError(f"scores: {error}") from error
 
 
+def decide_interval(found: Components, *, arms: Sequence[str], margin: float, alpha: float) -> tuple[str, str | None]:
+    """Return the verdict on a difference and the arm ahead: a tie before a winner, and neither without evidence."""
+    wide, narrow = found.interval(1 - alpha), found.interval(1 - 2 * alpha)
+    if -margin < narrow[0] and narrow[1] < margin:
+        return "tie", None
+    if wide[0] > 0 or wide[1] < 0:
+        winner = arms[0] if found.difference > 0 else arms[1]
+        return winner, winner
+    return "inconclusive", None
+
+
 def _decision(found: Components, *, arms: Sequence[str], margin: float, alpha: float) -> dict[str, Any]:
     wide, narrow = found.interval(1 - alpha), found.interval(1 - 2 * alpha)
-    winner = None
-    if -margin < narrow[0] and narrow[1] < margin:
-        name = "tie"
-    elif wide[0] > 0 or wide[1] < 0:
-        name = winner = arms[0] if found.difference > 0 else arms[1]
-    else:
-        name = "inconclusive"
+    name, winner = decide_interval(found, arms=arms, margin=margin, alpha=alpha)
     return {
         "verdict": name,
         "winner": winner,

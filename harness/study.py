@@ -6,7 +6,7 @@ Input: `results/STUDY/` in whatever state a sweep left it. Nothing is written, a
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -68,6 +68,7 @@ class Study:
         scores: scores.csv, or the trials' scores.jsonl where the sweep has not come that far.
         verdict: verdict.json; empty before the decision.
         problems: what could not be read, one sentence each.
+        selection: selection.json; empty where nothing was tuned, or nothing is selected yet.
     """
 
     folder: Path
@@ -77,6 +78,7 @@ class Study:
     scores: pd.DataFrame
     verdict: Mapping[str, Any]
     problems: tuple[str, ...]
+    selection: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -171,6 +173,7 @@ def read_study(folder: Path) -> Study:
         trials=tuple(trials),
         scores=_read_scores(reader, folder),
         verdict=reader.mapping(folder / "verdict.json"),
+        selection=reader.mapping(folder / "selection.json"),
         problems=tuple(reader.problems),
     )
 

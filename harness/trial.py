@@ -6,6 +6,7 @@ A stage that the manifest names as done is not run again; a killed trial goes on
 from __future__ import annotations
 
 import contextlib
+import importlib
 import shutil
 import traceback
 from collections.abc import Iterator
@@ -137,6 +138,8 @@ class _Trial:
             with self._stage("load"):
                 tokens = tokens_of(config)
                 self._describe_data(tokens)
+                if ARMS[config.method.name].trainer:
+                    importlib.import_module("harness.trainers")  # once in a process: no part of what training takes
             if ARMS[config.method.name].trainer and "train" not in about["done"]:
                 self._train(tokens, tracker)
             with self._lent:
