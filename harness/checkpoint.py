@@ -8,7 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from harness.records import UsageError, digest, file_sha256
+from harness.records import UnreachableError, UsageError, digest, file_sha256
 from harness.schema import EMBEDDED, ModelConfig, Precision, RunConfig, Tuning
 
 _WANTED = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.txt")
@@ -32,7 +32,7 @@ def _fetch(hub_id: str, revision: str | None) -> Path:
     try:
         return Path(snapshot_download(hub_id, revision=revision, allow_patterns=list(_WANTED)))
     except Exception as error:  # the Hub's client raises many kinds: no such model, no network, no permission
-        raise UsageError(
+        raise UnreachableError(
             f"model.path={hub_id}: not to be had from the Hub at revision {revision or 'main'} "
             f"({type(error).__name__}: {error}); check the name, or download it and give the folder"
         ) from error

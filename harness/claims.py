@@ -121,9 +121,9 @@ def _shorter(study: Study) -> Claim:
         f"({first.mean():.1f} against {second.mean():.1f})"
     )
     verdict = str(study.verdict.get("verdict"))
-    if low > 0 or verdict == "dpo":
+    if low > 0 or verdict == PAIR[1]:
         return Claim(claim, FAILS, figure)
-    is_open = high >= 0 or verdict not in ("tie", "simpo")
+    is_open = high >= 0 or verdict not in ("tie", PAIR[0])
     return Claim(claim, UNDECIDED if is_open else HOLDS, figure)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pandas as pd
 
+from harness.arms import ARMS
 from harness.frames import Table, build
 from harness.palette import title
 from harness.reader import Reader
@@ -123,7 +124,7 @@ def _notes(study: Study, used: Mapping[str, set[str]], common: list[str]) -> lis
 
 
 def measured(study: Study) -> dict[str, list[dict[str, Any]]]:
-    """Return what training cost, `simpo` and `dpo-WAY` by DPO's way to its reference: a row a trial.
+    """Return what training cost, by arm, and for arms with a reference by the way to it: a row a trial.
 
     From the trials that were run side by side for their cost (`costs/`), if any; else from the study's own.
     """
@@ -136,7 +137,8 @@ def measured(study: Study) -> dict[str, list[dict[str, Any]]]:
         seconds, peak = mapping(manifest.get("seconds")), mapping(manifest.get("peak_memory_bytes"))
         arm = str(manifest.get("arm"))
         way = manifest.get("reference") or ("adapter_off" if manifest.get("engine") == "stock" else "cached")
-        found.setdefault(f"dpo-{way}" if arm == "dpo" else arm, []).append(
+        name = f"{arm}-{way}" if arm in ARMS and ARMS[arm].uses_reference else arm
+        found.setdefault(name, []).append(
             {
                 "memory": number(peak.get("train")),
                 "seconds": number(seconds.get("train")),

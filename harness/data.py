@@ -14,7 +14,7 @@ import numpy as np
 
 from harness.formats import ParsedRow
 from harness.leaks import assign_split, find_leaks, refuse_leaks
-from harness.records import EvalPrompt, Message, Pair, UsageError, digest
+from harness.records import EvalPrompt, Message, Pair, UnreachableError, UsageError, digest
 from harness.tables import Table, read_table, table_warnings
 
 SPLITS = ("train", "dev", "golden")
@@ -129,15 +129,17 @@ def _origins(spec: DataSpec) -> dict[str, str]:
 
 def _read_tables(spec: DataSpec, keys: Sequence[str]) -> dict[str, Table]:
     """Read every file before anything is refused, so that one message has the problems of all."""
-    tables, problems = {}, []
+    tables: dict[str, Table] = {}
+    problems: list[UsageError] = []
     for key in keys:
         reference = getattr(spec, key.removeprefix("data."))
         try:
             tables[key] = read_table(reference, key=key, revision=spec.revision, max_bad_fraction=spec.max_bad_fraction)
         except UsageError as error:
-            problems.append(str(error))
+            problems.append(error)
     if problems:
-        raise UsageError("\n".join(problems))
+        unreachable = all(isinstance(error, UnreachableError) for error in problems)
+        raise (UnreachableError if unreachable else UsageError)("\n".join(map(str, problems)))
     if spec.revision is not None and not any(table.source.from_hub for table in tables.values()):
         raise UsageError(f"data.revision={spec.revision}: none of the data is from the Hub; remove data.revision")
     return tables

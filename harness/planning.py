@@ -10,7 +10,7 @@ from harness.config import config_label
 from harness.design import Design
 from harness.folders import is_complete, read_manifest, study_dir
 from harness.inputs import identify, num_steps, splits_of
-from harness.records import UsageError
+from harness.records import UnreachableError
 from harness.schema import RunConfig
 
 
@@ -19,8 +19,9 @@ def print_plan(design: Design, warnings: Sequence[str]) -> None:
     try:
         splits_of(design.any)
         unknown = ""
-    except UsageError as error:
-        unknown = str(error)
+        identify(design.any)
+    except UnreachableError as error:
+        unknown = str(error).splitlines()[0]
     print(f"study {study_dir(design.base)}: {_count(design)} and the SFT base")
     if unknown:
         print(f"ids and sizes are not known here: {unknown}")
@@ -44,7 +45,7 @@ def _findable(design: Design) -> str:
     seeds = len(design.seeds)
     try:
         prompts = len(splits_of(design.any).golden_prompts)
-    except UsageError:
+    except UnreachableError:
         return "what difference the study could find is not known without its golden prompts"
     least = 100 * detectable_before(seeds, prompts, alpha=design.base.decide.alpha)
     level = "" if seeds > 1 else "; with one seed it compares two checkpoints and not the methods"

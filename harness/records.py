@@ -37,6 +37,10 @@ class UsageError(ValueError):
     """Wrong input of the user: the message says what, which value, what is allowed, what to do. Exit status 2."""
 
 
+class UnreachableError(UsageError):
+    """A model or data set on the Hub that cannot be fetched from here: a plan can do without, a run cannot."""
+
+
 class DivergedError(RuntimeError):
     """A policy whose loss, gradient norm or log-probabilities are not finite numbers: it has no usable weights."""
 

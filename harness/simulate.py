@@ -146,8 +146,8 @@ def observed(arms: Mapping[str, ArmScores], *, margin: float, alpha: float, look
     own = by_prompt.var(ddof=1) - noise[0] / len(first) - noise[1] / len(second)
     clusters = next(iter(arms.values())).clusters
     size = len(by_prompt) / len(np.unique(clusters)) if len(clusters) else 1.0
-    plain, grouped = mean_variance(by_prompt)[0], mean_variance(by_prompt, clusters if size > 1 else None)[0]
-    share = min(max((grouped / plain - 1) / (size - 1), 0.0), 1.0) if size > 1 and plain > 0 else 0.0
+    grouped = mean_variance(by_prompt, clusters if size > 1 else None)[0] - mean_variance(by_prompt)[0]
+    share = min(max(grouped * len(by_prompt) / (size - 1) / own, 0.0), 1.0) if size > 1 and own > 0 else 0.0
     return Setting(
         seeds=(len(first), len(second)),
         prompts=len(by_prompt),

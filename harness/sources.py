@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from harness.records import BadRow, UsageError
+from harness.records import BadRow, UnreachableError, UsageError
 
 ALLOWED = "a .jsonl, .json, .parquet or .csv file (or one of them .gz), a folder, or a Hub data set owner/name[:split]"
 
@@ -228,7 +228,8 @@ def _load_dataset(name: str, split: str, *, key: str, revision: str | None) -> l
     try:
         data = load_dataset(name, split=split or None, revision=revision)
     except (OSError, ValueError, DatasetsError) as error:
-        raise UsageError(
+        is_local = Path(name).exists()
+        raise (UsageError if is_local else UnreachableError)(
             f"{key}={name}{':' if split else ''}{split}: cannot be loaded with datasets ({error}); check the name, the "
             "split, data.revision and the connection (HF_HUB_OFFLINE unset; `hf auth login` for a gated set), or "
             "download the file and give its path"

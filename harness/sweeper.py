@@ -28,7 +28,7 @@ from harness.multilora import answer_trials
 from harness.overrides import explain
 from harness.planning import print_plan
 from harness.protocol import StudyResult, run_study
-from harness.records import UsageError
+from harness.records import UnreachableError, UsageError
 from harness.registration import register, study_name
 from harness.schema import FamilyConfig, Reference, RunConfig
 from harness.search import Params, configs_of, is_interval, overrides_of
@@ -91,7 +91,7 @@ class PairedSweeper(Sweeper):
         family = ""
         for value in values:
             design = self._design(request, {str(key): value})
-            family = family or f"{folder_name(design.any)}-{str(key).rpartition('.')[2]}"
+            family = family or f"{_name(design.any)}-{str(key).rpartition('.')[2]}"
             named = FamilyConfig(key=key, values=values, name=family, value=value)
             study = f"{family}-{value:g}"
             base = replace(design.base, study=study, family=named)
@@ -120,7 +120,7 @@ class PairedSweeper(Sweeper):
         check_study(request, sizes, base.evaluate, allow_unequal=base.allow_unequal_budgets)
         design = Design(base, arms, request.spaces, request.seeds, request.tuning_seeds, make, tuple(base.evaluate))
         _check_looks(design)
-        study = folder_name(design.any if any(arms.values()) else make(*_first(request)))
+        study = _name(design.any if any(arms.values()) else make(*_first(request)))
         arms = {arm: [replace(config, study=study) for config in found] for arm, found in arms.items()}
         return replace(design, base=replace(base, study=study), arms=arms)
 
@@ -175,6 +175,16 @@ class PairedSweeper(Sweeper):
 def _key(trial: RunConfig) -> str:
     """Name what distinguishes the configs of one command: the method's keys, and what a family varies."""
     return f"{trial.method!r} {trial.data!r} {replace(trial.train, reference=Reference.cached)!r}"
+
+
+def _name(config: RunConfig) -> str:
+    """Return the study's name; a plan of a model or data set that cannot be fetched here goes without the hash."""
+    try:
+        return folder_name(config)
+    except UnreachableError:
+        if not config.plan:
+            raise
+        return Path(config.model.path).name
 
 
 def _in_study(make: Callable[[str, Params], RunConfig], study: str, family: FamilyConfig) -> Any:

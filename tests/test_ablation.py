@@ -43,7 +43,7 @@ def test_the_first_step_is_the_oracles_loss_on_that_batch(arm: str, tmp_path: Pa
     tokens, model = tokens_of(config), load_base(config)
     pad_id = tokens.chat.tokenizer.pad_token_id
     rows = tokens.train.rows
-    logps = pair_logps(model, rows, pad_id=pad_id)
+    logps = pair_logps(model, rows, pad_id=pad_id, desc="")
     reference = None
     if ARMS[arm].uses_reference:
         reference = reference_logps(tokens.train, model, base_sha256="b", pad_id=pad_id, cache=tmp_path / "cache")
@@ -144,7 +144,7 @@ def test_a_report_shows_the_effects_where_the_arms_allow_it(tmp_path: Path) -> N
     assert list(table.frame.index) == [one.name for one in INGREDIENTS]
     assert table.frame.loc["Target margin", "Effect, points"] == "0.0"
     assert table.frame.loc["Mean over tokens instead of the sum", "Effect, points"] == "0.0"
-    assert table.frame.loc["No reference model", "Reading"] == "helps"
+    assert table.frame.loc["No reference model", "Pairs of arms"] == "1"
     render_report(folder)
     for page in ("report.html", "report.md"):
         assert "Which part of SimPO makes the difference" in (folder / page).read_text()

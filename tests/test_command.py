@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 import harness.sweep
+import harness.sweeper
 from harness.config import load_run
 from harness.embedded import study_dir
 from tests.conftest import SMALL
@@ -101,7 +102,7 @@ def refused(tmp_path, monkeypatch, capsys):
 
     def run(module: str, overrides: list[str], *, untouched: bool = True) -> str:
         monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(harness.sweep, "run_study", no_trial)
+        monkeypatch.setattr(harness.sweeper, "run_study", no_trial)
         monkeypatch.setattr(harness.sweep, "run_trial", no_trial)
         monkeypatch.setattr(sys, "argv", [module, *overrides])
         before = sorted(tmp_path.rglob("*"))
@@ -280,8 +281,8 @@ def test_one_trial_registers_its_own_command_and_answers_what_is_asked(tmp_path:
 
 @pytest.mark.slow
 def test_a_sweep_registers_the_command_as_typed(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(harness.sweep, "run_study", lambda base, trials, launch: None)
-    monkeypatch.setattr(harness.sweep.PairedSweeper, "on_result", staticmethod(lambda result: None))
+    monkeypatch.setattr(harness.sweeper, "run_study", lambda design, launch: None)
+    monkeypatch.setattr(harness.sweeper.PairedSweeper, "on_result", staticmethod(lambda result: None))
     arguments = [*BOTH, *SMALL, f"results_dir={tmp_path}", "study=s", "seed=0,1", "method.beta=1", "question='a, b'"]
     harness.sweep.run_sweep(arguments)
     command = yaml.safe_load((tmp_path / "s" / "study.yaml").read_text())["command"]

@@ -123,6 +123,7 @@ def test_the_verdict_comes_first_and_the_sections_follow_in_order(folder):
         "interval-section",
         "next",
         "warnings",
+        "claims",
         "scores",
         "learning",
         "lengths",
@@ -140,6 +141,7 @@ def test_the_verdict_comes_first_and_the_sections_follow_in_order(folder):
     assert headings == [
         "What to do next",
         "Warnings: 1",
+        "Claims",
         "Scores",
         "Learning curves",
         "Lengths",
@@ -522,7 +524,7 @@ def test_tables_have_headers_with_a_scope(page):
     heads = [attrs for tag, attrs in page.elements if tag == "th"]
     assert len(heads) > 40
     assert {attrs.get("scope") for attrs in heads} == {"col", "row"}
-    assert sum(tag == "caption" for tag, _ in page.elements) == sum(tag == "table" for tag, _ in page.elements) == 8
+    assert sum(tag == "caption" for tag, _ in page.elements) == sum(tag == "table" for tag, _ in page.elements) == 9
 
 
 def test_losses_of_the_arms_never_share_an_axis(built):

@@ -19,7 +19,10 @@ from harness.selection import dev_means, edge_warnings, golden_problem, read_sel
 from harness.sweep import run_sweep
 from tests.conftest import SMALL, overriding
 
-GRID = ["arms.dpo.learning_rate=1e-4,3e-4,1", "arms.simpo.learning_rate=1e-4,3e-4,1", "seed=1,2", "tuning_seeds=[7,8]"]
+GRID = [
+    *("arms.dpo.learning_rate=1e-4,3e-4,1", "arms.simpo.learning_rate=1e-4,3e-4,1"),
+    *("seed=1,2", "tuning_seeds=[7,8]", "train.epochs=4"),
+]
 
 
 def sweep(results: Path, *arguments: str) -> list[StudyResult]:
@@ -109,7 +112,7 @@ def test_more_configs_after_golden_was_scored_are_refused(tuned) -> None:
     with pytest.raises(UsageError, match=r"golden was scored in this study already, and this command adds .*lr=0\.001"):
         sweep(tuned[1].parent, *wider, "study=grid")
     with pytest.raises(UsageError, match="tuning seed 9"):
-        sweep(tuned[1].parent, *GRID[:3], "tuning_seeds=[7,8,9]", "study=grid")
+        sweep(tuned[1].parent, *GRID[:3], GRID[4], "tuning_seeds=[7,8,9]", "study=grid")
 
 
 @pytest.mark.slow
@@ -126,9 +129,7 @@ def test_golden_is_refused_to_a_single_trial_that_was_not_selected_or_that_tuned
     selected = read_selection(study)["arms"]["dpo"]["selected"]
     rate = "1e-4" if selected.endswith("lr=0.0003") else "3e-4"
     keys = [f"method.learning_rate={rate}" if key.startswith("method") and "seed=3" in keys else key for key in keys]
-    arguments = overriding(
-        SMALL, "+method=dpo", f"results_dir={study.parent}", "study=grid", "tuning_seeds=[7,8]", *keys
-    )
+    arguments = overriding(SMALL, "+method=dpo", f"results_dir={study.parent}", "study=grid", *GRID[3:], *keys)
     assert harness.sweep.run_single(arguments) == 2
     assert words in capsys.readouterr().err
 
