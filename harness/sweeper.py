@@ -120,7 +120,8 @@ class PairedSweeper(Sweeper):
         check_study(request, sizes, base.evaluate, allow_unequal=base.allow_unequal_budgets)
         design = Design(base, arms, request.spaces, request.seeds, request.tuning_seeds, make, tuple(base.evaluate))
         _check_looks(design)
-        study = _name(design.any if any(arms.values()) else make(*_first(request)))
+        arm, params = _first(request)  # any config has the study's name: the method's keys are no part of it
+        study = _name(self._compose([*common, f"+method={arm}", *overrides_of(params)]))
         arms = {arm: [replace(config, study=study) for config in found] for arm, found in arms.items()}
         return replace(design, base=replace(base, study=study), arms=arms)
 
