@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
 
 from harness.figures import PANEL, WIDE, drawing
 from harness.palette import INK, PAPER, Look, title
@@ -139,10 +141,14 @@ def _draw_expected(tried: Mapping[str, Sequence[Tried]], metric: str, looks: Map
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
         for arm, curve in curves.items():
-            style = {"color": looks[arm].light, "marker": looks[arm].marker, "linestyle": looks[arm].dash}
+            style: dict[str, Any] = {
+                "color": looks[arm].light,
+                "marker": looks[arm].marker,
+                "linestyle": looks[arm].dash,
+            }
             axes.plot(range(1, len(curve) + 1), 100 * np.array(curve), label=title(arm), markersize=4, **style)
         axes.set(xlabel="configs tried", ylabel=f"{metric} on dev, %")
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.legend(frameon=False)
 
     said = " ".join(

@@ -94,6 +94,7 @@ def sensitivity_table(study: Study) -> Table | None:
     if not tried:
         return None
     rows: dict[str, dict[str, str]] = {}
+    base = _base_mean(study)
     for arm, configs in tried.items():
         means = np.array([config.mean for config in configs])
         low, middle, high = np.quantile(means, [0.25, 0.5, 0.75])
@@ -106,6 +107,7 @@ def sensitivity_table(study: Study) -> Table | None:
             "Worst": percent(means.min()),
             "Standard deviation, points": points(means.std(ddof=1), signed=False),
             "Collapsed or diverged": _share(sum(config.ruined for config in configs), len(configs)),
+            **_below(means, base),
             "Failed trials, not counted above": str(_failed(study, arm)),
             "Selected": next((config.label.replace(",", ", ") for config in configs if config.selected), "none yet"),
         }
@@ -119,6 +121,20 @@ def sensitivity_table(study: Study) -> Table | None:
     seeds = plural(len(study.settings.get("tuning_seeds") or []), "tuning seed")
     caption = f"Dev scores over the configs that were tried ({seeds})"
     return build(caption, "Over configs", rows, heads, *notes)
+
+
+def _base_mean(study: Study) -> float | None:
+    rows = study.scores
+    dev = rows[(rows["split"] == "dev") & (rows["scorer"] == study.metric) & (rows["arm"] == BASE)]
+    mean = dev["score"].mean() if len(dev) else math.nan
+    return None if math.isnan(mean) else float(mean)
+
+
+def _below(means: np.ndarray, base: float | None) -> dict[str, str]:
+    """Count the configs that made the base worse: a ruined policy need not repeat itself to be one."""
+    return (
+        {} if base is None else {f"Below the SFT base ({percent(base)})": _share(int((means < base).sum()), len(means))}
+    )
 
 
 def _share(count: int, total: int) -> str:

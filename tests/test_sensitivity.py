@@ -93,6 +93,9 @@ def test_the_table_by_hand(folder: Path) -> None:
     assert simpo["Standard deviation, points"] == f"{100 * means.std(ddof=1):.1f}"
     assert simpo["Collapsed or diverged"] == "1 of 8 (12%)"
     assert table.frame["dpo"]["Collapsed or diverged"] == "0 of 8 (0%)"
+    (below,) = [name for name in table.frame.index if name.startswith("Below the SFT base (")]
+    base = float(below.partition("(")[2].rstrip("%)")) / 100
+    assert simpo[below].startswith(f"{sum(means < base)} of 8")
     assert simpo["Selected"] == LABELS["simpo"][5].replace(",", ", ")
 
 

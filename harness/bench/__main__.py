@@ -79,9 +79,14 @@ def _measure(options: argparse.Namespace, scratch: Path) -> str:
         result["runs"].append(asdict(job()))
         run = result["runs"][-1]
         print(f"{run['side']:8} {run['name']:45} {run['wall']:8.1f} s", file=sys.stderr)
-        write_json(options.out / "cost.json", result)
-        write_text(options.out / "cost.md", page(result))
+        _save(options.out, result)
+    _save(options.out, result)
     return page(result)
+
+
+def _save(folder: Path, result: dict[str, Any]) -> None:
+    write_json(folder / "cost.json", result)
+    write_text(folder / "cost.md", page(result))
 
 
 def _earlier(path: Path, now: dict[str, Any]) -> dict[str, Any]:
@@ -112,10 +117,10 @@ def _jobs(bench: Bench, options: argparse.Namespace) -> list[Job]:
         jobs += [partial(bench.layout, 1, cores), partial(bench.layout, 2, max(1, cores // 2))]
     if options.levers:
         dpo, simpo = bench.trial("dpo"), bench.trial("simpo")
-        jobs.append(partial(bench.harness, "simpo", [simpo]))
+        jobs.append(partial(bench.harness, "simpo, all levers on", [simpo]))
         jobs += [partial(bench.harness, f"simpo, {key}", [simpo], key) for key in LEVERS]
         jobs.append(partial(bench.harness, "simpo, all of these", [simpo], *LEVERS))
-        jobs.append(partial(bench.harness, "dpo", [dpo]))
+        jobs.append(partial(bench.harness, "dpo, all levers on", [dpo]))
         jobs += [partial(bench.harness, f"dpo, {key}", [dpo], key) for key in ("train.reference=adapter_off",)]
         jobs.append(partial(bench.harness, "dpo, all of these", [dpo], "train.reference=adapter_off", *LEVERS))
     return jobs

@@ -70,12 +70,11 @@ def _spread(values: Sequence[float], form: str = ".1f") -> str:
 
 def _work(result: Mapping[str, Any]) -> str:
     """Hold the training loop against the matrix products that are needed at the measured rate."""
-    rate = max(result["matmul_flops_per_second"])
-    least = result["needed_flops"] / rate
-    rates = _spread([value / 1e9 for value in result["matmul_flops_per_second"]], ".0f")
+    rates = dict(zip(map(id, result["runs"]), result["matmul_flops_per_second"], strict=False))
+    shown = _spread([value / 1e9 for value in result["matmul_flops_per_second"]], ".0f")
     lines = [
         f"Needed: {result['needed_flops'] / 1e12:.2f} TFLOP for one pass; this machine multiplies matrices at "
-        f"{rates} GFLOP/s (measured before each run): {least:.1f} s at the fastest of these rates.",
+        f"{shown} GFLOP/s (it shares its processor; measured before each run, which is held against its own rate).",
         "",
         "| training loop | seconds | times the least | share of the rate | tokens/s | target |",
         "|---|---|---|---|---|---|",
@@ -87,22 +86,33 @@ def _work(result: Mapping[str, Any]) -> str:
         ("stock", "dpo, precomputed"),
         ("stock", "simpo"),
     ):
-        seconds = [run["seconds"]["train"] for run in _of(result["runs"], side, name)]
-        if seconds:
-            times = median(seconds) / least
+        found = _of(result["runs"], side, name)
+        if found:
             target = f"{LOOP_TARGET}" if side == "harness" else ""
-            lines.append(
-                f"| {side}: {name} | {_spread(seconds)} | {times:.2f} | {1 / times:.0%} "
-                f"| {result['tokens'] / median(seconds):,.0f} | {target} |"
-            )
-    passes = [run["seconds"]["reference"] for run in _of(result["runs"], "harness", "dpo")]
+            lines.append(_held(f"{side}: {name}", found, "train", result["needed_flops"], rates, result, target))
+    passes = _of(result["runs"], "harness", "dpo")
     if passes:
-        times = median(passes) * rate / result["needed_reference_flops"]
-        lines.append(
-            f"| harness: DPO's reference pass, once for a grid | {_spread(passes)} | {times:.2f} | {1 / times:.0%} "
-            f"| {result['tokens'] / median(passes):,.0f} | |"
-        )
+        name, needed = "harness: DPO's reference pass, once for a grid", result["needed_reference_flops"]
+        lines.append(_held(name, passes, "reference", needed, rates, result, ""))
     return "\n".join(lines)
+
+
+def _held(
+    name: str,
+    runs: Sequence[Mapping[str, Any]],
+    stage: str,
+    needed: float,
+    rates: Mapping[int, float],
+    result: Mapping[str, Any],
+    target: str,
+) -> str:
+    """Return a row that holds a stage's seconds against the products that it needs, at the rate before each run."""
+    seconds = [run["seconds"][stage] for run in runs]
+    times = [run["seconds"][stage] * rates[id(run)] / needed for run in runs]
+    return (
+        f"| {name} | {_spread(seconds)} | {_spread(times, '.2f')} | {1 / median(times):.0%} "
+        f"| {result['tokens'] / median(seconds):,.0f} | {target or '–'} |"
+    )
 
 
 def _overhead(runs: Sequence[Mapping[str, Any]]) -> str:
@@ -131,10 +141,10 @@ def _levers(runs: Sequence[Mapping[str, Any]]) -> str:
         "|---|---|---|---|---|---|",
     ]
     for arm in ("simpo", "dpo"):
-        whole = _of(runs, "harness", arm)
+        whole = _of(runs, "harness", f"{arm}, all levers on")
         off = [run for run in runs if run["side"] == "harness" and run["name"].startswith(f"{arm}, ")]
         loop = median(run["seconds"]["train"] for run in whole) if whole else 0.0
-        for name in dict.fromkeys(run["name"] for run in [*whole, *off] if off):
+        for name in dict.fromkeys(run["name"] for run in off if whole):
             found = _of(runs, "harness", name)
             loops = [run["seconds"]["train"] for run in found]
             reference = [run["seconds"].get("reference", 0.0) for run in found]
