@@ -25,7 +25,7 @@ from harness.wording import interval, percent, points
 HOLDS, FAILS, UNDECIDED, UNTESTED = "holds", "does not hold", "undecided", "not tested"
 PAIR = ("simpo", "dpo")
 _LEAST_CONFIGS = 4  # to compare two spreads
-_ALIKE = 0.02  # costs closer than this are alike
+_ALIKE = 0.02  # costs and lengths closer than this are alike
 _WAYS = {
     "separate": "with a separate reference model",
     "adapter_off": "with the reference by switching the adapter off",
@@ -117,9 +117,11 @@ def _shorter(study: Study) -> Claim:
     found = compare(first, second)
     low, high = found.interval(0.95)
     figure = (
-        f"{found.difference:+.1f} tokens an answer, 95% {low:+.1f} to {high:+.1f} "
+        f"{found.difference:+.2f} tokens an answer, 95% {low:+.2f} to {high:+.2f} "
         f"({first.mean():.1f} against {second.mean():.1f})"
     )
+    if max(abs(low), abs(high)) <= _ALIKE * second.mean():
+        return Claim(claim, FAILS, f"{figure}, no difference that matters")
     verdict = str(study.verdict.get("verdict"))
     if low > 0 or verdict == PAIR[1]:
         return Claim(claim, FAILS, figure)

@@ -143,7 +143,7 @@ def preference_table(study: Study) -> Table | None:
     for split in ("golden", "dev"):
         for scorer, definition in DEFINITIONS.items():
             cells = _means(study, scorer, split)
-            if cells:
+            if cells and (set(cells) != {BASE} or not study.configs):  # seeds that decide may not have answered dev
                 rows[f"{definition}, {split} pairs"] = cells
     if not rows:
         return None

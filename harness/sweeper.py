@@ -80,6 +80,8 @@ class PairedSweeper(Sweeper):
         for design in designs:
             results.append(run_study(design, self._launch))
             type(self).on_result(results[-1])
+        if len(results) > 1:
+            _report_again(results)
         return results
 
     def _designs(self, request: Request) -> Iterator[Design]:
@@ -171,6 +173,15 @@ class PairedSweeper(Sweeper):
             jobs.append([*typed, *(f"{key}={value}" for key, value in added.items())])
         returns: Sequence[JobReturn] = self.launcher.launch(jobs, initial_job_idx=0)
         return [_outcome(trial, job) for trial, job in zip(trials, returns, strict=True)]
+
+
+def _report_again(results: Sequence[StudyResult]) -> None:
+    """Render the reports of a family once more: the first ones knew nothing of the later studies."""
+    from harness.report import render_report
+
+    for result in results:
+        if result.report:
+            render_report(result.report.parent)
 
 
 def _key(trial: RunConfig) -> str:

@@ -12,7 +12,7 @@ import yaml
 
 from harness.claims import Claim, claims
 from harness.family import family_table, levels_of, slope_difference
-from harness.records import read_json, write_json
+from harness.records import read_json, read_jsonl, write_json, write_jsonl
 from harness.report import render_report
 from harness.secondopinion import disagreement
 from harness.study import read_study
@@ -111,6 +111,18 @@ def test_shorter_answers_need_a_verdict_that_is_no_worse(folder: Path) -> None:
         decide(folder, verdict=verdict)
         assert claim(folder, "answers shorter").status == status
     assert "tokens an answer, 95% " in claim(folder, "answers shorter").figure
+
+
+def test_lengths_that_differ_by_a_hair_do_not_matter(folder: Path) -> None:
+    """Every answer of SimPO is one token in a hundred shorter: sure, and nothing to ship a model for."""
+    for path in folder.glob("trials/*/completions.jsonl"):
+        arm = read_json(path.parent / "manifest.json")["arm"]
+        rows = [row | {"tokens": 99 if arm == "simpo" else 100} for row in read_jsonl(path)]
+        write_jsonl(path, rows)
+    found = claim(folder, "answers shorter")
+    assert found.status == "does not hold"
+    assert found.figure.startswith("-1.00 tokens an answer")
+    assert "no difference that matters" in found.figure
 
 
 def test_sensitivity_and_noise_and_taxes_say_why_they_were_not_tested(folder: Path) -> None:

@@ -327,6 +327,10 @@ def test_a_family_is_one_study_for_each_value(tmp_path: Path) -> None:
         0.0: "noise-label_noise",
         0.5: "noise-label_noise",
     }
+    for name in studies:
+        report = (tmp_path / name / "report.md").read_text()
+        assert "label\\_noise=0 " in report
+        assert "label\\_noise=0.5 " in report
     flipped = {
         name: {read_json(path)["label_noise"]["flipped"] for path in (tmp_path / name).glob("trials/*/manifest.json")}
         for name in studies
