@@ -3,6 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+WORKERS ?= 2
 
 .PHONY: help install sweep test lint base clean
 
@@ -20,7 +21,7 @@ sweep: $(INSTALLED)            ## the main job on the embedded study: DPO agains
 	$(BIN)/python -m harness.sweep +method=simpo,dpo
 
 test: lint            ## format, lint, types and all tests
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q --numprocesses $(WORKERS) --dist loadfile
 
 lint: $(INSTALLED)            ## format, lint and types
 	$(BIN)/ruff format --check .
