@@ -118,12 +118,12 @@ def _held(
 def _overhead(runs: Sequence[Mapping[str, Any]]) -> str:
     """Show what a trial takes besides training and the reference pass, as a share of the training loop."""
     lines = [
-        "Around the training loop: tokens, plan, hashes, manifest, scores, tracking (W&B offline).",
+        "Around the training loop: tokens, plan, hashes, manifest, scores, tracking (W&B offline); its start is paid once.",
         "",
         f"| trial | seconds around | share of the loop (target under {OVERHEAD_TARGET:.0%}) |",
         "|---|---|---|",
     ]
-    for name in ("dpo", "simpo"):
+    for name in ("dpo", "simpo", "grid"):
         found = _of(runs, "harness", name)
         around = [sum(s for stage, s in run["seconds"].items() if stage not in _WORK) for run in found]
         shares = [x / run["seconds"]["train"] * 100 for x, run in zip(around, found, strict=True)]
