@@ -118,7 +118,7 @@ def _held(
 def _overhead(runs: Sequence[Mapping[str, Any]]) -> str:
     """Show what a trial takes besides training and the reference pass, as a share of the training loop."""
     lines = [
-        "Around the training loop: tokens, plan, hashes, manifest, scores, tracking (W&B offline); its start is paid once.",
+        "Around the training loop: tokens, plan, hashes, manifest, scores, tracking (W&B offline, started once).",
         "",
         f"| trial | seconds around | share of the loop (target under {OVERHEAD_TARGET:.0%}) |",
         "|---|---|---|",
