@@ -79,7 +79,7 @@ def test_the_presets_on_the_embedded_study_name_no_model() -> None:
 
 @pytest.mark.parametrize("arm", ["dpo", "simpo"])
 def test_a_wandb_agent_runs_one_trial_that_golden_stays_closed_to(arm: str) -> None:
-    sweep = yaml.safe_load((SWEEPS / "wandb" / f"{arm}.yaml").read_text())
+    sweep = yaml.safe_load((SWEEPS / "agents" / f"{arm}.yaml").read_text())
     params = {key: spec.get("value", spec.get("max")) for key, spec in sweep["parameters"].items()}
     expanded = create_sweep_command_args({"args": {key: {"value": value} for key, value in params.items()}})
     arguments = expanded["args_no_hyphens"]
@@ -93,5 +93,5 @@ def test_a_wandb_agent_runs_one_trial_that_golden_stays_closed_to(arm: str) -> N
 
 
 def test_both_wandb_sweeps_have_the_same_budget() -> None:
-    runs = {yaml.safe_load((SWEEPS / "wandb" / f"{arm}.yaml").read_text())["run_cap"] for arm in ("dpo", "simpo")}
+    runs = {yaml.safe_load((SWEEPS / "agents" / f"{arm}.yaml").read_text())["run_cap"] for arm in ("dpo", "simpo")}
     assert len(runs) == 1
