@@ -25,7 +25,7 @@ from harness.degenerate import completion_flags
 from harness.folders import SPLITS, is_complete, read_manifest, refuse_golden, study_dir, trial_dir
 from harness.heldout import heldout_rows
 from harness.inputs import Tokens, identify, plan_of, prompt_rows, splits_of, tokens_of
-from harness.measure import Meter
+from harness.measure import Meter, settle_imports
 from harness.multilora import drop_answers, stored_answers
 from harness.plan import expected_tokens_sha256, padding_share, trained_tokens
 from harness.records import (
@@ -140,6 +140,7 @@ class _Trial:
                 self._describe_data(tokens)
                 if ARMS[config.method.name].trainer:
                     importlib.import_module("harness.trainers")  # once in a process: no part of what training takes
+            settle_imports()
             if ARMS[config.method.name].trainer and "train" not in about["done"]:
                 self._train(tokens, tracker)
             with self._lent:

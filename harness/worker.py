@@ -34,7 +34,7 @@ def borrowed_base(config: RunConfig, *, trains_all: bool = False) -> Iterator[An
         _held.clear()  # one base in memory, not two
         _pristine.clear()
         model = load_base(config)
-    attention, sums = model.config._attn_implementation, _sums(model)
+    attention, sums = model.config._attn_implementation, _checksums(model)
     if trains_all and key not in _pristine:
         _pristine[key] = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
     yield model  # after an error the model is not held: its state is unknown
@@ -42,15 +42,20 @@ def borrowed_base(config: RunConfig, *, trains_all: bool = False) -> Iterator[An
     model.set_attn_implementation(attention)
     if trains_all:
         model.load_state_dict(_pristine[key])
-    if _sums(model) == sums:  # a base that something changed, NaN included, is not lent again
+    if _checksums(model) == sums:  # a base that something changed, NaN included, is not lent again
         _held[key] = model
 
 
-def _sums(model: Any) -> list[float]:
-    """Return the sum of each weight: one pass over memory, to notice a base that is not what it was."""
+def _checksums(model: Any) -> list[int]:
+    """Return the sum of each weight's bits: one pass over memory, to notice a base that is not what it was."""
     import torch
 
-    return [tensor.sum(dtype=torch.float64).item() for tensor in model.state_dict().values()]
+    sums = []
+    for tensor in model.state_dict().values():
+        bits = tensor.contiguous().view(-1).view(torch.uint8)
+        words = len(bits) // 8 * 8  # as 64-bit integers, which wrap around: exact, and at the speed of memory
+        sums.append(bits[:words].view(torch.int64).sum().item() + bits[words:].sum().item())
+    return sums
 
 
 def _reset(model: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -32,6 +33,24 @@ SMALL = [
 def overriding(defaults: list[str], *overrides: str) -> list[str]:
     """Return overrides with one for each key, the last: the command line refuses a key that stands twice."""
     return list({override.partition("=")[0]: override for override in [*defaults, *overrides]}.values())
+
+
+def training_overrides(*overrides: str) -> list[str]:
+    """Return the overrides of a run of some steps, two micro-batches each, and those given in their place."""
+    defaults = ["train.epochs=1", "train.batch_size=4", "train.micro_batch_size=2", "tracking=none"]
+    return overriding(defaults, *overrides)
+
+
+def tiny_model(config_class: Any = None, model_class: Any = None, **more: Any) -> Any:
+    """Return an untrained model of two layers (default: a Llama), the same each time; `more` changes its config."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}
+    config = (config_class or LlamaConfig)(**{**sizes, **heads, **more})
+    return (model_class or LlamaForCausalLM)(config).eval()
 
 
 @pytest.fixture

@@ -21,23 +21,15 @@ from harness.tokens import TokenPair
 from harness.train import TrainResult, build_trainer, train_arm
 from harness.trainers import HEAD_METRICS
 from harness.worker import borrowed_base, borrowed_policy
-from tests.conftest import overriding
+from tests.conftest import training_overrides
 
 STEPS = 20
 TOLERANCE = 1e-4  # relative, in fp32
 
 
 def configure(arm: str, *overrides: str) -> RunConfig:
-    defaults = [
-        f"+method={arm}",
-        "data.max_train_pairs=80",
-        "train.epochs=1",
-        "train.batch_size=4",
-        "train.micro_batch_size=2",
-        "method.learning_rate=2e-4",
-        "tracking=none",
-    ]
-    return load_run(overriding(defaults, *overrides))
+    given = (f"+method={arm}", "data.max_train_pairs=80", "method.learning_rate=2e-4", *overrides)
+    return load_run(training_overrides(*given))
 
 
 def multi_turn(rows: tuple[TokenPair, ...]) -> tuple[TokenPair, ...]:
@@ -267,5 +259,10 @@ def test_a_base_is_not_lent_again_after_an_error_or_a_change() -> None:
         next(broken.parameters()).view(-1)[0] = float("nan")
     with borrowed_base(config) as model:
         assert model is not broken
+    with torch.no_grad(), borrowed_base(config) as nudged:
+        weight = list(nudged.parameters())[-1].view(-1)
+        weight[-1] = torch.nextafter(weight[-1], torch.tensor(9.0))
+    with borrowed_base(config) as model:
+        assert model is not nudged
     with borrowed_base(configure("simpo", "train.reuse_base=false")) as other:
         assert other is not model

@@ -6,13 +6,13 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-import torch
 from transformers import MistralConfig, MistralForCausalLM
 
 from harness.config import load_run
 from harness.generate import ROUND_TOKENS, generate_completions
 from harness.inputs import splits_of, tokens_of
 from harness.worker import borrowed_base
+from tests.conftest import tiny_model
 
 CONFIG = load_run(["+method=dpo", "data.max_golden_prompts=48", "generate.max_new_tokens=40"])
 
@@ -80,18 +80,8 @@ def test_sampling_is_the_same_with_the_same_seed(base: Any) -> None:
 
 @pytest.mark.parametrize("window", [4, 64])
 def test_a_model_with_a_sliding_window_answers_as_it_does_alone(window: int) -> None:
-    torch.manual_seed(0)
-    chat = tokens_of(CONFIG).chat
-    model = MistralForCausalLM(
-        MistralConfig(
-            vocab_size=len(chat.tokenizer),
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            sliding_window=window,
-            initializer_range=0.3,
-        )
+    vocab_size = len(tokens_of(CONFIG).chat.tokenizer)
+    model = tiny_model(
+        MistralConfig, MistralForCausalLM, vocab_size=vocab_size, sliding_window=window, initializer_range=0.3
     )
     assert answers(model, batch_size=48) == answers(model, batch_size=1)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import MistralConfig, MistralForCausalLM
 
 import harness.engine
 from harness.checkpoint import load_base
@@ -17,6 +17,7 @@ from harness.inputs import tokens_of
 from harness.logps import _padded_logps, pair_logps
 from harness.packed import answer_sums, pack, packed_logps, packing
 from harness.tokens import TokenPair
+from tests.conftest import tiny_model
 
 CONFIG = load_run(["+method=dpo", "data.max_train_pairs=12"])
 
@@ -31,28 +32,13 @@ def alone(model: Any, prompt, answer) -> torch.Tensor:
     return logits.log_softmax(-1).gather(1, torch.tensor(answer)[:, None]).squeeze(1)
 
 
-def tiny(config_class=LlamaConfig, model_class=LlamaForCausalLM, **more: Any) -> Any:
-    torch.manual_seed(0)
-    config = config_class(
-        vocab_size=97,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        **more,
-    )
-    return model_class(config).eval()
-
-
 GROUPS = [([5, 6, 7], [[8, 9, 2], [10, 2]]), ([3], [[4, 2], [11, 12, 13, 14, 2]]), ([1, 2, 3, 4], [[9], [8, 7]])]
 
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_log_probs_and_gradients_equal_one_answer_at_a_time(tied: bool) -> None:
     """In float64, so that a token that attends to a wrong one would show: prompts of one token, answers of one token."""
-    model = tiny(tie_word_embeddings=tied).double()
+    model = tiny_model(tie_word_embeddings=tied).double()
     weights = torch.linspace(
         -1, 1, sum(len(answer) for _, answers in GROUPS for answer in answers), dtype=torch.float64
     )
@@ -88,7 +74,7 @@ def test_the_head_equals_the_definition_with_its_gradient_and_trls_metrics() -> 
 
 
 def test_a_trained_head_gets_its_gradient() -> None:
-    model, targets = tiny(), torch.arange(40)
+    model, targets = tiny_model(), torch.arange(40)
     hidden = torch.randn(40, 32, generator=torch.Generator().manual_seed(0))
     token_logps(model, hidden, targets).log_probs.sum().backward()
     ours = model.lm_head.weight.grad.clone()
@@ -130,7 +116,7 @@ def test_a_window_that_is_wide_enough_packs_and_a_narrow_one_falls_back_to_paddi
     row = TokenPair("a", "p", tuple(range(1, 13)), (5, 6, 7, 2), (8, 2))
     expected = {}
     for window in (64, 8):
-        model = tiny(MistralConfig, MistralForCausalLM, sliding_window=window)
+        model = tiny_model(MistralConfig, MistralForCausalLM, sliding_window=window)
         padded = _padded_logps(model, [row], pad_id=0, desc="")
         problem = packing_problem(model, [row], lambda model, rows: _padded_logps(model, rows, pad_id=0, desc=""))
         assert bool(problem) == (window == 8)
@@ -141,7 +127,7 @@ def test_a_window_that_is_wide_enough_packs_and_a_narrow_one_falls_back_to_paddi
 
 
 def test_a_model_whose_packed_log_probs_differ_falls_back_to_padding(monkeypatch) -> None:
-    model = tiny()
+    model = tiny_model()
     monkeypatch.setattr(
         harness.engine, "answer_sums", lambda logps, packed: answer_sums(logps, packed) + torch.tensor([0.0, 0.1])
     )

@@ -29,20 +29,12 @@ from harness.tokens import TokenPair
 from harness.train import build_trainer, train_arm
 from harness.trainers import CONSUMED_FILE, CPOConfig, CPOTrainer, DivergedError, last_checkpoint
 from harness.worker import borrowed_policy
-from tests.conftest import overriding
+from tests.conftest import training_overrides
 
 
 def configure(arm: str, *overrides: str) -> RunConfig:
-    defaults = [
-        f"+method={arm}",
-        "data.max_train_pairs=24",
-        "train.epochs=1",
-        "train.batch_size=4",
-        "train.micro_batch_size=2",
-        "method.learning_rate=1e-3",
-        "tracking=none",
-    ]
-    return load_run(overriding(defaults, *overrides))
+    given = (f"+method={arm}", "data.max_train_pairs=24", "method.learning_rate=1e-3", *overrides)
+    return load_run(training_overrides(*given))
 
 
 def reference_of(config: RunConfig, cache: Path) -> torch.Tensor:

@@ -34,7 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--levers", action="store_true", help="also the harness with each lever switched off")
     parser.add_argument("--layout", action="store_true", help="also two trials in one process, and in two at once")
     parser.add_argument("--scale", action="store_true", help="also 1, 2, 4, 8 trials and 32 to 512 pairs")
-    parser.add_argument("--append", action="store_true", help="keep the runs that are in cost.json, and add these")
+    parser.add_argument(
+        "--append", action="store_true", help="keep the runs in cost.json, add these; runs of --scale once each"
+    )
     parser.add_argument("--out", type=Path, default=Path("benchmarks"), help="folder for cost.json and cost.md")
     options = parser.parse_args(argv)
     try:
@@ -74,7 +76,8 @@ def _measure(options: argparse.Namespace, scratch: Path) -> str:
     }
     if options.append:
         result |= _earlier(options.out / "cost.json", result)
-    for job in [*_jobs(bench, options), *(_scale(options, scratch) if options.scale else [])]:
+    made = {run["name"] for run in result["runs"]}
+    for job in [*_jobs(bench, options), *(_scale(options, scratch, made) if options.scale else [])]:
         result["matmul_flops_per_second"].append(matmul_rate(text.hidden_size, text.intermediate_size))
         result["runs"].append(asdict(job()))
         run = result["runs"][-1]
@@ -126,11 +129,16 @@ def _jobs(bench: Bench, options: argparse.Namespace) -> list[Job]:
     return jobs
 
 
-def _scale(options: argparse.Namespace, scratch: Path) -> list[Job]:
-    """Return runs of 1 to 8 trials over 32 pairs, and of one trial over 32 to 512, as far as there are so many."""
+def _scale(options: argparse.Namespace, scratch: Path, made: set[str]) -> list[Job]:
+    """Return runs of 1 to 8 trials over 32 pairs, and of one trial over 32 to 512, as far as there are so many.
+
+    Runs whose names are in `made` (`--append`) are left out.
+    """
     bench = Bench(scratch / "scale", model=options.model, pairs=options.pairs, num_pairs=32)
-    jobs: list[Job] = [partial(bench.harness_grid, size) for size in (1, 2, 4, 8)]
+    jobs: list[Job] = [partial(bench.harness_grid, size) for size in (1, 2, 4, 8) if f"{size} trials" not in made]
     for count in (32, 64, 128, 256, 512):
+        if f"{count} pairs" in made:
+            continue
         try:
             bench = Bench(scratch / f"scale{count}", model=options.model, pairs=options.pairs, num_pairs=count)
         except UsageError:
