@@ -61,7 +61,7 @@ def _ratios(runs: Sequence[Mapping[str, Any]]) -> str:
             f"| {median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}) | {target:.2f} | {memory:.2f} "
             f"| {MEMORY_TARGET} |"
         )
-    return "\n".join(lines)
+    return "\n".join(lines) if len(lines) > 2 else ""
 
 
 def _spread(values: Sequence[float], form: str = ".1f") -> str:
@@ -94,7 +94,7 @@ def _work(result: Mapping[str, Any]) -> str:
     if passes:
         name, needed = "harness: DPO's reference pass, once for a grid", result["needed_reference_flops"]
         lines.append(_held(name, passes, "reference", needed, rates, result, ""))
-    return "\n".join(lines)
+    return "\n".join(lines) if len(lines) > 4 else lines[0]
 
 
 def _held(
@@ -168,6 +168,7 @@ def _growth(runs: Sequence[Mapping[str, Any]]) -> str:
     tables = []
     for unit, title in (("trials", "trials of 32 pairs in one sweep"), ("pairs", "pairs, one DPO trial")):
         found = [run for run in runs if run["side"] == "harness" and run["name"].split()[1:] == [unit]]
+        found.sort(key=lambda run: int(run["name"].split()[0]))
         lines = [f"| {title} | wall, s | loops, s | loop a {unit[:-1]}, s | peak memory, GB |", "|---|---|---|---|---|"]
         for run in found:
             count, loop = int(run["name"].split()[0]), run["seconds"]["train"]
