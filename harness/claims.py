@@ -20,7 +20,7 @@ from harness.palette import BASE
 from harness.sensitivity import is_fair, tried_configs
 from harness.stats import compare
 from harness.study import Study, mapping
-from harness.wording import interval, percent, points
+from harness.wording import interval, levels, percent, points
 
 HOLDS, FAILS, UNDECIDED, UNTESTED = "holds", "does not hold", "undecided", "not tested"
 PAIR = ("simpo", "dpo")
@@ -66,9 +66,8 @@ def _wins(study: Study) -> Claim:
     claim, verdict = "wins on golden", study.verdict
     if not verdict:
         return Claim(claim, UNTESTED, "no verdict yet")
-    figure = (
-        f"{points(verdict.get('difference'))} points, 95% {interval(verdict.get('ci95'))}: {verdict.get('verdict')}"
-    )
+    found = f"{levels(study)[0]} {interval(verdict.get('ci95'))}: {verdict.get('verdict')}"
+    figure = f"{points(verdict.get('difference'))} points, {found}"
     if verdict.get("level") == "checkpoint":
         figure += "; of these two checkpoints, not of the methods"
     known = {"simpo": HOLDS, "dpo": FAILS, "tie": FAILS, "trade-off": FAILS}

@@ -101,7 +101,9 @@ def _draw_difference(axes: Axes, study: Study, difference: float, looks: Mapping
     axes.plot([100 * difference], [0], marker="D", markersize=8, color=PAPER, markeredgecolor=INK, markeredgewidth=1.6)
     reach = 100 * max(abs(x) for x in (difference, margin or 0.0, *(e for pair in ends.values() for e in pair or ())))
     reach = max(1.15 * reach, 1.0)
-    label = f"{points(difference)} points" + (f" (95%: {interval(ends['ci95'])})" if ends["ci95"] else "")
+    label = f"{points(difference)} points" + (
+        f" ({levels(study)[0]}: {interval(ends['ci95'])})" if ends["ci95"] else ""
+    )
     axes.text(0.5, 1.32, label, transform=axes.transAxes, ha="center", va="bottom", fontweight="bold", fontsize=10)
     axes.set(xlim=(-reach, reach), ylim=(-1.0, 0.7), yticks=[])
     axes.spines["left"].set_visible(False)

@@ -9,7 +9,7 @@ from harness.palette import title
 from harness.records import UsageError
 from harness.rule import verdict
 from harness.study import Study
-from harness.wording import interval, number, points
+from harness.wording import interval, levels, number, points
 
 CONTROLLED = "length_controlled"
 _RAW = ("judge", "reward_model")  # scorers that a length-controlled one is made of
@@ -37,7 +37,8 @@ def disagreement(study: Study) -> str:
     kinds = ("length-controlled", "raw") if other.startswith(CONTROLLED) else ("raw", "length-controlled")
     return (
         f"The {kinds[0]} scores ({other}) say otherwise than the {kinds[1]} ones that decide: {found['verdict']}, "
-        f"{title(first)} minus {title(second)} {points(found['difference'])} points, 95% {interval(found['ci95'])}. "
+        f"{title(first)} minus {title(second)} {points(found['difference'])} points, "
+        f"{levels(study)[0]} {interval(found['ci95'])}. "
         "The verdict depends on whether length counts."
     )
 

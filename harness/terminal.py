@@ -12,6 +12,7 @@ from tqdm import tqdm
 from harness.folders import is_complete
 from harness.protocol import StudyResult
 from harness.schema import RunConfig
+from harness.wording import confidence
 
 POLL_SECONDS = 1.0
 
@@ -42,7 +43,7 @@ def print_result(result: StudyResult) -> int:
     failed = [outcome for outcome in result.outcomes if outcome.status == "failed"]
     verdict = result.verdict
     if verdict:
-        _print_table(verdict)
+        print_table(verdict)
         for warning in verdict["warnings"]:
             print(f"warning: {warning}")
     for outcome in failed:
@@ -62,7 +63,8 @@ def print_result(result: StudyResult) -> int:
     return 1 if failed or (result.is_comparison and not verdict) else 0
 
 
-def _print_table(verdict: dict[str, Any]) -> None:
+def print_table(verdict: dict[str, Any]) -> None:
+    """Print the means of base and arms, and their difference with its interval."""
     base = _base_mean(verdict)
     print(f"\n{verdict['metric']} on golden ({verdict['n_prompts']} prompts)")
     if base is not None:
@@ -72,7 +74,8 @@ def _print_table(verdict: dict[str, Any]) -> None:
         spread = f"  seeds {min(runs):.1f} to {max(runs):.1f}" if len(runs) > 1 else ""
         print(f"  {arm:24}{100 * mean:6.1f}{spread}")
     low, high = verdict["ci95"]
-    points = f"{100 * verdict['difference']:+.1f} points, 95% interval {100 * low:+.1f} to {100 * high:+.1f}"
+    level = confidence(verdict["alpha"])
+    points = f"{100 * verdict['difference']:+.1f} points, {level} interval {100 * low:+.1f} to {100 * high:+.1f}"
     print(f"  {' - '.join(verdict['arms']):24}{points}, margin {100 * verdict['margin']:.1f}")
 
 

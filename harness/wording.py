@@ -66,7 +66,12 @@ def levels(study: Study) -> tuple[str, str]:
     """Name the confidence of `ci95` and of `ci90`, which are at 1 - alpha and 1 - 2 * alpha whatever alpha is."""
     alpha = number(study.verdict.get("alpha"))
     alpha = 0.05 if alpha is None else alpha
-    return f"{100 * (1 - alpha):g}%", f"{100 * (1 - 2 * alpha):g}%"
+    return confidence(alpha), confidence(2 * alpha)
+
+
+def confidence(alpha: float) -> str:
+    """Write the confidence of an interval at 1 - alpha: `95%`, `98.3%`."""
+    return f"{round(100 * (1 - alpha), 1):g}%"
 
 
 def listing(items: Iterable[str]) -> str:

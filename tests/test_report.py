@@ -23,6 +23,7 @@ from harness.palette import looks
 from harness.records import read_json, read_jsonl, write_json, write_jsonl, write_text
 from harness.sidebyside import side_by_side
 from harness.study import read_study
+from harness.terminal import print_table
 from harness.untrusted import fence, html, markdown, one_line, visible
 from tests.study_fixture import ARMS, LABELS, build_study
 
@@ -360,6 +361,19 @@ def test_the_verdict_of_decide_is_shown_with_its_guard_and_belongs_to_the_scores
     )
     assert "verdict.json is not of these scores" not in page.text
     assert "NOT proved" not in page.text
+
+
+def test_an_interval_is_called_by_its_own_confidence_wherever_it_is_shown(light, capsys):
+    """A study with three registered looks decides each at alpha / 3."""
+    verdict = read_json(light / "verdict.json") | {"alpha": 0.05 / 3}
+    write_json(light / "verdict.json", verdict)
+    page, _ = rendered(light)
+    figure = next(path for path in (light / "figures").glob("*.svg") if "points (98.3%:" in path.read_text())
+    assert "95%" not in figure.read_text()
+    assert f"98.3% {wording.interval(verdict['ci95'])}: simpo" in page.text
+    assert "98.3333%" not in page.text
+    print_table(verdict)
+    assert "points, 98.3% interval" in capsys.readouterr().out
 
 
 # What is missing is shown as missing
