@@ -147,6 +147,11 @@ def _text(result: Mapping[str, Any]) -> str:
         else:
             shown = f"{found['count']} {what}, all else as it is (simulated power {found['simulated_power']:.0%})"
             lines.append(f"{100 * result['target']:g} points need {shown}")
+    if result["target"] < setting["margin"]:
+        lines.append(
+            f"a difference of {100 * result['target']:g} points is within the margin of {100 * setting['margin']:g}: "
+            "the better it is measured, the surer the verdict is a tie; set --margin below what should win"
+        )
     if result["level"] == "checkpoint":
         lines.append("one seed in an arm: such a study compares two checkpoints and says nothing of the methods")
     for arm, found in result.get("same_against_same", {}).items():

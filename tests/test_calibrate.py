@@ -115,6 +115,12 @@ def test_what_is_said_to_be_needed_has_about_the_power_it_promises() -> None:
     assert any(result["needed"][name]["count"] for name in ("seeds", "prompts"))
 
 
+@pytest.mark.parametrize(("margin", "is_said"), [("0.05", True), ("0.03", False), ("0.02", False)])
+def test_a_wanted_difference_within_the_margin_is_said_to_end_as_a_tie(margin: str, is_said: bool, capsys) -> None:
+    assert main(["--difference", "0.03", "--margin", margin, "--repeats", "20"]) == 0
+    assert ("is within the margin" in capsys.readouterr().out) == is_said
+
+
 def test_more_seeds_and_more_prompts_find_smaller_differences() -> None:
     assert detectable_before(3, 300, alpha=0.05) > detectable_before(5, 300, alpha=0.05)
     assert detectable_before(5, 300, alpha=0.05) > detectable_before(5, 800, alpha=0.05)
