@@ -36,6 +36,7 @@ class DataSpec:
         max_bad_fraction: share of a file's rows that may be unusable.
         label_noise: share of the training pairs whose labels are flipped.
         max_train_pairs: keep a random but fixed subset; likewise max_dev_prompts, max_golden_prompts.
+        turns: of a golden set with second turns (MT-Bench): `both`, or the `first` alone.
     """
 
     path: str | None = None
@@ -52,6 +53,7 @@ class DataSpec:
     max_train_pairs: int | None = None
     max_dev_prompts: int | None = None
     max_golden_prompts: int | None = None
+    turns: str = "both"
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,13 @@ def _read_tables(spec: DataSpec, keys: Sequence[str]) -> dict[str, Table]:
     for key in keys:
         reference = getattr(spec, key.removeprefix("data."))
         try:
-            tables[key] = read_table(reference, key=key, revision=spec.revision, max_bad_fraction=spec.max_bad_fraction)
+            tables[key] = read_table(
+                reference,
+                key=key,
+                revision=spec.revision,
+                max_bad_fraction=spec.max_bad_fraction,
+                both_turns=spec.turns == "both",
+            )
         except UsageError as error:
             problems.append(error)
     if problems:
@@ -181,8 +189,9 @@ def _evaluation(rows: Sequence[ParsedRow], limit: int | None) -> tuple[tuple[Eva
         prompts[row.prompt_id] = replace(
             first, checks=first.checks or row.checks, cluster=row.cluster if first.cluster is None else first.cluster
         )
-    kept = _subset(list(prompts.values()), limit, lambda prompt: prompt.prompt_id)
+    kept = _subset(list(prompts.values()), limit, lambda prompt: prompt.follows or prompt.prompt_id)
     ids = {prompt.prompt_id for prompt in kept}
+    kept = [prompt for prompt in kept if prompt.follows in (None, *ids)]  # no second turn without its first
     return tuple(kept), _unique_ids(_pairs(row for row in rows if row.prompt_id in ids))
 
 

@@ -22,6 +22,7 @@ from harness.registration import contrast_of, read_study
 from harness.rule import verdict
 from harness.scores_file import read_scores
 from harness.selection import edge_warnings, golden_problem
+from harness.stored import facts_warnings
 
 __all__ = ["decide_study", "verdict"]
 
@@ -64,6 +65,7 @@ def decide_study(study: Path) -> dict[str, Any]:
         *enter_look(study, registered, arms, seeds),
         *_plan_warnings(registered, result, seeds),
         *registered.get("warnings", []),
+        *facts_warnings(study),
     ]
     base = scores[(scores["arm"] == "sft") & (scores["split"] == "golden") & (scores["scorer"] == registered["metric"])]
     if len(base):

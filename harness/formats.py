@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -27,6 +27,7 @@ from harness.conversations import (
     shown,
     text_or_turns,
 )
+from harness.goldensets import GOLDEN_FORMS, golden_prompts, is_golden_set
 from harness.records import EvalPrompt, Message, Pair, prompt_id
 
 Row = Mapping[str, Any]
@@ -39,8 +40,13 @@ PAIR_FORMS = (
     "ShareGPT or LLaMA-Factory: `conversations` of {from, value}, `chosen`, `rejected`, optional `system`",
     "`question` or `instruction` (with `input`) in place of `prompt`, optional `system`",
 )
-EVAL_FORMS = (*PAIR_FORMS, "prompts with `checks`: `prompt` and `checks`, optional `id`, `cluster`")
+EVAL_FORMS = (
+    *PAIR_FORMS,
+    "prompts with `checks`: `prompt` and `checks`, optional `id`, `cluster`",
+    *GOLDEN_FORMS,
+)
 
+_SCORED = {"checks", "chosen", "rejected"}  # a file that has one of them is scored by it
 _PROMPT_COLUMNS = ("prompt", "conversations", "messages", "question", "instruction", "input")
 _SCORE_COLUMNS = (
     ("score_chosen", "score_rejected"),
@@ -60,6 +66,7 @@ class ParsedRow:
         row_id: the `id` given in the file, or `row-N`.
         chosen: the preferred answer; None where the row has checks only.
         tie: the row gives both answers the same score.
+        about: see `EvalPrompt`; likewise follows.
     """
 
     form: str
@@ -72,6 +79,8 @@ class ParsedRow:
     checks: tuple[dict[str, Any], ...]
     cluster: str | None
     tie: bool
+    about: dict[str, Any] = field(default_factory=dict)
+    follows: str | None = None
 
     @cached_property
     def prompt_id(self) -> str:
@@ -91,14 +100,53 @@ class ParsedRow:
 
     def eval_prompt(self) -> EvalPrompt:
         """Return the prompt with its checks."""
-        return EvalPrompt(self.prompt_id, self.prompt, self.checks, self.cluster, self.conversational, self.row)
+        return EvalPrompt(
+            self.prompt_id,
+            self.prompt,
+            self.checks,
+            self.cluster,
+            self.conversational,
+            self.row,
+            self.about,
+            self.follows,
+        )
 
 
 def has_known_form(columns: frozenset[str], *, evaluation: bool) -> bool:
-    """Say whether a file with these columns can hold pairs or, for evaluation, prompts with checks."""
+    """Say whether a file with these columns can hold pairs or, for evaluation, prompts."""
     if {"chosen", "rejected"} <= columns:
         return True
-    return evaluation and "checks" in columns and bool(columns.intersection(_PROMPT_COLUMNS))
+    return evaluation and (is_golden_set(columns) or bool(columns.intersection(_PROMPT_COLUMNS)))
+
+
+def parse_golden(row: Row, number: int, columns: frozenset[str], *, both_turns: bool) -> list[ParsedRow]:
+    """Read the prompts of a row of a published golden set; none where the file is of another form.
+
+    Raises:
+        RowError: with the reason, where the row cannot be used.
+    """
+    if _SCORED & columns:
+        return []
+    rows = []
+    for found in golden_prompts(row, columns, both_turns=both_turns):
+        follows = prompt_id(found.turns[:-1]) if len(found.turns) > 1 else None
+        rows.append(
+            ParsedRow(
+                form=f"{found.about['form']} prompts",
+                row=number,
+                row_id=f"row-{number}",
+                prompt=found.turns,
+                chosen=None,
+                rejected=None,
+                conversational=follows is not None,
+                checks=(),
+                cluster=found.cluster,
+                tie=False,
+                about=found.about,
+                follows=follows,
+            )
+        )
+    return rows
 
 
 def parse_row(row: Row, number: int, columns: frozenset[str], *, needs_pair: bool, reads_checks: bool) -> ParsedRow:
@@ -116,7 +164,7 @@ def parse_row(row: Row, number: int, columns: frozenset[str], *, needs_pair: boo
     has_pair = any(row.get(column) is not None for column in ("chosen", "rejected"))
     conversation = _with_system(row, _read_pair(row, columns) if has_pair or needs_pair else _read_prompt(row, columns))
     checks = _read_checks(row.get("checks")) if reads_checks else ()
-    if conversation.chosen is None and not checks:
+    if conversation.chosen is None and not checks and _SCORED & columns:
         raise RowError("has neither `checks` nor `chosen` and `rejected`: an answer to it cannot be scored")
     check_turns(conversation)
     cluster = _label(row, "cluster")
@@ -155,7 +203,9 @@ def _read_prompt(row: Row, columns: frozenset[str]) -> Conversation:
     if prompt is None:
         raise RowError(_missing_prompt(columns))
     turns, conversational = as_turns(prompt)
-    return Conversation("prompts with checks", turns, None, None, conversational)
+    return Conversation(
+        "prompts with checks" if "checks" in columns else "prompts alone", turns, None, None, conversational
+    )
 
 
 def _missing_prompt(columns: frozenset[str]) -> str:

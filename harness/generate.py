@@ -6,7 +6,7 @@ that one answer that runs to the limit does not keep the others' rows in the com
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -32,18 +32,32 @@ def generate_completions(
     """
     model.eval()
     model.generation_config = _generation_config(chat, decoding)
-    ids = [chat.prompt_ids(p.prompt, conversational=p.conversational) for p in prompts]
-    order = sorted(range(len(prompts)), key=lambda i: len(ids[i]), reverse=True)  # the largest batch first
-    completions: dict[int, Completion] = {}
-    size = decoding.batch_size or len(prompts)
+    completions: dict[str, Completion] = {}
     with torch.random.fork_rng(), tqdm(total=len(prompts), desc=f"answer {split}", delay=5, leave=False) as bar:
         torch.manual_seed(decoding.seed)
-        for start in range(0, len(order), size):
-            batch = order[start : start + size]
-            for i, answer in zip(batch, _answer(model, chat, [ids[i] for i in batch]), strict=True):
-                completions[i] = completion_of(chat, prompts[i], answer, split)
-            bar.update(len(batch))
-    return [completions[i] for i in range(len(prompts))]
+        for turn in turns_of(prompts):  # second turns need the answers to the first
+            size = decoding.batch_size or len(turn)
+            ids = {prompt.prompt_id: prompt_ids(chat, prompt, completions) for prompt in turn}
+            order = sorted(turn, key=lambda prompt: len(ids[prompt.prompt_id]), reverse=True)  # the largest batch first
+            for start in range(0, len(order), size):
+                batch = order[start : start + size]
+                answers = _answer(model, chat, [ids[prompt.prompt_id] for prompt in batch])
+                for prompt, answer in zip(batch, answers, strict=True):
+                    completions[prompt.prompt_id] = completion_of(chat, prompt, answer, split)
+                bar.update(len(batch))
+    return [completions[prompt.prompt_id] for prompt in prompts]
+
+
+def turns_of(prompts: Sequence[EvalPrompt]) -> list[list[EvalPrompt]]:
+    """Return the prompts that can be answered at once, and then those that follow one of them."""
+    turns = [[p for p in prompts if p.follows is None], [p for p in prompts if p.follows is not None]]
+    return [turn for turn in turns if turn]
+
+
+def prompt_ids(chat: ChatFormat, prompt: EvalPrompt, answered: Mapping[str, Completion]) -> list[int]:
+    """Return a prompt's ids; the answer to the prompt that it follows must be there."""
+    said = answered[prompt.follows].completion if prompt.follows else ""
+    return chat.prompt_ids(prompt.conversation(said), conversational=prompt.conversational)
 
 
 def _generation_config(chat: ChatFormat, decoding: GenerateConfig) -> GenerationConfig:

@@ -15,7 +15,7 @@ from harness.data import DataSpec, Splits, load_splits
 from harness.plan import BatchPlan, make_plan
 from harness.records import UsageError
 from harness.schema import EMBEDDED, RunConfig, Template
-from harness.scorers import SCORERS
+from harness.scoring import allowed_scorers
 from harness.tokens import ChatFormat, TokenisedPairs, TokenPair, load_chat_format, tokenise_pairs
 
 
@@ -53,22 +53,22 @@ def identify(config: RunConfig) -> str:
     return trial_id(config, contents_sha256(config, splits_of(config).facts))
 
 
-def scorers_of(splits: Splits, split: str) -> list[str]:
-    """Return the scorers that a split's rows allow: those of checks where there are any, then those of pairs."""
+def scorers_of(config: RunConfig, splits: Splits, split: str) -> list[str]:
+    """Return the scorers that a split's rows allow, and those that the config sets up; the default one first."""
     is_dev = split == "dev"
     prompts, pairs = (splits.dev_prompts, splits.dev_pairs) if is_dev else (splits.golden_prompts, splits.golden_pairs)
-    found = ["checks", "checks_fraction"] if any(prompt.checks for prompt in prompts) else []
-    return found + ([name for name in SCORERS if name.startswith("preference")] if pairs else [])
+    return allowed_scorers(config, prompts, has_pairs=bool(pairs), split=split)
 
 
-def default_metric(splits: Splits) -> str:
-    """Return the metric that a golden set is decided on where none is given: its checks, else its pairs."""
-    found = scorers_of(splits, "golden")
+def default_metric(config: RunConfig, splits: Splits) -> str:
+    """Return the metric that a golden set is decided on where none is given: checks, else pairs, else a judge."""
+    found = scorers_of(config, splits, "golden")
     if found:
         return found[0]
     raise UsageError(
         "data.golden: its rows have neither `checks` nor `chosen` and `rejected`, so that nothing can be scored; "
-        "add checks (see README, Golden sets) or give held-out pairs"
+        "add checks (see README, Golden sets), give held-out pairs, or set up a judge (score.judge.model) or a reward "
+        "model (score.reward_model.path); IFEval's instructions need pip install 'dpo-simpo-harness[lm-eval]'"
     )
 
 
@@ -90,6 +90,8 @@ def prompt_rows(splits: Splits) -> list[dict[str, Any]]:
                 "checks": list(prompt.checks),
                 "cluster": prompt.cluster or "",
                 "pairs": counts.get(prompt.prompt_id, 0),
+                "about": prompt.about,
+                "follows": prompt.follows,
             }
             for prompt in prompts
         ]
@@ -118,7 +120,9 @@ def _tokens(spec: DataSpec, folder: Path, template: str | None, auto: bool, max_
         reasons = "; ".join(f"{reason} ({count} pairs)" for reason, count in train.dropped.items())
         raise UsageError(f"data.train: no training pair is left after tokenisation: {reasons}")
     for prompt in [*splits.dev_prompts, *splits.golden_prompts]:
-        chat.prompt_ids(prompt.prompt, conversational=prompt.conversational)  # a template may refuse one: say so now
+        chat.prompt_ids(
+            prompt.conversation("Yes."), conversational=prompt.conversational
+        )  # a template may refuse one: say so now
     return Tokens(chat, train, dev, golden)
 
 

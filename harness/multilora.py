@@ -35,24 +35,23 @@ def answer_trials(trials: Sequence[RunConfig]) -> None:
     Raises:
         RuntimeError: where vLLM's process fails, with the end of its error output.
     """
-    from harness.generate import completion_of
+    from harness.generate import completion_of, prompt_ids, turns_of
     from harness.inputs import splits_of, tokens_of
 
     work = [(folder, split) for trial in trials for folder, split in _lacking(trial)]
     if not work:
         return
     chat, splits = tokens_of(trials[0]).chat, splits_of(trials[0])
-    prompts = {"dev": splits.dev_prompts, "golden": splits.golden_prompts}
-    asked = [(folder, split, prompt) for folder, split in work for prompt in prompts[split]]
-    ids = [chat.prompt_ids(prompt.prompt, conversational=prompt.conversational) for _, _, prompt in asked]
-    job = _job(trials[0], sorted(chat.stop_ids)) | {
-        "requests": [[str(folder / "adapter"), prompt] for (folder, _, _), prompt in zip(asked, ids, strict=True)]
-    }
-    rows: dict[Path, list[dict[str, Any]]] = {}
-    for (folder, split, prompt), answer in zip(asked, _run(job, study_dir(trials[0])), strict=True):
-        rows.setdefault(_path(folder, split), []).append(asdict(completion_of(chat, prompt, answer, split)))
-    for path, found in rows.items():
-        write_jsonl(path, found)
+    prompts = {"dev": turns_of(splits.dev_prompts), "golden": turns_of(splits.golden_prompts)}
+    found: dict[tuple[Path, str], dict[str, Completion]] = {place: {} for place in work}
+    for turn in range(max(len(turns) for turns in prompts.values())):  # second turns need the answers to the first
+        asked = [(place, prompt) for place in work for prompt in (prompts[place[1]][turn : turn + 1] or [[]])[0]]
+        requests = [[str(place[0] / "adapter"), prompt_ids(chat, prompt, found[place])] for place, prompt in asked]
+        job = _job(trials[0], sorted(chat.stop_ids)) | {"requests": requests}
+        for (place, prompt), answer in zip(asked, _run(job, study_dir(trials[0])), strict=True):
+            found[place][prompt.prompt_id] = completion_of(chat, prompt, answer, place[1])
+    for (folder, split), answers in found.items():
+        write_jsonl(_path(folder, split), [asdict(answer) for answer in answers.values()])
 
 
 def _lacking(trial: RunConfig) -> list[tuple[Path, str]]:

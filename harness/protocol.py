@@ -17,6 +17,8 @@ from harness.folders import is_complete, study_dir, trial_dir
 from harness.records import UsageError, locked, read_json
 from harness.registration import read_study
 from harness.score import collect_scores
+from harness.scoring import scoring_of, study_scorers
+from harness.studyscore import blocking, score_study
 from harness.tracking import track
 from harness.trial import Outcome
 from harness.tuning import tune
@@ -36,6 +38,7 @@ class StudyResult:
         launched: number of trials that this call ran.
         is_comparison: True where several arms were asked for, so that a missing verdict is a failure.
         stages: number of trials by stage: `base`, `tune`, `confirm`, `costs`.
+        problems: scorers that failed, by name.
     """
 
     outcomes: list[Outcome]
@@ -45,6 +48,7 @@ class StudyResult:
     launched: int
     is_comparison: bool
     stages: Mapping[str, int]
+    problems: list[str]
 
 
 def run_study(design: Design, launch: Launch) -> StudyResult:
@@ -55,13 +59,15 @@ def run_study(design: Design, launch: Launch) -> StudyResult:
         launch: runs trials and returns how they ended, in the same order.
     """
     study = study_dir(design.base)
-    runs = _Runs(launch)
+    runs = _Runs(launch, design, study)
     verdict, undecided = None, ""
     if runs.finish("base", [design.base]):
         undecided = "the SFT base, which every arm is measured against, could not be scored"
         return _result(runs, design, None, undecided, None)
     selected = tune(design, study, lambda trials: runs.finish("tune", trials), lambda: runs.failed)
-    if selected is None:
+    if selected is None and runs.problems:
+        undecided = f"{'; '.join(runs.problems)}: no config is selected, and golden is not looked at"
+    elif selected is None:
         undecided = (
             f"{runs.failed} of {runs.stages['tune']} tuning trials failed, so that no config is selected and golden is "
             "not looked at; mend the cause (failure.json) and run the same command again"
@@ -69,7 +75,8 @@ def run_study(design: Design, launch: Launch) -> StudyResult:
     else:
         for seeds in _looks(design):
             runs.finish("confirm", design.deciding(selected, seeds))
-            verdict, undecided = _decided(study)
+            blocked = runs.blocking()
+            verdict, undecided = (None, blocked) if blocked else _decided(study)
             if verdict and verdict["verdict"] != "inconclusive":
                 break
         runs.finish("costs", cost_trials(design, selected) if verdict else [])
@@ -91,7 +98,8 @@ def _result(
     runs: _Runs, design: Design, verdict: dict[str, Any] | None, undecided: str, report: Path | None
 ) -> StudyResult:
     outcomes = list(runs.ended.values())
-    return StudyResult(outcomes, verdict, undecided, report, len(runs.launched), len(design.arms) > 1, runs.stages)
+    found = (outcomes, verdict, undecided, report, len(runs.launched), len(design.arms) > 1, runs.stages)
+    return StudyResult(*found, problems=runs.problems)
 
 
 def _key(trial: RunConfig) -> tuple[str, str, int, str]:
@@ -101,16 +109,18 @@ def _key(trial: RunConfig) -> tuple[str, str, int, str]:
 class _Runs:
     """How trials ended, and which of them were launched, over the several launches of a study."""
 
-    def __init__(self, launch: Launch) -> None:
+    def __init__(self, launch: Launch, design: Design, study: Path) -> None:
         self._launch = launch
+        self._design, self._study = design, study
+        self.problems: list[str] = []
         self.ended: dict[tuple[str, str, int, str], Outcome] = {}
         self.launched: set[tuple[str, str, int, str]] = set()
         self.stages: dict[str, int] = {}
 
     @property
     def failed(self) -> int:
-        """Number of trials that failed."""
-        return sum(outcome.status == "failed" for outcome in self.ended.values())
+        """Number of trials that failed, and one more where a scorer did."""
+        return sum(outcome.status == "failed" for outcome in self.ended.values()) + bool(self.problems)
 
     def finish(self, stage: str, trials: Sequence[RunConfig]) -> int:
         """Launch the trials that are not complete, note how all of them ended, and return how many failed."""
@@ -121,7 +131,28 @@ class _Runs:
         before = len(self.ended)
         self.ended |= {_key(trial): new.get(_key(trial)) or _finished(trial) for trial in trials}
         self.stages[stage] = self.stages.get(stage, 0) + len(self.ended) - before
+        if stage in ("tune", "confirm"):
+            self._score(["dev"] if stage == "tune" else ["golden"])
         return sum(self.ended[_key(trial)].status == "failed" for trial in trials)
+
+    def _score(self, splits: Sequence[str]) -> None:
+        """Let the scorers of the whole study score what is new; dev only by those that select on it."""
+        registered = read_study(self._study / "study.yaml")
+        names = [str(registered["metric"])] if splits == ["dev"] else []
+        wanted = not names or names[0] in study_scorers(self._design.any.score)
+        scoring = scoring_of(self._design.any, splits, names) if wanted else None
+        if scoring is not None:
+            with locked(self._study):
+                try:
+                    self.problems = score_study(self._study, scoring)
+                except UsageError as error:
+                    self.problems = [f"{name}: {error}" for name in scoring.names]
+
+    def blocking(self) -> str:
+        """Say which scorers that the verdict needs have failed; empty where none has."""
+        registered = read_study(self._study / "study.yaml")
+        needed = [registered["metric"], *(guard["metric"] for guard in registered.get("guards") or ())]
+        return "; ".join(blocking(self.problems, needed))
 
 
 def _finished(trial: RunConfig) -> Outcome:

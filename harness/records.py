@@ -12,7 +12,7 @@ import json
 import os
 import tempfile
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -90,6 +90,8 @@ class EvalPrompt:
         cluster: prompts that are not independent of each other share it; None means a cluster of its own.
         conversational: as in `Pair`.
         row: row in the file, counted from 1.
+        about: what a published golden set's own tools call it: `form`, `id`, and more.
+        follows: the prompt_id of the turn before, whose answer goes in front of the last turn; None for a first turn.
     """
 
     prompt_id: str
@@ -98,6 +100,15 @@ class EvalPrompt:
     cluster: str | None
     conversational: bool
     row: int
+    about: dict[str, Any] = field(default_factory=dict)
+    follows: str | None = None
+
+    def conversation(self, said: str) -> tuple[Message, ...]:
+        """Return the turns to answer; `said` is the answer to the prompt that this one follows."""
+        if self.follows is None:
+            return self.prompt
+        answer: Message = {"role": "assistant", "content": said}
+        return (*self.prompt[:-1], answer, self.prompt[-1])
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from harness.design import Design
 from harness.inputs import default_metric, prompt_rows, scorers_of, splits_of, tokens_of
 from harness.records import UsageError, digest, locked, read_json, write_jsonl, write_text
 from harness.schema import RunConfig
+from harness.scoring import registered_settings
 
 _HASH = "sha256"
 
@@ -24,14 +25,16 @@ def fixed_parts(config: RunConfig) -> dict[str, Any]:
     """Return what all trials of a study share and what its verdict depends on; a change makes another study."""
     splits = splits_of(config)
     data = {k: v for k, v in plain(config.data).items() if k not in ("path", "train", "dev", "golden", "revision")}
+    metric = config.decide.metric or default_metric(config, splits)
     return {
         "question": config.question,
-        "metric": config.decide.metric or default_metric(splits),
+        "metric": metric,
         "margin": config.decide.margin,
         "alpha": config.decide.alpha,
         "guards": plain(config.decide.guards),
         "looks": list(config.decide.looks or []),
         "search": plain(config.search),
+        "score": registered_settings(config, [metric, *(str(guard["metric"]) for guard in config.decide.guards)]),
         "contents": contents_sha256(config, splits.facts),
         "data": data,
         "train": {key: value for key, value in plain(config.train).items() if key not in NOT_IN_RESULT},
@@ -182,7 +185,7 @@ def check_answerable(design: Design, fixed: dict[str, Any]) -> None:
     needed += [("decide.guards", "golden", guard["metric"]) for guard in fixed["guards"]]
     needed += [("decide.metric", "dev", fixed["metric"])] if design.tuned else []
     for key, split, metric in needed:
-        allowed = scorers_of(splits, split)
+        allowed = scorers_of(design.any, splits, split)
         if metric not in allowed:
             why = "; configs are selected on dev" if split == "dev" else ""
             raise UsageError(

@@ -10,6 +10,7 @@ from enum import Enum
 from typing import Any
 
 from harness.arms import MethodConfig, bounded
+from harness.scoreconfig import ScoreConfig
 
 EMBEDDED = "embedded"
 MAX_SEED = 2**32 - 1  # NumPy's global generator takes no larger one
@@ -85,6 +86,7 @@ class DataConfig:
     max_golden_prompts: int | None = bounded(None, at_least=1)
     max_length: int = bounded(1024, at_least=8)
     template: Template = Template.auto
+    turns: str = bounded("both", choices=("both", "first"))
 
 
 @dataclass
@@ -229,6 +231,7 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     generate: GenerateConfig = field(default_factory=GenerateConfig)
+    score: ScoreConfig = field(default_factory=ScoreConfig)
     decide: DecideConfig = field(default_factory=DecideConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     seed: int = bounded(0, at_least=0, at_most=MAX_SEED)

@@ -1,21 +1,18 @@
 """Score stored completions and held-out log-probs: completions.jsonl, pairs.jsonl -> scores.jsonl, scores.csv.
 
-Command: `python -m harness.score results/STUDY [SCORER ...]`. Trains nothing and generates nothing.
+The command `python -m harness.score` is in `harness.rescore`.
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from harness.degenerate import cut_off_warnings, degenerate_shares, is_collapsed
-from harness.records import SCORE_COLUMNS, UsageError, read_json, read_jsonl, write_json, write_jsonl, write_text
-from harness.registration import read_study
+from harness.records import SCORE_COLUMNS, read_json, read_jsonl, write_json, write_jsonl, write_text
 from harness.scorers import SCORERS, Rows, Score, TrialOutputs, score_checks
-from harness.stages import done_stages
 
 
 def score_trial(folder: Path, prompts: Rows, scorers: Sequence[str], *, base: Path | None) -> Rows:
@@ -28,8 +25,8 @@ def score_trial(folder: Path, prompts: Rows, scorers: Sequence[str], *, base: Pa
         base: the SFT base's folder, to tell a collapse from a base that was like that before.
     """
     manifest = read_json(folder / "manifest.json")
-    outputs = _outputs(folder, prompts)
-    before = _outputs(base, prompts) if base is not None else TrialOutputs(prompts, [], [])
+    outputs = outputs_of(folder, prompts)
+    before = outputs_of(base, prompts) if base is not None else TrialOutputs(prompts, [], [])
     flag = "diverged" if manifest["status"] == "diverged" else ""
     if not flag and is_collapsed(_judged(outputs), _judged(before)):
         flag = "collapsed"
@@ -39,15 +36,28 @@ def score_trial(folder: Path, prompts: Rows, scorers: Sequence[str], *, base: Pa
     manifest["degenerate"] = _shares(outputs)
     warnings = cut_off_warnings(manifest["degenerate"], _shares(before)) if base is not None else []
     manifest["warnings"] = list(dict.fromkeys([*manifest["warnings"], *warnings]))
-    clusters = {(row["split"], row["prompt_id"]): row.get("cluster") for row in prompts}
-    answers = {(row["split"], row["prompt_id"]): row for row in outputs.completions}
-    rows = [row for row in _rows(folder / "scores.jsonl") if row["scorer"] not in scorers]
-    for name in scorers:
-        for score in SCORERS[name](scored):
-            key = (score.split, score.prompt_id)
-            rows.append(_score_row(manifest, name, score, clusters.get(key), answers.get(key), flag))
-    write_jsonl(folder / "scores.jsonl", rows)
     write_json(folder / "manifest.json", manifest)
+    new = [(name, score) for name in scorers for score in SCORERS[name](scored)]
+    return _replace(folder, manifest, scorers, new, prompts)
+
+
+def replace_scores(folder: Path, name: str, scores: Sequence[Score], prompts: Rows) -> Rows:
+    """Write one scorer's scores of a run into its scores.jsonl, in place of that scorer's earlier ones."""
+    manifest = read_json(folder / "manifest.json")
+    return _replace(folder, manifest, [name], [(name, score) for score in scores], prompts)
+
+
+def _replace(
+    folder: Path, manifest: dict[str, Any], names: Sequence[str], new: Sequence[tuple[str, Score]], prompts: Rows
+) -> Rows:
+    clusters = {(row["split"], row["prompt_id"]): row.get("cluster") for row in prompts}
+    answers = {(row["split"], row["prompt_id"]): row for row in _rows(folder / "completions.jsonl")}
+    rows = [row for row in _rows(folder / "scores.jsonl") if row["scorer"] not in names]
+    flag = next(iter(manifest["flags"]), "")
+    for name, score in new:
+        key = (score.split, score.prompt_id)
+        rows.append(_score_row(manifest, name, score, clusters.get(key), answers.get(key), flag))
+    write_jsonl(folder / "scores.jsonl", rows)
     return rows
 
 
@@ -75,7 +85,8 @@ def _rows(path: Path) -> Rows:
     return list(read_jsonl(path)) if path.is_file() else []
 
 
-def _outputs(folder: Path, prompts: Rows) -> TrialOutputs:
+def outputs_of(folder: Path, prompts: Rows) -> TrialOutputs:
+    """Return what a run has stored, as scorers see it."""
     return TrialOutputs(prompts, _rows(folder / "completions.jsonl"), _rows(folder / "pairs.jsonl"))
 
 
@@ -118,52 +129,11 @@ def collect_scores(study: Path) -> Path:
     return path
 
 
-def rescore(study: Path, scorers: Sequence[str]) -> Path:
-    """Score all stored outputs of a study again.
+def main() -> int:
+    """Run the command `python -m harness.score`."""
+    from harness.rescore import main as rescore_main  # it reads this module
 
-    Raises:
-        UsageError: for a folder that is no study, or a file in it that is damaged or lost.
-    """
-    if not (study / "prompts.jsonl").is_file() or not (study / "study.yaml").is_file():
-        raise UsageError(f"{study}: no scored study; give a folder under results/ that harness.sweep wrote")
-    command = read_study(study / "study.yaml").get("command", "python -m harness.sweep ...")
-    base = study / "base"
-    try:
-        prompts = list(read_jsonl(study / "prompts.jsonl"))
-        manifests = {folder: read_json(folder / "manifest.json") for folder in trial_folders(study)}
-        if base not in manifests:
-            raise ValueError(f"{base}: the SFT base, which every arm is measured against, is not there")
-        for folder, manifest in manifests.items():
-            lost = set(manifest["done"]) - done_stages(folder, manifest) - {"score"}
-            if lost:
-                raise ValueError(f"{folder}: the files of {', '.join(sorted(lost))} are damaged or lost")
-            if manifest["status"] != "running":
-                score_trial(folder, prompts, scorers, base=base if folder != base else None)
-    except ValueError as error:
-        raise UsageError(f"{error}\nTo mend it, run the study's command again: {command}") from error
-    return collect_scores(study)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command."""
-    parser = argparse.ArgumentParser(
-        prog="python -m harness.score",
-        description="Score the stored completions and log-probs of a study; trains nothing, generates nothing.",
-        epilog="Example: python -m harness.score results/my-study checks preference_accuracy",
-    )
-    parser.add_argument("study", type=Path, help="a folder under results/")
-    parser.add_argument("scorers", nargs="*", metavar="SCORER", help=f"out of {', '.join(SCORERS)}; default: all")
-    arguments = parser.parse_args(argv)
-    unknown = [name for name in arguments.scorers if name not in SCORERS]
-    try:
-        if unknown:
-            raise UsageError(f"unknown scorer {', '.join(unknown)}; allowed: {', '.join(SCORERS)}")
-        path = rescore(arguments.study, arguments.scorers or list(SCORERS))
-    except UsageError as error:
-        print(f"harness.score: {error}", file=sys.stderr)
-        return 2
-    print(f"{path}\nNow: python -m harness.decide {arguments.study}")
-    return 0
+    return rescore_main()
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from statistics import fmean
 from typing import Any
 
 from harness.checks import failed_checks
+from harness.ifeval import follows_instructions, ifeval_problem
 
 Rows = list[dict[str, Any]]
 
@@ -102,9 +103,40 @@ def score_preference(outputs: TrialOutputs) -> list[Score]:
     return _preference(outputs, lambda row: (_sum_accuracy(row) + _mean_accuracy(row)) / 2)
 
 
+def _instructions(scorer: str, outputs: TrialOutputs) -> list[Score]:
+    """Score answers to prompts with IFEval's instructions; where they cannot be checked here, not at all."""
+    asked = {
+        (row["split"], row["prompt_id"]): (row["about"]["instructions"], row["prompt"][-1]["content"])
+        for row in outputs.prompts
+        if row.get("about", {}).get("instructions")
+    }
+    scores = []
+    for row in outputs.completions if asked and ifeval_problem() is None else ():
+        key = (row["split"], row["prompt_id"])
+        if key not in asked:
+            continue
+        try:
+            scores.append(Score(*key, follows_instructions(scorer, *asked[key], row["completion"])))
+        except (LookupError, TypeError, ValueError) as error:
+            scores.append(Score(*key, None, f"the instructions cannot be checked ({type(error).__name__})"))
+    return scores
+
+
+def score_ifeval(outputs: TrialOutputs) -> list[Score]:
+    """Score 1 where a completion follows all verifiable instructions of its prompt, else 0."""
+    return _instructions("ifeval", outputs)
+
+
+def score_ifeval_loose(outputs: TrialOutputs) -> list[Score]:
+    """Score as `ifeval`, leaving out the first line, the last line and asterisks where that helps."""
+    return _instructions("ifeval_loose", outputs)
+
+
 SCORERS: dict[str, Callable[[TrialOutputs], list[Score]]] = {
     "checks": score_checks,
     "checks_fraction": score_checks_fraction,
+    "ifeval": score_ifeval,
+    "ifeval_loose": score_ifeval_loose,
     "preference_accuracy": score_preference,
     "preference_accuracy_sum": score_preference_sum,
     "preference_accuracy_mean": score_preference_mean,

@@ -13,7 +13,7 @@ from typing import Any
 from tqdm import tqdm
 
 from harness.conversations import IMPLICIT_TEXT, RowError
-from harness.formats import EVAL_FORMS, PAIR_FORMS, ParsedRow, has_known_form, parse_row
+from harness.formats import EVAL_FORMS, PAIR_FORMS, ParsedRow, has_known_form, parse_golden, parse_row
 from harness.records import BadRow, UsageError
 from harness.sources import Source, read_source
 from harness.untrusted import one_line
@@ -47,8 +47,12 @@ class Table:
         }
 
 
-def read_table(reference: str, *, key: str, revision: str | None, max_bad_fraction: float) -> Table:
+def read_table(
+    reference: str, *, key: str, revision: str | None, max_bad_fraction: float, both_turns: bool = True
+) -> Table:
     """Read one file; the key says what for: `data.dev` and `data.golden` need no pairs, `data.train` has no checks.
+
+    `both_turns`: also the second turns of a golden set that has some, each as a prompt that follows the first.
 
     Raises:
         UsageError: for a file that cannot be read, has no rows, has no known form or too many bad rows.
@@ -63,7 +67,7 @@ def read_table(reference: str, *, key: str, revision: str | None, max_bad_fracti
         raise UsageError(
             f"{key}={reference}: its columns match no form (found: {columns}); rename them to one of:{forms}"
         )
-    rows, bad_rows = _parse(source, key, needs_pair=not is_evaluation, reads_checks=key != "data.train")
+    rows, bad_rows = _parse(source, key, evaluates=is_evaluation, both_turns=both_turns)
     kept, disagreeing = _drop_disagreeing(rows, reference)
     bad_rows = sorted([*source.bad_rows, *bad_rows, *disagreeing], key=lambda bad: bad.row)
     if len(bad_rows) > max_bad_fraction * source.count or not kept:
@@ -71,12 +75,14 @@ def read_table(reference: str, *, key: str, revision: str | None, max_bad_fracti
     return Table(key, source, tuple(kept), tuple(bad_rows))
 
 
-def _parse(source: Source, key: str, *, needs_pair: bool, reads_checks: bool) -> tuple[list[ParsedRow], list[BadRow]]:
-    rows, bad_rows = [], []
-    columns = source.columns
+def _parse(source: Source, key: str, *, evaluates: bool, both_turns: bool) -> tuple[list[ParsedRow], list[BadRow]]:
+    rows: list[ParsedRow] = []
+    bad_rows = []
+    columns, reads_checks = source.columns, key != "data.train"
     for number, row in tqdm(source.rows, desc=f"reading {key}", unit=" rows", delay=5):
         try:
-            rows.append(parse_row(row, number, columns, needs_pair=needs_pair, reads_checks=reads_checks))
+            golden = parse_golden(row, number, columns, both_turns=both_turns) if evaluates else []
+            rows += golden or [parse_row(row, number, columns, needs_pair=not evaluates, reads_checks=reads_checks)]
         except RowError as error:
             bad_rows.append(BadRow(source.path, number, str(error)))
     return rows, bad_rows

@@ -48,6 +48,8 @@ def print_result(result: StudyResult) -> int:
             print(f"warning: {warning}")
     for outcome in failed:
         print(f"failed: {outcome.arm} {outcome.config} seed {outcome.seed} ({outcome.trial_id}): {outcome.message}")
+    for problem in result.problems:
+        print(f"scorer failed: {problem}")
     if failed:
         print(
             f"{len(failed)} of {len(result.outcomes)} trials failed; the rest is kept: the same command runs them again"
@@ -60,7 +62,7 @@ def print_result(result: StudyResult) -> int:
         print(f"\nno verdict: {result.undecided}")
     if result.report:
         print(f"report: {result.report}")
-    return 1 if failed or (result.is_comparison and not verdict) else 0
+    return 1 if failed or result.problems or (result.is_comparison and not verdict) else 0
 
 
 def print_table(verdict: dict[str, Any]) -> None:

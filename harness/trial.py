@@ -163,7 +163,9 @@ class _Trial:
     def _train(self, tokens: Tokens, tracker: Tracker) -> None:
         from harness.train import train_arm
 
-        drop_answers(self.folder)  # of weights that are trained anew
+        drop_answers(self.folder)  # and scores, of weights that are trained anew
+        for name in ("scores.jsonl", "preferences.jsonl", "benchmarks.jsonl"):
+            (self.folder / name).unlink(missing_ok=True)
         config, rows = self.config, tokens.train.rows
         plan = plan_of(config, rows)
         steps: list[dict[str, Any]] = []

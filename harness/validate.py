@@ -13,7 +13,7 @@ from harness.checkpoint import checkpoint_problems, is_utf8
 from harness.keys import declared_keys, shown, value_problem
 from harness.profile import profile_name, vllm_problem
 from harness.schema import EMBEDDED, GUARD, Engine, Reference, RunConfig, Tuning
-from harness.scorers import SCORERS
+from harness.scoring import known_scorers, run_names, score_problems, unknown_scorer
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _FOLDER_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}")
@@ -103,16 +103,17 @@ def _study_problems(config: RunConfig) -> Iterator[str]:
 
 
 def _rule_problems(config: RunConfig) -> Iterator[str]:
-    decide, known = config.decide, f"scorers: {', '.join(SCORERS)}"
-    if decide.metric is not None and decide.metric not in SCORERS:
-        yield f"decide.metric={decide.metric}: no such scorer; {known}"
+    decide, known = config.decide, known_scorers(config.score)
+    yield from score_problems(config.score, run_names(config.score))
+    if decide.metric is not None and decide.metric not in known:
+        yield f"decide.metric={decide.metric}: {unknown_scorer(decide.metric, config.score)}"
     metrics = []
     for guard in decide.guards:
         metric, margin = guard.get("metric"), guard.get("margin")
         if set(guard) != {"metric", "margin"} or not isinstance(margin, int | float) or not 0 < margin < 1:
             yield f"decide.guards: {shown(guard)}: each guard is {GUARD}"
-        elif not isinstance(metric, str) or metric not in SCORERS:
-            yield f"decide.guards: {shown(guard)}: no such scorer; {known}"
+        elif not isinstance(metric, str) or metric not in known:
+            yield f"decide.guards: {shown(guard)}: {unknown_scorer(str(metric), config.score)}"
         elif metric in metrics:
             yield f"decide.guards: {metric} is guarded twice; give it once"
         metrics.append(metric)

@@ -1,0 +1,132 @@
+"""Scorers that look at a whole study: judge, reward model, length control, benchmarks, and files of your own.
+
+Input: stored answers -> output: rows in each run's scores.jsonl. Trains nothing and generates nothing; what was asked,
+computed or run before is not again. A scorer that leaves more than 1% of a run's prompts unscored has failed, by name.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from harness.benchmarks import PREFIX, run_benchmarks
+from harness.lengths import control_runs
+from harness.outputs import read_outputs
+from harness.ownscorer import is_file, load_scorer, scorer_name
+from harness.records import UsageError, read_json, read_jsonl
+from harness.rewards import reward_runs
+from harness.score import outputs_of, replace_scores, trial_folders
+from harness.scoreconfig import ScoreConfig
+from harness.scorers import Score
+from harness.scoring import BENCHMARKS, Scoring
+from harness.stored import Preference, Run, Stored, read_stored, write_preferences
+from harness.unscored import MAX_UNSCORED
+
+
+def _judge_runs(stored: Stored, config: ScoreConfig, cache: Path) -> dict[Path, list[Preference]]:
+    from harness.judge.scorer import judge_runs  # its client is an extra
+
+    return judge_runs(stored, config, cache)
+
+
+# In the order in which they need each other.
+_COMPARE: dict[str, Callable[[Stored, ScoreConfig, Path], dict[Path, list[Preference]]]] = {
+    "judge": _judge_runs,
+    "reward_model": reward_runs,
+    "length_controlled": control_runs,
+}
+
+_ORDER = list(_COMPARE)
+
+
+def score_study(study: Path, scoring: Scoring) -> list[str]:
+    """Score a study's runs, and return what failed: a sentence for each scorer that left too much unscored.
+
+    Raises:
+        UsageError: where the baseline cannot be read or lacks answers.
+    """
+    folders = [folder for folder in trial_folders(study) if _may_score(folder)]
+    prompts = list(read_jsonl(study / "prompts.jsonl"))
+    baseline = scoring.config.baseline
+    given = read_outputs(baseline, prompts, key="score.baseline") if baseline else {}
+    stored = read_stored(study, folders, scoring.splits, given)
+    problems = []
+    for name in sorted(scoring.names, key=lambda name: _ORDER.index(name) if name in _ORDER else len(_ORDER)):
+        try:
+            problems += _score_with(name, stored, scoring)
+        except UsageError as error:  # the other scorers go on
+            problems.append(f"{scorer_name(name)}: {error}")
+    return problems
+
+
+def _score_with(name: str, stored: Stored, scoring: Scoring) -> list[str]:
+    if name == BENCHMARKS:
+        return _benchmarks(stored, scoring)
+    if is_file(name):
+        scorer, prompts = load_scorer(name), list(read_jsonl(stored.study / "prompts.jsonl"))
+        scores = {run.folder: scorer(outputs_of(run.folder, prompts)) for run in stored.runs}
+        return _store(stored, scorer_name(name), scores)
+    found = _COMPARE[name](stored, scoring.config, scoring.cache)
+    for folder, preferences in found.items():
+        write_preferences(folder, name, preferences)
+    return _store(stored, name, {folder: [_score(one) for one in ones] for folder, ones in found.items()})
+
+
+def blocking(problems: Sequence[str], names: Sequence[str]) -> list[str]:
+    """Return the problems of scorers that these metrics need."""
+    return [problem for problem in problems if any(_concerns(problem, name) for name in names)]
+
+
+def _concerns(problem: str, name: str) -> bool:
+    return problem.startswith((f"{name}: ", f"{name.partition(':')[0]}: "))
+
+
+def _may_score(folder: Path) -> bool:
+    """Leave out trials that still run."""
+    return read_json(folder / "manifest.json")["status"] != "running"
+
+
+def _score(one: Preference) -> Score:
+    return Score(one.split, one.prompt_id, one.preference, one.reason)
+
+
+def _benchmarks(stored: Stored, scoring: Scoring) -> list[str]:
+    """Run the benchmarks on the base and on the runs that have answered golden."""
+    confirmed = [run for run in stored.runs if any(split == "golden" for split, _ in run.answers) or run.failed]
+    of_golden = Stored(stored.study, stored.prompts, stored.baseline, tuple(confirmed))
+    found = run_benchmarks(of_golden, scoring.config.lm_eval, scoring.model)
+    problems = []
+    for task in scoring.config.lm_eval.tasks:
+        names = {name for scores in found.values() for name in scores if name.startswith(f"{PREFIX}{task}")}
+        for name in sorted(names):
+            problems += _store(of_golden, name, {folder: scores.get(name, []) for folder, scores in found.items()})
+    return problems
+
+
+def _store(stored: Stored, name: str, found: Mapping[Path, Sequence[Score]]) -> list[str]:
+    """Write a scorer's rows into each run's scores; a run that scores as worst gets 0 wherever another has a score."""
+    keys = list(dict.fromkeys((one.split, one.prompt_id) for scores in found.values() for one in scores))
+    problems = []
+    for run in stored.runs:
+        scores = [Score(*key, 0.0) for key in _keys(run, keys)] if run.failed else list(found.get(run.folder, []))
+        replace_scores(run.folder, name, scores, stored.prompts)
+        problems += _problem(run, name, scores)
+    return problems
+
+
+def _keys(run: Run, keys: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    return [key for key in keys if key[0] in run.manifest["done"]]
+
+
+def _problem(run: Run, name: str, scores: Sequence[Score]) -> list[str]:
+    reasons = Counter(one.unscored_reason for one in scores if one.score is None)
+    lost = sum(reasons.values())
+    if lost <= MAX_UNSCORED * len(scores):
+        return []
+    about = f"{run.manifest['arm']} seed {run.manifest['seed']}"
+    most = "; ".join(f"{reason} ({count})" for reason, count in reasons.most_common(2))
+    return [
+        f"{name}: {lost} of {len(scores)} prompts of {about} have no score ({lost / len(scores):.1%}, allowed "
+        f"{MAX_UNSCORED:.0%}): {most}; the same command again asks for these alone"
+    ]
