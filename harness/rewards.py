@@ -98,14 +98,16 @@ class RewardModel:
             import torch
 
             device = "cuda" if torch.cuda.is_available() else "cpu"
-            self._model = AutoModelForSequenceClassification.from_pretrained(
-                self.folder, dtype=getattr(torch, _dtype_name()), use_safetensors=True
-            ).to(device)
-            if self._model.config.num_labels != 1:
+            model, loaded = AutoModelForSequenceClassification.from_pretrained(
+                self.folder, dtype=getattr(torch, _dtype_name()), use_safetensors=True, output_loading_info=True
+            )
+            if loaded["missing_keys"] or model.config.num_labels != 1:
                 raise UsageError(
-                    f"score.reward_model.path={self.config.path}: has {self._model.config.num_labels} outputs; a "
-                    "reward model has one"
+                    f"score.reward_model.path={self.config.path}: no reward model: it has {model.config.num_labels} "
+                    f"outputs (allowed: 1) and lacks {', '.join(sorted(loaded['missing_keys'])) or 'no weights'}; what "
+                    "lacks would be random"
                 )
+            self._model = model.to(device)
             if self.tokenizer.pad_token is None:
                 self.tokenizer.pad_token = self.tokenizer.eos_token
             self._model.config.pad_token_id = self.tokenizer.pad_token_id  # finds the last token of each row

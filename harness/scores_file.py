@@ -18,6 +18,7 @@ from harness.scores_reader import read_csv, read_jsonl
 
 REQUIRED = ("arm", "seed", "score")
 DEFAULTS = {"config": "", "split": "golden", "scorer": "score", "unscored_reason": "", "stage": "", "flag": ""}
+PSEUDO_VALUES = "length_controlled"  # scorers of this name
 _RUN = ["arm", "config", "seed"]
 _TRUTH = {"true": 1.0, "false": 0.0}
 
@@ -50,6 +51,8 @@ def read_scores(path: Path) -> pd.DataFrame:
 
 def checked(scores: pd.DataFrame) -> pd.DataFrame:
     """Return the scores with every column there, names as text, scores as floats in [0, 1], NaN where unscored.
+
+    Jackknife values (scorers called `length_controlled...`) may be any number: their mean is what lies in [0, 1].
 
     Raises:
         UsageError: with the number, arm, seed and prompt of the first bad row of the first kind found.
@@ -92,7 +95,7 @@ def _check_scores(frame: pd.DataFrame) -> None:
         lambda row: "the score is empty or NaN; a prompt without a score needs an unscored_reason",
     )
     _refuse(
-        frame[numbers.notna() & ~numbers.between(0, 1)],
+        frame[numbers.notna() & ~numbers.between(0, 1) & ~_are_pseudo_values(frame)],
         lambda row: f"score {row['score']:g} is outside [0, 1]; rescale it, higher is better",
     )
     _refuse(
@@ -101,6 +104,11 @@ def _check_scores(frame: pd.DataFrame) -> None:
             f"score {row['score']:g} and an unscored_reason ({row['unscored_reason']!r}); leave one of them out"
         ),
     )
+
+
+def _are_pseudo_values(frame: pd.DataFrame) -> pd.Series:
+    """Say which rows hold jackknife values: their mean is a win rate in [0, 1], single ones may lie outside."""
+    return frame["scorer"].str.startswith(PSEUDO_VALUES) & np.isfinite(frame["score"])
 
 
 def _text(column: pd.Series, blank: str = "") -> pd.Series:

@@ -90,7 +90,9 @@ def score_problems(score: ScoreConfig, names: Sequence[str]) -> Iterator[str]:
     if "judge" in names:
         yield from _judge_problems(score)
     reward_model = score.reward_model.path
-    if "reward_model" in names and (reward_model is None or _is_missing_folder(reward_model)):
+    if "reward_model" in names and reward_model is None:
+        yield "score.reward_model.path=null: give the folder or Hub id of a reward model"
+    elif "reward_model" in names and _is_missing_folder(str(reward_model)):
         yield f"score.reward_model.path={reward_model}: no such folder; allowed: a folder or a Hub id (owner/name)"
     if BENCHMARKS in names and (problem := benchmark_problem(score.lm_eval)):
         yield problem

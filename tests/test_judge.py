@@ -295,9 +295,7 @@ class TestCost:
         with judge_server(prefers(longer)) as server:
             config.base_url = server.url
             budget = Budget(config, 2.0)
-            judgements = compare_all(
-                pairs, ALPACA, Endpoint(config, ALPACA, Cache(tmp_path / "cache.sqlite"), budget)
-            )
+            judgements = compare_all(pairs, ALPACA, Endpoint(config, ALPACA, Cache(tmp_path / "cache.sqlite"), budget))
         spent = budget.spent.cost(config)
         assert 0 < spent <= 2.0
         assert any(j.score == 1.0 for j in judgements)
@@ -344,7 +342,9 @@ class TestAStudy:
         assert failed == []
         rows = scores[scores["scorer"] == "judge"]
         assert set(rows["split"]) == {"golden"}
-        assert rows.groupby(["arm", "seed"]).size().to_dict() == {(a, s): 40 for a in ("dpo", "simpo") for s in range(3)} | {("sft", 0): 40}
+        assert rows.groupby(["arm", "seed"]).size().to_dict() == {
+            (a, s): 40 for a in ("dpo", "simpo") for s in range(3)
+        } | {("sft", 0): 40}
         assert (rows[rows["arm"] == "sft"]["score"] == 0.5).all()
         answers = {r["prompt_id"]: r["completion"] for r in read_jsonl(study / "base" / "completions.jsonl")}
         for folder in (study / "trials").iterdir():
@@ -383,10 +383,14 @@ class TestAStudy:
 
     def test_a_collapsed_run_loses_without_being_asked_about(self, study):
         tidy(study)
-        folder = next(path for path in (study / "trials").iterdir() if read_json(path / "manifest.json")["arm"] == "simpo")
+        folder = next(
+            path for path in (study / "trials").iterdir() if read_json(path / "manifest.json")["arm"] == "simpo"
+        )
         rows = [row | {"completion": "Both are great, choose me."} for row in read_jsonl(folder / "completions.jsonl")]
         write_jsonl(folder / "completions.jsonl", rows)
-        with judge_server(lambda r: "m" if "choose me" in texts(r)[1] else "M" if "choose me" in texts(r)[2] else "m") as server:
+        with judge_server(
+            lambda r: "m" if "choose me" in texts(r)[1] else "M" if "choose me" in texts(r)[2] else "m"
+        ) as server:
             rescore(study, ["checks"])
             scores, _, _ = judged(study, server)
         seed = read_json(folder / "manifest.json")["seed"]
@@ -417,7 +421,9 @@ class TestAStudy:
 
     def test_the_judge_is_judged_on_pairs_with_known_labels(self, study, tmp_path):
         tidy(study)
-        pairs = [{"prompt": f"q{i}", "chosen": "a longer answer" if i % 4 else "no", "rejected": "short"} for i in range(20)]
+        pairs = [
+            {"prompt": f"q{i}", "chosen": "a longer answer" if i % 4 else "no", "rejected": "short"} for i in range(20)
+        ]
         write_jsonl(tmp_path / "known.jsonl", pairs)
         with judge_server(prefers(longer)) as server:
             _, _, facts = judged(study, server, f"score.calibration_pairs={tmp_path / 'known.jsonl'}")
