@@ -181,15 +181,20 @@ def _shares(spec: DataSpec, splits: Sequence[str]) -> dict[str, float]:
     return shares
 
 
-def _evaluation(rows: Sequence[ParsedRow], limit: int | None) -> tuple[tuple[EvalPrompt, ...], tuple[Pair, ...]]:
-    """Return each prompt once, with the checks and the cluster that any of its rows gives, and all pairs."""
+def evaluation_prompts(rows: Iterable[ParsedRow]) -> list[EvalPrompt]:
+    """Return each prompt once, with the checks and the cluster that any of its rows gives."""
     prompts: dict[str, EvalPrompt] = {}
     for row in rows:
         first = prompts.setdefault(row.prompt_id, row.eval_prompt())
         prompts[row.prompt_id] = replace(
             first, checks=first.checks or row.checks, cluster=row.cluster if first.cluster is None else first.cluster
         )
-    kept = _subset(list(prompts.values()), limit, lambda prompt: prompt.follows or prompt.prompt_id)
+    return list(prompts.values())
+
+
+def _evaluation(rows: Sequence[ParsedRow], limit: int | None) -> tuple[tuple[EvalPrompt, ...], tuple[Pair, ...]]:
+    """Return each prompt once, and all pairs."""
+    kept = _subset(evaluation_prompts(rows), limit, lambda prompt: prompt.follows or prompt.prompt_id)
     ids = {prompt.prompt_id for prompt in kept}
     kept = [prompt for prompt in kept if prompt.follows in (None, *ids)]  # no second turn without its first
     return tuple(kept), _unique_ids(_pairs(row for row in rows if row.prompt_id in ids))

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from importlib.util import find_spec
 from typing import Any
 
+SENTENCES = "python -m nltk.downloader punkt_tab"
 EXTRA = "pip install 'dpo-simpo-harness[lm-eval]'"
 _METRICS = {"ifeval": "prompt_level_strict_acc", "ifeval_loose": "prompt_level_loose_acc"}
 
@@ -58,8 +60,21 @@ def follows_instructions(scorer: str, instructions: Mapping[str, Any], prompt: s
     return float(process_results(document, [answer])[_METRICS[scorer]])
 
 
-def known_instructions() -> frozenset[str]:
-    """Return the ids of the instructions that the installed version checks."""
-    with _no_download():
-        from lm_eval.tasks.ifeval import instructions_registry
-    return frozenset(instructions_registry.INSTRUCTION_DICT)
+def why_unchecked(error: Exception) -> str:
+    """Say why instructions could not be checked."""
+    if isinstance(error, KeyError):
+        return f"the instruction {error} is not known to the installed lm-evaluation-harness"
+    if isinstance(error, LookupError):
+        return f"an instruction needs NLTK's sentence data ({SENTENCES})"
+    return f"the instructions cannot be checked ({type(error).__name__}: {error})"
+
+
+def unchecked(asked: Iterable[tuple[Mapping[str, Any], str]]) -> Counter[str]:
+    """Count the (instructions, prompt) that cannot be checked on this machine, by reason."""
+    found: Counter[str] = Counter()
+    for instructions, prompt in asked:
+        try:
+            follows_instructions("ifeval", instructions, prompt, "Yes, it is.")
+        except (LookupError, TypeError, ValueError) as error:
+            found[why_unchecked(error)] += 1
+    return found

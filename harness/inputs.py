@@ -13,7 +13,7 @@ from harness.checkpoint import checkpoint_dir, contents_sha256
 from harness.config import trial_id
 from harness.data import DataSpec, Splits, load_splits
 from harness.plan import BatchPlan, make_plan
-from harness.records import UsageError
+from harness.records import EvalPrompt, UsageError
 from harness.schema import EMBEDDED, RunConfig, Template
 from harness.scoring import allowed_scorers
 from harness.tokens import ChatFormat, TokenisedPairs, TokenPair, load_chat_format, tokenise_pairs
@@ -82,20 +82,22 @@ def prompt_rows(splits: Splits) -> list[dict[str, Any]]:
         counts: dict[str, int] = {}
         for pair in pairs:
             counts[pair.prompt_id] = counts.get(pair.prompt_id, 0) + 1
-        rows += [
-            {
-                "split": split,
-                "prompt_id": prompt.prompt_id,
-                "prompt": [dict(message) for message in prompt.prompt],
-                "checks": list(prompt.checks),
-                "cluster": prompt.cluster or "",
-                "pairs": counts.get(prompt.prompt_id, 0),
-                "about": prompt.about,
-                "follows": prompt.follows,
-            }
-            for prompt in prompts
-        ]
+        rows += [prompt_row(split, prompt, counts.get(prompt.prompt_id, 0)) for prompt in prompts]
     return rows
+
+
+def prompt_row(split: str, prompt: EvalPrompt, num_pairs: int) -> dict[str, Any]:
+    """Return one row of prompts.jsonl."""
+    return {
+        "split": split,
+        "prompt_id": prompt.prompt_id,
+        "prompt": [dict(message) for message in prompt.prompt],
+        "checks": list(prompt.checks),
+        "cluster": prompt.cluster or "",
+        "pairs": num_pairs,
+        "about": prompt.about,
+        "follows": prompt.follows,
+    }
 
 
 @dataclass(frozen=True)

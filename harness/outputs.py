@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from harness.records import UsageError
@@ -109,8 +109,6 @@ def arena_hard_rows(
 
 def markdown_counts(text: str) -> dict[str, dict[str, int]]:
     """Count headings, list items and bold spans as Arena-Hard's style control does; what stands in code is left out."""
-    import re
-
     text = re.sub("```([^`]*)```", "", text)
     headings = {f"h{n}": len(re.findall(rf"^#{{{n}}}\s", text, re.MULTILINE)) for n in range(1, 7)}
     items = {
@@ -126,8 +124,3 @@ def dumps(rows: Sequence[Mapping[str, Any]], *, lines: bool) -> str:
     if lines:
         return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     return json.dumps(list(rows), indent=2, ensure_ascii=False) + "\n"
-
-
-def stem(path: str | Path) -> str:
-    """Return a file's name without its ending."""
-    return Path(path).stem

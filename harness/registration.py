@@ -13,10 +13,12 @@ import yaml
 from harness.checkpoint import contents_sha256
 from harness.config import NOT_IN_RESULT, plain
 from harness.design import Design
+from harness.ifeval import unchecked
 from harness.inputs import default_metric, prompt_rows, scorers_of, splits_of, tokens_of
-from harness.records import UsageError, digest, locked, read_json, write_jsonl, write_text
+from harness.records import EvalPrompt, UsageError, digest, locked, read_json, write_jsonl, write_text
 from harness.schema import RunConfig
 from harness.scoring import registered_settings
+from harness.unscored import MAX_UNSCORED
 
 _HASH = "sha256"
 
@@ -76,7 +78,7 @@ def register(design: Design, command: Sequence[str], *, warnings: Sequence[str])
         _refuse_late_configs(path, old, study)
         if study != old:
             write_jsonl(folder / "prompts.jsonl", prompt_rows(splits_of(config)))
-            _write(path, study)
+            write_study(path, study)
     return study
 
 
@@ -93,10 +95,10 @@ def add_configs(folder: Path, labels: Mapping[str, Sequence[str]]) -> None:
         study = old | {"configs": old["configs"] | configs}
         _refuse_late_configs(path, old, study)
         if study != old:
-            _write(path, study)
+            write_study(path, study)
 
 
-def _write(path: Path, study: dict[str, Any]) -> None:
+def write_study(path: Path, study: dict[str, Any]) -> None:
     """Write study.yaml with the hash of its contents, so that a change by hand shows."""
     parts = {key: value for key, value in study.items() if key != _HASH}
     text = yaml.safe_dump(parts | {_HASH: digest(parts)}, sort_keys=False, allow_unicode=True)
@@ -193,6 +195,17 @@ def check_answerable(design: Design, fixed: dict[str, Any]) -> None:
                 f"scorers that {split} allows: {', '.join(allowed) or 'none'}; "
                 f"`checks` need rows with checks, `preference_accuracy` rows with chosen and rejected"
             )
+        if metric.startswith("ifeval"):
+            _check_instructions(splits.dev_prompts if split == "dev" else splits.golden_prompts, f"{key}={metric}")
+
+
+def _check_instructions(prompts: Sequence[EvalPrompt], key: str) -> None:
+    """Refuse instructions of which too many cannot be checked on this machine, before anything is trained."""
+    asked = [(p.about["instructions"], p.prompt[-1]["content"]) for p in prompts if p.about.get("instructions")]
+    lost = unchecked(asked)
+    if lost.total() > MAX_UNSCORED * len(asked):
+        reason, count = lost.most_common(1)[0]
+        raise UsageError(f"{key}: {count} of {len(asked)} prompts cannot be scored: {reason}; or leave these out")
 
 
 def read_study(path: Path) -> dict[str, Any]:

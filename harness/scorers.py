@@ -9,7 +9,7 @@ from statistics import fmean
 from typing import Any
 
 from harness.checks import failed_checks
-from harness.ifeval import follows_instructions, ifeval_problem
+from harness.ifeval import follows_instructions, ifeval_problem, why_unchecked
 
 Rows = list[dict[str, Any]]
 
@@ -118,7 +118,7 @@ def _instructions(scorer: str, outputs: TrialOutputs) -> list[Score]:
         try:
             scores.append(Score(*key, follows_instructions(scorer, *asked[key], row["completion"])))
         except (LookupError, TypeError, ValueError) as error:
-            scores.append(Score(*key, None, f"the instructions cannot be checked ({type(error).__name__})"))
+            scores.append(Score(*key, None, why_unchecked(error)))
     return scores
 
 

@@ -58,7 +58,7 @@ def judge_server(reply: Callable[[dict[str, Any]], Reply], *, delay: float = 0.0
     server: JudgeServer
 
     class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:  # noqa: N802
+        def do_POST(self) -> None:
             request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             server.requests.append(request)
             time.sleep(delay)
