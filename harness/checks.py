@@ -9,6 +9,8 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from harness.conversations import RowError, check_unicode, shown
+
 # What an answer may end with when it ends on purpose: closing punctuation, quotes, brackets, a code fence or emphasis.
 _PROPER_END = re.compile(r"[.!?…。！？:;)\]}>\"'”’»`*|]$")
 
@@ -44,3 +46,63 @@ def failed_checks(completion: str, checks: Sequence[Mapping[str, Any]], *, ended
     return [
         f"{kind}: {value}" for check in checks for kind, value in check.items() if not CHECKS[kind](text, value, ended)
     ]
+
+
+def _is_texts(value: Any) -> bool:
+    texts = value if isinstance(value, list) else [value]
+    return bool(texts) and all(isinstance(text, str) and text for text in texts)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _is_pattern(value: Any) -> bool:
+    try:
+        return isinstance(value, str) and value != "" and re.compile(value) is not None
+    except (re.error, OverflowError, RecursionError):
+        return False
+
+
+_TEXTS = "a text or a list of texts, none empty"
+_ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "equals": (_is_texts, _TEXTS),
+    "contains": (_is_texts, _TEXTS),
+    "excludes": (_is_texts, _TEXTS),
+    "regex": (_is_pattern, "a regular expression that Python compiles"),
+    "max_words": (_is_count, "a positive whole number"),
+    "min_words": (_is_count, "a positive whole number"),
+    "json": (lambda value: value is True, "true"),
+    "ends_properly": (lambda value: value is True, "true"),
+}
+
+
+def read_checks(value: Any) -> tuple[dict[str, Any], ...]:
+    """Read the checks of a row of a golden set.
+
+    Raises:
+        RowError: for an unknown check, or a value that it cannot have.
+    """
+    if value is None:
+        return ()
+    if not isinstance(value, list):
+        raise RowError(
+            f"`checks` is of type {type(value).__name__}; allowed: a list of one-key mappings, as [{{'max_words': 3}}]"
+        )
+    return tuple(_read_check(check) for check in value)
+
+
+def _read_check(check: Any) -> dict[str, Any]:
+    # Parquet gives every mapping all keys of the column, null where they were not there.
+    given = {k: v for k, v in check.items() if v is not None} if isinstance(check, Mapping) else {}
+    if len(given) != 1:
+        raise RowError(f"check {shown(check)}; allowed: a mapping with one key, as {{'max_words': 3}}")
+    kind, value = next(iter(given.items()))
+    if kind not in _ALLOWED:
+        raise RowError(f"check {shown(kind)} is not known; allowed: {', '.join(_ALLOWED)}")
+    is_valid, allowed = _ALLOWED[kind]
+    if not is_valid(value):
+        raise RowError(f"check `{kind}`: {shown(value)}; allowed: {allowed}")
+    for text in value if isinstance(value, list) else [value]:
+        check_unicode(str(text))
+    return {kind: value}

@@ -6,12 +6,12 @@ Input: one row (column -> value) -> output: a `ParsedRow`, or a `RowError` with 
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
+from harness.checks import read_checks
 from harness.conversations import (
     IMPLICIT_TEXT,
     Conversation,
@@ -163,7 +163,7 @@ def parse_row(row: Row, number: int, columns: frozenset[str], *, needs_pair: boo
     """
     has_pair = any(row.get(column) is not None for column in ("chosen", "rejected"))
     conversation = _with_system(row, _read_pair(row, columns) if has_pair or needs_pair else _read_prompt(row, columns))
-    checks = _read_checks(row.get("checks")) if reads_checks else ()
+    checks = read_checks(row.get("checks")) if reads_checks else ()
     if conversation.chosen is None and not checks and _SCORED & columns:
         raise RowError("has neither `checks` nor `chosen` and `rejected`: an answer to it cannot be scored")
     check_turns(conversation)
@@ -282,58 +282,3 @@ def _score(row: Row, column: str) -> float | None:
     except (TypeError, ValueError) as error:
         raise RowError(f"`{column}`={shown(value)}; allowed: a number") from error
     return None if math.isnan(score) else score
-
-
-def _is_texts(value: Any) -> bool:
-    texts = value if isinstance(value, list) else [value]
-    return bool(texts) and all(isinstance(text, str) and text for text in texts)
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
-
-
-def _is_pattern(value: Any) -> bool:
-    try:
-        return isinstance(value, str) and value != "" and re.compile(value) is not None
-    except (re.error, OverflowError, RecursionError):
-        return False
-
-
-_TEXTS = "a text or a list of texts, none empty"
-_CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "equals": (_is_texts, _TEXTS),
-    "contains": (_is_texts, _TEXTS),
-    "excludes": (_is_texts, _TEXTS),
-    "regex": (_is_pattern, "a regular expression that Python compiles"),
-    "max_words": (_is_count, "a positive whole number"),
-    "min_words": (_is_count, "a positive whole number"),
-    "json": (lambda value: value is True, "true"),
-    "ends_properly": (lambda value: value is True, "true"),
-}
-
-
-def _read_checks(value: Any) -> tuple[dict[str, Any], ...]:
-    if value is None:
-        return ()
-    if not isinstance(value, list):
-        raise RowError(
-            f"`checks` is of type {type(value).__name__}; allowed: a list of one-key mappings, as [{{'max_words': 3}}]"
-        )
-    return tuple(_read_check(check) for check in value)
-
-
-def _read_check(check: Any) -> dict[str, Any]:
-    # Parquet gives every mapping all keys of the column, null where they were not there.
-    given = {k: v for k, v in check.items() if v is not None} if isinstance(check, Mapping) else {}
-    if len(given) != 1:
-        raise RowError(f"check {shown(check)}; allowed: a mapping with one key, as {{'max_words': 3}}")
-    kind, value = next(iter(given.items()))
-    if kind not in _CHECKS:
-        raise RowError(f"check {shown(kind)} is not known; allowed: {', '.join(_CHECKS)}")
-    is_valid, allowed = _CHECKS[kind]
-    if not is_valid(value):
-        raise RowError(f"check `{kind}`: {shown(value)}; allowed: {allowed}")
-    for text in value if isinstance(value, list) else [value]:
-        check_unicode(str(text))
-    return {kind: value}

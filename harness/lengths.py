@@ -35,7 +35,7 @@ def control_runs(stored: Stored, config: ScoreConfig, cache: Path) -> dict[Path,
     found: dict[Path, list[Preference]] = {}
     facts: dict[str, Any] = {"of": source, "difficulty": config.length_control.difficulty, "runs": {}}
     for run in stored.runs:
-        kept = [one for one in read_preferences(run.folder, source) if not run.failed]
+        kept = [one for one in read_preferences(run.folder, source) if not run.failed and one.split in stored.splits]
         splits = sorted({one.split for one in kept})
         found[run.folder] = []
         for split in splits:

@@ -23,6 +23,7 @@ from harness.figures import draw_interval, draw_learning, draw_lengths
 from harness.frames import Table
 from harness.gridplots import draw_search
 from harness.ingredients import ingredient_table
+from harness.judgetable import judge_table
 from harness.palette import BASE, THEME, Look, looks, title
 from harness.records import UsageError, write_text
 from harness.secondopinion import disagreement
@@ -109,6 +110,7 @@ def _tables(study: Study) -> dict[str, Table | None]:
         "family": family_table(study),
         "sensitivity": sensitivity_table(study),
         "preferences": frames.preference_table(study),
+        "judge": judge_table(study),
         "degenerate": frames.degenerate_table(study),
         "guards": frames.guard_table(wording.guards(study)),
         "trials": frames.trial_table(study),

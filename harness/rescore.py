@@ -45,12 +45,12 @@ def rescore(study: Path, scorers: Sequence[str], overrides: Sequence[str] = ()) 
     Raises:
         UsageError: for a folder that is no study, a file in it that is damaged or lost, or wrong settings.
     """
+    names = list(scorers) or list(SCORERS)
+    _refuse_unknown(names)
     if not (study / "prompts.jsonl").is_file() or not (study / "study.yaml").is_file():
         raise UsageError(f"{study}: no scored study; give a folder under results/ that harness.sweep wrote")
     registered = read_study(study / "study.yaml")
     config = _settings(study, overrides)
-    names = list(scorers) or list(SCORERS)
-    _refuse_unknown(names)
     wide = run_names(config, [name for name in names if name not in SCORERS]) if set(names) - set(SCORERS) else []
     problems = list(score_problems(config, wide))
     if problems:

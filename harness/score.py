@@ -41,18 +41,25 @@ def score_trial(folder: Path, prompts: Rows, scorers: Sequence[str], *, base: Pa
     return _replace(folder, manifest, scorers, new, prompts)
 
 
-def replace_scores(folder: Path, name: str, scores: Sequence[Score], prompts: Rows) -> Rows:
-    """Write one scorer's scores of a run into its scores.jsonl, in place of that scorer's earlier ones."""
+def replace_scores(folder: Path, name: str, scores: Sequence[Score], prompts: Rows, splits: Sequence[str]) -> Rows:
+    """Write one scorer's scores of a run into its scores.jsonl, in place of its earlier ones of these splits."""
     manifest = read_json(folder / "manifest.json")
-    return _replace(folder, manifest, [name], [(name, score) for score in scores], prompts)
+    new = [(name, score) for score in scores if score.split in splits]
+    return _replace(folder, manifest, [name], new, prompts, splits)
 
 
 def _replace(
-    folder: Path, manifest: dict[str, Any], names: Sequence[str], new: Sequence[tuple[str, Score]], prompts: Rows
+    folder: Path,
+    manifest: dict[str, Any],
+    names: Sequence[str],
+    new: Sequence[tuple[str, Score]],
+    prompts: Rows,
+    splits: Sequence[str] = ("dev", "golden"),
 ) -> Rows:
     clusters = {(row["split"], row["prompt_id"]): row.get("cluster") for row in prompts}
     answers = {(row["split"], row["prompt_id"]): row for row in _rows(folder / "completions.jsonl")}
-    rows = [row for row in _rows(folder / "scores.jsonl") if row["scorer"] not in names]
+    old = _rows(folder / "scores.jsonl")
+    rows = [row for row in old if row["scorer"] not in names or row["split"] not in splits]
     flag = next(iter(manifest["flags"]), "")
     for name, score in new:
         key = (score.split, score.prompt_id)
@@ -129,11 +136,11 @@ def collect_scores(study: Path) -> Path:
     return path
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Run the command `python -m harness.score`."""
     from harness.rescore import main as rescore_main  # it reads this module
 
-    return rescore_main()
+    return rescore_main(argv)
 
 
 if __name__ == "__main__":

@@ -55,12 +55,14 @@ class Stored:
     """The stored answers of a study.
 
     Attributes:
-        prompts: rows of prompts.jsonl, those of the splits that are scored.
+        splits: those that are scored.
+        prompts: their rows of prompts.jsonl.
         baseline: the answers that are compared with.
         runs: the base first.
     """
 
     study: Path
+    splits: tuple[str, ...]
     prompts: Rows
     baseline: Mapping[Key, str]
     runs: tuple[Run, ...]
@@ -109,7 +111,7 @@ def read_stored(study: Path, folders: Sequence[Path], splits: Sequence[str], bas
             f"score.baseline: no answer to {len(set(lacking))} prompts that the policies answered (first: "
             f"{lacking[0][1]}); give a file that answers every prompt, or leave it out to compare with the SFT base"
         )
-    return Stored(study, prompts, known, tuple(runs))
+    return Stored(study, tuple(splits), prompts, known, tuple(runs))
 
 
 def _answers(folder: Path, splits: Sequence[str]) -> dict[Key, str]:
@@ -118,10 +120,11 @@ def _answers(folder: Path, splits: Sequence[str]) -> dict[Key, str]:
     return {(row["split"], row["prompt_id"]): row["completion"] for row in rows if row["split"] in splits}
 
 
-def write_preferences(folder: Path, scorer: str, found: Sequence[Preference]) -> None:
-    """Keep a scorer's preferences in a run's folder, in place of its earlier ones."""
+def write_preferences(folder: Path, scorer: str, found: Sequence[Preference], splits: Sequence[str]) -> None:
+    """Keep a scorer's preferences in a run's folder, in place of its earlier ones of these splits."""
     path = folder / _FILE
-    old = [row for row in read_jsonl(path) if row["scorer"] != scorer] if path.is_file() else []
+    rows = list(read_jsonl(path)) if path.is_file() else []
+    old = [row for row in rows if row["scorer"] != scorer or row["split"] not in splits]
     write_jsonl(path, [*old, *({"scorer": scorer, **asdict(one)} for one in found)])
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from harness.benchmarks import PREFIX, run_benchmarks
@@ -69,7 +70,7 @@ def _score_with(name: str, stored: Stored, scoring: Scoring) -> list[str]:
         return _store(stored, scorer_name(name), scores)
     found = _COMPARE[name](stored, scoring.config, scoring.cache)
     for folder, preferences in found.items():
-        write_preferences(folder, name, preferences)
+        write_preferences(folder, name, preferences, stored.splits)
     return _store(stored, name, {folder: [_score(one) for one in ones] for folder, ones in found.items()})
 
 
@@ -94,7 +95,7 @@ def _score(one: Preference) -> Score:
 def _benchmarks(stored: Stored, scoring: Scoring) -> list[str]:
     """Run the benchmarks on the base and on the runs that have answered golden."""
     confirmed = [run for run in stored.runs if any(split == "golden" for split, _ in run.answers) or run.failed]
-    of_golden = Stored(stored.study, stored.prompts, stored.baseline, tuple(confirmed))
+    of_golden = replace(stored, splits=("golden",), runs=tuple(confirmed))
     found = run_benchmarks(of_golden, scoring.config.lm_eval, scoring.model)
     problems = []
     for task in scoring.config.lm_eval.tasks:
@@ -110,7 +111,7 @@ def _store(stored: Stored, name: str, found: Mapping[Path, Sequence[Score]]) -> 
     problems = []
     for run in stored.runs:
         scores = [Score(*key, 0.0) for key in _keys(run, keys)] if run.failed else list(found.get(run.folder, []))
-        replace_scores(run.folder, name, scores, stored.prompts)
+        replace_scores(run.folder, name, scores, stored.prompts, stored.splits)
         problems += _problem(run, name, scores)
     return problems
 

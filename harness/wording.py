@@ -24,6 +24,11 @@ DEFINITIONS = {f"{PREFERENCE}_sum": "DPO's reward", f"{PREFERENCE}_mean": "SimPO
 SCORERS = {
     "checks": "All checks passed",
     "checks_fraction": "Share of checks passed",
+    "ifeval": "All instructions followed (IFEval, strict)",
+    "ifeval_loose": "All instructions followed (IFEval, loose)",
+    "judge": "Win rate by the judge against the baseline",
+    "reward_model": "Win rate by the reward model against the baseline",
+    "length_controlled": "Length-controlled win rate",
     PREFERENCE: "Preference accuracy, both rewards",
     **{scorer: f"Preference accuracy by {text}" for scorer, text in DEFINITIONS.items()},
 }

@@ -53,7 +53,9 @@ def prefers(better: Callable[[str, str], float]) -> Callable[[dict[str, Any]], s
 
 
 @contextmanager
-def judge_server(reply: Callable[[dict[str, Any]], Reply], *, delay: float = 0.0) -> Iterator[JudgeServer]:
+def judge_server(
+    reply: Callable[[dict[str, Any]], Reply], *, delay: float = 0.0, port: int = 0
+) -> Iterator[JudgeServer]:
     """Serve replies: a text, or (status, headers, body) where a body that is text is sent as it is."""
     server: JudgeServer
 
@@ -83,7 +85,7 @@ def judge_server(reply: Callable[[dict[str, Any]], Reply], *, delay: float = 0.0
         def log_message(self, *args: Any) -> None:
             pass
 
-    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    http = ThreadingHTTPServer(("127.0.0.1", port), Handler)
     server = JudgeServer(f"http://127.0.0.1:{http.server_port}/v1")
     thread = threading.Thread(target=http.serve_forever, daemon=True)
     thread.start()

@@ -394,7 +394,7 @@ class TestRefusedFiles:
         assert "`checks`" not in message
 
     def test_an_evaluation_file_of_an_unknown_form_is_told_of_checks(self, files):
-        assert "prompts with `checks`" in refusal(files(golden=[{"prompt": "p", "kwargs": {}}]))
+        assert "prompts with `checks`" in refusal(files(golden=[{"text": "p", "kwargs": {}}]))
 
     def test_more_bad_rows_than_allowed_are_refused_with_the_first_ten_their_number_and_the_limit(self, files):
         rows = [row(i, prompt="" if i < 12 else f"q {i}") for i in range(100)]
@@ -746,6 +746,12 @@ class TestRealData:
         assert splits.facts["train"]["bad_rows"] == []
         assert {pair.prompt[0]["role"] for pair in splits.train} == {"system", "user"}
 
-    def test_ifeval_prompts_without_checks_of_ours_are_refused_with_their_columns(self, shared):
+    def test_ifevals_prompts_load_with_their_instructions(self, shared):
         pairs, ifeval = (str(shared / "data" / name) for name in ("dpo_en_demo.json", "ifeval_input_data.jsonl"))
-        assert "found: instruction_id_list, key, kwargs, prompt" in refusal(DataSpec(path=pairs, golden=ifeval))
+        splits = load_splits(DataSpec(path=pairs, golden=ifeval))
+        assert len(splits.golden_prompts) == 541
+        assert splits.facts["golden"]["bad_rows"] == []
+        first = splits.golden_prompts[0].about
+        assert first["id"] == "1000"
+        assert first["instructions"]["instruction_id_list"][0] == "punctuation:no_comma"
+        assert first["instructions"]["kwargs"][1] == {"num_highlights": 3}

@@ -542,8 +542,11 @@ class TestChecks:
         ({"prompt", "checks"}, False, True),
         ({"messages", "checks"}, False, True),
         ({"checks"}, False, False),
-        ({"prompt", "completion", "label"}, False, False),
-        ({"prompt"}, False, False),
+        ({"prompt", "completion", "label"}, False, True),
+        ({"prompt"}, False, True),
+        ({"uid", "prompt", "category"}, False, True),
+        ({"question_id", "turns"}, False, True),
+        ({"text"}, False, False),
     ],
 )
 def test_a_form_is_known_by_its_columns(columns, for_training, for_evaluation):

@@ -443,14 +443,8 @@ class TestAStudy:
 
 
 def main_with(study: Path, server: JudgeServer) -> int:
-    import sys
-
     settings = [f"score.judge.base_url={server.url}", "score.judge.model=fake", "score.judge.max_retries=0"]
-    argv, sys.argv = sys.argv, ["harness.score", str(study), "judge", *settings]
-    try:
-        return main()
-    finally:
-        sys.argv = argv
+    return main([str(study), "judge", *settings])
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,9 @@ def chat_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.skip("there is no shared folder beside this checkout: no real chat model judges")
     folder = tmp_path_factory.mktemp("smollm2")
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    ran = subprocess.run([str(fetch), str(folder)], env=os.environ | {"PATH": path}, capture_output=True, text=True, check=False)
+    ran = subprocess.run(
+        [str(fetch), str(folder)], env=os.environ | {"PATH": path}, capture_output=True, text=True, check=False
+    )
     if ran.returncode:
         pytest.skip(f"the real chat model cannot be fetched: {ran.stderr[-200:]}")
     return folder

@@ -118,7 +118,8 @@ def test_a_diverged_trial_scores_worst_wherever_the_base_has_a_score(tmp_path: P
     base = trial(tmp_path / "base")
     rows = score_trial(trial(tmp_path / "t", status="diverged"), PROMPTS, list(SCORERS), base=base)
     assert {(row["score"], row["flag"]) for row in rows if not row["unscored_reason"]} == {(0.0, "diverged")}
-    assert {row["scorer"] for row in rows} == set(SCORERS)
+    without_instructions = {name for name in SCORERS if not name.startswith("ifeval")}
+    assert {row["scorer"] for row in rows} == without_instructions
     assert {row["prompt_id"] for row in rows} == {"p0", "p1", "p2"}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from harness.judge.families import judge_warnings
 from harness.judge.known import agreement
 from harness.judge.template import Template, load_template
 from harness.records import write_json
+from harness.registration import contrast_of
 from harness.scoreconfig import ScoreConfig
 from harness.stored import Preference, Run, Stored, as_text, conversation
 
@@ -116,8 +118,7 @@ def _head_to_head(stored: Stored, judge: Judge) -> dict[str, Any]:
         `arms`, and by seed the first arm's win rate; secondary, since the arms' seeds are paired here.
     """
     trained = [run for run in stored.runs[1:] if not run.failed]
-    arms = list(dict.fromkeys(str(run.manifest["arm"]) for run in trained))
-    arms.sort(key=lambda arm: ("simpo", "dpo").index(arm) if arm in ("simpo", "dpo") else 2)
+    arms = contrast_of(list(dict.fromkeys(str(run.manifest["arm"]) for run in trained)))
     if len(arms) < 2:
         return {"arms": arms, "win_rates": {}}
     by_seed = {(str(run.manifest["arm"]), run.manifest["seed"]): run for run in trained}
@@ -126,7 +127,7 @@ def _head_to_head(stored: Stored, judge: Judge) -> dict[str, Any]:
         first, second = by_seed.get((arms[0], seed)), by_seed.get((arms[1], seed))
         if first is None or second is None:
             continue
-        against = Stored(stored.study, stored.prompts, second.answers, (first,))
+        against = replace(stored, baseline=second.answers, runs=(first,))
         rows = [row for row in against.of_run(first) if (row["split"], row["prompt_id"]) in second.answers]
         judgements = judge.compare([_comparison(against, first, row) for row in rows if row["split"] == "golden"])
         scores = [judgement.score for judgement in judgements if judgement.score is not None]
