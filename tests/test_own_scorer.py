@@ -34,9 +34,8 @@ def test_the_documented_example_scores_a_study(brevity: Path, tmp_path: Path) ->
     assert failed == []
     scores = pd.read_csv(path)
     mine = scores[scores["scorer"] == "brevity"]
-    words = {
-        row["prompt_id"]: len(row["completion"].split()) for row in read_jsonl(study / "base" / "completions.jsonl")
-    }
+    golden = [row for row in read_jsonl(study / "base" / "completions.jsonl") if row["split"] == "golden"]
+    words = {row["prompt_id"]: len(row["completion"].split()) for row in golden}
     base = mine[mine["arm"] == "sft"].set_index("prompt_id")["score"]
     assert base.to_dict() == pytest.approx({name: 1 - count / 100 for name, count in words.items()})
     assert mine.groupby(["arm", "seed"]).ngroups == 7
