@@ -28,6 +28,8 @@ def print_plan(design: Design, warnings: Sequence[str]) -> None:
     else:
         print(_size_of_a_trial(design.any))
     print(_findable(design))
+    if design.any.score.judge.model and not unknown:
+        print(_judging(design))
     print(f"{'trial':14}{'stage':9}{'arm':14}{'seed':>5}  {'state':10}config")
     for stage, trial in _trials(design):
         name = "-" if unknown else identify(trial)
@@ -53,6 +55,27 @@ def _findable(design: Design) -> str:
         f"with {seeds} seeds an arm and {prompts} golden prompts, a difference of about {least:.1f} points is found "
         f"with 80% power (assumed spreads; python -m harness.calibrate has them and more){level}"
     )
+
+
+def _judging(design: Design) -> str:
+    """Say how often the judge will be asked at most, and what that may cost."""
+    from harness.judge.budget import estimate
+    from harness.judge.template import load_template
+
+    config, splits = design.any, splits_of(design.any)
+    prompts = [(p, len(design.arms) * len(design.seeds)) for p in splits.golden_prompts]
+    if config.decide.metric in ("judge", "length_controlled"):
+        tuned = len(design.tuning(design.arms, design.tuning_seeds)) if design.tuned else 0
+        prompts += [(p, tuned) for p in splits.dev_prompts]
+    template = load_template(config.score.judge.template)
+    longest = "word " * (config.generate.max_new_tokens or 0)  # an answer that runs to its limit
+    asked = [
+        template.messages(prompt.prompt[-1]["content"], longest, longest)
+        for prompt, times in prompts
+        for _ in range(2 * times)
+    ]
+    most = estimate(config.score.judge, asked)
+    return f"judge {config.score.judge.model}: at most {most}, were every answer as long as it may be"
 
 
 def _trials(design: Design) -> list[tuple[str, RunConfig]]:

@@ -160,6 +160,14 @@ def test_wrong_settings_are_refused_before_anything_is_loaded(given, said, small
     assert not (tmp_path / "results").exists()
 
 
+def test_a_plan_says_what_the_judge_may_cost(small, tmp_path, capsys) -> None:
+    prices = ["score.judge.input_price=3", "score.judge.output_price=15", "seed=0,1", "plan=true"]
+    run_sweep(["+method=simpo,dpo", "study=s", *small, *judge("http://127.0.0.1:9/v1"), *prices])
+    said = capsys.readouterr().out
+    assert "judge fake-judge: at most 192 requests" in said  # 24 prompts x 2 arms x 2 seeds x both orders
+    assert "at most about $" in said
+
+
 def test_a_key_appears_in_no_file(small, tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret-key")
     with judge_server(prefers(shorter)) as server:
