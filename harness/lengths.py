@@ -102,13 +102,13 @@ def _difficulty(config: LengthControlConfig, stored: Stored) -> dict[str, float]
 
 
 def _gamed(config: LengthControlConfig) -> Gamed | None:
-    """Read AlpacaEval's comparisons of gamed baselines."""
+    """Read AlpacaEval's df_gamed.csv; its lengths are the baseline's minus the gamed answer's."""
     if config.gamed is None:
         return None
     if config.difficulty is None:
         raise UsageError("score.length_control.gamed: needs score.length_control.difficulty beside it")
-    rows = np.array(_read_csv(config.gamed, "gamed", ("preference", "std_delta_len", "difficulty")))
-    return Gamed(rows[:, 0], rows[:, 1], rows[:, 2])
+    rows = np.array(_read_csv(config.gamed, "gamed", ("preference", "std_delta_len", "instruction_difficulty")))
+    return Gamed(rows[:, 0], -rows[:, 1], rows[:, 2])
 
 
 def _read_csv(path: str, key: str, columns: Sequence[str] = ()) -> list[list[float]]:

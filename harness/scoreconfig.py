@@ -69,7 +69,7 @@ class LengthControlConfig:
     Attributes:
         of: the scorer whose preferences are controlled; null is the judge where there is one, else the reward model.
         difficulty: AlpacaEval's instruction difficulty, a CSV with one number a golden prompt, in the file's order.
-        gamed: AlpacaEval's comparisons of gamed baselines, a CSV with `preference`, `std_delta_len`, `difficulty`.
+        gamed: AlpacaEval's comparisons of gamed baselines, its df_gamed.csv.
     """
 
     of: str | None = bounded(None, choices=("judge", "reward_model"))

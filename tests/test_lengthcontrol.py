@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
 from scipy import optimize
 
 from harness.lengthcontrol import GAMED_WEIGHT, Gamed, length_controlled
-from harness.records import UsageError
+from harness.lengths import control_runs
+from harness.records import UsageError, read_json
 from harness.rule import verdict
+from harness.scoreconfig import LengthControlConfig, ScoreConfig
 from harness.scores_file import checked
+from harness.stored import Preference, Run, Stored, write_preferences
 
 PRIOR = 1e-3
 
@@ -150,3 +155,65 @@ def test_the_decision_rule_takes_jackknife_values_and_refuses_other_scores_outsi
     frame.loc[0, "score"] = np.inf
     with pytest.raises(UsageError, match=r"outside \[0, 1\]"):
         checked(frame)
+
+
+def alpaca_like(case: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, Gamed]:
+    """Preferences, differences, difficulty and gamed rows in AlpacaEval's manner, 805 prompts, the same each time."""
+    rng, count = np.random.default_rng(0), 805
+    difficulty = rng.normal(0, 1, count)
+    lengths, preferences = [], []
+    for shift in (500, -500):
+        gap = rng.normal(shift, 400, count)
+        lengths.append(gap / gap.std(ddof=1))
+        preferences.append((rng.random(count) < sigmoid(-0.8 * np.tanh(lengths[-1]) + 0.1 * difficulty)).astype(float))
+    gamed = Gamed(np.concatenate(preferences), -np.concatenate(lengths), np.tile(difficulty, 2))
+    for constant, slope, shift in ((0.3, 1.2, 200), (-1.0, 0.6, -300), (1.0, 1.5, 600))[: case + 1]:
+        baseline = rng.integers(200, 2000, count)
+        gap = np.maximum(10, baseline + rng.normal(shift, 500, count)).astype(int) - baseline
+        truth = sigmoid(constant + slope * np.tanh(gap / np.std(gap, ddof=1)) + 0.3 * difficulty)
+        wins = np.clip((rng.random(count) < truth) + rng.normal(0, 0.03, count), 0, 1)
+    return wins, gap.astype(float), difficulty, gamed
+
+
+# What alpaca-eval 0.6.6 itself returned for these data (length_controlled_v1 and length_controlled_minimal), in percent.
+ALPACA_EVAL = [(58.613, 58.188), (26.953, 26.572), (74.993, 73.403)]
+
+
+@pytest.mark.parametrize("case", range(3))
+def test_it_agrees_with_alpaca_eval_to_a_twentieth_of_a_point(case: int) -> None:
+    wins, gap, difficulty, gamed = alpaca_like(case)
+    full, minimal = ALPACA_EVAL[case]
+    assert 100 * length_controlled(wins, gap, difficulty=difficulty, gamed=gamed).win_rate == pytest.approx(
+        full, abs=0.05
+    )
+    assert 100 * length_controlled(wins, gap).win_rate == pytest.approx(minimal, abs=0.05)
+
+
+def test_alpacaevals_own_files_are_read_with_their_sign(tmp_path) -> None:
+    """Its lengths are the baseline's minus the answer's."""
+    wins, gap, difficulty, gamed = alpaca_like(0)
+    rows = {
+        "preference": gamed.preferences,
+        "std_delta_len": -gamed.differences,
+        "instruction_difficulty": gamed.difficulty,
+    }
+    pd.DataFrame(rows).to_csv(tmp_path / "df_gamed.csv")
+    pd.DataFrame({"instruction_difficulty": difficulty}).to_csv(tmp_path / "difficulty.csv", index=False)
+    config = LengthControlConfig(difficulty=str(tmp_path / "difficulty.csv"), gamed=str(tmp_path / "df_gamed.csv"))
+    prompts = [{"split": "golden", "prompt_id": f"p{i}"} for i in range(805)]
+    folder = tmp_path / "study" / "trials" / "a"
+    found = [
+        Preference("golden", f"p{i}", float(w), 1000 + int(g), 1000)
+        for i, (w, g) in enumerate(zip(wins, gap, strict=True))
+    ]
+    write_preferences(folder, "judge", found, ["golden"])
+    base = Run(tmp_path / "study" / "base", {"flags": []}, {})
+    run = Run(folder, {"flags": [], "arm": "simpo", "config": "c", "seed": 0}, {})
+    stored = Stored(tmp_path / "study", ("golden",), prompts, {}, (base, run))
+    values = control_runs(stored, ScoreConfig(length_control=config), tmp_path)[folder]
+    facts = read_json(tmp_path / "study" / "length_controlled.json")["runs"]["a"]
+    assert 100 * facts["win_rate"] == pytest.approx(ALPACA_EVAL[0][0], abs=0.05)
+    assert np.mean([one.preference for one in values]) == pytest.approx(facts["win_rate"], abs=0.01)
+    short = LengthControlConfig(difficulty=str(tmp_path / "difficulty.csv"))
+    with pytest.raises(UsageError, match="805 numbers for 3 golden prompts"):
+        control_runs(replace(stored, prompts=prompts[:3]), ScoreConfig(length_control=short), tmp_path)
