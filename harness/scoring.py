@@ -85,6 +85,12 @@ def run_names(score: ScoreConfig, names: Sequence[str] = ()) -> list[str]:
     return list(dict.fromkeys(found))
 
 
+def _with_sources(score: ScoreConfig, names: list[str]) -> list[str]:
+    """Add the scorers whose preferences are length-controlled."""
+    sources = [name for name in SOURCES if name in study_scorers(score)] if "length_controlled" in names else []
+    return [*(name for name in sources if name not in names), *names]
+
+
 def score_problems(score: ScoreConfig, names: Sequence[str]) -> Iterator[str]:
     """Yield what would keep scorers from working: a missing package, key, file or setting."""
     if "judge" in names:
@@ -149,7 +155,7 @@ def registered_settings(config: RunConfig, metrics: Sequence[str]) -> dict[str, 
     score = config.score
     parts: dict[str, Any] = {}
     names = run_names(score, [name for name in metrics if name not in SCORERS])
-    names += [source for source in SOURCES if "length_controlled" in names and source in study_scorers(score)]
+    names = _with_sources(score, names)
     if "judge" in names:
         kept = ("model", "base_url", "structured", "max_tokens", "temperature")
         parts["judge"] = {key: value for key, value in plain(score.judge).items() if key in kept}
@@ -169,7 +175,7 @@ def registered_settings(config: RunConfig, metrics: Sequence[str]) -> dict[str, 
 
 def scoring_of(config: RunConfig, splits: Sequence[str], names: Sequence[str] = ()) -> Scoring | None:
     """Return how a study of this config is scored; None where no scorer of a whole study is set up."""
-    found = run_names(config.score, names)
+    found = _with_sources(config.score, run_names(config.score, names))
     if not found:
         return None
     template = config.model.chat_template

@@ -32,8 +32,9 @@ def judge(url: str) -> list[str]:
 
 
 @pytest.mark.slow
-def test_a_judge_selects_on_dev_and_decides_on_golden(small: list[str], tmp_path: Path, capsys) -> None:
-    grid = ["arms.simpo.beta=2,10", "arms.dpo.beta=0.1,0.5", "seed=0,1", "tuning_seeds=[7]", "decide.metric=judge"]
+@pytest.mark.parametrize("metric", ["judge", "length_controlled"])
+def test_a_judge_selects_on_dev_and_decides_on_golden(metric: str, small: list[str], tmp_path: Path, capsys) -> None:
+    grid = ["arms.simpo.beta=2,10", "arms.dpo.beta=0.1,0.5", "seed=0,1", "tuning_seeds=[7]", f"decide.metric={metric}"]
     study = tmp_path / "results" / "s"
     with judge_server(prefers(shorter)) as server:
         result = sweep(small, *grid, *judge(server.url))
@@ -43,9 +44,9 @@ def test_a_judge_selects_on_dev_and_decides_on_golden(small: list[str], tmp_path
         again = sweep(small, *grid, *judge(server.url))
         assert (again.launched, len(server.requests)) == (0, sent)
     assert result.verdict is not None
-    assert result.verdict["metric"] == "judge"
+    assert result.verdict["metric"] == metric
     scores = pd.read_csv(study / "scores.csv")
-    rows = scores[scores["scorer"] == "judge"]
+    rows = scores[scores["scorer"] == metric]
     dev, golden = (rows[(rows["split"] == split) & (rows["arm"] != "sft")] for split in ("dev", "golden"))
     assert (dev.groupby("arm")["config"].nunique() == 2).all()
     assert set(dev["seed"]) == {7}
