@@ -16,6 +16,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from harness import cautions, evidence, frames, wording
+from harness.browser import page_data, page_script
 from harness.claims import claims_table
 from harness.costs import cost_table
 from harness.family import family_table
@@ -64,6 +65,7 @@ def _content(study: Study) -> dict[str, Any]:
     search = draw_search(study, arm_looks)
     drawings = [drawing for drawing in (interval, *search, *learning, lengths) if drawing]
     compared: SideBySide = side_by_side(study)
+    script, script_source = page_script(_TEMPLATES / "browser.js")
     return {
         "study": study,
         "page_title": visible(f"{wording.headline(study)} · {study.name}"),
@@ -80,6 +82,9 @@ def _content(study: Study) -> dict[str, Any]:
         "identity": evidence.identity_sentence(identity),
         "proved": identity.get("status") == "proved",
         "compared": compared,
+        "completions_data": page_data(compared, arm_looks),
+        "script": script,
+        "script_source": script_source,
         "few_compared": compared.comparisons[:_MARKDOWN_PROMPTS],
         "facts": evidence.facts(study),
         "failed": evidence.failed_trials(study),

@@ -2,25 +2,36 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from harness.checks import failed_checks
 from harness.palette import BASE, title
+from harness.reader import Reader
 from harness.study import Config, Study, Trial
 from harness.wording import MISSING, number, percent, plural
 
-MAX_PROMPTS = 40
+MAX_PROMPTS = 40  # shown where no script runs
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What one policy answered: its arm, the text, its score as the reader sees it, its flags and its length."""
+    """What one policy answered.
+
+    Attributes:
+        score: as the reader sees it; `value` is the number, None where there is none.
+        flags: signs of degeneration.
+        failed: checks of the prompt that the answer fails.
+    """
 
     arm: str
     text: str
     score: str
+    value: float | None
     flags: tuple[str, ...]
+    failed: tuple[str, ...]
     tokens: int | None
 
 
@@ -35,10 +46,15 @@ class Comparison:
 
 @dataclass(frozen=True)
 class SideBySide:
-    """The comparisons that are shown, and a sentence on how they were chosen and how many there are."""
+    """All comparisons, those on which the arms disagree most first, and a sentence on them."""
 
     comparisons: tuple[Comparison, ...]
     summary: str
+
+    @property
+    def first(self) -> tuple[Comparison, ...]:
+        """Those that are shown where no script runs."""
+        return self.comparisons[:MAX_PROMPTS]
 
 
 @dataclass(frozen=True)
@@ -59,11 +75,22 @@ def side_by_side(study: Study) -> SideBySide:
         return SideBySide((), "No completions are stored in this study.")
     trained = [policy for policy in policies if policy.arm != BASE]
     ordered = sorted(prompts, key=lambda prompt: (*_disagreement(prompt, trained, policies), prompt))
+    checks = _checks(study)
     shown = tuple(
-        Comparison(prompt, prompts[prompt], tuple(_answer(policy, prompt) for policy in policies))
-        for prompt in ordered[:MAX_PROMPTS]
+        Comparison(prompt, prompts[prompt], tuple(_answer(policy, prompt, checks) for policy in policies))
+        for prompt in ordered
     )
-    return SideBySide(shown, _summary(study, len(shown), len(prompts), trained))
+    return SideBySide(shown, _summary(study, len(prompts), trained))
+
+
+def _checks(study: Study) -> dict[str, list[dict[str, Any]]]:
+    """Return the checks of each prompt of the shown split."""
+    rows = Reader(study.folder).rows(study.folder / "prompts.jsonl")
+    return {
+        str(row.get("prompt_id")): row["checks"]
+        for row in rows
+        if row.get("checks") and row.get("split") == study.split
+    }
 
 
 def _first_configs(study: Study) -> list[Config]:
@@ -102,21 +129,29 @@ def _spread(prompt: str, policies: Sequence[_Policy]) -> float:
     return max(scores) - min(scores) if scores else 0.0
 
 
-def _answer(policy: _Policy, prompt: str) -> Answer:
+def _answer(policy: _Policy, prompt: str, checks: Mapping[str, list[dict[str, Any]]]) -> Answer:
     row = policy.answers.get(prompt)
     score = number(policy.scores.get(prompt))
     if row is None:
-        return Answer(policy.arm, "", MISSING, ("no completion stored",), None)
+        return Answer(policy.arm, "", MISSING, None, ("no completion stored",), (), None)
     text = "unscored" if score is None else percent(score, 0)
-    return Answer(
-        policy.arm, row["completion"], text, tuple(flag.replace("_", " ") for flag in row["flags"]), row["tokens"]
-    )
+    flags = tuple(flag.replace("_", " ") for flag in row["flags"])
+    failed = _failed(row, checks.get(prompt, []))
+    return Answer(policy.arm, row["completion"], text, score, flags, failed, row["tokens"])
 
 
-def _summary(study: Study, shown: int, total: int, trained: Sequence[_Policy]) -> str:
+def _failed(row: Mapping[str, Any], checks: list[dict[str, Any]]) -> tuple[str, ...]:
+    """Return the checks that an answer fails; checks that this version does not know are left out."""
+    try:
+        return tuple(failed_checks(row["completion"], checks, ended="cut_off" not in row["flags"]))
+    except (KeyError, TypeError, AttributeError, re.error):
+        return ()
+
+
+def _summary(study: Study, total: int, trained: Sequence[_Policy]) -> str:
     seeds = ", ".join(f"{title(policy.arm)} seed {policy.seed}" for policy in trained)
-    which = f"{plural(shown, 'prompt')} of {total:,}" if shown < total else f"All {plural(total, 'prompt')}"
-    text = f"{which} of the {study.split} set, those on which the arms disagree most first ({seeds})."
+    whole = f"All {plural(total, 'prompt')} of the {study.split} set"
+    text = f"{whole}, those on which the arms disagree most first ({seeds})."
     if len(trained) < 2:
         return text
     first, second = trained[:2]
