@@ -40,7 +40,12 @@ def page_data(compared: SideBySide, looks: Mapping[str, Look]) -> Markup:
     rows = [
         [one.prompt_id, _text(one.prompt), [_answer(answer) for answer in one.answers]] for one in compared.comparisons
     ]
-    text = json.dumps({"arms": arms, "rows": rows}, ensure_ascii=False, separators=(",", ":"))
+    return json_in_page({"arms": arms, "rows": rows})
+
+
+def json_in_page(value: object) -> Markup:
+    """Return JSON that can stand in a script element: it holds nothing that HTML would read."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
     return Markup(text.translate(_ESCAPES))
 
 

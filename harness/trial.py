@@ -24,7 +24,8 @@ from harness.config import config_label, plain
 from harness.degenerate import completion_flags
 from harness.folders import SPLITS, is_complete, read_manifest, refuse_golden, study_dir, trial_dir
 from harness.heldout import heldout_rows
-from harness.inputs import Tokens, identify, plan_of, prompt_rows, splits_of, tokens_of
+from harness.inputs import Tokens, identify, num_steps, plan_of, prompt_rows, splits_of, tokens_of
+from harness.live import end_log, note_step
 from harness.measure import Meter, settle_imports
 from harness.multilora import drop_answers, stored_answers
 from harness.plan import expected_tokens_sha256, padding_share, trained_tokens
@@ -163,6 +164,7 @@ class _Trial:
     def _train(self, tokens: Tokens, tracker: Tracker) -> None:
         from harness.train import train_arm
 
+        end_log(self.folder)
         drop_answers(self.folder)  # and scores, of weights that are trained anew
         for name in ("scores.jsonl", "preferences.jsonl", "benchmarks.jsonl"):
             (self.folder / name).unlink(missing_ok=True)
@@ -172,6 +174,7 @@ class _Trial:
 
         def on_step(step: int, logs: dict[str, Any]) -> None:
             steps.append({"step": step, **logs})
+            note_step(self.folder, step, num_steps(config, len(rows)), logs.get("loss"))
             tracker.log({"train/step": step} | {f"train/{key}": value for key, value in logs.items()})
 
         facts: dict[str, Any] = {
@@ -193,6 +196,7 @@ class _Trial:
                         self.manifest["warnings"].append(padded)
                     facts |= result.facts | {"tokens": {"train": trained_tokens(rows, plan)}}
                 write_jsonl(self.folder / "train.jsonl", steps)
+                end_log(self.folder)
         self._save(**facts, done=[*self.manifest["done"], "train"])
         shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
 

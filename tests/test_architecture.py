@@ -17,7 +17,7 @@ HOMES = {
     "hydra": {"config.py", "overrides.py", "sweep.py", "sweeper.py"},
     "optuna": {"search.py"},
     "wandb": {"tracking.py"},
-    "matplotlib": {"figures.py", "gridplots.py"},
+    "matplotlib": {"figures.py", "forest.py", "gridplots.py"},
 }
 TORCH_FREE = [
     "records.py",
@@ -28,6 +28,7 @@ TORCH_FREE = [
     "study.py",
     "report.py",
     "figures.py",
+    "dashboard.py",
 ]
 
 
