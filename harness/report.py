@@ -26,6 +26,7 @@ from harness.gridplots import draw_search
 from harness.ingredients import ingredient_table
 from harness.judgetable import judge_table
 from harness.palette import BASE, THEME, Look, looks, title
+from harness.promptplots import draw_length_scores, draw_prompts, moved_table
 from harness.records import UsageError, write_text
 from harness.secondopinion import disagreement
 from harness.sensitivity import sensitivity_table
@@ -63,7 +64,9 @@ def _content(study: Study) -> dict[str, Any]:
     interval, lengths = draw_interval(study, arm_looks), draw_lengths(study, arm_looks)
     learning = draw_learning(study, arm_looks)
     search = draw_search(study, arm_looks)
-    drawings = [drawing for drawing in (interval, *search, *learning, lengths) if drawing]
+    prompts, length_scores = draw_prompts(study, arm_looks), draw_length_scores(study, arm_looks)
+    found = (interval, prompts, *search, *learning, lengths, length_scores)
+    drawings = [drawing for drawing in found if drawing]
     compared: SideBySide = side_by_side(study)
     script, script_source = page_script(_TEMPLATES / "browser.js")
     return {
@@ -77,6 +80,8 @@ def _content(study: Study) -> dict[str, Any]:
         "learning": learning,
         "search": search,
         "lengths": lengths,
+        "prompts": prompts,
+        "length_scores": length_scores,
         **_verdict(study, identity),
         **_tables(study),
         "identity": evidence.identity_sentence(identity),
@@ -116,6 +121,7 @@ def _tables(study: Study) -> dict[str, Table | None]:
         "sensitivity": sensitivity_table(study),
         "preferences": frames.preference_table(study),
         "judge": judge_table(study),
+        "moved": moved_table(study),
         "degenerate": frames.degenerate_table(study),
         "guards": frames.guard_table(wording.guards(study)),
         "trials": frames.trial_table(study),

@@ -17,7 +17,7 @@ HOMES = {
     "hydra": {"config.py", "overrides.py", "sweep.py", "sweeper.py"},
     "optuna": {"search.py"},
     "wandb": {"tracking.py"},
-    "matplotlib": {"figures.py", "forest.py", "gridplots.py"},
+    "matplotlib": {"figures.py", "forest.py", "gridplots.py", "promptplots.py"},
 }
 TORCH_FREE = [
     "records.py",

@@ -477,7 +477,8 @@ def test_figures_of_an_earlier_report_go_when_it_has_them_no_more(folder):
     for path in folder.glob("trials/*/train.jsonl"):
         path.unlink()
     report.render_report(folder)
-    assert sorted(path.name for path in (folder / "figures").iterdir()) == ["interval.svg", "lengths.svg"]
+    left = sorted(path.stem for path in (folder / "figures").iterdir())
+    assert left == ["interval", "length-scores", "lengths", "prompts"]
 
 
 def test_a_curve_that_ends_in_nan_is_drawn_as_far_as_it_goes(folder):
@@ -538,7 +539,7 @@ def test_ids_are_unique_and_references_resolve(page):
 
 def test_figures_say_their_numbers_to_those_who_do_not_see_them(built, page):
     figures = [attrs for tag, attrs in page.elements if tag == "svg"]
-    assert [attrs["role"] for attrs in figures] == ["img"] * 4
+    assert [attrs["role"] for attrs in figures] == ["img"] * 6
     verdict = read_json(built / "verdict.json")
     root = ET.parse(built / "figures" / "interval.svg").getroot()
     said = root.find(f"{SVG}desc").text
@@ -554,7 +555,7 @@ def test_tables_have_headers_with_a_scope(page):
     heads = [attrs for tag, attrs in page.elements if tag == "th"]
     assert len(heads) > 40
     assert {attrs.get("scope") for attrs in heads} == {"col", "row"}
-    assert sum(tag == "caption" for tag, _ in page.elements) == sum(tag == "table" for tag, _ in page.elements) == 9
+    assert sum(tag == "caption" for tag, _ in page.elements) == sum(tag == "table" for tag, _ in page.elements) == 10
 
 
 def test_losses_of_the_arms_never_share_an_axis(built):
@@ -624,7 +625,7 @@ def test_the_same_study_gives_the_same_bytes_without_torch(folder, tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"{folder / 'report.html'}\n"
     names = ["report.html", "report.md", *(f"figures/{path.name}" for path in sorted((other / "figures").iterdir()))]
-    assert len(names) == 6
+    assert len(names) == 8
     for name in names:
         assert (folder / name).read_bytes() == (other / name).read_bytes(), name
 
