@@ -86,8 +86,8 @@ def moved_table(study: Study) -> Table | None:
     rows = {
         name: {
             "Prompt": one_line(cut(str(texts.get(name, "")), 160)) or "–",
-            title(study.arms[0]): percent(first[name], 0),
-            title(study.arms[1]): percent(second[name], 0),
+            study.arms[0]: percent(first[name], 0),
+            study.arms[1]: percent(second[name], 0),
             "Difference": points(found[name]),
         }
         for name in ends
@@ -95,7 +95,7 @@ def moved_table(study: Study) -> Table | None:
     }
     if not rows:
         return None
-    arms = {title(arm): arm for arm in study.arms[:2]}
+    arms = {arm: arm for arm in study.arms[:2]}
     return build("The prompts that moved most, seeds averaged", "Prompt id", rows, arms)
 
 

@@ -48,6 +48,7 @@ def test_the_prompts_that_moved_most_are_listed_each_way(folder: Path) -> None:
     wanted = by_hand(folder)
     assert table is not None
     assert len(table.frame) == 10
+    assert list(table.frame.columns) == ["Prompt", "simpo", "dpo", "Difference"]
     assert wanted[table.frame.index[0]] == wanted.max()
     assert wanted[table.frame.index[5]] == wanted.min()
     assert all(text.startswith("Sort the letters") for text in table.frame["Prompt"])
@@ -68,6 +69,7 @@ def test_both_stand_in_the_report_and_one_arm_alone_has_neither_difference(folde
     page = render_report(folder).read_text(encoding="utf-8")
     assert 'id="figure-prompts"' in page
     assert 'id="figure-length-scores"' in page
+    assert "SimPO</span>SimPO" not in page
     alone = build_study(tmp_path / "alone", prompts=10)
     for path in alone.glob("trials/*/manifest.json"):
         if '"dpo"' in path.read_text():
