@@ -35,6 +35,10 @@ class Drawing:
     svg: str
     wide: bool
 
+    def _repr_svg_(self) -> str:
+        """Show the figure in a notebook."""
+        return self.svg
+
 
 def describe(raw: str, *, name: str, title: str, description: str) -> str:
     """Return a figure file: with title and description, without metadata, its ids prefixed with the figure's name.

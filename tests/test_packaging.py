@@ -69,14 +69,32 @@ def test_versions_in_the_constraints_are_pinned_and_name_no_place() -> None:
 
 
 @pytest.mark.slow
-def test_the_notebook_runs_top_to_bottom_and_is_committed_without_output(tmp_path: Path, monkeypatch) -> None:
-    notebook = json.loads((ROOT / "notebooks" / "tour.ipynb").read_text())
+def test_the_notebooks_run_top_to_bottom_and_are_committed_without_output(tmp_path: Path, monkeypatch) -> None:
+    grid = ["arms.simpo.beta=2,4", "arms.dpo.beta=0.1,0.2", "tuning_seeds=[9]", "seed=0,1", "study=tuned"]
+    small = [*SMALL, f"results_dir={tmp_path / 'results'}"]
+    run_sweep(["+method=simpo,dpo", *small, *grid])
+    rates = ["arms.simpo.learning_rate=2e-3", "arms.dpo.learning_rate=2e-3"]  # enough for something to vary
+    run_sweep(["+method=simpo,dpo", *small, *rates, "seed=0,1", "study=plain"])
+    monkeypatch.chdir(tmp_path)
+    tour, compare = (_executed(name) for name in ("tour", "compare"))
+    assert tour["identity"]["status"] == "proved"
+    assert tour["again"]["verdict"] == tour["decided"]["verdict"]
+    assert tour["by_hand"] == pytest.approx(tour["decided"]["ci95"], abs=1e-9)
+    assert {study.name for study in compare["studies"]} == {"plain", "tuned"}
+    assert len(compare["grid"]) == 4
+    assert compare["forest"]._repr_svg_().startswith("<svg")
+    assert compare["drawings"]
+
+
+def _executed(name: str) -> dict:
+    """Run a notebook's cells in order, and return its names; it must define no function or class of its own."""
+    notebook = json.loads((ROOT / "notebooks" / f"{name}.ipynb").read_text())
     cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
     assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in cells)
-    run_sweep(["+method=simpo,dpo", *SMALL, f"results_dir={tmp_path / 'results'}", "seed=0,1"])
-    monkeypatch.chdir(tmp_path)
     names: dict = {}
     for cell in cells:
-        exec("".join(cell["source"]), names)
-    assert names["identity"]["status"] == "proved"
-    assert names["again"]["verdict"] == names["decided"]["verdict"]
+        source = "".join(cell["source"])
+        assert "def " not in source
+        assert "class " not in source
+        exec(source, names)
+    return names
