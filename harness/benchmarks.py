@@ -17,7 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from harness.records import UsageError, digest, read_json, read_jsonl, write_json, write_jsonl
+from harness.records import UsageError, digest, file_sha256, read_json, read_jsonl, write_json, write_jsonl
 from harness.scoreconfig import BenchmarkConfig
 from harness.scorers import Score
 from harness.stored import Stored
@@ -52,12 +52,13 @@ def run_benchmarks(
     Raises:
         UsageError: where lm-evaluation-harness refuses or fails, with the end of what it said.
     """
-    settings = digest([asdict(config), _task_files(config)])
-    missing = [run for run in stored.runs if not run.failed and not _is_done(run.folder, settings)]
+    tasks = [asdict(config), _task_files(config)]
+    settings = {run.folder: digest([*tasks, _weights(run.folder)]) for run in stored.runs}
+    missing = [run for run in stored.runs if not run.failed and not _is_done(run.folder, settings[run.folder])]
     if missing:
         job = {"model": model, "config": asdict(config), "runs": [str(run.folder) for run in missing]}
         for run, rows in zip(missing, _run(job), strict=True):
-            head = {"settings": settings}
+            head = {"settings": settings[run.folder]}
             write_jsonl(run.folder / _FILE, [head | row for row in rows])
     return {run.folder: _scores(run.folder) for run in stored.runs if not run.failed}
 
@@ -75,9 +76,14 @@ def _is_done(folder: Path, settings: str) -> bool:
         first = next(iter(read_jsonl(path)), {}) if path.is_file() else {}
     except ValueError:
         return False
-    weights = [p for name in ("adapter", "model") for p in (folder / name).glob("*.safetensors")]
-    newer = any(p.stat().st_mtime > path.stat().st_mtime for p in weights) if path.is_file() else False
-    return first.get("settings") == settings and not newer
+    return bool(first.get("settings") == settings)
+
+
+def _weights(folder: Path) -> list[str]:
+    """Return the digests of what a run has trained: weights that are trained anew are run anew."""
+    return [
+        file_sha256(path) for name in ("adapter", "model") for path in sorted((folder / name).glob("*.safetensors"))
+    ]
 
 
 def _scores(folder: Path) -> dict[str, list[Score]]:

@@ -169,7 +169,7 @@ def news(results: Path) -> str:
 
     rows = read_overviews(results, now=time.time())
     shown = [{"name": row.name, "cells": [list(cell) for cell in cells(row)["cells"]]} for row in rows]
-    return json.dumps({"rows": shown, "curves": running_curves(results)}, ensure_ascii=True)
+    return json.dumps({"rows": shown, "curves": running_curves(results, now=time.time())}, ensure_ascii=True)
 
 
 if __name__ == "__main__":

@@ -104,6 +104,11 @@ def test_what_was_run_is_not_run_again_and_a_changed_task_is(study: Path, tasks:
     rescore(study, ["lm_eval"], settings(tasks))
     assert [file.stat().st_mtime_ns for file in files] == times
     pd.testing.assert_frame_equal(first, pd.read_csv(study / "scores.csv"))
+    trial = next(iter((study / "trials").iterdir()))
+    write_adapter(trial, 0.5)
+    rescore(study, ["lm_eval"], settings(tasks))
+    changed = [file for file, time in zip(files, times, strict=True) if file.stat().st_mtime_ns != time]
+    assert changed == [trial / "benchmarks.jsonl"]
     rescore(study, ["lm_eval"], [*settings(tasks), "score.lm_eval.limit=8"])
     assert all(len(list(read_jsonl(file))) == 8 for file in files)
 

@@ -115,11 +115,12 @@ def test_a_running_trial_says_its_losses_until_its_training_ends(results: Path) 
     trial = sorted((results / "half" / "trials").iterdir())[0]
     for step in (1, 2, 3):
         note_step(trial, step, 10, 0.7 - step / 10)
-    (curve,) = running_curves(results)
+    (curve,) = running_curves(results, now=time.time())
     assert (curve["study"], curve["steps"], curve["total"]) == ("half", [1, 2, 3], 10)
     assert curve["losses"] == pytest.approx([0.6, 0.5, 0.4])
+    assert running_curves(results, now=time.time() + 600) == []  # it was killed: nothing was added for long
     end_log(trial)
-    assert running_curves(results) == []
+    assert running_curves(results, now=time.time()) == []
 
 
 @pytest.fixture
