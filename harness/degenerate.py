@@ -15,6 +15,7 @@ _SCANNED_CHARS = 2000
 COLLAPSED_SHARES = {"degenerate": 0.5, "same_answer": 0.9}
 MIN_RISE = 0.4
 CUT_OFF_SHARE = 0.5
+UNCHANGED_SHARE = 0.9
 MIN_PROMPTS = 10
 
 
@@ -72,6 +73,25 @@ def _failed_shares(completions: Sequence[Any]) -> dict[str, float]:
     """Return `degenerate_shares` of the answers that do not pass their checks, as shares of all answers."""
     failed = [row for row in completions if not row.get("passed")]
     return {kind: share * len(failed) / len(completions) for kind, share in degenerate_shares(failed).items()}
+
+
+def unchanged_warnings(completions: Sequence[Any], base: Sequence[Any]) -> list[str]:
+    """Warn of each split on which the answers are the base's, word for word: training has hardly changed the policy."""
+    before = {(row["split"], row["prompt_id"]): row["completion"] for row in base}
+    warnings = []
+    for split in sorted({row["split"] for row in completions}):
+        same = [
+            row["completion"] == before[split, row["prompt_id"]]
+            for row in completions
+            if row["split"] == split and (split, row["prompt_id"]) in before
+        ]
+        share = sum(same) / len(same) if len(same) >= MIN_PROMPTS else 0.0
+        if share >= UNCHANGED_SHARE:
+            warnings.append(
+                f"{share:.0%} of the answers to {split} are the SFT base's own, word for word: training has hardly "
+                "changed the policy; look at the learning rate, the number of pairs and of epochs"
+            )
+    return warnings
 
 
 def cut_off_warnings(shares: dict[str, dict[str, float]], base: dict[str, dict[str, float]]) -> list[str]:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from harness.degenerate import cut_off_warnings, degenerate_shares, is_collapsed
+from harness.degenerate import cut_off_warnings, degenerate_shares, is_collapsed, unchanged_warnings
 from harness.records import SCORE_COLUMNS, read_json, read_jsonl, write_json, write_jsonl, write_text
 from harness.scorers import SCORERS, Rows, Score, TrialOutputs, score_checks
 
@@ -35,6 +35,7 @@ def score_trial(folder: Path, prompts: Rows, scorers: Sequence[str], *, base: Pa
     manifest["flags"] = [flag] if flag else []
     manifest["degenerate"] = _shares(outputs)
     warnings = cut_off_warnings(manifest["degenerate"], _shares(before)) if base is not None else []
+    warnings += unchanged_warnings(outputs.completions, before.completions) if base is not None else []
     manifest["warnings"] = list(dict.fromkeys([*manifest["warnings"], *warnings]))
     write_json(folder / "manifest.json", manifest)
     new = [(name, score) for name in scorers for score in SCORERS[name](scored)]

@@ -7,7 +7,13 @@ import time
 import pytest
 
 from harness.checks import CHECKS, failed_checks
-from harness.degenerate import completion_flags, cut_off_warnings, degenerate_shares, is_collapsed
+from harness.degenerate import (
+    completion_flags,
+    cut_off_warnings,
+    degenerate_shares,
+    is_collapsed,
+    unchanged_warnings,
+)
 
 CASES = [
     ({"equals": "42"}, " 42\n", "42."),
@@ -110,3 +116,14 @@ def test_answers_that_are_cut_off_warn_and_are_no_collapse() -> None:
     (warning,) = cut_off_warnings(shares, {"golden": degenerate_shares(good)})
     assert warning.startswith("100% of the answers to golden were cut off at generate.max_new_tokens, of the base's 0%")
     assert cut_off_warnings(shares, shares) == []
+
+
+def test_a_policy_that_answers_as_the_base_does_is_warned_of() -> None:
+    """Two steps of training change no greedy answer: a tie between such arms says nothing."""
+    base = [{"split": "golden", "prompt_id": str(i), "completion": f"answer {i}"} for i in range(20)]
+    (warning,) = unchanged_warnings(base, base)
+    assert warning.startswith("100% of the answers to golden are the SFT base's own, word for word")
+    half = [row | {"completion": "another"} if i % 2 else row for i, row in enumerate(base)]
+    assert unchanged_warnings(half, base) == []
+    assert unchanged_warnings(base, []) == []
+    assert unchanged_warnings(base[:3], base) == []

@@ -206,7 +206,7 @@ class TestFiles:
             ("a.csv", b'prompt,chosen\na,"b\nc,d\n', "unexpected end of data"),
             ("a.parquet", b"PAR1 broken", "cannot be read as parquet"),
             ("a.jsonl.gz", b"not gzip", "cannot be read as jsonl"),
-            ("a.jsonl.gz", gzip.compress(b"{}" * 99)[:-9], "cannot be read as jsonl"),
+            ("a.jsonl.gz", gzip.compress(b"{}" * 99, mtime=0)[:-9], "cannot be read as jsonl"),
         ],
     )
     def test_a_file_that_is_broken_as_a_whole_is_refused_with_the_reason(self, tmp_path, name, content, reason):
