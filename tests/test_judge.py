@@ -241,8 +241,10 @@ class TestFaults:
     def test_a_wrong_key_or_model_is_the_users_to_mend(self, status, tmp_path, monkeypatch):
         monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret")
         refused = (status, {}, {"error": {"message": "the key sk-very-secret is wrong"}})
+        many = [Comparison("q", f"answer {i}", "other") for i in range(50)]
         with judge_server(lambda request: refused) as server, pytest.raises(UsageError) as caught:
-            ask(server, [PAIR], tmp_path)
+            ask(server, many, tmp_path, concurrency=2)
+        assert len(server.requests) <= 6
         assert "score.judge.model=fake: the endpoint" in str(caught.value)
         assert "sk-very-secret" not in str(caught.value)
 
@@ -260,6 +262,18 @@ class TestStructuredOutput:
             ask(server, [PAIR], tmp_path)
             assert len(server.requests) == 3
         assert judgement.score == 1.0
+
+    def test_a_prompt_that_is_refused_for_another_reason_leaves_the_others_as_they_are(self, tmp_path):
+        def reply(request: dict[str, Any]) -> Any:
+            if "blue" in str(request):
+                return 400, {}, {"error": {"message": "maximum context length exceeded"}}
+            return prefers(longer)(request)
+
+        with judge_server(reply) as server:
+            (lost, found), _ = ask(server, [PAIR, Comparison("q", "fine answer", "bad")], tmp_path, concurrency=1)
+        assert "maximum context length" in lost.reason
+        assert found.score == 1.0
+        assert all("response_format" in request for request in server.requests)
 
     def test_a_schema_that_must_be_kept_is_not_left_out(self, tmp_path):
         refused = (400, {}, {"error": {"message": "unknown field response_format"}})

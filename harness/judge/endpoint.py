@@ -89,7 +89,9 @@ class Endpoint:
         usage = (0, 0)
         try:
             text, usage = self._send(messages)
-        except UsageError:
+        except UsageError as error:  # what one is refused for, all are: nobody else is asked
+            with self._lock:
+                self._failures, self._last_failure = _FAILURES_IN_A_ROW, one_line(error, 160)
             raise
         except Exception as error:  # whatever the client or the network raises, the other requests go on
             return Reply(None, self._failed(error))
@@ -128,7 +130,8 @@ class Endpoint:
             if "max_completion_tokens" in message and limit_key == "max_tokens":
                 self._limit_key = "max_completion_tokens"
                 return True
-            if schema is not None and self.config.structured is Structured.auto:
+            is_about_schema = any(word in message for word in ("response_format", "schema", "structured"))
+            if schema is not None and self.config.structured is Structured.auto and is_about_schema:
                 self._schema = None
                 return True
             return schema is not self._schema or limit_key != self._limit_key  # another thread has adapted
