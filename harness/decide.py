@@ -23,6 +23,7 @@ from harness.rule import verdict
 from harness.scores_file import read_scores
 from harness.selection import edge_warnings, golden_problem
 from harness.stored import facts_warnings
+from harness.verdictlines import table_lines, verdict_line, warning_lines
 
 __all__ = ["decide_study", "verdict"]
 
@@ -148,7 +149,7 @@ def _guard_option(text: str) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command: JSON on stdout; exit status 2 with a message on stderr where the scores cannot be used."""
+    """Run the command: JSON on stdout, a table on stderr; exit status 2 with a message where scores cannot be used."""
     parser = argparse.ArgumentParser(
         prog="python -m harness.decide",
         description="Print the verdict on a study, or on any scores file, as JSON.",
@@ -173,6 +174,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"harness.decide: {error}", file=sys.stderr)
         return 2
     print(json.dumps(result, indent=2))
+    sys.stdout.flush()
+    # For people, and out of the way of whoever reads the JSON.
+    print("\n".join([*table_lines(result), *warning_lines(result), verdict_line(result)]), file=sys.stderr)
     return 0
 
 

@@ -17,6 +17,7 @@ from harness.annotations import annotation_scores
 from harness.outputs import alpaca_eval_rows, arena_hard_rows, dumps
 from harness.records import UsageError, read_json, read_jsonl, write_text
 from harness.score import trial_folders
+from harness.spreadsheet import to_csv
 
 _RUN = re.compile(r"([a-z_]+)(?::(\d+))?=(.+)")
 
@@ -86,7 +87,7 @@ def _export(options: argparse.Namespace) -> str:
 def _annotations(options: argparse.Namespace) -> str:
     runs = {place: Path(path) for place, path in _runs(options.runs).items()}
     scores = annotation_scores(runs)
-    write_text(options.out, scores.to_csv(index=False))
+    write_text(options.out, to_csv(scores))
     arms = ",".join(dict.fromkeys(arm for arm, _ in runs))
     return f"{options.out}\nNow: python -m harness.decide {options.out} --metric win_rate --arms {arms}"
 

@@ -177,6 +177,9 @@ def _decided(study: Path) -> tuple[dict[str, Any] | None, str]:
 
 def _mirror(base: RunConfig, study: Path, verdict: dict[str, Any]) -> None:
     """Log the study itself: the verdict as a summary, the figures and the report as pages."""
+    from harness.sidebyside import answers_table
+    from harness.study import read_study as read_all
+
     with track(
         base.tracking,
         folder=study,
@@ -187,6 +190,7 @@ def _mirror(base: RunConfig, study: Path, verdict: dict[str, Any]) -> None:
         config=read_study(study / "study.yaml"),
     ) as tracker:
         tracker.summarise({f"verdict/{key}": value for key, value in verdict.items()})
+        tracker.table("side_by_side", *answers_table(read_all(study)))
         for figure in sorted((study / "figures").glob("*.svg")):
             tracker.page(f"figures/{figure.stem}", figure)
         tracker.page("report", study / "report.html")

@@ -171,9 +171,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         epilog="Example: python -m harness.report results/my-study",
     )
     parser.add_argument("study", type=Path, help="a folder under results/ that harness.sweep wrote, finished or not")
+    parser.add_argument(
+        "--publish",
+        action="store_true",
+        help="upload the runs to W&B, with a workspace and a report (needs an account)",
+    )
     arguments = parser.parse_args(argv)
     try:
         print(render_report(arguments.study))
+        return _publish(arguments.study) if arguments.publish else 0
     except UsageError as error:
         print(f"harness.report: {error}", file=sys.stderr)
         return 2
@@ -182,6 +188,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"harness.report: cannot write the report: {error}; free the disk or the folder, and run again",
             file=sys.stderr,
         )
+        return 1
+
+
+def _publish(study: Path) -> int:
+    from harness.publish import NotPublishedError, publish_study
+
+    try:
+        for name, url in publish_study(read_study(study)).items():
+            print(f"{name}: {url}")
+    except NotPublishedError as error:
+        print(f"harness.report: not published: {error}", file=sys.stderr)
         return 1
     return 0
 

@@ -131,9 +131,11 @@ def collect_scores(study: Path) -> Path:
     """
     import pandas as pd
 
+    from harness.spreadsheet import to_csv
+
     rows = [row for folder in trial_folders(study) for row in _rows(folder / "scores.jsonl")]
     path = study / "scores.csv"
-    write_text(path, pd.DataFrame(rows, columns=list(SCORE_COLUMNS)).to_csv(index=False))
+    write_text(path, to_csv(pd.DataFrame(rows, columns=list(SCORE_COLUMNS))))
     return path
 
 

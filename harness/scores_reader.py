@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pandas as pd
 
+from harness.spreadsheet import original
+
 
 def read_csv(path: Path) -> pd.DataFrame:
     """Read a CSV with a header; every field is text, and an empty one is an empty text.
@@ -27,7 +29,7 @@ def read_csv(path: Path) -> pd.DataFrame:
                         f"line {lines.line_num} has {len(row)} fields, the header {len(rows[0])}: "
                         "the file was cut off, or a field with a comma is not quoted; write it again"
                     )
-                rows.append(row)
+                rows.append([original(field) for field in row])
         except csv.Error as error:
             raise ValueError(f"line {lines.line_num}: {error}; was the file cut off?") from error
     if not rows:

@@ -162,3 +162,16 @@ def _summary(study: Study, total: int, trained: Sequence[_Policy]) -> str:
         f"{text} At these seeds {title(first.arm)} scores higher on {ahead:,}, {title(second.arm)} on {behind:,}, and "
         f"they score the same on {len(both) - ahead - behind:,}."
     )
+
+
+def answers_table(study: Study) -> tuple[list[str], list[list[Any]]]:
+    """Return columns and rows of the answers side by side, a prompt in each row, for a table in another program."""
+    compared = side_by_side(study).comparisons
+    arms = list(dict.fromkeys(answer.arm for one in compared for answer in one.answers))
+    columns = ["prompt_id", "prompt", *arms, *(f"{arm} score" for arm in arms)]
+    rows = []
+    for one in compared:
+        found = {answer.arm: answer for answer in one.answers}
+        texts = [found[arm].text if arm in found else None for arm in arms]
+        rows.append([one.prompt_id, one.prompt, *texts, *(found[arm].value if arm in found else None for arm in arms)])
+    return columns, rows

@@ -16,6 +16,7 @@ import pandas as pd
 from harness.palette import BASE
 from harness.reader import Reader
 from harness.records import SCORE_COLUMNS, UsageError
+from harness.spreadsheet import original
 
 _MARKERS = ("study.yaml", "trials", "scores.csv", "verdict.json")
 _NUMERIC = ("seed", "score", "tokens", "chars")
@@ -239,6 +240,7 @@ def _read_scores(reader: Reader, folder: Path) -> pd.DataFrame:
         try:
             # Every column as text, so that an arm may be called "NA" and a prompt "007".
             frame = pd.read_csv(path, dtype=str, keep_default_na=False, encoding_errors="backslashreplace")
+            frame = frame.map(original)
             if missing := {"arm", "split", "scorer", "score"} - set(frame.columns):
                 frame = pd.DataFrame()
                 raise ValueError(f"it lacks the columns {', '.join(sorted(missing))}")

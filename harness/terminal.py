@@ -5,14 +5,15 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from tqdm import tqdm
 
 from harness.folders import is_complete
 from harness.protocol import StudyResult
 from harness.schema import RunConfig
-from harness.wording import confidence
+from harness.trial import Outcome
+from harness.untrusted import visible
+from harness.verdictlines import table_lines, verdict_line, warning_lines
 
 POLL_SECONDS = 1.0
 
@@ -43,13 +44,11 @@ def print_result(result: StudyResult) -> int:
     failed = [outcome for outcome in result.outcomes if outcome.status == "failed"]
     verdict = result.verdict
     if verdict:
-        print_table(verdict)
-        for warning in verdict["warnings"]:
-            print(f"warning: {warning}")
+        print("\n".join(["", *table_lines(verdict), *warning_lines(verdict)]))
     for outcome in failed:
-        print(f"failed: {outcome.arm} {outcome.config} seed {outcome.seed} ({outcome.trial_id}): {outcome.message}")
+        print(f"failed: {_name(outcome)}: {visible(outcome.message)}")
     for problem in result.problems:
-        print(f"scorer failed: {problem}")
+        print(f"scorer failed: {visible(problem)}")
     if failed:
         print(
             f"{len(failed)} of {len(result.outcomes)} trials failed; the rest is kept: the same command runs them again"
@@ -57,7 +56,7 @@ def print_result(result: StudyResult) -> int:
     stages = ", ".join(f"{stage} {count}" for stage, count in result.stages.items() if count)
     print(f"trials run now: {result.launched}, complete before: {len(result.outcomes) - result.launched} ({stages})")
     if verdict:
-        print(f"\nverdict: {verdict['verdict']} ({verdict['level']} level). {verdict['reason']}")
+        print(f"\n{verdict_line(verdict)}")
     else:
         print(f"\nno verdict: {result.undecided}")
     if result.report:
@@ -65,22 +64,5 @@ def print_result(result: StudyResult) -> int:
     return 1 if failed or result.problems or (result.is_comparison and not verdict) else 0
 
 
-def print_table(verdict: dict[str, Any]) -> None:
-    """Print the means of base and arms, and their difference with its interval."""
-    base = _base_mean(verdict)
-    print(f"\n{verdict['metric']} on golden ({verdict['n_prompts']} prompts)")
-    if base is not None:
-        print(f"  {'SFT base':24}{100 * base:6.1f}")
-    for arm, mean in verdict["means"].items():
-        runs = [100 * value for value in verdict["run_means"][arm].values()]
-        spread = f"  seeds {min(runs):.1f} to {max(runs):.1f}" if len(runs) > 1 else ""
-        print(f"  {arm:24}{100 * mean:6.1f}{spread}")
-    low, high = verdict["ci95"]
-    level = confidence(verdict["alpha"])
-    points = f"{100 * verdict['difference']:+.1f} points, {level} interval {100 * low:+.1f} to {100 * high:+.1f}"
-    print(f"  {' - '.join(verdict['arms']):24}{points}, margin {100 * verdict['margin']:.1f}")
-
-
-def _base_mean(verdict: dict[str, Any]) -> float | None:
-    value = verdict.get("base_mean")
-    return float(value) if value is not None else None
+def _name(outcome: Outcome) -> str:
+    return f"{outcome.arm} {outcome.config} seed {outcome.seed} ({outcome.trial_id})"

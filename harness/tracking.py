@@ -13,9 +13,12 @@ from typing import Any, Protocol
 
 from harness.records import digest
 from harness.schema import TrackingConfig
+from harness.triallog import say
 
 INIT_TIMEOUT_SECONDS = 20  # an unreachable server blocks wandb.init for 90 s by default
 MAX_TABLE_ROWS = 1000
+STEP = "train/global_step"  # transformers' name: runs of stock TRL scripts share the axis
+SPLIT_PREFIX = {"dev": "eval", "golden": "golden"}
 
 
 class Tracker(Protocol):
@@ -63,8 +66,16 @@ class WandbTracker:
             yield
         except Exception as error:  # W&B's errors have no common base, and none of them is worth a trial
             if not self.failed:
-                _say(f"W&B: {type(error).__name__}: {error}; this run is not tracked further, its files are complete")
+                say(f"W&B: {type(error).__name__}: {error}; this run is not tracked further, its files are complete")
             self.failed = True
+
+    def define_metrics(self) -> None:
+        """Plot everything over optimiser steps, and keep the lowest training loss beside the last."""
+        with self._guard():
+            self._run.define_metric(STEP, hidden=True)
+            for prefix in ("train", *SPLIT_PREFIX.values()):
+                self._run.define_metric(f"{prefix}/*", step_metric=STEP)
+            self._run.define_metric("train/loss", step_metric=STEP, summary="min,last")
 
     def log(self, metrics: dict[str, Any]) -> None:
         """Log one row of metrics."""
@@ -121,6 +132,7 @@ def track(
         yield NoTracker()
         return
     tracker = WandbTracker(run)
+    tracker.define_metrics()
     exit_code = 1
     try:
         yield tracker
@@ -156,12 +168,6 @@ def _start(tracking: TrackingConfig, folder: Path, **run: Any) -> Any:
                 **run,
             )
         except Exception as error:
-            _say(f"W&B {mode}: {type(error).__name__}: {error}")
-    _say("W&B could not be started; the trial goes on untracked")
+            say(f"W&B {mode}: {type(error).__name__}: {error}")
+    say("W&B could not be started; the trial goes on untracked")
     return None
-
-
-def _say(message: str) -> None:
-    from tqdm import tqdm
-
-    tqdm.write(message)

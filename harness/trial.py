@@ -42,7 +42,8 @@ from harness.schema import Engine, Reference, RunConfig, Tuning
 from harness.score import score_trial
 from harness.scorers import SCORERS
 from harness.stages import resume_stages
-from harness.tracking import Tracker, track
+from harness.tracking import SPLIT_PREFIX, STEP, Tracker, track
+from harness.triallog import LOG, trial_log
 from harness.validate import find_warnings
 from harness.worker import borrowed_base, borrowed_policy
 
@@ -75,7 +76,8 @@ def run_trial(config: RunConfig, splits: tuple[str, ...] = SPLITS) -> Outcome:
         trial = _Trial(config, folder, about)
         try:
             refuse_golden(config, splits)
-            trial.run(splits)
+            with trial_log(folder, about["trial_id"]):
+                trial.run(splits)
         except Exception as error:
             failure = about | {"stage": trial.stage, "error": type(error).__name__, "message": str(error)}
             failure |= {"traceback": traceback.format_exc(), "created": _now()}
@@ -175,7 +177,7 @@ class _Trial:
         def on_step(step: int, logs: dict[str, Any]) -> None:
             steps.append({"step": step, **logs})
             note_step(self.folder, step, num_steps(config, len(rows)), logs.get("loss"))
-            tracker.log({"train/step": step} | {f"train/{key}": value for key, value in logs.items()})
+            tracker.log({STEP: step} | {f"train/{key}": value for key, value in logs.items()})
 
         facts: dict[str, Any] = {
             "batch_plan_sha256": plan.sha256,
@@ -268,8 +270,10 @@ class _Trial:
         scores: dict[str, list[float]] = {}
         for row in rows:
             if row["score"] is not None:
-                scores.setdefault(f"{row['split']}/{row['scorer']}", []).append(row["score"])
-        tracker.summarise({name: fmean(values) for name, values in scores.items()} | {"status": status})
+                scores.setdefault(f"{SPLIT_PREFIX[row['split']]}/{row['scorer']}", []).append(row["score"])
+        steps = num_steps(self.config, self.manifest["pairs"]["train"]) if "train" in self.manifest["done"] else 0
+        tracker.log({STEP: steps} | {name: fmean(values) for name, values in scores.items()})
+        tracker.summarise({"status": status})
         path = self.folder / "completions.jsonl"
         answers = list(read_jsonl(path)) if path.is_file() else []
         columns = ("split", "prompt_id", "prompt", "completion", "tokens", "ended")
@@ -278,6 +282,7 @@ class _Trial:
     @contextlib.contextmanager
     def _stage(self, name: str) -> Iterator[None]:
         self.stage = name
+        LOG.info("%s", name)
         with self.meter.stage(name):
             yield
         self._save()

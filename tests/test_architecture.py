@@ -16,7 +16,8 @@ HOMES = {
     "trl": {"trainers.py", "engine.py", "head.py", "embedded/build.py", "bench/stock.py"},
     "hydra": {"config.py", "overrides.py", "sweep.py", "sweeper.py"},
     "optuna": {"search.py"},
-    "wandb": {"tracking.py"},
+    "wandb": {"tracking.py", "publish.py"},
+    "wandb_workspaces": {"publish.py"},
     "matplotlib": {"figures.py", "forest.py", "gridplots.py", "promptplots.py"},
 }
 TORCH_FREE = [

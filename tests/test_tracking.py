@@ -111,7 +111,7 @@ def test_an_error_of_wandb_is_said_once_and_goes_no_further(capsys) -> None:
     tracker.log({"x": 1})
     tracker.log({"x": 2})
     assert tracker.failed
-    assert capsys.readouterr().out.count("no server") == 1
+    assert capsys.readouterr().err.count("no server") == 1
 
 
 @pytest.mark.slow
