@@ -116,7 +116,7 @@ def _shorter(study: Study) -> Claim:
     found = compare(first, second)
     low, high = found.interval(0.95)
     figure = (
-        f"{found.difference:+.2f} tokens an answer, 95% {low:+.2f} to {high:+.2f} "
+        f"{_signed(found.difference)} tokens an answer, 95% {_signed(low)} to {_signed(high)} "
         f"({first.mean():.1f} against {second.mean():.1f})"
     )
     if max(abs(low), abs(high)) <= _ALIKE * second.mean():
@@ -126,6 +126,11 @@ def _shorter(study: Study) -> Claim:
         return Claim(claim, FAILS, figure)
     is_open = high >= 0 or verdict not in ("tie", PAIR[0])
     return Claim(claim, UNDECIDED if is_open else HOLDS, figure)
+
+
+def _signed(value: float) -> str:
+    text = f"{value:+.2f}"
+    return text.replace("-", "−") if float(text) else "0.00"
 
 
 def _lengths(study: Study, arm: str) -> np.ndarray | None:

@@ -16,7 +16,7 @@ from harness.degenerate import degenerate_shares
 from harness.palette import BASE, Look, title
 from harness.study import COMPLETE, Config, Study, mapping
 from harness.untrusted import html, markdown, one_line
-from harness.wording import DEFINITIONS, MISSING, PREFERENCE, SCORERS, number, percent, plural, points
+from harness.wording import DEFINITIONS, MISSING, number, percent, points
 
 _CELL_LIMIT = 400
 
@@ -112,37 +112,12 @@ def run_means(study: Study, config: Config, scorer: str, split: str) -> pd.Serie
     return mine.groupby("seed")["score"].mean().dropna()
 
 
-def score_table(study: Study) -> Table | None:
-    """Every scorer's mean on the shown split, with the standard deviation over seeds; the deciding one first."""
-    names = [n for n in study.confirmed["scorer"].unique() if not n.startswith(PREFERENCE) or n == study.metric]
-    names.sort(key=lambda name: name != study.metric)
-    rows = {}
-    for scorer in names:
-        decides = " (decides)" if scorer == study.metric else ""
-        rows[SCORERS.get(scorer, scorer) + decides] = _means(study, scorer, study.split)
-    if not rows:
-        return None
-    seeds = {study.label(c): len(run_means(study, c, study.metric, study.split)) for c in study.with_base}
-    rows["Seeds"] = {label: str(count) for label, count in seeds.items()}
-    rows |= _unscored(study)
-    return build(
-        f"Scores on the {study.split} set: mean over prompts and seeds, higher is better",
-        "Scorer",
-        rows,
-        columns(study, study.with_base),
-        "± is the standard deviation of the run means over seeds, in points; with one seed there is none.",
-        ""
-        if study.base
-        else "No SFT base is stored in this study, so there is nothing to compare with before training.",
-    )
-
-
 def preference_table(study: Study) -> Table | None:
     """Held-out preference accuracy by both definitions, before training (the base) and after."""
     rows = {}
     for split in ("golden", "dev"):
         for scorer, definition in DEFINITIONS.items():
-            cells = _means(study, scorer, split)
+            cells = mean_cells(study, scorer, split)
             if cells and (set(cells) != {BASE} or not study.configs):  # seeds that decide may not have answered dev
                 rows[f"{definition}, {split} pairs"] = cells
     if not rows:
@@ -245,7 +220,8 @@ def trial_table(study: Study) -> Table | None:
     return build(f"All trials: {done} of {len(study.trials)} complete", "Trial", rows, {}) if rows else None
 
 
-def _means(study: Study, scorer: str, split: str) -> dict[str, str]:
+def mean_cells(study: Study, scorer: str, split: str) -> dict[str, str]:
+    """Return `{column header: mean, with the standard deviation over seeds}`."""
     cells = {}
     for config in study.with_base:
         means = run_means(study, config, scorer, split)
@@ -253,16 +229,3 @@ def _means(study: Study, scorer: str, split: str) -> dict[str, str]:
             spread = f" ±\u00a0{points(means.std(ddof=1), signed=False)}" if len(means) > 1 else ""
             cells[study.label(config)] = percent(means.mean()) + spread
     return cells
-
-
-def _unscored(study: Study) -> dict[str, dict[str, str]]:
-    """Count prompts without a score, by reason, where there are any."""
-    rows = study.confirmed
-    empty = rows[rows["score"].isna() & (rows["scorer"] == study.metric)]
-    cells = {}
-    for config in study.with_base if len(empty) else ():
-        mine = empty[(empty["arm"] == config.arm) & ((empty["config"] == config.label) | (config.arm == BASE))]
-        reasons = mine["unscored_reason"].value_counts().items()
-        text = "; ".join(f"{plural(count, 'prompt')}: {reason or 'no reason given'}" for reason, count in reasons)
-        cells[study.label(config)] = text or "0"
-    return {"Unscored (not counted as 0)": cells} if cells else {}

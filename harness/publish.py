@@ -15,10 +15,11 @@ from typing import Any
 
 import yaml
 
-from harness import frames, wording
+from harness import wording
 from harness.palette import BASE, looks
 from harness.reader import Reader
 from harness.records import UsageError, write_json
+from harness.scoretable import score_table
 from harness.study import Study, mapping
 from harness.tracking import SPLIT_PREFIX, STEP
 from harness.untrusted import one_line
@@ -175,7 +176,7 @@ def build_report(study: Study, entity: str, project: str) -> Any:
     arms = [
         _runset(study, entity, project, arm, look.title) for arm, look in looks(study.arms).items() if arm in study.arms
     ]
-    scores = frames.score_table(study)
+    scores = score_table(study)
     blocks: list[Any] = [
         wr.H1(text=_plain(wording.headline(study))),
         wr.P(text=_plain(wording.reason(study))),

@@ -28,6 +28,7 @@ from harness.judgetable import judge_table
 from harness.palette import BASE, THEME, Look, looks, title
 from harness.promptplots import draw_length_scores, draw_prompts, moved_table
 from harness.records import UsageError, write_text
+from harness.scoretable import score_table
 from harness.secondopinion import disagreement
 from harness.sensitivity import sensitivity_table
 from harness.sidebyside import SideBySide, side_by_side
@@ -114,7 +115,7 @@ def _verdict(study: Study, identity: Mapping[str, Any]) -> dict[str, Any]:
 
 def _tables(study: Study) -> dict[str, Table | None]:
     return {
-        "scores": frames.score_table(study),
+        "scores": score_table(study),
         "ingredients": ingredient_table(study),
         "claims": claims_table(study),
         "family": family_table(study),

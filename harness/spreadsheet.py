@@ -6,6 +6,7 @@ Injection"); a text that begins with an apostrophe gets one too where it could b
 
 from __future__ import annotations
 
+import csv
 import re
 from typing import Any
 
@@ -17,7 +18,10 @@ _ESCAPED = re.compile(r"'+[=+\-@\t\r]")
 
 def to_csv(frame: pd.DataFrame) -> str:
     """Return the frame as CSV; numbers stay numbers, text is harmless."""
-    return frame.map(_escaped).to_csv(index=False)
+    safe = frame.map(_escaped)
+    # Python's writer leaves a lone carriage return unquoted, and its reader ends the line there.
+    lone = safe.map(lambda value: isinstance(value, str) and "\r" in value).any(axis=None)
+    return safe.to_csv(index=False, quoting=csv.QUOTE_NONNUMERIC if lone else csv.QUOTE_MINIMAL)
 
 
 def _escaped(value: Any) -> Any:

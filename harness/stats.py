@@ -112,7 +112,7 @@ def contrast(arms: Sequence[np.ndarray], weights: Sequence[float], clusters: np.
 
     Args:
         arms: arrays of shape (num_seeds, num_prompts), the prompts in the same order.
-        weights: one for each arm; they sum to zero.
+        weights: one for each arm; they sum to zero for a difference, and a single 1 gives an arm's own mean.
         clusters: as in `compare`.
 
     Raises:

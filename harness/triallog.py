@@ -73,6 +73,7 @@ def trial_log(folder: Path, trial_id: str) -> Iterator[None]:
         stack.callback(logging.captureWarnings, False)
         stack.enter_context(contextlib.redirect_stdout(log))
         stack.enter_context(contextlib.redirect_stderr(log))
+        LOG.disabled = False  # Hydra's set-up disables the loggers that exist
         LOG.info("trial %s", trial_id)
         yield
 

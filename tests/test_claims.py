@@ -121,7 +121,7 @@ def test_lengths_that_differ_by_a_hair_do_not_matter(folder: Path) -> None:
         write_jsonl(path, rows)
     found = claim(folder, "answers shorter")
     assert found.status == "does not hold"
-    assert found.figure.startswith("-1.00 tokens an answer")
+    assert found.figure.startswith("−1.00 tokens an answer")
     assert "no difference that matters" in found.figure
 
 
