@@ -67,15 +67,32 @@ def trial_log(folder: Path, trial_id: str) -> Iterator[None]:
         stack.callback(_terminal.pop)
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("default")
-        for name in ("", *_LIBRARIES):
+        for name in ("", "py.warnings", *_LIBRARIES):
             stack.enter_context(_only(handler, logging.getLogger(name)))
-        logging.captureWarnings(True)
-        stack.callback(logging.captureWarnings, False)
+        warnings.showwarning = _log_warning  # catch_warnings puts the old one back
         stack.enter_context(contextlib.redirect_stdout(log))
         stack.enter_context(contextlib.redirect_stderr(log))
-        LOG.disabled = False  # Hydra's set-up disables the loggers that exist
+        _enable()
         LOG.info("trial %s", trial_id)
         yield
+
+
+def _log_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    logging.getLogger("py.warnings").warning("%s:%s: %s: %s", filename, lineno, category.__name__, message)
+
+
+def _enable() -> None:
+    """Let the loggers speak that exist: Hydra's set-up of logging disables them."""
+    for name, logger in logging.root.manager.loggerDict.items():
+        if isinstance(logger, logging.Logger) and name.split(".")[0] in (*_LIBRARIES, "harness", "py"):
+            logger.disabled = False
 
 
 @contextlib.contextmanager

@@ -14,8 +14,11 @@ from harness.sweep import run_single
 from harness.triallog import say, trial_log
 
 
-def test_what_libraries_say_is_in_the_log_and_not_on_the_terminal(tmp_path: Path, capsys) -> None:
+@pytest.mark.parametrize("disabled", [False, True], ids=["as_they_are", "disabled_by_hydra"])
+def test_what_libraries_say_is_in_the_log_and_not_on_the_terminal(tmp_path: Path, capsys, disabled: bool) -> None:
     library = logging.getLogger("transformers.trainer")
+    library.disabled = disabled
+    logging.captureWarnings(disabled)
     with trial_log(tmp_path, "abc"):
         print("printed by a library")
         print("a progress bar", file=sys.stderr)
@@ -26,6 +29,7 @@ def test_what_libraries_say_is_in_the_log_and_not_on_the_terminal(tmp_path: Path
     for said in ("trial abc", "printed by", "a progress bar", "deprecated since 1.0", "Num examples = 640", "beware"):
         assert said in log
     assert capsys.readouterr() == ("", "")
+    logging.captureWarnings(False)
 
 
 def test_afterwards_everything_speaks_to_the_terminal_again(tmp_path: Path, capsys) -> None:
