@@ -16,6 +16,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from harness.arms import ARMS
+from harness.devices import workers_here
 from harness.records import UsageError, digest
 from harness.schema import RunConfig, TrackingConfig
 
@@ -40,6 +41,7 @@ def register_schemas() -> None:
     store.store(group="tracking", name="schema", node=TrackingConfig)
     for name, arm in ARMS.items():
         store.store(group="method", name=f"schema_{name}", node=arm.config)
+    OmegaConf.register_new_resolver("harness_workers", workers_here, replace=True)
     for path in sorted(SWEEPS.glob("*.yaml")):
         node = cast(DictConfig, OmegaConf.load(path))
         store.store(group="sweep", name=path.stem, node=node, package="_global_", provider="sweeps/")

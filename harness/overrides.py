@@ -7,6 +7,7 @@ key of another arm, and exit with status 1.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import typing
 from collections.abc import Iterator
 from typing import Any
@@ -19,10 +20,18 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from harness.config import CONF
 from harness.keys import TRAINED, close_match, find_declared, shown, unknown_key, value_problem
 from harness.records import UsageError
 from harness.search import interval_problem, is_interval
 
+# What each shipped preset needs: the package, and our extra that installs it.
+LAUNCHERS = {
+    "joblib": ("hydra_plugins.hydra_joblib_launcher", "launchers"),
+    "submitit_local": ("hydra_plugins.hydra_submitit_launcher", "launchers"),
+    "submitit_slurm": ("hydra_plugins.hydra_submitit_launcher", "launchers"),
+    "ray": ("ray", "ray"),
+}
 AXES = "method, arms.ARM.KEY, method.KEY and seed"
 
 
@@ -185,10 +194,19 @@ def _hydra_problem(override: Override) -> str | None:
     if key == "hydra" or any(key == name or key.startswith(f"{name}.") for name in own):
         return "the sweeper plans paired trials and cannot be changed; hydra/launcher=NAME and hydra.launcher.KEY can"
     if key == "hydra/launcher":
-        Plugins.instance()  # finds the launchers that are installed
-        known = sorted(name.removesuffix(".yaml") for name in ConfigStore.instance().list("hydra/launcher"))
-        if values_of(override)[0] not in known:
-            return f"no such launcher; installed: {', '.join(known)}; a package such as hydra-joblib-launcher adds one"
+        return _launcher_problem(str(values_of(override)[0]))
+    return None
+
+
+def _launcher_problem(name: str) -> str | None:
+    Plugins.instance()  # finds the launchers that are installed
+    found = {known.removesuffix(".yaml") for known in ConfigStore.instance().list("hydra/launcher")}
+    shipped = {path.stem for path in (CONF / "hydra" / "launcher").glob("*.yaml")}
+    if name not in found | shipped:
+        return f"no such launcher; known: {', '.join(sorted(found | shipped))}; a Hydra plugin adds others"
+    module, extra = LAUNCHERS.get(name, ("", ""))
+    if module and importlib.util.find_spec(module) is None:
+        return f"not installed; pip install 'dpo-simpo-harness[{extra}]'"
     return None
 
 

@@ -129,7 +129,7 @@ class _Runs:
         new = dict(zip(map(_key, missing), self._launch(missing), strict=True)) if missing else {}
         self.launched |= set(new)
         before = len(self.ended)
-        self.ended |= {_key(trial): new.get(_key(trial)) or _finished(trial) for trial in trials}
+        self.ended |= {_key(trial): new.get(_key(trial)) or finished(trial) for trial in trials}
         self.stages[stage] = self.stages.get(stage, 0) + len(self.ended) - before
         if stage in ("tune", "confirm"):
             self._score(["dev"] if stage == "tune" else ["golden"])
@@ -155,7 +155,7 @@ class _Runs:
         return "; ".join(blocking(self.problems, needed))
 
 
-def _finished(trial: RunConfig) -> Outcome:
+def finished(trial: RunConfig) -> Outcome:
     """Read how a complete trial ended."""
     facts = read_json(trial_dir(trial) / "manifest.json")
     message = facts.get("divergence", "")

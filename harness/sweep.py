@@ -13,28 +13,31 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from harness.config import CONF, compose_run, register_schemas, resolve
 from harness.design import Design
+from harness.devices import take_place
 from harness.expand import hydra_arguments
 from harness.folders import refuse_golden
 from harness.overrides import check_overrides, check_single, explain
+from harness.plugins import register_plugins
 from harness.protocol import StudyResult
 from harness.records import UsageError
-from harness.sweeper import PairedSweeper, folder_name, register_design, register_sweeper
+from harness.sweeper import PairedSweeper, folder_name, register_design
 from harness.terminal import print_result
 from harness.trial import run_trial
 from harness.validate import find_warnings
 
 # What Hydra answers by itself: help, the composed config, shell completion.
 _HYDRA_FLAGS = ("--help", "-h", "--hydra-help", "--cfg", "-c", "--info", "-i", "--shell-completion", "-sc", "--version")
-_ALIAS = "hydra_plugins.harness_sweeper"  # Hydra accepts plugin classes under hydra_plugins.* only
 
 
 def run_job(composed: DictConfig) -> dict[str, Any]:
     """Run one trial as a Hydra job, in whatever process the launcher chose."""
     prepare_process()
+    take_place(str(HydraConfig.get().launcher.get("_target_", "")).rpartition(".")[2])
     config = resolve(composed)
     return asdict(run_trial(config, tuple(config.evaluate)))
 
@@ -47,7 +50,7 @@ def run_sweep(arguments: Sequence[str]) -> list[StudyResult]:
     """
     prepare_process()
     register_schemas()
-    register_sweeper()
+    register_plugins()
     PairedSweeper.typed = tuple(arguments)
     asks_hydra = any(argument.split("=")[0] in _HYDRA_FLAGS for argument in arguments)
     if not asks_hydra:

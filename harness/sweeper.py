@@ -6,44 +6,38 @@ launcher is configured (`hydra/launcher=...`).
 
 from __future__ import annotations
 
-import importlib
 import re
-import sys
-import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from hydra.core.config_store import ConfigStore
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn
 from hydra.plugins.sweeper import Sweeper
 from omegaconf import DictConfig
 
-from harness.config import resolve
+from harness.config import config_label, resolve
 from harness.design import Design
+from harness.devices import workers_here
 from harness.expand import Request, check_study, expand
+from harness.folders import is_complete
+from harness.inputs import identify
 from harness.multilora import answer_trials
 from harness.overrides import explain
 from harness.planning import print_plan
-from harness.protocol import StudyResult, run_study
+from harness.protocol import StudyResult, finished, run_study
 from harness.records import UnreachableError, UsageError
 from harness.registration import register, study_name
 from harness.schema import FamilyConfig, Reference, RunConfig
 from harness.search import Params, configs_of, is_interval, overrides_of
 from harness.terminal import show_progress
 from harness.trial import Outcome
+from harness.untrusted import one_line
 from harness.validate import find_warnings
 
-_ALIAS = "hydra_plugins.harness_sweeper"  # Hydra accepts plugin classes under hydra_plugins.* only
-
-
-@dataclass
-class SweeperConfig:
-    """Selects the sweeper in Hydra's config."""
-
-    _target_: str = f"{_ALIAS}.PairedSweeper"
+_WAITING = 4  # processes that wait for each core or GPU
+_RELAUNCHES = 2
 
 
 class PairedSweeper(Sweeper):
@@ -171,8 +165,39 @@ class PairedSweeper(Sweeper):
                 added |= {"cost_name": trial.cost_name, "train.reference": trial.train.reference.value}
             typed = [line for line in self.overrides[_key(trial)] if line.partition("=")[0] not in added]
             jobs.append([*typed, *(f"{key}={value}" for key, value in added.items())])
-        returns: Sequence[JobReturn] = self.launcher.launch(jobs, initial_job_idx=0)
-        return [_outcome(trial, job) for trial, job in zip(trials, returns, strict=True)]
+        return [
+            outcome
+            for part in self._parts(trials)
+            for outcome in self._survive([trials[n] for n in part], [jobs[n] for n in part])
+        ]
+
+    def _parts(self, trials: Sequence[RunConfig]) -> list[range]:
+        """Split the jobs for submitit's local launcher, which starts a process for every one of them at once."""
+        size = len(trials)
+        if type(self.launcher).__name__ == "LocalLauncher":
+            size = _WAITING * workers_here()
+        return [range(start, min(start + size, len(trials))) for start in range(0, len(trials), size)]
+
+    def _survive(self, trials: Sequence[RunConfig], jobs: Sequence[Sequence[str]]) -> list[Outcome]:
+        """Launch jobs; where the launcher gives up because a worker died, launch again those that are not complete.
+
+        A job that still runs holds its trial's lock: its second launch waits for it, and finds the trial complete.
+        """
+        problem = ""
+        for _ in range(1 + _RELAUNCHES):
+            left = [n for n, trial in enumerate(trials) if not is_complete(trial, tuple(trial.evaluate))]
+            try:
+                returns: Sequence[JobReturn] = self.launcher.launch([jobs[n] for n in left], initial_job_idx=0)
+            except UsageError:
+                raise
+            except Exception as error:  # each launcher has errors of its own for a worker that died
+                problem = f"{type(error).__name__}: {one_line(str(error), 300)}"
+                continue
+            ended = dict(zip(left, returns, strict=True))
+            return [_outcome(trial, ended[n]) if n in ended else finished(trial) for n, trial in enumerate(trials)]
+        return [
+            finished(trial) if is_complete(trial, tuple(trial.evaluate)) else _lost(trial, problem) for trial in trials
+        ]
 
 
 def _report_again(results: Sequence[StudyResult]) -> None:
@@ -217,6 +242,10 @@ def _check_looks(design: Design) -> None:
         )
 
 
+def _lost(trial: RunConfig, problem: str) -> Outcome:
+    return Outcome(identify(trial), trial.method.name, config_label(trial), trial.seed, "failed", f"worker: {problem}")
+
+
 def _outcome(trial: RunConfig, job: JobReturn) -> Outcome:
     """Read how a job ended; one that died before it could write failure.json counts as failed too."""
     try:
@@ -248,19 +277,3 @@ def register_design(design: Design, command: Sequence[str], warnings: Sequence[s
         raise UsageError(
             f"results_dir={results}: {error.filename} cannot be written ({error.strerror}); give a folder that can"
         ) from error
-
-
-def register_sweeper() -> None:
-    """Make the sweeper known to Hydra without an installed `hydra_plugins` package (see hydra issue 2359)."""
-    try:
-        parent = importlib.import_module("hydra_plugins")
-    except ImportError:
-        parent = sys.modules["hydra_plugins"] = types.ModuleType("hydra_plugins")
-        parent.__path__ = []
-    module = types.ModuleType(_ALIAS)
-    module.PairedSweeper = PairedSweeper  # type: ignore[attr-defined]
-    sys.modules[_ALIAS] = module
-    parent.harness_sweeper = module  # type: ignore[attr-defined]
-    PairedSweeper.__module__ = _ALIAS
-    Plugins.instance().register(PairedSweeper)
-    ConfigStore.instance().store(group="hydra/sweeper", name="paired", node=SweeperConfig, provider="harness")

@@ -1,0 +1,95 @@
+"""A Hydra launcher that runs each trial as a Ray task, on this machine or on a cluster that is there. Knows ray.
+
+Own code, since the published plugin (hydra-ray-launcher 1.2.2) asks for cloudpickle below 3 and joblib for 3 or above,
+and since there a worker that dies takes the whole sweep with it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.singleton import Singleton
+from hydra.core.utils import JobReturn, JobStatus, run_job, setup_globals
+from hydra.plugins.launcher import Launcher
+from omegaconf import DictConfig, open_dict
+
+from harness.records import UsageError
+
+
+class RayLauncher(Launcher):
+    """Run trials as Ray tasks.
+
+    Args:
+        address: of a cluster (`auto`, `ray://HOST:10001`); null starts Ray on this machine.
+        num_cpus, num_gpus: what a trial reserves; Ray hands its GPUs out by CUDA_VISIBLE_DEVICES.
+        max_retries: how often a trial whose worker died is started again; it goes on from its last checkpoint.
+        init: further arguments of `ray.init`.
+    """
+
+    def __init__(
+        self,
+        address: str | None,
+        num_cpus: float,
+        num_gpus: float,
+        max_retries: int,
+        init: dict[str, Any] | None = None,
+    ) -> None:
+        self.address, self.resources = address, {"num_cpus": num_cpus, "num_gpus": num_gpus}
+        self.max_retries, self.init = max_retries, dict(init or {})
+
+    def setup(self, *, hydra_context: Any, task_function: Any, config: DictConfig) -> None:
+        """Keep what a job needs."""
+        self.context, self.task, self.config = hydra_context, task_function, config
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        """Run the jobs; one that fails, or whose worker dies too often, is a failed job and stops no other."""
+        try:
+            import ray
+        except ImportError as error:
+            raise UsageError(
+                "hydra/launcher=ray needs Ray; install it: pip install 'dpo-simpo-harness[ray]'"
+            ) from error
+        if not ray.is_initialized():
+            quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
+            local = {"include_dashboard": False} if self.address is None else {}
+            os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+            os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+            ray.init(address=self.address, **{**quiet, **local, **self.init})
+        remote = ray.remote(_execute).options(**self.resources, max_retries=self.max_retries)
+        about = (self.context, self.config, self.task, Singleton.get_state())
+        shared = [ray.put(part) for part in about]
+        running = [
+            remote.remote(initial_job_idx + number, list(overrides), *shared)
+            for number, overrides in enumerate(job_overrides)
+        ]
+        return [_result(ray, job) for job in running]
+
+
+def _execute(number: int, overrides: list[str], context: Any, config: Any, task: Any, state: Any) -> JobReturn:
+    """Run one Hydra job in a Ray worker."""
+    setup_globals()
+    Singleton.set_state(state)
+    composed = context.config_loader.load_sweep_config(config, overrides)
+    with open_dict(composed):
+        composed.hydra.job.id, composed.hydra.job.num = f"{composed.hydra.job.name}_{number}", number
+    HydraConfig.instance().set_config(composed)
+    return run_job(
+        hydra_context=context,
+        config=composed,
+        task_function=task,
+        job_dir_key="hydra.sweep.dir",
+        job_subdir_key="hydra.sweep.subdir",
+    )
+
+
+def _result(ray: Any, job: Any) -> JobReturn:
+    try:
+        return ray.get(job)
+    except Exception as error:  # the worker died, or could not be started
+        failed = JobReturn(status=JobStatus.FAILED)
+        failed.return_value = error
+        return failed
