@@ -85,7 +85,8 @@ def _log_warning(
     file: TextIO | None = None,
     line: str | None = None,
 ) -> None:
-    logging.getLogger("py.warnings").warning("%s:%s: %s: %s", filename, lineno, category.__name__, message)
+    where = "/".join(Path(filename).parts[-2:])  # not where this machine keeps its packages
+    logging.getLogger("py.warnings").warning("%s:%s: %s: %s", where, lineno, category.__name__, message)
 
 
 def _enable() -> None:
