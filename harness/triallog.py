@@ -17,6 +17,7 @@ MAX_BYTES = 5_000_000  # a library that repeats itself must not fill the disk
 _FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 # These configure loggers of their own, which do not pass on to the root.
 _LIBRARIES = ("transformers", "trl", "accelerate", "peft", "datasets", "huggingface_hub", "deepspeed")
+_PACKAGE = str(Path(__file__).parent)  # shown as `harness`: a folder that is handed on says nothing of this machine
 _terminal: list[TextIO] = []
 
 
@@ -31,6 +32,7 @@ class _Log(io.TextIOBase):
         """Write, or pass on to the terminal what a library that kept this stream says after the trial."""
         if self._file is None:
             return sys.stderr.write(text) if sys.stderr is not self else len(text)
+        text = text.replace(_PACKAGE, "harness")
         with contextlib.suppress(OSError, ValueError):
             if 0 < self._left <= len(text):
                 self._file.write("\n(the log ends here: it has reached its limit)\n")
