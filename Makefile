@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 WORKERS ?= 2
 
-.PHONY: help install sweep test lint base clean
+.PHONY: help install sweep test faults lint base clean
 
 help:            ## show this
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -22,6 +22,10 @@ sweep: $(INSTALLED)            ## the main job on the embedded study: DPO agains
 
 test: lint            ## format, lint, types and all tests
 	$(BIN)/python -m pytest -q --numprocesses $(WORKERS) --dist loadfile
+
+KILLS ?= 200
+faults: $(INSTALLED)            ## kill, cut off, double and starve a small study, hundreds of times; every time it must end the same
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults --kills $(KILLS) --work $$(mktemp -d)/faults
 
 lint: $(INSTALLED)            ## format, lint and types
 	$(BIN)/ruff format --check .

@@ -5,12 +5,14 @@ Adding seeds, configs or arms after a look and deciding once more finds a winner
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from harness.records import UsageError, digest, read_jsonl, write_jsonl
+from harness.records import UsageError, digest, read_jsonl
+from harness.twins import write_twice
 
 FILE = "ledger.jsonl"
 
@@ -40,7 +42,7 @@ def enter_look(
     looks = _looks(study)
     if not any(look["sha256"] == digest(runs) for look in looks):
         looks.append(runs | {"sha256": digest(runs), "looked_at": datetime.now(UTC).isoformat(timespec="seconds")})
-        write_jsonl(study / FILE, looks)
+        write_twice(study / FILE, "".join(json.dumps(look, ensure_ascii=False) + "\n" for look in looks))
     planned = registered.get("looks") or []
     surplus = [look for look in looks if {len(found) for found in look["seeds"].values()} - set(planned)]
     if len(surplus) + (len(surplus) < len(looks)) < 2:

@@ -188,6 +188,18 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def locked_if_free(folder: Path) -> Iterator[bool]:
+    """Lock a folder that is there, where nobody works on it; yield whether it is locked."""
+    with (folder / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file so that it is complete or absent, whatever happens meanwhile."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -15,9 +15,11 @@ from harness.config import NOT_IN_RESULT, plain
 from harness.design import Design
 from harness.ifeval import unchecked
 from harness.inputs import default_metric, prompt_rows, scorers_of, splits_of, tokens_of
-from harness.records import EvalPrompt, UsageError, digest, locked, read_json, write_jsonl, write_text
+from harness.records import EvalPrompt, UsageError, digest, locked, read_json, write_jsonl
 from harness.schema import RunConfig
 from harness.scoring import registered_settings
+from harness.triallog import say
+from harness.twins import put_back, write_twice
 from harness.unscored import MAX_UNSCORED
 
 _HASH = "sha256"
@@ -67,6 +69,8 @@ def register(design: Design, command: Sequence[str], *, warnings: Sequence[str])
     folder = Path(config.results_dir) / study_name(config)
     fixed = fixed_parts(config)
     path = folder / "study.yaml"
+    for name in put_back(folder):
+        say(f"{folder / name} was cut off and is put back from its twin")
     if not path.is_file():
         check_answerable(design, fixed)
         tokens_of(config)  # what is wrong with tokenizer, template or lengths shows here, and not in the first trial
@@ -102,7 +106,7 @@ def write_study(path: Path, study: dict[str, Any]) -> None:
     """Write study.yaml with the hash of its contents, so that a change by hand shows."""
     parts = {key: value for key, value in study.items() if key != _HASH}
     text = yaml.safe_dump(parts | {_HASH: digest(parts)}, sort_keys=False, allow_unicode=True)
-    write_text(path, text)
+    write_twice(path, text)
 
 
 def _study(

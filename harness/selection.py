@@ -5,13 +5,15 @@ Input: dev scores of the tuning seeds -> output: `selection.json`, which is not 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from harness.records import UsageError, read_json, write_json
+from harness.records import UsageError, read_json
 from harness.registration import read_study
+from harness.twins import write_twice
 
 FILE = "selection.json"
 
@@ -85,15 +87,13 @@ def select(
             "dev_means": {config: sum(by.values()) / len(by) for config, by in tried.items() if by},
             "seeds": {config: len(by) for config, by in tried.items()},
         }
-    write_json(
-        study / FILE,
-        {
-            "metric": registered["metric"],
-            "tuning_seeds": list(seeds),
-            "arms": arms,
-            "selected_at": datetime.now(UTC).isoformat(timespec="seconds"),
-        },
-    )
+    found = {
+        "metric": registered["metric"],
+        "tuning_seeds": list(seeds),
+        "arms": arms,
+        "selected_at": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    write_twice(study / FILE, json.dumps(found, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
     return {arm: found["selected"] for arm, found in arms.items()}
 
 

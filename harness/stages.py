@@ -25,10 +25,15 @@ def done_stages(folder: Path, manifest: dict[str, Any]) -> set[str]:
 def resume_stages(folder: Path, manifest: dict[str, Any]) -> list[str]:
     """Return the stages that need not run again, and delete files that were cut off, so that no stage reads them."""
     done = done_stages(folder, manifest)
-    for name in ("completions.jsonl", "pairs.jsonl", "scores.jsonl"):
-        if not _is_whole(folder / name):
-            (folder / name).unlink(missing_ok=True)
+    drop_cut_off(folder)
     return sorted(done)
+
+
+def drop_cut_off(folder: Path) -> None:
+    """Delete a trial's files of rows that were cut off: no stage may read half of one, and each is made again."""
+    for path in folder.glob("*.jsonl"):
+        if not _is_whole(path):
+            path.unlink(missing_ok=True)
 
 
 def _is_whole(path: Path) -> bool:

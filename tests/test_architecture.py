@@ -14,7 +14,8 @@ FILES = {str(path.relative_to(PACKAGE)): path for path in sorted(PACKAGE.rglob("
 
 HOMES = {
     "trl": {"trainers.py", "engine.py", "head.py", "embedded/build.py", "bench/stock.py"},
-    "hydra": {"config.py", "overrides.py", "sweep.py", "sweeper.py"},
+    "hydra": {"config.py", "overrides.py", "plugins.py", "raylauncher.py", "sweep.py", "sweeper.py"},
+    "ray": {"raylauncher.py"},
     "optuna": {"search.py"},
     "wandb": {"tracking.py", "publish.py"},
     "wandb_workspaces": {"publish.py"},

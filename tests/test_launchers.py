@@ -1,0 +1,137 @@
+"""Launchers: the same study through each of them gives the same scores, and a worker that dies is launched again."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from harness import devices
+from harness.config import compose_run
+from harness.overrides import check_overrides
+from harness.records import UsageError
+from harness.sweeper import PairedSweeper
+from tests.conftest import SMALL
+
+ROOT = Path(__file__).resolve().parents[1]
+STUDY = [
+    *SMALL,
+    "+method=simpo,dpo",
+    "study=s",
+    "arms.dpo.beta=0.05,0.1",
+    "arms.simpo.beta=2,3",
+    "tuning_seeds=[7]",
+    "seed=1,2",
+]
+
+
+def sweep(results: Path, *more: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "harness.sweep", *STUDY, f"results_dir={results}", *more]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=600)
+
+
+@pytest.fixture(scope="module")
+def in_one_process(tmp_path_factory) -> str:
+    results = tmp_path_factory.mktemp("basic") / "results"
+    assert sweep(results).returncode == 0
+    return (results / "s" / "scores.csv").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["joblib", "submitit_local", "ray"])
+def test_tuning_selection_and_confirmation_give_the_same_scores_through(
+    launcher: str, in_one_process: str, tmp_path: Path
+) -> None:
+    done = sweep(tmp_path / "results", f"hydra/launcher={launcher}")
+    assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-3000:]
+    assert (tmp_path / "results" / "s" / "scores.csv").read_text() == in_one_process
+
+
+def test_a_launcher_that_is_not_known_or_not_installed_is_refused_with_what_to_do(monkeypatch) -> None:
+    with pytest.raises(UsageError, match=r"no such launcher; known: .*joblib.*ray.*submitit_slurm"):
+        check_overrides(["+method=simpo,dpo", "hydra/launcher=slurm"])
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UsageError, match=r"pip install 'dpo-simpo-harness\[ray\]'"):
+        check_overrides(["+method=simpo,dpo", "hydra/launcher=ray"])
+
+
+# Workers that die
+
+
+class Dies:
+    """A launcher whose worker dies the first `times`, as loky's and submitit's do: with an exception for the sweep."""
+
+    def __init__(self, times: int) -> None:
+        self.left, self.launched = times, 0
+
+    def launch(self, jobs, initial_job_idx):
+        self.launched += 1
+        if self.left:
+            self.left -= 1
+            raise RuntimeError("A worker process managed by the executor was unexpectedly terminated")
+        outcome = {"trial_id": "t", "arm": "dpo", "config": "c", "seed": 0, "status": "complete"}
+        return [SimpleNamespace(return_value=outcome) for _ in jobs]
+
+
+def outcomes(launcher: Dies, tmp_path: Path) -> list:
+    trial = compose_run([*SMALL, f"results_dir={tmp_path}", "+method=dpo", "seed=0"])
+    sweeper = PairedSweeper()
+    sweeper.launcher = launcher
+    return sweeper._survive([replace(trial, study="s")], [["+method=dpo"]])
+
+
+def test_what_a_dead_worker_left_is_launched_again(tmp_path: Path) -> None:
+    launcher = Dies(1)
+    assert [found.status for found in outcomes(launcher, tmp_path)] == ["complete"]
+    assert launcher.launched == 2
+
+
+def test_a_trial_whose_workers_die_again_and_again_has_failed_by_name(tmp_path: Path) -> None:
+    found = outcomes(Dies(100), tmp_path)[0]
+    assert found.status == "failed"
+    assert "worker: RuntimeError: A worker process managed by the executor was unexpectedly terminated" in found.message
+
+
+# Places: GPUs and cores of one machine
+
+
+def test_workers_are_as_many_as_visible_gpus_or_else_cores(monkeypatch) -> None:
+    devices.gpus.cache_clear()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5,7")
+    assert devices.workers_here() == 3
+    devices.gpus.cache_clear()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert devices.workers_here() == len(os.sched_getaffinity(0))
+    devices.gpus.cache_clear()
+
+
+TAKE = "from harness.devices import take_place; import os, time; print(take_place('LocalLauncher'), os.environ['CUDA_VISIBLE_DEVICES'], flush=True); time.sleep(60)"
+
+
+def worker(tmp_path: Path) -> subprocess.Popen:
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "2,5", "TMPDIR": str(tmp_path)}
+    return subprocess.Popen([sys.executable, "-c", TAKE], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+
+
+def test_each_worker_has_a_gpu_of_its_own_and_a_killed_one_gives_it_back(tmp_path: Path) -> None:
+    first, second = worker(tmp_path), worker(tmp_path)
+    waiting = None
+    try:
+        taken = {first.stdout.readline().strip(), second.stdout.readline().strip()}
+        assert taken == {"2 2", "5 5"}
+        waiting = worker(tmp_path)
+        with pytest.raises(subprocess.TimeoutExpired):
+            waiting.wait(3)
+        first.send_signal(signal.SIGKILL)
+        assert waiting.stdout.readline().strip() in taken
+    finally:
+        for process in filter(None, (first, second, waiting)):
+            process.kill()
+            process.wait()
+            process.stdout.close()
