@@ -83,7 +83,7 @@ REFUSED = {
     "another config": ([*BOTH, "--config-dir=x"], ["--config-dir=x", "unknown option"]),
     "a launcher that is not installed": (
         [*BOTH, "hydra/launcher=nope"],
-        ["hydra/launcher=nope", "known: basic", "hydra-joblib-launcher"],
+        ["hydra/launcher=nope", "known: basic", "joblib"],
     ),
     "a study name too long for a folder": ([*BOTH, f"study={'a' * 300}"], ["study=aaa", "at most 200"]),
     "data that are not there": (
