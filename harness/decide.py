@@ -37,6 +37,23 @@ def decide_study(study: Path) -> dict[str, Any]:
     Raises:
         UsageError: where the folder holds no scored study.
     """
+    result, registered, seeds = decision(study)
+    result["warnings"] += [
+        *enter_look(study, registered, result["arms"], seeds),
+        *_plan_warnings(registered, result, seeds),
+        *registered.get("warnings", []),
+        *facts_warnings(study),
+    ]
+    write_json(study / "verdict.json", result)
+    return result
+
+
+def decision(study: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, list[int]]]:
+    """Return what the rule says of a study's scores, its registration, and the seeds that decide; write nothing.
+
+    Raises:
+        UsageError: where the folder holds no scored study.
+    """
     path = study / "study.yaml"
     if not path.is_file() or not (study / "scores.csv").is_file():
         raise UsageError(
@@ -62,17 +79,10 @@ def decide_study(study: Path) -> dict[str, Any]:
     identity = data_identity(study)
     if identity["status"] == "not proved":
         result["warnings"].append(f"identical data is NOT proved: {'; '.join(identity['reasons'])}")
-    result["warnings"] += [
-        *enter_look(study, registered, arms, seeds),
-        *_plan_warnings(registered, result, seeds),
-        *registered.get("warnings", []),
-        *facts_warnings(study),
-    ]
     base = scores[(scores["arm"] == "sft") & (scores["split"] == "golden") & (scores["scorer"] == registered["metric"])]
     if len(base):
         result["base_mean"] = float(base["score"].mean())
-    write_json(study / "verdict.json", result)
-    return result
+    return result, registered, seeds
 
 
 def _refuse_unselected(study: Path, scores: pd.DataFrame, arms: Sequence[str]) -> None:

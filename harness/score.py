@@ -42,6 +42,16 @@ def score_trial(folder: Path, prompts: Rows, scorers: Sequence[str], *, base: Pa
     return _replace(folder, manifest, scorers, new, prompts)
 
 
+def scores_again(folder: Path, prompts: Rows, base: Path) -> dict[tuple[str, str, str], float | None]:
+    """Return what the stored answers score now, `{(split, prompt_id, scorer): score}`; write nothing."""
+    manifest = read_json(folder / "manifest.json")
+    flag = next(iter(manifest["flags"]), "")
+    outputs = outputs_of(folder, prompts)
+    scored = _of_splits(outputs_of(base, prompts), manifest["done"]) if flag == "diverged" else outputs
+    found = [(name, score) for name, scorer in SCORERS.items() for score in scorer(scored)]
+    return {(s.split, s.prompt_id, name): 0.0 if flag and s.score is not None else s.score for name, s in found}
+
+
 def replace_scores(folder: Path, name: str, scores: Sequence[Score], prompts: Rows, splits: Sequence[str]) -> Rows:
     """Write one scorer's scores of a run into its scores.jsonl, in place of its earlier ones of these splits."""
     manifest = read_json(folder / "manifest.json")

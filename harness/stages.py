@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from harness.fingerprints import WEIGHTS, changed_sizes
+
 _FILES = {"dev": ("completions.jsonl", "pairs.jsonl"), "golden": ("completions.jsonl", "pairs.jsonl")}
 
 
@@ -12,10 +14,12 @@ def done_stages(folder: Path, manifest: dict[str, Any]) -> set[str]:
     """Return the stages that need not run again; a file that was deleted or cut off takes its stage with it."""
     done = set(manifest.get("done", []))
     trained = any((folder / name).is_dir() for name in ("adapter", "model"))
-    if "train" in done and not trained and manifest.get("status") != "diverged":
+    changed = changed_sizes(folder, manifest.get("files", {}))
+    lost = not trained or any(name.partition("/")[0] in WEIGHTS for name in changed)
+    if "train" in done and lost and manifest.get("status") != "diverged":
         return set()
     for split, names in _FILES.items() if manifest.get("status") != "diverged" else ():
-        if split in done and not all(_is_whole(folder / name) for name in names):
+        if split in done and not all(_is_whole(folder / name) and name not in changed for name in names):
             done -= {split, "score"}
     if not _is_whole(folder / "scores.jsonl"):
         done.discard("score")
@@ -25,6 +29,8 @@ def done_stages(folder: Path, manifest: dict[str, Any]) -> set[str]:
 def resume_stages(folder: Path, manifest: dict[str, Any]) -> list[str]:
     """Return the stages that need not run again, and delete files that were cut off, so that no stage reads them."""
     done = done_stages(folder, manifest)
+    for name in changed_sizes(folder, manifest.get("files", {})) & {"completions.jsonl", "pairs.jsonl"}:
+        (folder / name).unlink(missing_ok=True)
     drop_cut_off(folder)
     return sorted(done)
 

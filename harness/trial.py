@@ -22,6 +22,7 @@ from harness.arms import ARMS
 from harness.checkpoint import contents_sha256, set_threads
 from harness.config import config_label, plain
 from harness.degenerate import completion_flags
+from harness.fingerprints import fingerprints
 from harness.folders import SPLITS, is_complete, read_manifest, refuse_golden, study_dir, trial_dir
 from harness.heldout import heldout_rows
 from harness.inputs import Tokens, identify, num_steps, plan_of, prompt_rows, splits_of, tokens_of
@@ -199,7 +200,7 @@ class _Trial:
                     facts |= result.facts | {"tokens": {"train": trained_tokens(rows, plan)}}
                 write_jsonl(self.folder / "train.jsonl", steps)
                 end_log(self.folder)
-        self._save(**facts, done=[*self.manifest["done"], "train"])
+        self._save(**facts, done=[*self.manifest["done"], "train"], files=self._files())
         shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
 
     def _reference(self, tokens: Tokens, base: Any) -> Any:
@@ -227,7 +228,7 @@ class _Trial:
                 self._answer(tokens, split)
             except DivergedError as error:
                 self._save(status="diverged", divergence=str(error))
-        self._save(done=[*self.manifest["done"], split])
+        self._save(done=[*self.manifest["done"], split], files=self._files())
 
     def _answer(self, tokens: Tokens, split: str) -> None:
         from harness.generate import generate_completions
@@ -286,6 +287,9 @@ class _Trial:
         with self.meter.stage(name):
             yield
         self._save()
+
+    def _files(self) -> dict[str, Any]:
+        return fingerprints(self.folder, self.manifest.get("files", {}))
 
     def _save(self, **facts: Any) -> None:
         self.manifest["seconds"] |= dict(self.meter.seconds)

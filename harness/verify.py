@@ -1,0 +1,181 @@
+"""What of a study can be trusted: files against their hashes, scores against answers, verdict against scores.
+
+Command: `python -m harness.verify results/STUDY`. Changes nothing. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from harness.decide import decision
+from harness.fingerprints import WEIGHTS
+from harness.identity import data_identity
+from harness.reader import Reader
+from harness.records import UsageError, file_sha256
+from harness.registration import read_study
+from harness.score import scores_again
+from harness.scores_reader import read_csv
+from harness.spreadsheet import original, to_csv
+from harness.wording import plural
+
+_TRIAL_FILES = {
+    "config.yaml", "manifest.json", "train.jsonl", "completions.jsonl", "pairs.jsonl", "scores.jsonl", "failure.json",
+    "preferences.jsonl", "benchmarks.jsonl", "live.jsonl", "log.txt", ".lock",
+}  # fmt: skip
+_TRIAL_FOLDERS = {*WEIGHTS, "checkpoints"}
+_FINISHED = ("complete", "diverged")
+
+
+def verify_study(study: Path) -> list[str]:
+    """Return what cannot be trusted, a sentence each; empty where everything is as the sweep left it.
+
+    Raises:
+        UsageError: the folder is not a study.
+    """
+    if not (study / "study.yaml").is_file():
+        raise UsageError(f"{study}: no study.yaml; give a folder that harness.sweep wrote")
+    try:
+        registered = read_study(study / "study.yaml")
+    except UsageError as error:
+        return [str(error)]
+    problems = []
+    folders = [path for path in [study / "base", *sorted((study / "trials").glob("*"))] if path.is_dir()]
+    for folder in folders:
+        problems += [f"{folder.relative_to(study)}: {problem}" for problem in _trial(study, folder, registered)]
+    problems += [f"identical data: {reason}" for reason in data_identity(study)["reasons"]]
+    return [*problems, *_scores(study, folders), *_verdict(study)]
+
+
+def _trial(study: Path, folder: Path, registered: Mapping[str, Any]) -> Iterator[str]:
+    reader = Reader(study)
+    manifest = reader.mapping(folder / "manifest.json")
+    yield from reader.problems
+    if not manifest:
+        yield "foreign or unfinished: it has no manifest; the sweep's command finishes it, if it is one of its trials"
+        return
+    if folder.name not in ("base", manifest.get("trial_id")):
+        yield f"the folder was renamed: its manifest is of trial {manifest.get('trial_id')}"
+    if manifest.get("base_sha256") != (base := registered.get("model", {}).get("base_sha256")):
+        found = manifest.get("base_sha256")
+        yield f"it started from another base ({_short(found)}) than the registered one ({_short(base)})"
+    if manifest.get("status") not in _FINISHED:
+        yield f"it is {manifest.get('status')}: run the sweep's command again"
+    yield from _files(folder, manifest)
+
+
+def _files(folder: Path, manifest: Mapping[str, Any]) -> Iterator[str]:
+    known = manifest.get("files", {})
+    if not known and manifest.get("status") in _FINISHED:
+        yield "no hashes are recorded (an older version wrote it): its files cannot be checked"
+    for name, file in known.items():
+        path = folder / name
+        if not path.is_file():
+            yield f"{name} is missing"
+        elif file_sha256(path) != file["sha256"]:
+            yield f"{name} was changed"
+    for path in sorted(folder.iterdir()):
+        allowed = _TRIAL_FOLDERS if path.is_dir() else _TRIAL_FILES
+        if path.name not in allowed:
+            yield f"{path.name} is foreign: no stage writes it"
+    weights = [path for name in WEIGHTS for path in (folder / name).rglob("*") if path.is_file()]
+    for path in weights if known else ():
+        if (name := path.relative_to(folder).as_posix()) not in known:
+            yield f"{name} is foreign: no stage writes it"
+
+
+def _scores(study: Path, folders: Sequence[Path]) -> Iterator[str]:
+    """Compare the scores of checks with what the answers give now, and scores.csv with the trials' scores."""
+    reader = Reader(study)
+    prompts = reader.rows(study / "prompts.jsonl")
+    stored: list[dict[str, Any]] = []
+    for folder in folders:
+        rows = reader.rows(folder / "scores.jsonl")
+        stored += rows
+        try:
+            again = scores_again(folder, prompts, study / "base")
+        except (OSError, ValueError, KeyError) as error:
+            yield f"{folder.relative_to(study)}: its answers cannot be scored again ({type(error).__name__}: {error})"
+            continue
+        now = {_key(row): row["score"] for row in rows}
+        stale = sum(now.get(key, "absent") != score for key, score in again.items())
+        if rows and stale:
+            yield f"{folder.relative_to(study)}: {stale} of {len(again)} scores are not those of its answers: stale"
+    yield from reader.problems
+    yield from _table(study, stored)
+
+
+def _table(study: Path, stored: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    path = study / "scores.csv"
+    if not path.is_file():
+        yield from ["scores.csv is missing"] if stored else []
+        return
+    try:
+        found = read_csv(path)
+    except ValueError as error:
+        yield f"scores.csv: {error}"
+        return
+    expected = pd.DataFrame(list(stored)).reindex(columns=found.columns)
+    lines = [[original(cell) for cell in line] for line in _cells(to_csv(expected))]
+    if lines != found.astype(str).to_numpy().tolist():
+        yield "scores.csv is not what the trials' scores.jsonl say: stale, or changed"
+
+
+def _cells(text: str) -> list[list[str]]:
+    return list(csv.reader(io.StringIO(text, newline="")))[1:]
+
+
+def _verdict(study: Path) -> Iterator[str]:
+    """Decide again in memory and compare."""
+    reader = Reader(study)
+    stored = reader.mapping(study / "verdict.json")
+    yield from reader.problems
+    if not stored:
+        return
+    try:
+        again = decision(study)[0]
+    except UsageError as error:
+        yield f"verdict.json: the scores cannot be decided on now: {error}"
+        return
+    for key in ("verdict", "difference", "ci95", "n_prompts", "n_seeds"):
+        if stored.get(key) != again.get(key):
+            yield f"verdict.json: {key} is {stored.get(key)}, and the scores give {again.get(key)}: stale, or changed"
+
+
+def _key(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    return row["split"], row["prompt_id"], row["scorer"]
+
+
+def _short(sha256: Any) -> str:
+    return str(sha256)[:12]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; exit status 1 where something cannot be trusted."""
+    parser = argparse.ArgumentParser(
+        prog="python -m harness.verify",
+        description="Say what of a study cannot be trusted: missing, changed, foreign files; stale scores and verdict.",
+        epilog="Example: python -m harness.verify results/my-study",
+    )
+    parser.add_argument("study", type=Path, help="a folder under results/ that harness.sweep wrote")
+    study = parser.parse_args(argv).study
+    try:
+        problems = verify_study(study)
+    except UsageError as error:
+        print(f"harness.verify: {error}", file=sys.stderr)
+        return 2
+    for problem in problems:
+        print(problem)
+    print(f"{study}: {plural(len(problems), 'problem') if problems else 'all as the sweep left it'}")
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,132 @@
+"""`harness.verify`: nothing to say of a study as the sweep left it, and every change to it named."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from harness.sweep import run_sweep
+from harness.verify import main, verify_study
+from tests.conftest import SMALL
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    results = tmp_path_factory.mktemp("verify") / "results"
+    grid = ["arms.dpo.beta=0.1,0.2", "arms.simpo.beta=2,3", "tuning_seeds=[7]", "seed=1,2"]
+    run_sweep([*SMALL, "+method=simpo,dpo", "study=s", f"results_dir={results}", *grid])
+    return results / "s"
+
+
+@pytest.fixture
+def study(whole: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(whole, tmp_path / "s")
+
+
+def trial(study: Path) -> Path:
+    """A trial that answered golden."""
+    return next(
+        path.parent for path in sorted(study.glob("trials/*/completions.jsonl")) if "golden" in path.read_text()
+    )
+
+
+def edit(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+
+
+def test_of_a_study_as_the_sweep_left_it_there_is_nothing_to_say(whole: Path, capsys) -> None:
+    before = {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()}
+    assert main([str(whole)]) == 0
+    assert "all as the sweep left it" in capsys.readouterr().out
+    assert {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()} == before
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(bytes(content))
+
+
+CHANGES = {
+    "weights": (lambda t: flip(t / "adapter" / "adapter_model.safetensors"), "adapter_model.safetensors was changed"),
+    "a_missing_log": (lambda t: (t / "train.jsonl").unlink(), "train.jsonl is missing"),
+    "a_foreign_file": (lambda t: (t / "notes.txt").write_text("x"), "notes.txt is foreign"),
+    "foreign_weights": (lambda t: (t / "adapter" / "x.bin").write_text("x"), "adapter/x.bin is foreign"),
+    "a_lost_manifest": (lambda t: (t / "manifest.json").unlink(), "foreign or unfinished: it has no manifest"),
+    "a_broken_manifest": (lambda t: (t / "manifest.json").write_text("{"), "manifest.json cannot be read"),
+    "another_base": (lambda t: edit(t / "manifest.json", '"base_sha256": "', '"base_sha256": "0'), "another base"),
+    "other_tokens": (
+        lambda t: edit(t / "manifest.json", '"consumed_tokens_sha256": "', '"consumed_tokens_sha256": "0'),
+        "identical data: ",
+    ),
+    "an_unfinished_trial": (
+        lambda t: edit(t / "manifest.json", '"status": "complete"', '"status": "running"'),
+        "it is running: run the sweep's command again",
+    ),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_was_done_to_a_trial_is_named(change: str, study: Path) -> None:
+    disturb, said = CHANGES[change]
+    folder = trial(study)
+    disturb(folder)
+    found = verify_study(study)
+    assert any(said in problem for problem in found), found
+    assert any(folder.name in problem or problem.startswith("identical data") for problem in found)
+
+
+def test_an_answer_that_was_changed_makes_its_score_stale(study: Path) -> None:
+    path = trial(study) / "completions.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    passed = {
+        row["prompt_id"]
+        for row in map(json.loads, (trial(study) / "scores.jsonl").read_text().splitlines())
+        if row["split"] == "golden" and row["scorer"] == "checks" and row["score"] == 1.0
+    }
+    next(row for row in rows if row["split"] == "golden" and row["prompt_id"] in passed)["completion"] = "no"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = " ".join(verify_study(study))
+    assert "completions.jsonl was changed" in found
+    assert "scores are not those of its answers: stale" in found
+
+
+def test_scores_that_were_changed_are_named_and_so_is_the_verdict_that_no_longer_follows(study: Path) -> None:
+    path = study / "scores.csv"
+    lines = path.read_text().splitlines()
+    wrong = (n for n, line in enumerate(lines) if line.startswith("simpo,") and ",checks,0.0," in line)
+    index = next(n for n in wrong if ",golden," in lines[n])
+    lines[index] = lines[index].replace(",checks,0.0,", ",checks,1.0,")
+    path.write_text("\n".join(lines) + "\n")
+    found = " ".join(verify_study(study))
+    assert "scores.csv is not what the trials' scores.jsonl say" in found
+    assert "verdict.json: difference is" in found
+
+
+def test_a_verdict_that_was_changed_is_named(study: Path) -> None:
+    path = study / "verdict.json"
+    stored = json.loads(path.read_text())
+    path.write_text(json.dumps(stored | {"verdict": "simpo"}))
+    assert any("verdict.json: verdict is simpo" in problem for problem in verify_study(study))
+
+
+def test_a_question_that_was_changed_is_named_and_nothing_else_is_believed(study: Path) -> None:
+    edit(study / "study.yaml", "margin: 0.05", "margin: 0.01")
+    found = verify_study(study)
+    assert len(found) == 1
+    assert "was changed after it was registered" in found[0]
+
+
+def test_the_command_exits_with_1_for_problems_and_with_2_for_no_study(study: Path, tmp_path: Path, capsys) -> None:
+    (trial(study) / "train.jsonl").unlink()
+    assert main([str(study)]) == 1
+    assert "1 problem" in capsys.readouterr().out
+    assert main([str(tmp_path / "nothing")]) == 2
+    assert "no study.yaml" in capsys.readouterr().err
