@@ -24,7 +24,7 @@ class MethodConfig:
 
     Attributes:
         learning_rate: peak learning rate; null takes `learning_rates[train.tuning]`.
-        learning_rates: the arm's published rate for each tuning, `lora` and `full`.
+        learning_rates: the arm's published rate for each tuning, `lora` (also for qlora) and `full`.
         learning_rate_factor: multiplies the rate; a grid over it fits models with rates of their own.
     """
 

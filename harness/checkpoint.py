@@ -146,18 +146,43 @@ def uses_bf16(config: RunConfig) -> bool:
 
 
 def load_base(config: RunConfig) -> Any:
-    """Load the base's weights: fp32 on a CPU; in bf16 where only an adapter is trained on top of it."""
+    """Load the base's weights: fp32 on a CPU; in bf16 where only an adapter is trained on top of it, or in 4 bits."""
     import torch
 
-    dtype = torch.bfloat16 if uses_bf16(config) and config.train.tuning is Tuning.lora else torch.float32
-    return load_model(checkpoint_dir(config.model), dtype)
+    tuning = config.train.tuning
+    dtype = torch.bfloat16 if uses_bf16(config) and tuning is not Tuning.full else torch.float32
+    return load_model(checkpoint_dir(config.model), dtype, quantise=tuning is Tuning.qlora)
 
 
-def load_model(folder: Path, dtype: Any) -> Any:
-    """Load a causal LM's weights, to the GPU where there is one."""
+def is_quantised(model: Any) -> bool:
+    """Return True where a model's weights are in 4 bits."""
+    return bool(getattr(model, "is_loaded_in_4bit", False))
+
+
+def load_model(folder: Path, dtype: Any, *, quantise: bool = False) -> Any:
+    """Load a causal LM's weights, to the GPU where there is one; in 4-bit NormalFloat where `quantise` says so."""
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # a bar for each of a hundred loads tells nothing
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False, use_safetensors=True)
+    safe = {"dtype": dtype, "trust_remote_code": False, "use_safetensors": True}
+    if quantise:
+        from transformers import BitsAndBytesConfig
+
+        # QLoRA's settings (arXiv 2305.14314, section 3): NF4, with its constants quantised once more.
+        four_bits = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+        place = {"device_map": {"": "cuda"}} if has_gpu() else {}
+        model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=four_bits, **place, **safe)
+        for module in model.modules():
+            # Some CPUs have a kernel that rounds to bf16 wherever no gradient is taken: the reference would be computed
+            # otherwise than the policy.
+            if getattr(module, "support_avx512bf16_for_cpu", False):
+                module.support_avx512bf16_for_cpu = False
+        return model
+    model = AutoModelForCausalLM.from_pretrained(folder, **safe)
     return model.to("cuda") if has_gpu() else model

@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from harness.arms import ARMS
 from harness.devices import workers_here
 from harness.records import UsageError, digest
-from harness.schema import RunConfig, TrackingConfig
+from harness.schema import AccelerateConfig, RunConfig, TrackingConfig
 
 
 def _shipped(folder: str, marker: str) -> Path:
@@ -39,6 +39,7 @@ def register_schemas() -> None:
     store = ConfigStore.instance()
     store.store(name="schema", node=RunConfig)
     store.store(group="tracking", name="schema", node=TrackingConfig)
+    store.store(group="accelerate", name="schema", node=AccelerateConfig)
     for name, arm in ARMS.items():
         store.store(group="method", name=f"schema_{name}", node=arm.config)
     OmegaConf.register_new_resolver("harness_workers", workers_here, replace=True)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import importlib.util
 import os
+import random
 import shutil
 import subprocess
 import tempfile
@@ -13,13 +15,33 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TextIO
 
+from harness.schema import AccelerateConfig
+
 _POLL_SECONDS = 0.5
 _held: list[TextIO] = []
 
 
-def workers_here() -> int:
-    """Return how many trials run beside each other on this machine: one a GPU, or one a core where there is none."""
-    return len(gpus()) or len(os.sched_getaffinity(0))
+def workers_here(processes: int = 1) -> int:
+    """Return how many trials of so many processes run beside each other on this machine.
+
+    A process takes a GPU, or a core where there is none.
+    """
+    return max(1, (len(gpus()) or len(os.sched_getaffinity(0))) // processes)
+
+
+def processes_problem(accelerate: AccelerateConfig) -> str:
+    """Say why a trial cannot be trained with these processes on this machine; empty where it can."""
+    kind, count = accelerate.distributed_type, accelerate.num_processes
+    if gpus() and count > len(gpus()):
+        return f"accelerate.num_processes={count}: this machine has {len(gpus())} GPUs; give at most as many"
+    if kind in ("FSDP", "DEEPSPEED") and not gpus():
+        return (
+            f"accelerate.distributed_type={kind}: needs GPUs, and there are none here (accelerate would silently "
+            "run DDP); use accelerate=ddp on CPUs"
+        )
+    if kind == "DEEPSPEED" and importlib.util.find_spec("deepspeed") is None:
+        return "accelerate.distributed_type=DEEPSPEED: DeepSpeed is not installed; pip install deepspeed"
+    return ""
 
 
 @lru_cache
@@ -39,42 +61,49 @@ def gpus() -> tuple[str, ...]:
     return ()
 
 
-def take_place(launcher: str) -> str | None:
-    """Take a GPU, or a core, where a launcher runs several trials on this machine; keep it until the process ends.
+def take_places(launcher: str, count: int = 1) -> list[str]:
+    """Take GPUs, or cores, for a trial where several may run on this machine; keep them until the process ends.
 
-    Must run before torch is imported. A place is a lock on a file, which the kernel frees however the process ends.
-    Slurm and Ray hand out places of their own; joblib bounds its workers and their threads itself, so that only GPUs
-    are left to hand out; submitit's local workers are all started at once, and wait here for their turn.
+    Must run before CUDA is initialised. A place is a lock on a file, which the kernel frees however the process ends.
+    Slurm and Ray hand out places of their own. On CPUs only submitit's local workers, all started at once, wait for
+    their turn: joblib bounds its workers and their threads itself.
 
     Args:
         launcher: name of the launcher's class.
+        count: how many a trial needs.
 
     Returns:
-        The name of the place; None where none is to be taken.
+        The names of the places; empty where none are to be taken.
     """
-    waits = launcher == "LocalLauncher"
-    if _held or not (waits or (launcher == "JoblibLauncher" and len(gpus()) > 1)):
-        return None
-    names = gpus() or tuple(f"core-{number}" for number in range(workers_here()))
-    place = _wait_for_one_of(names)
+    hands_out = launcher in ("SlurmLauncher", "RayLauncher")
+    if _held or hands_out or not (launcher == "LocalLauncher" or len(gpus()) > 1):
+        return []
+    names = gpus() or tuple(f"core-{number}" for number in range(len(os.sched_getaffinity(0))))
+    places = _wait_for(names, min(count, len(names)))
     if gpus():
-        os.environ["CUDA_VISIBLE_DEVICES"] = place
-    else:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(places)
+    elif count == 1:
         os.environ["OMP_NUM_THREADS"] = "1"
-    return place
+    return places
 
 
-def _wait_for_one_of(names: tuple[str, ...]) -> str:
+def _wait_for(names: tuple[str, ...], count: int) -> list[str]:
+    """Lock `count` of the places; while there are too few, none is kept, so that nobody waits for a half."""
     folder = Path(tempfile.gettempdir()) / f"harness-places-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     while True:
+        taken: dict[str, TextIO] = {}
         for name in names:
-            file = (folder / name.replace("/", "_")).open("w")
+            file: TextIO = (folder / name.replace("/", "_")).open("w")
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 file.close()
                 continue
-            _held.append(file)
-            return name
-        time.sleep(_POLL_SECONDS)
+            taken[name] = file
+            if len(taken) == count:
+                _held.extend(taken.values())
+                return list(taken)
+        for file in taken.values():
+            file.close()
+        time.sleep(_POLL_SECONDS * random.uniform(0.5, 1.5))  # two that wait for the same places must not keep step

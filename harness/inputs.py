@@ -12,6 +12,7 @@ from typing import Any
 from harness.checkpoint import checkpoint_dir, contents_sha256
 from harness.config import trial_id
 from harness.data import DataSpec, Splits, load_splits
+from harness.microbatch import micro_batch_size
 from harness.plan import BatchPlan, make_plan
 from harness.records import EvalPrompt, UsageError
 from harness.schema import EMBEDDED, RunConfig, Template
@@ -142,14 +143,13 @@ def tokens_of(config: RunConfig) -> Tokens:
 def plan_of(config: RunConfig, rows: Sequence[TokenPair]) -> BatchPlan:
     """Return the batch plan of a config over its training rows: the arm and its keys do not enter it."""
     train = config.train
-    assert train.epochs is not None, "the profile fills it, and the two below"
+    assert train.epochs is not None, "the profile fills it, and the batch size"
     assert train.batch_size is not None
-    assert train.micro_batch_size is not None
     return make_plan(
         len(rows),
         epochs=train.epochs,
         batch_size=train.batch_size,
-        micro_batch_size=train.micro_batch_size,
+        micro_batch_size=micro_batch_size(config),
         seed=config.seed,
         lengths=[row.length for row in rows] if train.group_lengths else (),
     )

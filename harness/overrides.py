@@ -165,7 +165,7 @@ def _plus_problem(override: Override) -> str | None:
     key, line = override.key_or_group, str(override.input_line)
     if key == "sweep" and not override.is_add():
         return f"write +{line}"
-    if key == "tracking" and override.type is not OverrideType.CHANGE:
+    if key in ("tracking", "accelerate") and override.type is not OverrideType.CHANGE:
         return f"write {line.lstrip('+')}"
     return None
 
@@ -217,7 +217,7 @@ def _problems(override: Override, arms: list[str]) -> Iterator[str]:
         yield from [f"{line}: {form}"] if form else []
         return
     values = values_of(override)
-    if key in ("method", "tracking", "sweep"):
+    if key in ("method", "tracking", "accelerate", "sweep"):
         yield from _group_problems(key, values)
         return
     if _is_axis(key):

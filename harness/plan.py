@@ -62,6 +62,46 @@ def make_plan(
     return BatchPlan(tuple(order), batch_size, micro_batch_size)
 
 
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one process computes at once.
+
+    Attributes:
+        rows: row numbers.
+        weight: factor on the mean loss of its rows, so that the mean over processes and micro-batches is the step's.
+            0 for a micro-batch that only keeps a process in step with the others.
+        is_even: False in a step whose micro-batches are not alike on all processes.
+    """
+
+    rows: tuple[int, ...]
+    weight: float = 1.0
+    is_even: bool = True
+
+
+def share_of(plan: BatchPlan, process: int, num_processes: int) -> list[MicroBatch]:
+    """Return the micro-batches of one process; all processes together compute the plan, step by step.
+
+    The micro-batches of a step go round the processes. A single process weighs each micro-batch of a step alike, 1/M;
+    with N processes of K micro-batches each the trainer weighs them by 1/(K N), which differs in a short last step.
+
+    Args:
+        plan: the plan.
+        process: number of the process, from 0.
+        num_processes: how many there are; they must divide the number of micro-batches in a full step.
+    """
+    share = []
+    for start in range(0, len(plan.order), plan.batch_size):
+        step = plan.order[start : start + plan.batch_size]
+        parts = [step[i : i + plan.micro_batch_size] for i in range(0, len(step), plan.micro_batch_size)]
+        rounds = -(-len(parts) // num_processes)
+        weight = rounds * num_processes / len(parts)
+        is_even = len(step) == plan.batch_size
+        for part in range(process, rounds * num_processes, num_processes):
+            own = parts[part] if part < len(parts) else parts[-1]
+            share.append(MicroBatch(own, weight if part < len(parts) else 0.0, is_even))
+    return share
+
+
 def trained_tokens(rows: Sequence[TokenPair], plan: BatchPlan) -> int:
     """Count the tokens that a trainer reads over a plan: the prompt stands before each answer."""
     return sum(2 * len(rows[i].prompt_ids) + len(rows[i].chosen_ids) + len(rows[i].rejected_ids) for i in plan.order)

@@ -39,7 +39,7 @@ def fill_from_profile(config: RunConfig) -> None:
     if config.generate.backend is None:
         config.generate.backend = "vllm" if vllm_problem(config) is None else "transformers"
     if config.method.learning_rate is None:
-        config.method.learning_rate = rates.get(config.train.tuning.value)
+        config.method.learning_rate = rates.get("full" if config.train.tuning is Tuning.full else "lora")
     if config.method.learning_rate is not None:
         config.method.learning_rate *= config.method.learning_rate_factor
         config.method.learning_rate_factor = 1.0  # it is in the rate now
@@ -47,6 +47,8 @@ def fill_from_profile(config: RunConfig) -> None:
 
 def vllm_problem(config: RunConfig) -> str | None:
     """Say why vLLM cannot answer for this config, or None where it can; imports neither vLLM nor torch."""
+    if config.train.tuning is Tuning.qlora:
+        return "vLLM would answer with the whole base, and train.tuning=qlora trains on one in 4 bits"
     if config.train.tuning is not Tuning.lora:
         return "vLLM loads all adapters of a study onto one base, and train.tuning=full makes no adapters"
     if config.model.path == EMBEDDED:

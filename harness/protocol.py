@@ -5,7 +5,7 @@ Knows nothing of Hydra: trials are launched through a function that the sweep pa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,9 @@ from typing import Any
 from harness.config import RunConfig, config_label
 from harness.costtrials import cost_trials
 from harness.design import Design
+from harness.failure import standing_failure
 from harness.folders import is_complete, study_dir, trial_dir
+from harness.inputs import identify
 from harness.records import UsageError, locked, locked_if_free, read_json
 from harness.registration import read_study
 from harness.score import collect_scores, trial_folders
@@ -72,7 +74,7 @@ def run_study(design: Design, launch: Launch) -> StudyResult:
     elif selected is None:
         undecided = (
             f"{runs.failed} of {runs.stages['tune']} tuning trials failed, so that no config is selected and golden is "
-            "not looked at; mend the cause (failure.json) and run the same command again"
+            "not looked at; mend the cause (failure.json) and run the same command with retry_failed=true"
         )
     else:
         for seeds in _looks(design):
@@ -136,9 +138,12 @@ class _Runs:
         """Launch the trials that are not complete, note how all of them ended, and return how many failed."""
         trials = list({_key(trial): trial for trial in trials}.values())
         missing = [trial for trial in trials if not is_complete(trial, tuple(trial.evaluate))]
+        stand = {} if self._design.base.retry_failed else dict(_standing(missing))
+        missing = [trial for trial in missing if _key(trial) not in stand]
         new = dict(zip(map(_key, missing), self._launch(missing), strict=True)) if missing else {}
         self.launched |= set(new)
         before = len(self.ended)
+        new |= stand
         self.ended |= {_key(trial): new.get(_key(trial)) or finished(trial) for trial in trials}
         self.stages[stage] = self.stages.get(stage, 0) + len(self.ended) - before
         if stage in ("tune", "confirm"):
@@ -163,6 +168,14 @@ class _Runs:
         registered = read_study(self._study / "study.yaml")
         needed = [registered["metric"], *(guard["metric"] for guard in registered.get("guards") or ())]
         return "; ".join(blocking(self.problems, needed))
+
+
+def _standing(trials: Sequence[RunConfig]) -> Iterator[tuple[tuple[str, str, int, str], Outcome]]:
+    """Yield how trials failed that are not run again unless that is asked for."""
+    for trial in trials:
+        if why := standing_failure(trial_dir(trial)):
+            ended = Outcome(identify(trial), trial.method.name, config_label(trial), trial.seed, "failed", why)
+            yield _key(trial), ended
 
 
 def finished(trial: RunConfig) -> Outcome:

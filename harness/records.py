@@ -45,6 +45,10 @@ class DivergedError(RuntimeError):
     """A policy whose loss, gradient norm or log-probabilities are not finite numbers: it has no usable weights."""
 
 
+class WorkerDiedError(RuntimeError):
+    """A process that worked on a trial ended without a result: killed, or out of the machine's memory."""
+
+
 class Message(TypedDict):
     """One turn of a conversation."""
 

@@ -20,6 +20,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from harness.checkpoint import is_quantised
 from harness.logps import pair_logps, why_padded
 from harness.records import digest
 from harness.tokens import TokenisedPairs, TokenPair, canonical_bytes
@@ -55,7 +56,8 @@ def reference_logps(
         StaleReferenceError: where a cached value is not what the base gives.
     """
     kernel = base.config._attn_implementation if why_padded(base, pairs.rows, pad_id) else "packed"
-    name = digest([base_sha256, str(base.dtype), kernel, base.device.type, torch.__version__])
+    about = [base_sha256, str(base.dtype), kernel, base.device.type, torch.__version__]
+    name = digest([*about, "nf4"] if is_quantised(base) else about)
     folder = cache / name[:32]
     known = _read(folder)
     keys = [[_key(row.prompt_ids, answer) for answer in (row.chosen_ids, row.rejected_ids)] for row in pairs.rows]

@@ -25,9 +25,10 @@ class Engine(Enum):
 
 
 class Tuning(Enum):
-    """Which weights are trained: a LoRA adapter or all."""
+    """Which weights are trained: a LoRA adapter, one on a base in 4 bits (QLoRA), or all."""
 
     lora = "lora"
+    qlora = "qlora"
     full = "full"
 
 
@@ -204,6 +205,24 @@ class TrackingConfig:
 
 
 @dataclass
+class AccelerateConfig:
+    """Several processes that train one trial together, on one machine, by `accelerate launch`; `conf/accelerate/`.
+
+    The batch plan and what comes out stay the same (up to rounding), so that none of it is part of a trial's id.
+
+    Attributes:
+        num_processes: of a trial; with GPUs one each. 1 trains in the trial's own process.
+        distributed_type: MULTI_GPU is DDP; it runs on CPUs, too, over gloo.
+        fsdp_config, deepspeed_config: as in accelerate's own config file.
+    """
+
+    num_processes: int = bounded(1, at_least=1, at_most=64)
+    distributed_type: str = bounded("NO", choices=("NO", "MULTI_GPU", "FSDP", "DEEPSPEED"))
+    fsdp_config: dict[str, Any] = field(default_factory=dict)
+    deepspeed_config: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
 class RunConfig:
     """One trial, or, with `arms` and `seeds`, the study that it belongs to.
 
@@ -221,6 +240,7 @@ class RunConfig:
         plan: print the trials and stop.
         measure_costs: train DPO also with each other way to its reference, to compare what they cost.
         allow_unequal_budgets: let one arm have more configs to select from than another; the verdict then warns.
+        retry_failed: run trials again that failed before by an error of their own; the others run again anyway.
         cost_name: set by the sweep for a trial that is run for its cost alone: its folder under `costs/`.
         evaluate: the splits that a trial answers; the sweep leaves `golden` out until a config is selected, and both
             where vLLM answers for all trials at once.
@@ -234,6 +254,7 @@ class RunConfig:
     score: ScoreConfig = field(default_factory=ScoreConfig)
     decide: DecideConfig = field(default_factory=DecideConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    accelerate: AccelerateConfig = field(default_factory=AccelerateConfig)
     seed: int = bounded(0, at_least=0, at_most=MAX_SEED)
     seeds: list[int] | None = field(default=None, metadata={"at_least": 0, "at_most": MAX_SEED, "distinct": True})
     tuning_seeds: list[int] | None = field(
@@ -247,6 +268,7 @@ class RunConfig:
     question: str = "Which of the two should be shipped?"
     plan: bool = False
     measure_costs: bool = False
+    retry_failed: bool = False
     cost_name: str | None = None
     allow_unequal_budgets: bool = False
     evaluate: list[str] = field(

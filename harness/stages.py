@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.fingerprints import WEIGHTS, changed_sizes
+from harness.microbatch import settled
 
 _FILES = {"dev": ("completions.jsonl", "pairs.jsonl"), "golden": ("completions.jsonl", "pairs.jsonl")}
 
@@ -15,7 +16,11 @@ def done_stages(folder: Path, manifest: dict[str, Any]) -> set[str]:
     done = set(manifest.get("done", []))
     trained = any((folder / name).is_dir() for name in ("adapter", "model"))
     changed = changed_sizes(folder, manifest.get("files", {}))
-    lost = not trained or any(name.partition("/")[0] in WEIGHTS for name in changed)
+    lost = (
+        not trained
+        or _has_larger_micro_batch(folder, manifest)
+        or any(name.partition("/")[0] in WEIGHTS for name in changed)
+    )
     if "train" in done and lost and manifest.get("status") != "diverged":
         return set()
     for split, names in _FILES.items() if manifest.get("status") != "diverged" else ():
@@ -24,6 +29,12 @@ def done_stages(folder: Path, manifest: dict[str, Any]) -> set[str]:
     if not _is_whole(folder / "scores.jsonl"):
         done.discard("score")
     return done
+
+
+def _has_larger_micro_batch(folder: Path, manifest: dict[str, Any]) -> bool:
+    """Whether a trial was trained with a larger micro-batch than its study has settled for since."""
+    now = settled(folder.parent.parent)
+    return now is not None and manifest.get("micro_batch_size", now) > now
 
 
 def resume_stages(folder: Path, manifest: dict[str, Any]) -> list[str]:

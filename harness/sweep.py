@@ -18,7 +18,7 @@ from omegaconf import DictConfig
 
 from harness.config import CONF, compose_run, register_schemas, resolve
 from harness.design import Design
-from harness.devices import take_place
+from harness.devices import take_places
 from harness.expand import hydra_arguments
 from harness.folders import refuse_golden
 from harness.overrides import check_overrides, check_single, explain
@@ -37,8 +37,9 @@ _HYDRA_FLAGS = ("--help", "-h", "--hydra-help", "--cfg", "-c", "--info", "-i", "
 def run_job(composed: DictConfig) -> dict[str, Any]:
     """Run one trial as a Hydra job, in whatever process the launcher chose."""
     prepare_process()
-    take_place(str(HydraConfig.get().launcher.get("_target_", "")).rpartition(".")[2])
     config = resolve(composed)
+    launcher = str(HydraConfig.get().launcher.get("_target_", "")).rpartition(".")[2]
+    take_places(launcher, config.accelerate.num_processes)
     return asdict(run_trial(config, tuple(config.evaluate)))
 
 

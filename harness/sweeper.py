@@ -175,7 +175,7 @@ class PairedSweeper(Sweeper):
         """Split the jobs for submitit's local launcher, which starts a process for every one of them at once."""
         size = len(trials)
         if type(self.launcher).__name__ == "LocalLauncher":
-            size = _WAITING * workers_here()
+            size = _WAITING * workers_here(trials[0].accelerate.num_processes)
         return [range(start, min(start + size, len(trials))) for start in range(0, len(trials), size)]
 
     def _survive(self, trials: Sequence[RunConfig], jobs: Sequence[Sequence[str]]) -> list[Outcome]:

@@ -50,9 +50,8 @@ def print_result(result: StudyResult) -> int:
     for problem in result.problems:
         print(f"scorer failed: {visible(problem)}")
     if failed:
-        print(
-            f"{len(failed)} of {len(result.outcomes)} trials failed; the rest is kept: the same command runs them again"
-        )
+        again = "the same command with retry_failed=true runs them again"
+        print(f"{len(failed)} of {len(result.outcomes)} trials failed; the rest is kept: {again}")
     stages = ", ".join(f"{stage} {count}" for stage, count in result.stages.items() if count)
     print(f"trials run now: {result.launched}, complete before: {len(result.outcomes) - result.launched} ({stages})")
     if verdict:

@@ -6,7 +6,6 @@ Command: `python -m harness.train +method=dpo seed=1` runs one trial: train, gen
 from __future__ import annotations
 
 import math
-import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,9 +13,17 @@ from pathlib import Path
 from typing import Any
 
 from harness.activations import needs_checkpointing
+from harness.adapter import (
+    adapter_config,
+    count_parameters,
+    on_quantised,
+    save_weights,
+    trained_weights,
+    undo_quantised_extras,
+)
 from harness.arms import ARMS, DPOMarginConfig, SimPOConfig
 from harness.checkpoint import has_gpu, load_base, uses_bf16
-from harness.plan import BatchPlan, ConsumedTokens
+from harness.plan import BatchPlan, ConsumedTokens, share_of
 from harness.schema import Engine, Reference, RunConfig, Tuning
 from harness.tokens import ChatFormat, TokenPair
 
@@ -82,7 +89,7 @@ def train_arm(
     resume = last_checkpoint(output)
     consumed = resume[1] if resume else ConsumedTokens()
     trainer = build_trainer(config, rows, plan, model=model, chat=chat, output_dir=output, reference=reference)
-    trainer.consumed = consumed
+    trainer.consumed, parameters = consumed, count_parameters(trainer.model)  # before they are sharded
     with tqdm(total=plan.num_steps, desc=f"train {config.method.name} seed {config.seed}", delay=5, leave=False) as bar:
 
         def advance(step: int, logs: dict[str, Any]) -> None:
@@ -91,25 +98,15 @@ def train_arm(
 
         trainer.add_callback(TrialCallback(consumed, advance))
         trainer.train(resume_from_checkpoint=str(resume[0]) if resume else None)
-    _save(trainer.model, folder, config)
+    save_weights(trainer, folder, config)
     return TrainResult(
         steps=[entry for entry in trainer.state.log_history if "loss" in entry],
         consumed_tokens_sha256=consumed.state,
         num_pairs=consumed.num_pairs,
-        **_facts_of(trainer),
+        parameters=parameters,
+        packed=getattr(trainer, "packs", False),  # TRL's own engine knows nothing of packing
+        why_padded=getattr(trainer, "why_padded", ""),
     )
-
-
-def _facts_of(trainer: Any) -> dict[str, Any]:
-    """Return what a trainer trained and how it ran its batches; TRL's own engine knows nothing of packing."""
-    packing = {"packed": getattr(trainer, "packs", False), "why_padded": getattr(trainer, "why_padded", "")}
-    return {"parameters": _count_parameters(trainer.model), **packing}
-
-
-def _count_parameters(model: Any) -> dict[str, int]:
-    parameters = list(model.parameters())
-    trained = [parameter for parameter in parameters if parameter.requires_grad]
-    return {"total": sum(p.numel() for p in parameters), "trainable": sum(p.numel() for p in trained)}
 
 
 def build_trainer(
@@ -133,22 +130,19 @@ def build_trainer(
     assert arm.trainer is not None, f"{config.method.name} is not trained"
     trainer_class, config_class = TRAINERS[config.train.engine.value, arm.trainer]
     arguments = common_arguments(config, plan, output_dir) | dict(arm.trl_arguments(config.method))
+    arguments |= _data_arguments(arm.trainer, rows, has_reference=reference is not None)
     if arguments["gradient_checkpointing"] is None:
-        shares = config.train.engine is Engine.paired and config.train.share_prefix
-        arguments["gradient_checkpointing"] = needs_checkpointing(model, rows, plan, share_prefix=shares)
-    if arm.trainer == "CPOTrainer":
-        arguments["max_length"] = max(row.length for row in rows)  # nothing is cut: every row fits
-        arguments["remove_unused_columns"] = False  # its collator needs the columns that the model does not
-    else:
-        arguments["max_length"] = None
-        arguments["precompute_ref_log_probs"] = reference is not None
-        reference = with_margin(reference, rows, config)
+        arguments["gradient_checkpointing"] = _checkpoints(config, model, rows, plan)
+    is_quantised = config.train.tuning is Tuning.qlora
+    adapted = on_quantised(model, config) if is_quantised else model
+    start = trained_weights(adapted) if is_quantised else {}
+    processes, dataset = config.accelerate.num_processes, _dataset(rows, with_margin(reference, rows, config))
     trainer = trainer_class(
-        model=model,
+        model=adapted,
         args=config_class(**arguments),
-        train_dataset=_dataset(rows, reference).select(plan.order),
+        train_dataset=dataset.select(plan.order) if processes == 1 else dataset,  # a share has the plan's row numbers
         processing_class=chat.tokenizer,
-        peft_config=_adapter(config) if config.train.tuning is Tuning.lora else None,
+        peft_config=adapter_config(config) if config.train.tuning is Tuning.lora else None,
         **(
             {"ref_model": load_base(config)}
             if arm.uses_reference and config.train.reference is Reference.separate
@@ -156,9 +150,27 @@ def build_trainer(
         ),
     )
     trainer.remove_callback(PrinterCallback)  # train.jsonl has each step; the terminal has a bar
+    if is_quantised:
+        undo_quantised_extras(trainer.model, start=start, has_reference=reference is not None)
+    if processes > 1:
+        trainer.take_share(share_of(plan, trainer.args.process_index, processes))
     if config.train.engine is Engine.paired:
         _make_fast(trainer, model, config, rows, chat)
     return trainer
+
+
+def _data_arguments(trainer: str, rows: Sequence[TokenPair], *, has_reference: bool) -> dict[str, Any]:
+    """Return what TRL's trainers must know of rows that are tokenised already."""
+    if trainer == "CPOTrainer":  # nothing is cut, since every row fits; its collator needs columns that no model does
+        return {"max_length": max(row.length for row in rows), "remove_unused_columns": False}
+    return {"max_length": None, "precompute_ref_log_probs": has_reference}
+
+
+def _checkpoints(config: RunConfig, model: Any, rows: Sequence[TokenPair], plan: BatchPlan) -> bool:
+    """Decide on gradient checkpointing: by an estimate, until memory has run out and shown it wrong."""
+    shares = config.train.engine is Engine.paired and config.train.share_prefix
+    has_run_out = plan.micro_batch_size != config.train.micro_batch_size
+    return has_run_out or needs_checkpointing(model, rows, plan, share_prefix=shares)
 
 
 def _make_fast(trainer: Any, model: Any, config: RunConfig, rows: tuple[TokenPair, ...], chat: ChatFormat) -> None:
@@ -214,7 +226,7 @@ def common_arguments(config: RunConfig, plan: BatchPlan, output_dir: Path) -> di
         "num_train_epochs": 1,  # the plan holds all epochs
         "train_sampling_strategy": "sequential",  # the rows stand in the plan's order
         "per_device_train_batch_size": plan.micro_batch_size,
-        "gradient_accumulation_steps": plan.batch_size // plan.micro_batch_size,
+        "gradient_accumulation_steps": plan.batch_size // (plan.micro_batch_size * config.accelerate.num_processes),
         "learning_rate": config.method.learning_rate,
         "lr_scheduler_type": train.scheduler,
         "warmup_steps": math.ceil(train.warmup_ratio * plan.num_steps),
@@ -236,6 +248,7 @@ def common_arguments(config: RunConfig, plan: BatchPlan, output_dir: Path) -> di
         "report_to": [],
         "disable_tqdm": True,
         "dataloader_pin_memory": has_gpu(),
+        "ddp_find_unused_parameters": False,  # every trained weight takes part in every step
     }
 
 
@@ -249,37 +262,6 @@ def _dataset(rows: Sequence[TokenPair], reference: Any) -> Any:
         for column, (chosen, rejected) in zip(columns, reference.tolist(), strict=True):
             column |= {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
     return Dataset.from_list(columns)
-
-
-def _adapter(config: RunConfig) -> Any:
-    """Return the adapter on all linear layers, without dropout: the arms must differ in the loss alone."""
-    from peft import LoraConfig
-
-    return LoraConfig(
-        r=config.train.lora_rank,
-        lora_alpha=config.train.lora_alpha,
-        lora_dropout=0.0,
-        target_modules="all-linear",
-        task_type="CAUSAL_LM",
-    )
-
-
-def _save(model: Any, folder: Path, config: RunConfig) -> None:
-    """Save the weights under a temporary name and rename: a folder that exists is complete.
-
-    An adapter names its base as the user named it, not by where this machine keeps it.
-    """
-    target = folder / ("adapter" if config.train.tuning is Tuning.lora else "model")
-    temporary = folder / f".{target.name}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    more = {}
-    if config.train.tuning is Tuning.lora:
-        model.active_peft_config.base_model_name_or_path = config.model.path
-        more = {"save_embedding_layers": False}  # PEFT would ask the Hub about the base's vocabulary
-    model.save_pretrained(temporary, safe_serialization=True, **more)
-    (temporary / "README.md").unlink(missing_ok=True)  # a template to be filled in, with the path of the base
-    shutil.rmtree(target, ignore_errors=True)
-    temporary.rename(target)
 
 
 def main() -> None:

@@ -20,11 +20,11 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from trl import DPOConfig, DPOTrainer
 from trl.experimental.cpo import CPOConfig, CPOTrainer
 
+from harness.consumption import PairIds, RecordsConsumption
 from harness.plan import ConsumedTokens
 from harness.records import DivergedError
 
 CONSUMED_FILE = "consumed.json"
-PairIds = tuple[list[int], list[int], list[int]]
 
 
 def _split(ids: torch.Tensor, attended: torch.Tensor, answer: torch.Tensor) -> tuple[list[int], list[int]]:
@@ -40,26 +40,6 @@ def _pair(chosen: tuple[list[int], list[int]], rejected: tuple[list[int], list[i
             f"ids {rejected[0]} and {chosen[0]}; the arms' data cannot be proved identical"
         )
     return chosen[0], chosen[1], rejected[1]
-
-
-class RecordsConsumption:
-    """Hash the ids of each batch at the moment at which the trainer trains on it."""
-
-    consumed: ConsumedTokens
-
-    def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Record the batch, then train on it."""
-        for pair in self.pairs_of(inputs):
-            self.consumed.update(*pair)
-        return super().training_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
-
-    def pairs_of(self, inputs: dict[str, Any]) -> Iterator[PairIds]:
-        """Yield the ids of each pair in a collated batch.
-
-        Raises:
-            RuntimeError: where a pair's two copies of the prompt differ.
-        """
-        raise NotImplementedError
 
 
 class StockDPOTrainer(RecordsConsumption, DPOTrainer):
@@ -212,6 +192,8 @@ class TrialCallback(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Write the state of the hash last: a checkpoint without it is not complete and is not resumed from."""
+        if not state.is_world_process_zero:
+            return
         from harness.records import write_json
 
         folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import importlib
 import shutil
-import traceback
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -22,14 +21,14 @@ from harness.arms import ARMS
 from harness.checkpoint import contents_sha256, set_threads
 from harness.config import config_label, plain
 from harness.degenerate import completion_flags
+from harness.failure import FILE, describe
 from harness.fingerprints import fingerprints
 from harness.folders import SPLITS, is_complete, read_manifest, refuse_golden, study_dir, trial_dir
 from harness.heldout import heldout_rows
-from harness.inputs import Tokens, identify, num_steps, plan_of, prompt_rows, splits_of, tokens_of
+from harness.inputs import Tokens, identify, num_steps, prompt_rows, splits_of, tokens_of
 from harness.live import end_log, note_step
 from harness.measure import Meter, settle_imports
 from harness.multilora import drop_answers, stored_answers
-from harness.plan import expected_tokens_sha256, padding_share, trained_tokens
 from harness.records import (
     DivergedError,
     locked,
@@ -39,11 +38,12 @@ from harness.records import (
     write_jsonl,
     write_text,
 )
-from harness.schema import Engine, Reference, RunConfig, Tuning
+from harness.schema import RunConfig
 from harness.score import score_trial
 from harness.scorers import SCORERS
 from harness.stages import resume_stages
 from harness.tracking import SPLIT_PREFIX, STEP, Tracker, track
+from harness.trainstage import TrainStage
 from harness.triallog import LOG, trial_log
 from harness.validate import find_warnings
 from harness.worker import borrowed_base, borrowed_policy
@@ -80,11 +80,11 @@ def run_trial(config: RunConfig, splits: tuple[str, ...] = SPLITS) -> Outcome:
             with trial_log(folder, about["trial_id"]):
                 trial.run(splits)
         except Exception as error:
-            failure = about | {"stage": trial.stage, "error": type(error).__name__, "message": str(error)}
-            failure |= {"traceback": traceback.format_exc(), "created": _now()}
-            write_json(folder / "failure.json", failure)
-            return Outcome(**about, status="failed", message=f"{trial.stage}: {type(error).__name__}: {error}")
-        (folder / "failure.json").unlink(missing_ok=True)
+            failure = describe(error, trial.stage, about, folder)
+            write_json(folder / FILE, failure)
+            message = f"{trial.stage}: {failure['error']}: {failure['message']}"
+            return Outcome(**about, status="failed", message=message)
+        (folder / FILE).unlink(missing_ok=True)
         status = trial.manifest["status"]
         return Outcome(**about, status=status, message=trial.manifest.get("divergence", ""))
 
@@ -165,61 +165,23 @@ class _Trial:
         }
 
     def _train(self, tokens: Tokens, tracker: Tracker) -> None:
-        from harness.train import train_arm
-
         end_log(self.folder)
         drop_answers(self.folder)  # and scores, of weights that are trained anew
         for name in ("scores.jsonl", "preferences.jsonl", "benchmarks.jsonl"):
             (self.folder / name).unlink(missing_ok=True)
-        config, rows = self.config, tokens.train.rows
-        plan = plan_of(config, rows)
-        steps: list[dict[str, Any]] = []
+        total = num_steps(self.config, len(tokens.train.rows))
 
         def on_step(step: int, logs: dict[str, Any]) -> None:
-            steps.append({"step": step, **logs})
-            note_step(self.folder, step, num_steps(config, len(rows)), logs.get("loss"))
+            note_step(self.folder, step, total, logs.get("loss"))
             tracker.log({STEP: step} | {f"train/{key}": value for key, value in logs.items()})
 
-        facts: dict[str, Any] = {
-            "batch_plan_sha256": plan.sha256,
-            "expected_tokens_sha256": expected_tokens_sha256(rows, plan.order),
-            "padding_share": padding_share(rows, plan),
-        }
-        with borrowed_base(config, trains_all=config.train.tuning is Tuning.full) as base:
-            more = {"chat": tokens.chat, "folder": self.folder, "reference": self._reference(tokens, base)}
-            with self._stage("train"):
-                try:
-                    result = train_arm(config, rows, plan, model=base, on_step=on_step, **more)
-                except DivergedError as error:
-                    facts |= {"status": "diverged", "divergence": str(error)}
-                else:
-                    steps = result.steps
-                    if result.why_padded:
-                        padded = f"the model is run padded, slower than packed: {result.why_padded}"
-                        self.manifest["warnings"].append(padded)
-                    facts |= result.facts | {"tokens": {"train": trained_tokens(rows, plan)}}
-                write_jsonl(self.folder / "train.jsonl", steps)
-                end_log(self.folder)
-        self._save(**facts, done=[*self.manifest["done"], "train"], files=self._files())
+        base_sha256 = self.manifest["base_sha256"]
+        found = TrainStage(self.config, tokens, self.folder, base_sha256, on_step, self._stage).run()
+        write_jsonl(self.folder / "train.jsonl", found.steps)
+        end_log(self.folder)
+        self.manifest["warnings"] += found.warnings
+        self._save(**found.facts, done=[*self.manifest["done"], "train"], files=self._files())
         shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
-
-    def _reference(self, tokens: Tokens, base: Any) -> Any:
-        """Return the base's log-probs for an arm that needs them, unless TRL's own engine computes them."""
-        config = self.config
-        is_trls = config.train.engine is Engine.stock or config.train.reference is not Reference.cached
-        if is_trls or not ARMS[config.method.name].uses_reference:
-            return None
-        from harness.reference import reference_logps
-
-        with self._stage("reference"):
-            return reference_logps(
-                tokens.train,
-                base,
-                base_sha256=self.manifest["base_sha256"],
-                pad_id=tokens.chat.tokenizer.pad_token_id,
-                cache=Path(config.results_dir) / ".cache" / "reference",
-                share_prefix=config.train.share_prefix,
-            )
 
     def _evaluate(self, tokens: Tokens, split: str) -> None:
         """Answer the prompts of a split and take the log-probs of its pairs; a diverged policy has neither."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,9 @@ def _combination_problems(config: RunConfig) -> Iterator[str]:
     batch, micro = train.batch_size, train.micro_batch_size
     if batch and micro and batch % micro:
         yield f"train.micro_batch_size={micro}: must divide train.batch_size={batch}"
+    yield from _process_problems(config)
+    if train.tuning is Tuning.qlora and find_spec("bitsandbytes") is None:
+        yield "train.tuning=qlora: bitsandbytes is not installed; pip install 'dpo-simpo-harness[qlora]'"
     method = config.method
     if ARMS[method.name].trainer and method.learning_rate is None:
         tuning = train.tuning.value
@@ -70,6 +74,21 @@ def _combination_problems(config: RunConfig) -> Iterator[str]:
     if isinstance(method, SimPOConfig) and train.engine is Engine.stock and method.length_norm != 1.0:
         yield f"method.length_norm={method.length_norm:g}: TRL's own trainer has 1.0 only; use train.engine=paired"
     yield from _reference_problems(config)
+
+
+def _process_problems(config: RunConfig) -> Iterator[str]:
+    count, kind = config.accelerate.num_processes, config.accelerate.distributed_type
+    if (count > 1) != (kind != "NO"):
+        yield (
+            f"accelerate.num_processes={count} with accelerate.distributed_type={kind}: several processes need "
+            "accelerate=ddp, fsdp, zero2 or zero3, and these need at least 2"
+        )
+    batch, micro = config.train.batch_size, config.train.micro_batch_size
+    if batch and micro and batch % micro == 0 and batch % (micro * count):
+        yield (
+            f"accelerate.num_processes={count}: a step of train.batch_size={batch} has {batch // micro} micro-batches "
+            f"of train.micro_batch_size={micro}, which {count} processes cannot share evenly; make it smaller"
+        )
 
 
 def _reference_problems(config: RunConfig) -> Iterator[str]:

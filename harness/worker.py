@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from harness.checkpoint import checkpoint_dir, load_base, uses_bf16
-from harness.schema import RunConfig, Tuning
+from harness.checkpoint import checkpoint_dir, is_quantised, load_base, uses_bf16
+from harness.schema import RunConfig
 
 _held: dict[tuple[Any, ...], Any] = {}
 _pristine: dict[tuple[Any, ...], dict[str, Any]] = {}
@@ -28,7 +28,7 @@ def borrowed_base(config: RunConfig, *, trains_all: bool = False) -> Iterator[An
     if not config.train.reuse_base:
         yield load_base(config)
         return
-    key = (checkpoint_dir(config.model), uses_bf16(config), config.train.tuning is Tuning.lora)
+    key = (checkpoint_dir(config.model), uses_bf16(config), config.train.tuning)
     model = _held.pop(key, None)
     if model is None:
         _held.clear()  # one base in memory, not two
@@ -44,6 +44,16 @@ def borrowed_base(config: RunConfig, *, trains_all: bool = False) -> Iterator[An
         model.load_state_dict(_pristine[key])
     if _checksums(model) == sums:  # a base that something changed, NaN included, is not lent again
         _held[key] = model
+
+
+def release_base() -> None:
+    """Forget the base, so that its memory is free."""
+    import torch
+
+    _held.clear()
+    _pristine.clear()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _checksums(model: Any) -> list[int]:
@@ -71,7 +81,8 @@ def _reset(model: Any) -> None:
         model.gradient_checkpointing_disable()
         model.disable_input_require_grads()
     model.zero_grad(set_to_none=True)
-    model.requires_grad_(True)
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())  # 4-bit weights are bytes
     model.eval()
 
 
@@ -80,7 +91,8 @@ def borrowed_policy(config: RunConfig, folder: Path) -> Iterator[Any]:
     """Yield what a trial has trained: its full model, or the base with its adapter.
 
     In fp32 the adapter is merged, which makes generation faster: the layers' weights are exchanged for merged ones and
-    put back afterwards, so that nothing is rounded. In bf16 merging would round away a small adapter: it stays apart.
+    put back afterwards, so that nothing is rounded. In bf16 or 4 bits merging would round away a small adapter: it is
+    left apart.
     """
     import torch
     from peft import PeftModel
@@ -93,7 +105,7 @@ def borrowed_policy(config: RunConfig, folder: Path) -> Iterator[Any]:
         return
     with borrowed_base(config) as base:
         policy: Any = PeftModel.from_pretrained(base, folder / "adapter")
-        if base.dtype != torch.float32:
+        if base.dtype != torch.float32 or is_quantised(base):
             yield policy
             return
         kept = {}

@@ -19,7 +19,7 @@ from harness.checkpoint import load_base
 from harness.decide import decide_study
 from harness.identity import data_identity
 from harness.protocol import StudyResult
-from harness.records import SCORE_COLUMNS, UsageError, read_json, read_jsonl, write_json
+from harness.records import SCORE_COLUMNS, UsageError, WorkerDiedError, read_json, read_jsonl, write_json
 from harness.report import render_report
 from harness.sweep import run_single, run_sweep
 from harness.terminal import print_result
@@ -209,30 +209,53 @@ def test_a_shared_key_goes_to_every_arm_and_a_bad_value_of_any_trial_stops_all(t
         run_sweep(["+method=simpo,dpo", f"results_dir={tmp_path}", "arms.dpo.beta=-1", "plan=true"])
 
 
-def test_a_failed_trial_is_named_kept_apart_and_run_again_by_the_same_command(
+def test_a_failed_trial_is_named_kept_apart_and_run_again_where_that_is_asked_for(
     tmp_path: Path, monkeypatch, capsys
 ) -> None:
     real = harness.train.train_arm
 
-    def out_of_memory(config, *args, **kwargs):
+    def fail(config, *args, **kwargs):
         if config.method.name == "dpo":
-            raise RuntimeError("out of memory")
+            raise RuntimeError("an odd model")
         return real(config, *args, **kwargs)
 
-    monkeypatch.setattr(harness.train, "train_arm", out_of_memory)
+    monkeypatch.setattr(harness.train, "train_arm", fail)
     failed = sweep(tmp_path, "seed=0", "study=s")
     assert print_result(failed) == 1
     said = capsys.readouterr().out
     assert "failed: dpo" in said
-    assert "train: RuntimeError: out of memory" in said
+    assert "train: RuntimeError: an odd model" in said
     failure = read_json(next((tmp_path / "s").glob("trials/*/failure.json")))
     assert (failure["arm"], failure["stage"], failure["error"]) == ("dpo", "train", "RuntimeError")
     assert "Traceback" in failure["traceback"]
-    assert "out of memory" in failed.report.read_text()
+    assert "an odd model" in failed.report.read_text()
+    assert "the same command with retry_failed=true runs them again" in said
+    monkeypatch.undo()
+    told = sweep(tmp_path, "seed=0", "study=s")
+    assert (told.launched, print_result(told)) == (0, 1)
+    assert "train: RuntimeError: an odd model" in capsys.readouterr().out
+    again = sweep(tmp_path, "seed=0", "study=s", "retry_failed=true")
+    assert (again.launched, print_result(again)) == (1, 0)
+    assert not list((tmp_path / "s").glob("trials/*/failure.json"))
+    assert sweep(tmp_path, "seed=0", "study=s").launched == 0
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), MemoryError(), WorkerDiedError("killed")])
+def test_what_came_from_outside_the_training_is_tried_again_by_the_same_command(
+    error: Exception, tmp_path: Path, monkeypatch
+) -> None:
+    real = harness.train.train_arm
+
+    def fail(config, *args, **kwargs):
+        if config.method.name == "dpo":
+            raise error
+        return real(config, *args, **kwargs)
+
+    monkeypatch.setattr(harness.train, "train_arm", fail)
+    assert print_result(sweep(tmp_path, "seed=0", "study=s")) == 1
     monkeypatch.undo()
     again = sweep(tmp_path, "seed=0", "study=s")
     assert (again.launched, print_result(again)) == (1, 0)
-    assert not list((tmp_path / "s").glob("trials/*/failure.json"))
 
 
 def test_a_diverged_trial_scores_worst_and_is_said_so(tmp_path: Path, monkeypatch, capsys) -> None:

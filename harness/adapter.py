@@ -1,0 +1,90 @@
+"""The adapter: how it is put on the base, counted and saved; without adapter, the whole model. Knows peft."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from harness.schema import RunConfig, Tuning
+
+
+def adapter_config(config: RunConfig) -> Any:
+    """Return the adapter on all linear layers, without dropout: the arms must differ in the loss alone."""
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=config.train.lora_rank,
+        lora_alpha=config.train.lora_alpha,
+        lora_dropout=0.0,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )
+
+
+def on_quantised(base: Any, config: RunConfig) -> Any:
+    """Put the adapter on a 4-bit base before TRL sees it (QLoRA, arXiv 2305.14314).
+
+    TRL's trainers would do so differently: DPOTrainer turns the adapter into bf16, CPOTrainer only where it trains in
+    bf16, and then turns what is not quantised of the base into fp32. Here the arms start from the same bits.
+    """
+    from peft import get_peft_model
+    from transformers import set_seed
+
+    set_seed(config.seed)  # as TRL's trainers do before they make an adapter
+    return get_peft_model(base, adapter_config(config))
+
+
+def undo_quantised_extras(model: Any, *, start: dict[str, Any], has_reference: bool) -> None:
+    """Undo what TRL's DPOTrainer does to an adapter on a 4-bit base, and its CPOTrainer does not.
+
+    It turns the adapter into bf16, and copies it as a reference, which nobody needs where the base's log-probs are
+    given.
+
+    Args:
+        model: the trainer's model, of which nothing has been trained yet.
+        start: the adapter as it was made, by name.
+        has_reference: whether the base's log-probs are given.
+    """
+    if has_reference and "ref" in model.peft_config:
+        model.delete_adapter("ref")
+    for name, parameter in model.named_parameters():
+        if name in start:
+            parameter.data = start[name]
+
+
+def trained_weights(model: Any) -> dict[str, Any]:
+    """Return a copy of the weights that are trained, by name."""
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def count_parameters(model: Any) -> dict[str, int]:
+    """Count weights, `total` and `trainable`; two of a 4-bit base lie in a byte."""
+    counts = [(p.numel() * (2 if type(p).__name__ == "Params4bit" else 1), p.requires_grad) for p in model.parameters()]
+    return {"total": sum(count for count, _ in counts), "trainable": sum(count for count, trained in counts if trained)}
+
+
+def save_weights(trainer: Any, folder: Path, config: RunConfig) -> None:
+    """Save the weights under a temporary name and rename: a folder that exists is complete.
+
+    An adapter names its base as the user named it, not by where this machine keeps it. Of several processes the first
+    one writes; where weights are sharded, all of them take part in gathering.
+    """
+    is_adapter = config.train.tuning is not Tuning.full
+    target = folder / ("adapter" if is_adapter else "model")
+    temporary = folder / f".{target.name}.tmp"
+    more: dict[str, Any] = {}
+    if config.accelerate.num_processes > 1:
+        more["state_dict"] = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    if not trainer.is_world_process_zero():
+        return
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    shutil.rmtree(temporary, ignore_errors=True)
+    if is_adapter:
+        model.active_peft_config.base_model_name_or_path = config.model.path
+        more["selected_adapters"] = ["default"]
+        more["save_embedding_layers"] = False  # PEFT would ask the Hub about the base's vocabulary
+    model.save_pretrained(temporary, safe_serialization=True, **more)
+    (temporary / "README.md").unlink(missing_ok=True)  # a template to be filled in, with the path of the base
+    shutil.rmtree(target, ignore_errors=True)
+    temporary.rename(target)

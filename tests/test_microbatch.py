@@ -1,0 +1,111 @@
+"""Out of memory: the micro-batch is halved for the whole study, and what does not fit at all fails by name.
+
+No GPU is here: memory "runs out", by torch's own error, wherever a micro-batch has more pairs than a limit.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from harness import consumption
+from harness.config import compose_run
+from harness.folders import is_complete, read_manifest, trial_dir
+from harness.identity import data_identity
+from harness.records import read_json, read_jsonl
+from harness.schema import RunConfig
+from harness.trial import run_trial
+from tests.conftest import SMALL
+
+
+@pytest.fixture
+def memory(monkeypatch):
+    """Return a function that sets how many pairs fit into memory at once."""
+    real = consumption.RecordsConsumption.training_step
+    limit = {"pairs": 100}
+
+    def training_step(self, model, inputs, *args, **kwargs):
+        pairs = len(list(self.pairs_of(inputs)))
+        if pairs > limit["pairs"]:
+            raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate for {pairs} pairs.")
+        return real(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(consumption.RecordsConsumption, "training_step", training_step)
+
+    def set_limit(pairs: int) -> None:
+        limit["pairs"] = pairs
+
+    return set_limit
+
+
+@pytest.fixture
+def trial(tmp_path: Path):
+    given = [*SMALL, "train.batch_size=8", "train.micro_batch_size=8", "study=s", f"results_dir={tmp_path}"]
+    assert run_trial(compose_run([*given, "+method=sft", "seed=0"]), ("dev",)).status == "complete"
+
+    def make(arm: str, *more: str) -> RunConfig:
+        return compose_run([*given, f"+method={arm}", "seed=1", *more])
+
+    return make
+
+
+def test_both_arms_train_with_the_micro_batch_that_fits_and_as_many_pairs_a_step(memory, trial, tmp_path: Path) -> None:
+    """DPO is finished when SimPO runs out of memory: it is trained again, since a study has one batch plan."""
+    dpo, simpo = trial("dpo"), trial("simpo")
+    assert run_trial(dpo, ("dev",)).status == "complete"
+    before = read_manifest(trial_dir(dpo))
+    assert before["micro_batch_size"] == 8
+    memory(3)
+    outcome = run_trial(simpo, ("dev",))
+    assert outcome.status == "complete", outcome.message
+    assert not is_complete(dpo, ("dev",)), "its batch plan is not the study's any more"
+    assert data_identity(tmp_path / "s")["status"] == "not proved"
+    assert run_trial(dpo, ("dev",)).status == "complete"
+    after, other = read_manifest(trial_dir(dpo)), read_manifest(trial_dir(simpo))
+    assert after["micro_batch_size"] == other["micro_batch_size"] == 2
+    assert after["batch_plan_sha256"] == other["batch_plan_sha256"] != before["batch_plan_sha256"]
+    assert after["consumed_tokens_sha256"] == before["consumed_tokens_sha256"], "the steps hold the same pairs"
+    assert data_identity(tmp_path / "s")["status"] == "proved"
+    assert len(list(read_jsonl(trial_dir(dpo) / "train.jsonl"))) == 2, "16 pairs in steps of 8"
+    settled = read_json(tmp_path / "s" / "micro_batch.json")
+    assert (settled["asked"], settled["micro_batch_size"]) == (8, 2)
+    assert [(row["arm"], row["from"], row["to"]) for row in settled["halved"]] == [("simpo", 8, 4), ("simpo", 4, 2)]
+
+
+def test_a_smaller_micro_batch_gives_the_same_steps(memory, trial, tmp_path: Path) -> None:
+    whole = trial("simpo")
+    assert run_trial(whole, ("dev",)).status == "complete"
+    expected = list(read_jsonl(trial_dir(whole) / "train.jsonl"))
+    memory(4)
+    halved = trial("simpo", "study=halved")
+    assert run_trial(trial("sft", "study=halved"), ("dev",)).status == "complete"
+    assert run_trial(halved, ("dev",)).status == "complete"
+    found = list(read_jsonl(trial_dir(halved) / "train.jsonl"))
+    for key in ("loss", "grad_norm"):
+        assert [row[key] for row in found] == pytest.approx([row[key] for row in expected], rel=1e-5)
+
+
+def test_a_model_that_does_not_fit_at_all_fails_by_name_with_what_to_do(memory, trial) -> None:
+    memory(0)
+    outcome = run_trial(trial("dpo"), ("dev",))
+    assert outcome.status == "failed"
+    for words in (
+        "DoesNotFitError: embedded does not fit",
+        "train.micro_batch_size=1",
+        "train.gradient_checkpointing=true, train.tuning=qlora",
+        "data.max_length",
+    ):
+        assert words in outcome.message
+
+
+def test_out_of_memory_elsewhere_fails_by_name_with_what_to_do(trial, monkeypatch) -> None:
+    def run_out(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr("harness.generate.generate_completions", run_out)
+    outcome = run_trial(trial("simpo"), ("dev",))
+    assert outcome.status == "failed"
+    assert "generate: OutOfMemoryError: CUDA out of memory" in outcome.message
+    assert "a smaller generate.batch_size" in outcome.message
