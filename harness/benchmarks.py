@@ -17,6 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from harness.keep import DELETED
 from harness.records import UsageError, digest, file_sha256, read_json, read_jsonl, write_json, write_jsonl
 from harness.scoreconfig import BenchmarkConfig
 from harness.scorers import Score
@@ -47,7 +48,7 @@ def run_benchmarks(
     Args:
         stored: the runs; those that score worst anyway are not run.
         config: the tasks.
-        model: `folder` of the base, `chat_template` (a file or None), `trusts` what else the process needs.
+        model: `folder` of the base, `chat_template` (a file or None), `quantise`: whether it is run in 4 bits.
 
     Raises:
         UsageError: where lm-evaluation-harness refuses or fails, with the end of what it said.
@@ -55,6 +56,12 @@ def run_benchmarks(
     tasks = [asdict(config), _task_files(config)]
     settings = {run.folder: digest([*tasks, _weights(run.folder)]) for run in stored.runs}
     missing = [run for run in stored.runs if not run.failed and not _is_done(run.folder, settings[run.folder])]
+    for run in missing:
+        if policy := read_json(run.folder / "manifest.json").get(DELETED):
+            raise UsageError(
+                f"lm_eval: the weights of trial {run.folder.name} were deleted (keep={policy}), and a benchmark needs "
+                "them; run the sweep with keep=confirmed in a study of its own"
+            )
     if missing:
         job = {"model": model, "config": asdict(config), "runs": [str(run.folder) for run in missing]}
         for run, rows in zip(missing, _run(job), strict=True):
@@ -119,7 +126,7 @@ def _evaluate(job: dict[str, Any]) -> Iterator[list[dict[str, Any]]]:
     manager = TaskManager(include_path=own, include_defaults=own is None)
     for folder in map(Path, job["runs"]):
         if (folder / "model").is_dir():
-            policy = _load(job["model"] | {"folder": str(folder / "model")})[1]
+            policy = _load(job["model"] | {"folder": str(folder / "model"), "quantise": False})[1]
         elif (folder / "adapter").is_dir():
             policy = PeftModel.from_pretrained(base, folder / "adapter")
         else:
@@ -140,7 +147,7 @@ def _load(model: dict[str, Any]) -> tuple[Any, Any]:
     if model["chat_template"]:
         tokenizer.chat_template = Path(model["chat_template"]).read_text(encoding="utf-8")
     use_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-    return tokenizer, load_model(folder, torch.bfloat16 if use_bf16 else torch.float32)
+    return tokenizer, load_model(folder, torch.bfloat16 if use_bf16 else torch.float32, quantise=model["quantise"])
 
 
 def _rows(policy: Any, tokenizer: Any, manager: Any, config: dict[str, Any]) -> Iterator[dict[str, Any]]:

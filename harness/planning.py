@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from statistics import fmean
 
 from harness.calibrate import detectable_before
 from harness.config import config_label
 from harness.design import Design
+from harness.estimate import estimate, lines, machine_rate, refuse_full_disk
 from harness.folders import is_complete, read_manifest, study_dir
 from harness.inputs import identify, num_steps, splits_of
 from harness.records import UnreachableError
@@ -27,6 +29,8 @@ def print_plan(design: Design, warnings: Sequence[str]) -> None:
         print(f"ids and sizes are not known here: {unknown}")
     else:
         print(_size_of_a_trial(design.any))
+    if not unknown:
+        print("\n".join(_cost(design)))
     print(_findable(design))
     if design.any.score.judge.model and not unknown:
         print(_judging(design))
@@ -40,6 +44,28 @@ def print_plan(design: Design, warnings: Sequence[str]) -> None:
             print(f"{'-':14}{'confirm':9}{arm:14}{seed:5}  {'to run':10}the config that dev selects")
     for warning in warnings:
         print(f"warning: {warning}")
+
+
+def to_run(design: Design) -> tuple[int, int]:
+    """Count the trials of a design that are not complete: those that tune, and those that decide."""
+    missing = [stage for stage, trial in _trials(design) if not is_complete(trial, tuple(trial.evaluate))]
+    suggested = (design.any.search.trials or 0) * len(design.tuning_seeds) if design.suggests else 0
+    tune = missing.count("tune") + suggested * len(design.arms)
+    selected = len(design.tuned) * len(design.seeds)  # not known yet: counted as if none of them were done
+    return tune, missing.count("confirm") + selected
+
+
+def _cost(design: Design) -> Sequence[str]:
+    tune, confirm = to_run(design)
+    found = estimate(design, tune=tune, confirm=confirm, rate=machine_rate(design.any))
+    return lines(found, tune=tune, confirm=confirm, keep=design.any.keep)
+
+
+def refuse_what_does_not_fit(design: Design) -> None:
+    """Raise a UsageError where what is missing of a study does not fit on the disk."""
+    tune, confirm = to_run(design)
+    needed = estimate(design, tune=tune, confirm=confirm, rate=1e9).disk_bytes  # seconds do not matter here
+    refuse_full_disk(Path(design.any.results_dir), needed, keep=design.any.keep)
 
 
 def _findable(design: Design) -> str:

@@ -20,7 +20,7 @@ from harness.keys import find_declared, shown, unknown_key, value_problem
 from harness.ownscorer import is_file, scorer_name
 from harness.records import UsageError, locked, read_json, read_jsonl, write_json
 from harness.registration import read_study
-from harness.schema import ModelConfig
+from harness.schema import ModelConfig, Tuning
 from harness.score import collect_scores, score_trial, trial_folders
 from harness.scoreconfig import ScoreConfig
 from harness.scorers import SCORERS
@@ -121,9 +121,10 @@ def _refuse_change(registered: dict[str, Any], config: ScoreConfig, names: Seque
 def _scoring(study: Path, config: ScoreConfig, names: Sequence[str]) -> Scoring:
     model: dict[str, Any] = {}
     if BENCHMARKS in names:
-        given = yaml.safe_load((study / "base" / "config.yaml").read_text(encoding="utf-8"))["model"]
+        config_of_base = yaml.safe_load((study / "base" / "config.yaml").read_text(encoding="utf-8"))
+        given, is_quantised = config_of_base["model"], config_of_base["train"]["tuning"] == Tuning.qlora.value
         folder = checkpoint_dir(ModelConfig(given["path"], given["revision"]))
-        model = {"folder": str(folder), "chat_template": given["chat_template"]}
+        model = {"folder": str(folder), "chat_template": given["chat_template"], "quantise": is_quantised}
     tuned = any(row["split"] == "dev" for row in read_jsonl(study / "prompts.jsonl")) and bool(
         read_study(study / "study.yaml").get("tuned")
     )

@@ -240,6 +240,7 @@ class RunConfig:
         plan: print the trials and stop.
         measure_costs: train DPO also with each other way to its reference, to compare what they cost.
         allow_unequal_budgets: let one arm have more configs to select from than another; the verdict then warns.
+        keep: whose weights stay on disk: of all trials, of those that decide (`confirmed`), or of none once scored.
         retry_failed: run trials again that failed before by an error of their own; the others run again anyway.
         cost_name: set by the sweep for a trial that is run for its cost alone: its folder under `costs/`.
         evaluate: the splits that a trial answers; the sweep leaves `golden` out until a config is selected, and both
@@ -268,6 +269,7 @@ class RunConfig:
     question: str = "Which of the two should be shipped?"
     plan: bool = False
     measure_costs: bool = False
+    keep: str = bounded("all", choices=("all", "confirmed", "none"))
     retry_failed: bool = False
     cost_name: str | None = None
     allow_unequal_budgets: bool = False

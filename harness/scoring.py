@@ -17,7 +17,7 @@ from harness.judge.template import load_template
 from harness.lengths import SOURCES
 from harness.ownscorer import is_file, own_scorer_problem, scorer_name
 from harness.records import UsageError, file_sha256
-from harness.schema import ModelConfig, RunConfig
+from harness.schema import ModelConfig, RunConfig, Tuning
 from harness.scoreconfig import ScoreConfig
 from harness.scorers import SCORERS
 
@@ -179,5 +179,6 @@ def scoring_of(config: RunConfig, splits: Sequence[str], names: Sequence[str] = 
     if not found:
         return None
     template = config.model.chat_template
-    model = {"folder": str(checkpoint_dir(config.model)), "chat_template": template}
+    model: dict[str, Any] = {"folder": str(checkpoint_dir(config.model)), "chat_template": template}
+    model["quantise"] = config.train.tuning is Tuning.qlora
     return Scoring(config.score, found, splits, Path(config.results_dir) / ".cache", model)

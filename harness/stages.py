@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.fingerprints import WEIGHTS, changed_sizes
+from harness.keep import DELETED
 from harness.microbatch import settled
 
 _FILES = {"dev": ("completions.jsonl", "pairs.jsonl"), "golden": ("completions.jsonl", "pairs.jsonl")}
@@ -14,7 +15,7 @@ _FILES = {"dev": ("completions.jsonl", "pairs.jsonl"), "golden": ("completions.j
 def done_stages(folder: Path, manifest: dict[str, Any]) -> set[str]:
     """Return the stages that need not run again; a file that was deleted or cut off takes its stage with it."""
     done = set(manifest.get("done", []))
-    trained = any((folder / name).is_dir() for name in ("adapter", "model"))
+    trained = any((folder / name).is_dir() for name in WEIGHTS) or bool(manifest.get(DELETED))
     changed = changed_sizes(folder, manifest.get("files", {}))
     lost = (
         not trained

@@ -19,13 +19,13 @@ from omegaconf import DictConfig
 
 from harness.config import config_label, resolve
 from harness.design import Design
-from harness.devices import workers_here
+from harness.devices import processes_problem, workers_here
 from harness.expand import Request, check_study, expand
 from harness.folders import is_complete
 from harness.inputs import identify
 from harness.multilora import answer_trials
 from harness.overrides import explain
-from harness.planning import print_plan
+from harness.planning import print_plan, refuse_what_does_not_fit
 from harness.protocol import StudyResult, finished, run_study
 from harness.records import UnreachableError, UsageError
 from harness.registration import register, study_name
@@ -68,6 +68,8 @@ class PairedSweeper(Sweeper):
             for design, warnings in zip(designs, regrets, strict=True):
                 print_plan(design, warnings)
             return []
+        for design in designs:
+            self._refuse_what_cannot_run(design)
         for design, warnings in zip(designs, regrets, strict=True):
             register_design(design, ["harness.sweep", *type(self).typed], warnings)
         results = []
@@ -77,6 +79,13 @@ class PairedSweeper(Sweeper):
         if len(results) > 1:
             _report_again(results)
         return results
+
+    def _refuse_what_cannot_run(self, design: Design) -> None:
+        """Refuse what this machine has no room or no devices for, where trials run on this machine."""
+        refuse_what_does_not_fit(design)
+        is_elsewhere = type(self.launcher).__name__ in ("SlurmLauncher", "RayLauncher")
+        if not is_elsewhere and (problem := processes_problem(design.any.accelerate)):
+            raise UsageError(problem)
 
     def _designs(self, request: Request) -> Iterator[Design]:
         """Yield the design of each study: one, or one for each value of the family's key."""

@@ -104,9 +104,13 @@ def train_arm(
         consumed_tokens_sha256=consumed.state,
         num_pairs=consumed.num_pairs,
         parameters=parameters,
-        packed=getattr(trainer, "packs", False),  # TRL's own engine knows nothing of packing
-        why_padded=getattr(trainer, "why_padded", ""),
+        **_packing(trainer),
     )
+
+
+def _packing(trainer: Any) -> dict[str, Any]:
+    """Return how a trainer ran its batches; TRL's own engine knows nothing of packing."""
+    return {"packed": getattr(trainer, "packs", False), "why_padded": getattr(trainer, "why_padded", "")}
 
 
 def build_trainer(

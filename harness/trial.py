@@ -26,6 +26,7 @@ from harness.fingerprints import fingerprints
 from harness.folders import SPLITS, is_complete, read_manifest, refuse_golden, study_dir, trial_dir
 from harness.heldout import heldout_rows
 from harness.inputs import Tokens, identify, num_steps, prompt_rows, splits_of, tokens_of
+from harness.keep import DELETED, delete_weights, drops_weights, without_weights
 from harness.live import end_log, note_step
 from harness.measure import Meter, settle_imports
 from harness.multilora import drop_answers, stored_answers
@@ -74,7 +75,7 @@ def run_trial(config: RunConfig, splits: tuple[str, ...] = SPLITS) -> Outcome:
     with locked(folder):
         if is_complete(config, splits):
             return Outcome(**about, status=read_manifest(folder)["status"])
-        trial = _Trial(config, folder, about)
+        trial = _Trial(config, folder, about, splits)
         try:
             refuse_golden(config, splits)
             with trial_log(folder, about["trial_id"]):
@@ -96,7 +97,7 @@ def _now() -> str:
 class _Trial:
     """The state of a running trial: its manifest, its clock and the stage that it is in."""
 
-    def __init__(self, config: RunConfig, folder: Path, about: dict[str, Any]) -> None:
+    def __init__(self, config: RunConfig, folder: Path, about: dict[str, Any], splits: tuple[str, ...]) -> None:
         from harness.provenance import provenance
 
         self.config, self.folder, self.stage = config, folder, "load"
@@ -106,6 +107,8 @@ class _Trial:
             found = {}
         else:
             found["done"] = resume_stages(folder, found)
+            if found.pop(DELETED, None) and not {"score", *splits} <= set(found["done"]):
+                found["done"] = []  # what is missing needs weights that are gone: they are trained again
         self.manifest: dict[str, Any] = found or {
             **about,
             "status": "running",
@@ -152,6 +155,9 @@ class _Trial:
                     if split not in self.manifest["done"]:
                         self._evaluate(tokens, split)
             self._score(tracker)
+        if drops_weights(config, splits):
+            self._save(**without_weights(self.manifest, config.keep))
+        delete_weights(self.folder, self.manifest)
 
     def _describe_data(self, tokens: Tokens) -> None:
         facts = splits_of(self.config).facts

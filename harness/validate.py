@@ -65,6 +65,8 @@ def _combination_problems(config: RunConfig) -> Iterator[str]:
     if batch and micro and batch % micro:
         yield f"train.micro_batch_size={micro}: must divide train.batch_size={batch}"
     yield from _process_problems(config)
+    if config.keep == "none" and config.score.lm_eval.tasks:
+        yield "keep=none: score.lm_eval.tasks are run on the weights of the trials that decide; use keep=confirmed"
     if train.tuning is Tuning.qlora and find_spec("bitsandbytes") is None:
         yield "train.tuning=qlora: bitsandbytes is not installed; pip install 'dpo-simpo-harness[qlora]'"
     method = config.method

@@ -158,8 +158,8 @@ def running(folder: Path) -> list[str]:
 @pytest.mark.slow
 def test_a_divergence_and_a_failure_in_a_process_are_named(tmp_path: Path) -> None:
     config = configure("dpo", 16, "accelerate=ddp")
+    infinite = torch.full((16, 2), torch.inf)
     with pytest.raises(DivergedError, match=r"(loss|grad_norm) is nan at step 1 of 2"):
-        infinite = torch.full((16, 2), torch.inf)
         train_in_processes(config, folder=tmp_path / "a", reference=infinite, on_step=lambda *_: None)
     wrong = torch.zeros(3, 2)  # for 16 pairs
     with pytest.raises(RuntimeError, match=r"process [01]: \w*Error"):

@@ -54,15 +54,19 @@ def block_parameters(text: Any) -> int:
     return int(text.num_hidden_layers * (attention + 3 * text.hidden_size * text.intermediate_size))
 
 
-def matmul_rate(inner: int, outer: int, *, rows: int = 512, seconds: float = 2.0) -> float:
-    """Measure this machine's fp32 matrix products in FLOP/s, at shapes such as a layer's."""
+def matmul_rate(inner: int, outer: int, *, rows: int = 512, seconds: float = 2.0, bf16: bool = False) -> float:
+    """Measure this machine's matrix products in FLOP/s, at shapes such as a layer's; on its GPU where it has one."""
     import torch
 
-    a, b = torch.randn(rows, inner), torch.randn(inner, outer)
+    is_gpu = torch.cuda.is_available()
+    kind: Any = {"device": "cuda" if is_gpu else "cpu", "dtype": torch.bfloat16 if bf16 else torch.float32}
+    a, b = torch.randn(rows, inner, **kind), torch.randn(inner, outer, **kind)
     for _ in range(3):
         a @ b
     count, start = 0, time.perf_counter()
     while time.perf_counter() - start < seconds:
         a @ b
+        if is_gpu:
+            torch.cuda.synchronize()
         count += 1
     return 2.0 * rows * inner * outer * count / (time.perf_counter() - start)

@@ -1,0 +1,219 @@
+"""What a study will take: seconds, disk and memory, estimated before a weight is loaded; `plan=true` prints it.
+
+Sizes come from the checkpoint's safetensors headers and config.json, work from the tokenised pairs, speed from a short
+measurement of this machine's matrix products. `benchmarks/estimates.md` compares them with what studies took.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from harness.checkpoint import checkpoint_dir, uses_bf16
+from harness.design import Design
+from harness.inputs import Tokens, plan_of, splits_of, tokens_of
+from harness.records import UsageError
+from harness.schema import Engine, RunConfig, Tuning
+
+LOOP_OVER_PRODUCTS = {
+    Engine.paired: 1.6,
+    Engine.stock: 4.0,
+}  # measured on a CPU, benchmarks/cost.md: 1.5 to 1.7, 2.9 to 5
+_DECODING_SHARE = 0.4  # of the products' rate that a batch of answers reaches, token by token
+_STEP_SECONDS = (0.01, 0.004)  # Python's part of a micro-batch, and of each layer in it
+_AROUND_SECONDS = 1.0  # loading, scoring, tracking
+_PROCESS_BYTES = 700 * 2**20  # Python with torch, transformers and TRL
+_ANSWER_BYTES = 700  # the prompt, ids and scores of an answer, in three files; its text comes on top
+_TOKEN_BYTES = 5
+_STEP_BYTES = 700  # a row of train.jsonl, and of W&B's log
+_RUN_BYTES = 200_000  # manifest, config, log and W&B's own files
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The sizes of a base: weights in all, and inputs plus outputs of its linear layers, summed."""
+
+    parameters: int
+    linear_parameters: int
+    lora_sides: int
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a study takes from now on.
+
+    Attributes:
+        tune_seconds, confirm_seconds: of one trial of the stage.
+        trial_bytes: what a trial leaves on disk without its weights.
+        weight_bytes: the weights that it trains.
+        checkpoint_bytes: what its checkpoints need while it trains.
+        memory_bytes: of one trial's process, while it trains.
+        disk_bytes: of the study, at its largest.
+    """
+
+    tune_seconds: float
+    confirm_seconds: float
+    trial_bytes: int
+    weight_bytes: int
+    checkpoint_bytes: int
+    memory_bytes: int
+    disk_bytes: int
+
+
+def estimate(design: Design, *, tune: int, confirm: int, rate: float) -> Estimate:
+    """Estimate a study of so many trials by stage.
+
+    Args:
+        design: the study's plan.
+        tune: trials that tune and are still to be run.
+        confirm: trials that decide and are still to be run.
+        rate: of this machine's matrix products, in FLOP/s.
+    """
+    config = design.any
+    splits, size = splits_of(config), checkpoint_size(checkpoint_dir(config.model))
+    dev, golden = len(splits.dev_prompts), len(splits.golden_prompts)
+    training = train_seconds(config, tokens_of(config), size, rate)
+    answered = golden + (0 if design.tuned else dev)  # what a deciding trial answers
+    weights, checkpoint = _weight_bytes(config, size)
+    rows = len(splits.train) * (config.train.epochs or 1) // (config.train.batch_size or 1) * _STEP_BYTES
+    text = _ANSWER_BYTES + _TOKEN_BYTES * (config.generate.max_new_tokens or 0)
+    trial = rows + _RUN_BYTES + max(dev, answered) * text
+    kept = {"all": tune + confirm, "confirmed": confirm, "none": 0}[config.keep]
+    return Estimate(
+        tune_seconds=training + answer_seconds(config, dev, size, rate),
+        confirm_seconds=training + answer_seconds(config, answered, size, rate),
+        trial_bytes=trial,
+        weight_bytes=weights,
+        checkpoint_bytes=checkpoint,
+        memory_bytes=memory_bytes(config, tokens_of(config), size),
+        disk_bytes=(tune + confirm + 1) * trial + kept * weights + checkpoint + 2 * (dev + golden) * text,
+    )
+
+
+def checkpoint_size(folder: Path) -> Checkpoint:
+    """Read a checkpoint's sizes from the headers of its safetensors files."""
+    parameters = linear = sides = 0
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        for name, about in header.items():
+            shape = about.get("shape", ()) if name != "__metadata__" else ()
+            parameters += math.prod(shape) if shape else 0
+            if len(shape) == 2 and not any(word in name for word in ("embed", "lm_head", "wte", "wpe")):
+                linear += math.prod(shape)
+                sides += sum(shape)
+    return Checkpoint(parameters, linear, sides)
+
+
+def train_seconds(config: RunConfig, tokens: Tokens, size: Checkpoint, rate: float) -> float:
+    """Estimate the training of one trial: its matrix products at this rate, and Python's part of each micro-batch."""
+    rows, train = tokens.train.rows, config.train
+    count = sum(len(row.prompt_ids) + len(row.chosen_ids) + len(row.rejected_ids) for row in rows)
+    passes = 6 if train.tuning is Tuning.full else 4  # frozen weights have no gradient of their own
+    flops = float(passes * size.parameters * count * (train.epochs or 1))
+    flops *= (4 / 3 if train.gradient_checkpointing else 1) / config.accelerate.num_processes
+    plan = plan_of(config, rows)
+    batches = len(plan.order) / plan.micro_batch_size / config.accelerate.num_processes
+    python = batches * (_STEP_SECONDS[0] + _STEP_SECONDS[1] * _layers(config))
+    return flops / rate * LOOP_OVER_PRODUCTS[train.engine] + python
+
+
+def answer_seconds(config: RunConfig, prompts: int, size: Checkpoint, rate: float) -> float:
+    """Estimate the answers to so many prompts, were each as long as it may be; and what is around a trial."""
+    length = config.generate.max_new_tokens or 0
+    batches = -(-prompts // (config.generate.batch_size or 1))
+    python = batches * length * (_STEP_SECONDS[0] + _STEP_SECONDS[1] * _layers(config)) / 2  # forward only
+    return 2.0 * size.parameters * prompts * length / (rate * _DECODING_SHARE) + python + _AROUND_SECONDS
+
+
+def memory_bytes(config: RunConfig, tokens: Tokens, size: Checkpoint) -> int:
+    """Estimate the memory of a process that trains: weights, gradients, AdamW's state, activations, and Python."""
+    from transformers import AutoConfig
+
+    from harness.activations import activation_bytes, largest_micro_batch
+
+    model = AutoConfig.from_pretrained(checkpoint_dir(config.model), trust_remote_code=False)
+    itemsize = 2 if uses_bf16(config) else 4
+    held = {Tuning.full: 4.0, Tuning.lora: float(itemsize), Tuning.qlora: 0.6}[config.train.tuning] * size.parameters
+    trained = size.parameters if config.train.tuning is Tuning.full else config.train.lora_rank * size.lora_sides
+    shares = config.train.engine is Engine.paired and config.train.share_prefix
+    count = largest_micro_batch(tokens.train.rows, plan_of(config, tokens.train.rows), share_prefix=shares)
+    kept = activation_bytes(model, count, itemsize) / (_layers(config) if config.train.gradient_checkpointing else 1)
+    return int(held + 12 * trained + kept + _PROCESS_BYTES)
+
+
+def _layers(config: RunConfig) -> int:
+    from transformers import AutoConfig
+
+    model = AutoConfig.from_pretrained(checkpoint_dir(config.model), trust_remote_code=False)
+    return int(model.get_text_config().num_hidden_layers)
+
+
+def _weight_bytes(config: RunConfig, size: Checkpoint) -> tuple[int, int]:
+    """Return the bytes of the weights that a trial saves, and of its checkpoints while it trains.
+
+    A checkpoint has the weights and AdamW's two states; the old one stands until the new one is written.
+    """
+    is_full = config.train.tuning is Tuning.full
+    weights = 4 * (size.parameters if is_full else config.train.lora_rank * size.lora_sides)
+    return weights, 2 * 3 * weights
+
+
+def refuse_full_disk(results: Path, needed: int, *, keep: str) -> None:
+    """Raise a UsageError where a study would not fit on the disk, before it starts."""
+    place = next(folder for folder in [results.resolve(), *results.resolve().parents] if folder.is_dir())
+    free = shutil.disk_usage(place).free
+    if needed > free:
+        other = "" if keep != "all" else ", keep=confirmed (without the weights of trials that only tune)"
+        raise UsageError(
+            f"results_dir={results}: the study needs about {size_text(needed)} of disk, and {size_text(free)} are "
+            f"free; make room, give another results_dir{other} or fewer trials"
+        )
+
+
+def size_text(count: float) -> str:
+    """Write bytes as one reads them."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if count >= 10 or unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def time_text(seconds: float) -> str:
+    """Write seconds as one reads them."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def lines(found: Estimate, *, tune: int, confirm: int, keep: str) -> Sequence[str]:
+    """Return what `plan=true` prints of an estimate."""
+    total = tune * found.tune_seconds + confirm * found.confirm_seconds
+    stages = [("to tune", tune, found.tune_seconds), ("to confirm", confirm, found.confirm_seconds)]
+    each = ", ".join(f"{time_text(seconds)} a trial {name}" for name, count, seconds in stages if count)
+    return [
+        f"time: about {time_text(total)} of trials, one after the other, on a machine like this one"
+        + (f" ({each}, were all answers as long as they may be)" if each else ""),
+        f"memory: about {size_text(found.memory_bytes)} for a trial that trains",
+        f"disk: about {size_text(found.disk_bytes)} at most: {size_text(found.weight_bytes)} of weights and "
+        f"{size_text(found.trial_bytes)} of rows a trial (keep={keep}), {size_text(found.checkpoint_bytes)} of "
+        "checkpoints while one trains",
+    ]
+
+
+def machine_rate(config: RunConfig) -> float:
+    """Measure how fast matrices are multiplied where training will run, in FLOP/s."""
+    from harness.bench.work import matmul_rate
+    from harness.checkpoint import set_threads
+
+    set_threads(config)
+    text: Any = json.loads((checkpoint_dir(config.model) / "config.json").read_text())
+    text = text.get("text_config", text)
+    inner = int(text.get("hidden_size", 1024))
+    return matmul_rate(inner, int(text.get("intermediate_size") or 4 * inner), seconds=0.3, bf16=uses_bf16(config))
