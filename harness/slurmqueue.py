@@ -12,7 +12,7 @@ import subprocess
 
 from submitit.slurm.slurm import SlurmInfoWatcher, SlurmJob
 
-_SECONDS = 30  # at most so long between two questions: any user may ask for the queue, and the answer is short
+_SECONDS = 15  # at most so long between two questions: any user may ask for the queue, and the answer is short
 
 
 class QueueWatcher(SlurmInfoWatcher):
