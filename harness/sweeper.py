@@ -57,6 +57,10 @@ class PairedSweeper(Sweeper):
         self.launcher = Plugins.instance().instantiate_launcher(
             hydra_context=hydra_context, task_function=task_function, config=config
         )
+        if type(self.launcher).__name__ == "SlurmLauncher":
+            from harness.slurmqueue import watch_queue
+
+            watch_queue()
         self.overrides: dict[str, list[str]] = {}
 
     def sweep(self, arguments: list[str]) -> list[StudyResult]:

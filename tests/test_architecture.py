@@ -16,6 +16,7 @@ HOMES = {
     "trl": {"trainers.py", "engine.py", "head.py", "embedded/build.py", "bench/stock.py"},
     "hydra": {"config.py", "overrides.py", "plugins.py", "raylauncher.py", "sweep.py", "sweeper.py"},
     "ray": {"raylauncher.py"},
+    "submitit": {"slurmqueue.py"},
     "optuna": {"search.py"},
     "wandb": {"tracking.py", "publish.py"},
     "wandb_workspaces": {"publish.py"},
