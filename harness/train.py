@@ -99,18 +99,18 @@ def train_arm(
         trainer.add_callback(TrialCallback(consumed, advance))
         trainer.train(resume_from_checkpoint=str(resume[0]) if resume else None)
     save_weights(trainer, folder, config)
+    return _result(trainer, consumed, parameters)
+
+
+def _result(trainer: Any, consumed: ConsumedTokens, parameters: dict[str, int]) -> TrainResult:
     return TrainResult(
         steps=[entry for entry in trainer.state.log_history if "loss" in entry],
         consumed_tokens_sha256=consumed.state,
         num_pairs=consumed.num_pairs,
         parameters=parameters,
-        **_packing(trainer),
+        packed=getattr(trainer, "packs", False),  # TRL's own engine knows nothing of packing
+        why_padded=getattr(trainer, "why_padded", ""),
     )
-
-
-def _packing(trainer: Any) -> dict[str, Any]:
-    """Return how a trainer ran its batches; TRL's own engine knows nothing of packing."""
-    return {"packed": getattr(trainer, "packs", False), "why_padded": getattr(trainer, "why_padded", "")}
 
 
 def build_trainer(

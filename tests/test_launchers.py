@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -51,6 +55,28 @@ def test_tuning_selection_and_confirmation_give_the_same_scores_through(
     done = sweep(tmp_path / "results", f"hydra/launcher={launcher}")
     assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-3000:]
     assert (tmp_path / "results" / "s" / "scores.csv").read_text() == in_one_process
+
+
+@pytest.mark.slow
+def test_the_same_scores_come_from_a_ray_cluster_that_is_there_already(in_one_process: str, tmp_path: Path) -> None:
+    """A real cluster of one node on loopback, started as `ray start --head` does, which outlives the sweep."""
+    ray = [str(Path(sys.executable).parent / "ray")]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    quiet = os.environ | {"RAY_USAGE_STATS_ENABLED": "0"}
+    head = ["start", "--head", f"--port={port}", "--node-ip-address=127.0.0.1", "--num-cpus=2", "--num-gpus=0"]
+    head += ["--include-dashboard=false", "--disable-usage-stats", f"--temp-dir={tempfile.mkdtemp(prefix='ray-')}"]
+    subprocess.run([*ray, *head], check=True, capture_output=True, timeout=120, env=quiet)
+    try:
+        given = ["hydra/launcher=ray", f"hydra.launcher.address=127.0.0.1:{port}"]
+        done = sweep(tmp_path / "results", *given)
+        assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-3000:]
+        assert (tmp_path / "results" / "s" / "scores.csv").read_text() == in_one_process
+        status = [*ray, "status", f"--address=127.0.0.1:{port}"]
+        assert subprocess.run(status, check=False, capture_output=True, timeout=60, env=quiet).returncode == 0
+    finally:
+        subprocess.run([*ray, "stop", "--force"], check=False, capture_output=True, timeout=60, env=quiet)
 
 
 def test_a_launcher_that_is_not_known_or_not_installed_is_refused_with_what_to_do(monkeypatch) -> None:
@@ -105,18 +131,68 @@ def test_workers_are_as_many_as_visible_gpus_or_else_cores(monkeypatch) -> None:
     devices.gpus.cache_clear()
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5,7")
     assert devices.workers_here() == 3
+    assert devices.workers_here(2) == 1
     devices.gpus.cache_clear()
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert devices.workers_here() == len(os.sched_getaffinity(0))
     devices.gpus.cache_clear()
 
 
-TAKE = "from harness.devices import take_place; import os, time; print(take_place('LocalLauncher'), os.environ['CUDA_VISIBLE_DEVICES'], flush=True); time.sleep(60)"
+TAKE = """
+import os, sys, time
+from harness.devices import take_places
+print(*take_places(sys.argv[1], int(sys.argv[2])), os.environ["CUDA_VISIBLE_DEVICES"], flush=True)
+time.sleep(60)
+"""
 
 
-def worker(tmp_path: Path) -> subprocess.Popen:
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "2,5", "TMPDIR": str(tmp_path)}
-    return subprocess.Popen([sys.executable, "-c", TAKE], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+def worker(tmp_path: Path, *, launcher: str = "LocalLauncher", count: int = 1, gpus: str = "2,5") -> subprocess.Popen:
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": gpus, "TMPDIR": str(tmp_path)}
+    return subprocess.Popen(
+        [sys.executable, "-c", TAKE, launcher, str(count)], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True
+    )
+
+
+def test_trials_of_several_processes_take_as_many_gpus_and_never_wait_for_half_of_them(tmp_path: Path) -> None:
+    """Three trials of two GPUs each, on three GPUs: one at a time, with a pair of its own."""
+    workers = [worker(tmp_path, count=2, gpus="1,4,7") for _ in range(3)]
+    try:
+        for _ in range(3):
+            lines = wait_for_a_line(workers)
+            assert len(lines) == 1, "a second trial found two GPUs"
+            ended, line = lines[0]
+            *places, visible = line.split()
+            assert len(set(places)) == 2
+            assert visible == ",".join(places)
+            ended.kill()
+            ended.wait()
+            ended.stdout.close()
+            workers.remove(ended)
+    finally:
+        for process in workers:
+            process.kill()
+            process.wait()
+            process.stdout.close()
+
+
+def wait_for_a_line(workers: list[subprocess.Popen]) -> list[tuple[subprocess.Popen, str]]:
+    """Wait until a worker has said which places it took, and a moment longer for others."""
+    ready, _, _ = select.select([process.stdout for process in workers], [], [], 60)
+    assert ready, "no worker took its places"
+    time.sleep(2)
+    ready, _, _ = select.select([process.stdout for process in workers], [], [], 0)
+    return [(process, process.stdout.readline()) for process in workers if process.stdout in ready]
+
+
+def test_one_process_on_a_machine_with_several_gpus_takes_one_of_them(tmp_path: Path) -> None:
+    """Else transformers' Trainer would spread a trial over all of them, and change its batches."""
+    process = worker(tmp_path, launcher="BasicLauncher")
+    try:
+        assert process.stdout.readline().strip() == "2 2"
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
 
 
 def test_each_worker_has_a_gpu_of_its_own_and_a_killed_one_gives_it_back(tmp_path: Path) -> None:
