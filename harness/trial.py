@@ -39,6 +39,7 @@ from harness.records import (
     write_jsonl,
     write_text,
 )
+from harness.redaction import redact
 from harness.schema import Engine, Reference, RunConfig, Tuning
 from harness.score import score_trial
 from harness.scorers import SCORERS
@@ -80,10 +81,10 @@ def run_trial(config: RunConfig, splits: tuple[str, ...] = SPLITS) -> Outcome:
             with trial_log(folder, about["trial_id"]):
                 trial.run(splits)
         except Exception as error:
-            failure = about | {"stage": trial.stage, "error": type(error).__name__, "message": str(error)}
-            failure |= {"traceback": traceback.format_exc(), "created": _now()}
+            failure = about | {"stage": trial.stage, "error": type(error).__name__, "message": redact(error)}
+            failure |= {"traceback": redact(traceback.format_exc()), "created": _now()}
             write_json(folder / "failure.json", failure)
-            return Outcome(**about, status="failed", message=f"{trial.stage}: {type(error).__name__}: {error}")
+            return Outcome(**about, status="failed", message=f"{trial.stage}: {failure['error']}: {failure['message']}")
         (folder / "failure.json").unlink(missing_ok=True)
         status = trial.manifest["status"]
         return Outcome(**about, status=status, message=trial.manifest.get("divergence", ""))
