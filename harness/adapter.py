@@ -81,7 +81,9 @@ def save_weights(trainer: Any, folder: Path, config: RunConfig) -> None:
     model = trainer.accelerator.unwrap_model(trainer.model)
     shutil.rmtree(temporary, ignore_errors=True)
     if is_adapter:
-        model.active_peft_config.base_model_name_or_path = config.model.path
+        about = model.active_peft_config
+        about.base_model_name_or_path = config.model.path
+        about.target_modules = sorted(about.target_modules)  # a set is written in another order by each process
         more["selected_adapters"] = ["default"]
         more["save_embedding_layers"] = False  # PEFT would ask the Hub about the base's vocabulary
     model.save_pretrained(temporary, safe_serialization=True, **more)

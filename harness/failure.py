@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.records import UsageError, WorkerDiedError, read_json
+from harness.redaction import redact
 
 FILE = "failure.json"
 _FROM_OUTSIDE = (OSError, MemoryError, UsageError, WorkerDiedError)
@@ -26,9 +27,9 @@ def describe(error: Exception, stage: str, about: dict[str, Any], folder: Path) 
     return about | {
         "stage": stage,
         "error": type(error).__name__,
-        "message": str(error) + _advice(error, stage),
+        "message": redact(error) + _advice(error, stage),
         "retries": isinstance(error, _FROM_OUTSIDE) or is_full,
-        "traceback": traceback.format_exc(),
+        "traceback": redact(traceback.format_exc()),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 

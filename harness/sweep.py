@@ -25,6 +25,7 @@ from harness.overrides import check_overrides, check_single, explain
 from harness.plugins import register_plugins
 from harness.protocol import StudyResult
 from harness.records import UsageError
+from harness.redaction import redact
 from harness.sweeper import PairedSweeper, folder_name, register_design
 from harness.terminal import print_result
 from harness.trial import run_trial
@@ -96,7 +97,7 @@ def run_single(arguments: Sequence[str]) -> int:
         register_design(design, ["harness.train", *arguments], find_warnings(config))
         refuse_golden(config, config.evaluate)
     except UsageError as error:
-        print(f"harness.train: {error}", file=sys.stderr)
+        print(f"harness.train: {redact(error)}", file=sys.stderr)
         return 2
     outcome = run_trial(base, tuple(config.evaluate))
     if outcome.status != "failed":
@@ -127,7 +128,7 @@ def main() -> None:
     try:
         results = run_sweep(sys.argv[1:])
     except UsageError as error:
-        print(f"harness.sweep: {error}", file=sys.stderr)
+        print(f"harness.sweep: {redact(error)}", file=sys.stderr)
         sys.exit(2)
     sys.exit(max((print_result(result) for result in results), default=0))
 

@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from harness.folders import is_complete
 from harness.protocol import StudyResult
+from harness.redaction import redact
 from harness.schema import RunConfig
 from harness.trial import Outcome
 from harness.untrusted import visible
@@ -46,9 +47,9 @@ def print_result(result: StudyResult) -> int:
     if verdict:
         print("\n".join(["", *table_lines(verdict), *warning_lines(verdict)]))
     for outcome in failed:
-        print(f"failed: {_name(outcome)}: {visible(outcome.message)}")
+        print(f"failed: {_name(outcome)}: {visible(redact(outcome.message))}")
     for problem in result.problems:
-        print(f"scorer failed: {visible(problem)}")
+        print(f"scorer failed: {visible(redact(problem))}")
     if failed:
         again = "the same command with retry_failed=true runs them again"
         print(f"{len(failed)} of {len(result.outcomes)} trials failed; the rest is kept: {again}")
@@ -57,7 +58,7 @@ def print_result(result: StudyResult) -> int:
     if verdict:
         print(f"\n{verdict_line(verdict)}")
     else:
-        print(f"\nno verdict: {result.undecided}")
+        print(f"\nno verdict: {redact(result.undecided)}")
     if result.report:
         print(f"report: {result.report}")
     return 1 if failed or result.problems or (result.is_comparison and not verdict) else 0

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
+from harness.redaction import redact
+
 LOG = logging.getLogger("harness.trial")
 MAX_BYTES = 5_000_000  # a library that repeats itself must not fill the disk
 _FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
@@ -30,6 +32,7 @@ class _Log(io.TextIOBase):
 
     def write(self, text: str) -> int:
         """Write, or pass on to the terminal what a library that kept this stream says after the trial."""
+        text = redact(text)
         if self._file is None:
             return sys.stderr.write(text) if sys.stderr is not self else len(text)
         text = text.replace(_PACKAGE, "harness")
@@ -115,6 +118,7 @@ def say(message: str) -> None:
     """Print a line on the terminal (stderr) above a progress bar, and in the log where a trial runs."""
     from tqdm import tqdm
 
+    message = redact(message)
     if _terminal:
         LOG.warning("%s", message)
     tqdm.write(message, file=_terminal[0] if _terminal else sys.stderr)

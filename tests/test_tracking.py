@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
+import subprocess
+import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from wandb.proto import wandb_internal_pb2
 
+from harness import tracking
+from harness.records import read_json
 from harness.schema import TrackingConfig
 from harness.tracking import NoTracker, WandbTracker, track
+from tests.conftest import SMALL, overriding
+from tests.wandb_server import KEY, wandb_server
 
 
 def records(path: Path):
@@ -45,6 +53,11 @@ def about(folder: Path, name: str = "dpo-s0") -> dict:
         "tags": ["dpo"],
         "config": {"seed": 0},
     }
+
+
+@pytest.fixture(autouse=True)
+def nothing_has_failed(monkeypatch) -> None:
+    monkeypatch.setattr(tracking, "_failed_modes", set())
 
 
 OFFLINE = TrackingConfig(backend="wandb", mode="offline")
@@ -122,3 +135,85 @@ def test_online_without_an_account_falls_back_to_offline(tmp_path: Path, monkeyp
     with track(TrackingConfig(backend="wandb", mode="online"), **about(tmp_path)) as tracker:
         tracker.log({"x": 1})
     assert "dpo-s0" in runs(tmp_path)
+
+
+@pytest.mark.slow
+def test_a_server_that_never_answers_costs_one_wait_and_the_runs_are_offline(
+    tmp_path: Path, monkeypatch, capsys
+) -> None:
+    monkeypatch.setattr(tracking, "INIT_TIMEOUT_SECONDS", 2)
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    seconds = []
+    with wandb_server(hangs_from=1) as server:
+        monkeypatch.setenv("WANDB_BASE_URL", server.url)
+        for name in ("first", "second"):
+            began = time.monotonic()
+            with track(TrackingConfig(backend="wandb", mode="online"), **about(tmp_path, name)) as tracker:
+                tracker.log({"train/loss": 0.5})
+                tracker.table("completions", ["prompt"], [["q"]])
+            seconds.append(time.monotonic() - began)
+        found = runs(tmp_path)
+    assert set(found) == {"first", "second"}
+    for _, content in found.values():
+        assert [record.exit.exit_code for record in content if record.HasField("exit")] == [0]
+    assert seconds[0] >= 2 > seconds[1]
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1, said
+    assert "offline" in said[0]
+
+
+# A trial and its SFT base in one process, as a user starts them, with shorter waits and the time at which it was done.
+TRIAL = """
+import sys, time
+from harness import tracking
+from harness.sweep import run_single
+
+tracking.INIT_TIMEOUT_SECONDS, tracking.WAIT_SECONDS = 3, 3
+status = run_single(sys.argv[2:])
+open(sys.argv[1], "w").write(str(time.time()))
+sys.exit(status)
+"""
+
+
+def online_trial(tmp_path: Path, url: str) -> tuple[subprocess.CompletedProcess, int, float]:
+    """Run a trial that is tracked online; return how it ended, its process id and the seconds from done to ended."""
+    done = tmp_path / "done.txt"
+    settings = ["tracking=wandb", "tracking.mode=online", f"results_dir={tmp_path / 'results'}", "+method=dpo"]
+    overrides = overriding(SMALL, *settings)
+    mine = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
+    mine |= {"HOME": str(tmp_path), "WANDB_BASE_URL": url, "WANDB_API_KEY": KEY}
+    command = [sys.executable, "-c", TRIAL, str(done), *overrides]
+    with subprocess.Popen(command, env=mine, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            out, err = process.communicate(timeout=90)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise
+    ended = time.time() - float(done.read_text())
+    return subprocess.CompletedProcess(command, process.returncode, out, err), process.pid, ended
+
+
+@pytest.mark.slow
+def test_a_server_that_hangs_later_delays_a_trial_a_little_and_its_run_can_be_uploaded_later(tmp_path: Path) -> None:
+    with wandb_server(hangs_from=2) as server:
+        ended, process, seconds = online_trial(tmp_path, server.url)
+    assert ended.returncode == 0, ended.stderr
+    assert seconds < 5
+    left = [found for found in psutil.process_iter(["cmdline"]) if str(process) in (found.info["cmdline"] or ())]
+    assert left == []
+    (study,) = (tmp_path / "results").glob("*/study.yaml")
+    manifests = [read_json(path) for path in study.parent.glob("**/manifest.json")]
+    assert [facts["status"] for facts in manifests] == ["complete", "complete"]
+    assert list(runs(study.parent)) == [next(f"dpo-{m['config']}-s0" for m in manifests if m["arm"] == "dpo")]
+    (online,) = study.parent.glob("wandb/run-*")
+    content = list(records(next(online.glob("*.wandb"))))
+    assert {"run", "history", "summary"} <= {record.WhichOneof("record_type") for record in content}
+    (said,) = [line for line in ended.stderr.splitlines() if "wandb sync" in line]
+    assert f"wandb sync --no-skip-online {online}" in said
+    assert KEY not in ended.stdout + ended.stderr
+    with wandb_server() as server:
+        mine = os.environ | {"HOME": str(tmp_path), "WANDB_BASE_URL": server.url, "WANDB_API_KEY": KEY}
+        command = [sys.executable, "-m", "wandb", "sync", "--yes", "--no-skip-online", str(online)]
+        subprocess.run(command, env=mine, cwd=tmp_path, check=True, capture_output=True, timeout=60)
+    assert any("golden/" in text for path, text in server.files.items() if path.endswith("file_stream"))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import gzip
+import itertools
 import json
 import re
 import threading
@@ -19,10 +20,13 @@ KEY = "x" * 40
 
 
 class WandbServer(ThreadingHTTPServer):
-    """Holds runs, files and views as they arrive."""
+    """Holds runs, files and views as they arrive; from the `hangs_from`-th request on it listens and never answers."""
 
-    def __init__(self) -> None:
+    def __init__(self, hangs_from: int | None = None) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
+        self._numbers = itertools.count(1)
+        self._hangs_from = hangs_from
+        self.closing = threading.Event()
         self.runs: dict[str, dict[str, Any]] = {}
         self.files: dict[str, str] = {}
         self.views: dict[str, dict[str, Any]] = {}
@@ -30,6 +34,13 @@ class WandbServer(ThreadingHTTPServer):
 
     def handle_error(self, request, client_address) -> None:
         """W&B's client drops connections when it ends."""
+
+    def may_answer(self) -> bool:
+        """Count a request; keep one that gets no answer waiting until the server is closed."""
+        if self._hangs_from is None or next(self._numbers) < self._hangs_from:
+            return True
+        self.closing.wait()
+        return False
 
     @property
     def url(self) -> str:
@@ -80,6 +91,9 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, *about: Any) -> None:
         """Be quiet."""
 
+    def parse_request(self) -> bool:
+        return super().parse_request() and self.server.may_answer()
+
     def _body(self) -> bytes:
         if self.headers.get("transfer-encoding") == "chunked":
             body = b""
@@ -123,13 +137,14 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 @contextlib.contextmanager
-def wandb_server():
+def wandb_server(hangs_from: int | None = None):
     """Serve until the block ends."""
-    server = WandbServer()
+    server = WandbServer(hangs_from)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:
         yield server
     finally:
+        server.closing.set()
         server.shutdown()
         server.server_close()

@@ -19,6 +19,7 @@ from harness.cache import Cache
 from harness.judge.budget import Budget
 from harness.judge.template import Template
 from harness.records import Message, UsageError, digest
+from harness.redaction import redact
 from harness.scoreconfig import JudgeConfig, Structured
 from harness.untrusted import one_line
 
@@ -151,8 +152,7 @@ class Endpoint:
         )
 
     def _without_key(self, error: Exception) -> str:
-        key = os.environ.get(self.config.api_key_env)
-        return str(error).replace(key, "***") if key else str(error)
+        return redact(error, self.config.api_key_env)
 
 
 def _client(config: JudgeConfig) -> Any:
