@@ -58,7 +58,13 @@ class RayLauncher(Launcher):
             local = {"include_dashboard": False} if self.address is None else {}
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
             os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-            ray.init(address=self.address, **{**quiet, **local, **self.init})
+            try:
+                ray.init(address=self.address, **{**quiet, **local, **self.init})
+            except ConnectionError as error:
+                raise UsageError(
+                    f"hydra.launcher.address={self.address}: {error}; is the cluster there, and where it asks for a "
+                    "token: are RAY_AUTH_MODE=token and the token set?"
+                ) from error
         remote = ray.remote(_execute).options(**self.resources, max_retries=self.max_retries)
         about = (self.context, self.config, self.task, Singleton.get_state())
         shared = [ray.put(part) for part in about]

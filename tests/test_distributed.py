@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import sys
@@ -164,6 +165,27 @@ def test_a_divergence_and_a_failure_in_a_process_are_named(tmp_path: Path) -> No
     wrong = torch.zeros(3, 2)  # for 16 pairs
     with pytest.raises(RuntimeError, match=r"process [01]: \w*Error"):
         train_in_processes(config, folder=tmp_path / "b", reference=wrong, on_step=lambda *_: None)
+
+
+@pytest.mark.slow
+def test_a_sharded_model_gives_the_same_log_probs_and_gradients() -> None:
+    """FSDP2 over two processes, as on GPUs: packed batches and fused adapters find the weights when they need them."""
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        "-m",
+        "tests.sharded",
+    ]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
+    assert found["local"] < 0.6 * found["total"], "each process holds half"
+    assert found["losses"][0] == pytest.approx(found["losses"][1], rel=1e-6)
+    assert found["names"]
+    assert found["gap"] < 1e-5
 
 
 # Configuration

@@ -8,7 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -57,26 +56,46 @@ def test_tuning_selection_and_confirmation_give_the_same_scores_through(
     assert (tmp_path / "results" / "s" / "scores.csv").read_text() == in_one_process
 
 
-@pytest.mark.slow
-def test_the_same_scores_come_from_a_ray_cluster_that_is_there_already(in_one_process: str, tmp_path: Path) -> None:
-    """A real cluster of one node on loopback, started as `ray start --head` does, which outlives the sweep."""
-    ray = [str(Path(sys.executable).parent / "ray")]
+@pytest.fixture
+def ray_cluster(tmp_path: Path):
+    """A real cluster of one node, as `ray start --head` makes it, that asks for a token."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    quiet = os.environ | {"RAY_USAGE_STATS_ENABLED": "0"}
-    head = ["start", "--head", f"--port={port}", "--node-ip-address=127.0.0.1", "--num-cpus=2", "--num-gpus=0"]
-    head += ["--include-dashboard=false", "--disable-usage-stats", f"--temp-dir={tempfile.mkdtemp(prefix='ray-')}"]
-    subprocess.run([*ray, *head], check=True, capture_output=True, timeout=120, env=quiet)
-    try:
-        given = ["hydra/launcher=ray", f"hydra.launcher.address=127.0.0.1:{port}"]
-        done = sweep(tmp_path / "results", *given)
-        assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-3000:]
-        assert (tmp_path / "results" / "s" / "scores.csv").read_text() == in_one_process
-        status = [*ray, "status", f"--address=127.0.0.1:{port}"]
-        assert subprocess.run(status, check=False, capture_output=True, timeout=60, env=quiet).returncode == 0
-    finally:
-        subprocess.run([*ray, "stop", "--force"], check=False, capture_output=True, timeout=60, env=quiet)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_AUTH_MODE", "token")
+        patch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "token"))
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        (tmp_path / "token").write_text("0123456789abcdef" * 4)
+        command = [str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", f"--port={port}"]
+        command += ["--num-cpus=2", "--num-gpus=0", "--include-dashboard=false", "--disable-usage-stats"]
+        head = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=tmp_path)
+        try:
+            said = next((line for line in head.stdout if "block forever" in line), "")
+            assert said, "the cluster did not start"
+            yield f"127.0.0.1:{port}", head
+        finally:
+            head.terminate()  # it ends all that it started
+            head.wait(60)
+            head.stdout.close()
+
+
+@pytest.mark.slow
+def test_the_same_scores_come_from_a_ray_cluster_that_is_there_already(
+    ray_cluster, in_one_process: str, tmp_path: Path, monkeypatch
+) -> None:
+    address, head = ray_cluster
+    given = ["hydra/launcher=ray", f"hydra.launcher.address={address}"]
+    done = sweep(tmp_path / "results", *given)
+    assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-3000:]
+    assert (tmp_path / "results" / "s" / "scores.csv").read_text() == in_one_process
+    assert head.poll() is None, "the cluster outlives the sweep"
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "none"))
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    refused = sweep(tmp_path / "results", *given, "seed=1,2,3")
+    assert refused.returncode == 2
+    assert f"hydra.launcher.address={address}: " in refused.stderr
+    assert "RAY_AUTH_MODE=token" in refused.stderr
 
 
 def test_a_launcher_that_is_not_known_or_not_installed_is_refused_with_what_to_do(monkeypatch) -> None:
