@@ -18,6 +18,7 @@ import pandas as pd
 from harness.decide import decision
 from harness.fingerprints import WEIGHTS
 from harness.identity import data_identity
+from harness.microbatch import settled
 from harness.reader import Reader
 from harness.records import UsageError, file_sha256
 from harness.registration import read_study
@@ -68,6 +69,9 @@ def _trial(study: Path, folder: Path, registered: Mapping[str, Any]) -> Iterator
         yield f"it started from another base ({_short(found)}) than the registered one ({_short(base)})"
     if manifest.get("status") not in _FINISHED:
         yield f"it is {manifest.get('status')}: run the sweep's command again"
+    settled_for, trained_with = settled(study), manifest.get("micro_batch_size")
+    if settled_for and trained_with and trained_with > settled_for:
+        yield f"it was trained with a micro-batch of {trained_with}, and the study has settled for {settled_for} since"
     yield from _files(folder, manifest)
 
 

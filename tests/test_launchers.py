@@ -92,7 +92,7 @@ def test_the_same_scores_come_from_a_ray_cluster_that_is_there_already(
     assert head.poll() is None, "the cluster outlives the sweep"
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "none"))
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    refused = sweep(tmp_path / "results", *given, "seed=1,2,3")
+    refused = sweep(tmp_path / "other", *given)
     assert refused.returncode == 2
     assert f"hydra.launcher.address={address}: " in refused.stderr
     assert "RAY_AUTH_MODE=token" in refused.stderr

@@ -17,6 +17,7 @@ from harness.identity import data_identity
 from harness.records import read_json, read_jsonl
 from harness.schema import RunConfig
 from harness.trial import run_trial
+from harness.verify import _trial
 from tests.conftest import SMALL
 
 
@@ -62,6 +63,10 @@ def test_both_arms_train_with_the_micro_batch_that_fits_and_as_many_pairs_a_step
     assert outcome.status == "complete", outcome.message
     assert not is_complete(dpo, ("dev",)), "its batch plan is not the study's any more"
     assert data_identity(tmp_path / "s")["status"] == "not proved"
+    found = [
+        problem for folder in (tmp_path / "s" / "trials").iterdir() for problem in _trial(tmp_path / "s", folder, {})
+    ]
+    assert "it was trained with a micro-batch of 8, and the study has settled for 2 since" in found
     assert run_trial(dpo, ("dev",)).status == "complete"
     after, other = read_manifest(trial_dir(dpo)), read_manifest(trial_dir(simpo))
     assert after["micro_batch_size"] == other["micro_batch_size"] == 2
