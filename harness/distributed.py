@@ -26,6 +26,7 @@ from omegaconf import OmegaConf
 
 from harness.arms import ARMS
 from harness.config import plain
+from harness.plan import BatchPlan
 from harness.records import DivergedError, WorkerDiedError, read_json, write_json
 from harness.schema import RunConfig
 from harness.train import TrainResult
@@ -35,11 +36,14 @@ _PR_SET_PDEATHSIG = 1  # prctl(2)
 OnStep = Callable[[int, dict[str, Any]], None]
 
 
-def train_in_processes(config: RunConfig, *, folder: Path, reference: Any, on_step: OnStep) -> TrainResult:
+def train_in_processes(
+    config: RunConfig, plan: BatchPlan, *, folder: Path, reference: Any, on_step: OnStep
+) -> TrainResult:
     """Train one arm as `harness.train.train_arm` does, with `accelerate.num_processes` processes.
 
     Args:
         config: the trial.
+        plan: the order of the rows, of which each process takes its share.
         folder: its folder; job files lie with the checkpoints and go with them.
         reference: the base's log-probs, shape (num_rows, 2), or None.
         on_step: called after each step, while the processes run.
@@ -52,7 +56,7 @@ def train_in_processes(config: RunConfig, *, folder: Path, reference: Any, on_st
     """
     job = folder / "checkpoints" / "job"
     shutil.rmtree(job, ignore_errors=True)
-    _write_job(job, config, reference)
+    _write_job(job, config, plan, reference)
     print(f"accelerate launch: {config.accelerate.num_processes} processes, {config.accelerate.distributed_type}")
     with (job / "log.txt").open("wb") as log:
         command = [sys.executable, "-m", "harness.distributed", "launch", str(job)]
@@ -71,15 +75,14 @@ def train_in_processes(config: RunConfig, *, folder: Path, reference: Any, on_st
     return _read_result(job, process.returncode)
 
 
-def _write_job(job: Path, config: RunConfig, reference: Any) -> None:
+def _write_job(job: Path, config: RunConfig, plan: BatchPlan, reference: Any) -> None:
     from safetensors.torch import save_file
 
     write_json(job / "config.json", plain(config))
+    write_json(job / "plan.json", {"micro_batch_size": plan.micro_batch_size, "sha256": plan.sha256})
     if reference is not None:
         save_file({"reference": reference.contiguous()}, job / "reference.safetensors")
-    accelerate, train = config.accelerate, config.train
-    assert train.batch_size is not None
-    assert train.micro_batch_size is not None
+    accelerate = config.accelerate
     settings: dict[str, Any] = {
         "compute_environment": "LOCAL_MACHINE",
         "distributed_type": accelerate.distributed_type,
@@ -93,7 +96,7 @@ def _write_job(job: Path, config: RunConfig, reference: Any) -> None:
     if accelerate.fsdp_config:
         settings["fsdp_config"] = plain(accelerate.fsdp_config)
     if accelerate.deepspeed_config:
-        steps = train.batch_size // (train.micro_batch_size * accelerate.num_processes)
+        steps = plan.batch_size // (plan.micro_batch_size * accelerate.num_processes)
         settings["deepspeed_config"] = plain(accelerate.deepspeed_config) | {"gradient_accumulation_steps": steps}
     (job / "accelerate.yaml").write_text(yaml.safe_dump(settings))
 
@@ -179,10 +182,14 @@ def _train_share(job: Path, rank: int) -> dict[str, Any]:
             steps.write(json.dumps({"step": step, **logs}) + "\n")
             steps.flush()
 
+    planned = read_json(job / "plan.json")  # not the study's: another trial may have made that smaller by now
+    plan = plan_of(config, tokens.train.rows, micro=planned["micro_batch_size"])
+    if plan.sha256 != planned["sha256"]:
+        raise RuntimeError("the training data have changed since the trial began: the batch plan is another one")
     result = train_arm(
         config,
         tokens.train.rows,
-        plan_of(config, tokens.train.rows),
+        plan,
         model=load_base(config),
         chat=tokens.chat,
         folder=job.parent.parent,

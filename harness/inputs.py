@@ -140,8 +140,14 @@ def tokens_of(config: RunConfig) -> Tokens:
     )
 
 
-def plan_of(config: RunConfig, rows: Sequence[TokenPair]) -> BatchPlan:
-    """Return the batch plan of a config over its training rows: the arm and its keys do not enter it."""
+def plan_of(config: RunConfig, rows: Sequence[TokenPair], *, micro: int | None = None) -> BatchPlan:
+    """Return the batch plan of a config over its training rows: the arm and its keys do not enter it.
+
+    Args:
+        config: the trial.
+        rows: the training pairs.
+        micro: pairs that are computed at once; null takes those of the trial's study.
+    """
     train = config.train
     assert train.epochs is not None, "the profile fills it, and the batch size"
     assert train.batch_size is not None
@@ -149,7 +155,7 @@ def plan_of(config: RunConfig, rows: Sequence[TokenPair]) -> BatchPlan:
         len(rows),
         epochs=train.epochs,
         batch_size=train.batch_size,
-        micro_batch_size=micro_batch_size(config),
+        micro_batch_size=micro or micro_batch_size(config),
         seed=config.seed,
         lengths=[row.length for row in rows] if train.group_lengths else (),
     )

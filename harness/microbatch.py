@@ -1,8 +1,8 @@
 """The micro-batch that a study's trials train with: as configured, or smaller where a GPU ran out of memory.
 
-It belongs to the study and not to a trial: where one trial has to halve it, all trials of both arms train with the
-smaller one, those that were trained with a larger one again, so that all have the same batch plan. A step's pairs stay
-what they are. Imports no torch.
+It belongs to the study and not to a trial: once one trial has had to halve it, all trials train with the smaller one,
+and those of the same seed that were trained with a larger one train again, so that the arms of a seed have the same
+batch plan. Seeds that were finished before stay as they are. A step's pairs never change. Imports no torch.
 """
 
 from __future__ import annotations
@@ -29,11 +29,34 @@ def micro_batch_size(config: RunConfig) -> int:
 
 def settled(study: Path) -> int | None:
     """Return the micro-batch that a study had to settle for; None where it trains with what was configured."""
+    return _read(study).get("micro_batch_size")
+
+
+def is_outdated(study: Path, seed: Any, trained_with: Any) -> bool:
+    """Whether a trial was trained with a larger micro-batch than another one of its seed."""
+    smallest = _read(study).get("seeds", {}).get(str(seed))
+    return smallest is not None and isinstance(trained_with, int) and trained_with > smallest
+
+
+def note_seed(config: RunConfig, size: int) -> None:
+    """Note that a trial of this seed is about to train with a micro-batch that a study has settled for."""
+    study = Path(config.results_dir) / str(config.study)
+    if settled(study) is None:
+        return
+    with locked(study):
+        found = _read(study)
+        found["seeds"][str(config.seed)] = min(size, found["seeds"].get(str(config.seed), size))
+        write_json(study / FILE, found)
+
+
+def _read(study: Path) -> dict[str, Any]:
+    """Read the study's file; one that was cut off is written anew when memory runs out again."""
     try:
-        found = read_json(study / FILE)["micro_batch_size"]
-    except (OSError, ValueError, KeyError, TypeError):  # one that was cut off is found again by running out of memory
-        return None
-    return found if isinstance(found, int) and found > 0 else None
+        found = read_json(study / FILE)
+    except (OSError, ValueError):
+        return {}
+    whole = isinstance(found, dict) and isinstance(found.get("micro_batch_size"), int)
+    return found if whole and isinstance(found.get("seeds"), dict) else {}
 
 
 def halve(config: RunConfig, tried: int, *, about: dict[str, Any]) -> int:
@@ -61,17 +84,11 @@ def halve(config: RunConfig, tried: int, *, about: dict[str, Any]) -> int:
                 f"{config.data.max_length} tokens ran out of memory with train.micro_batch_size={tried}, and no "
                 f"smaller one divides the step; {_advice(config)}"
             )
-        rows = _history(study)
-        rows.append(about | {"from": tried, "to": smaller})
-        write_json(study / FILE, {"micro_batch_size": smaller, "asked": config.train.micro_batch_size, "halved": rows})
+        found = _read(study)
+        halved = [*found.get("halved", []), about | {"from": tried, "to": smaller}]
+        about_study = {"micro_batch_size": smaller, "asked": config.train.micro_batch_size}
+        write_json(study / FILE, about_study | {"seeds": found.get("seeds", {}), "halved": halved})
     return smaller
-
-
-def _history(study: Path) -> list[dict[str, Any]]:
-    try:
-        return list(read_json(study / FILE)["halved"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return []
 
 
 def _advice(config: RunConfig) -> str:

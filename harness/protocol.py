@@ -14,8 +14,9 @@ from harness.config import RunConfig, config_label
 from harness.costtrials import cost_trials
 from harness.design import Design
 from harness.failure import standing_failure
-from harness.folders import is_complete, study_dir, trial_dir
+from harness.folders import is_complete, read_manifest, study_dir, trial_dir
 from harness.inputs import identify
+from harness.microbatch import is_outdated
 from harness.records import UsageError, locked, locked_if_free, read_json
 from harness.registration import read_study
 from harness.score import collect_scores, trial_folders
@@ -140,7 +141,10 @@ class _Runs:
         missing = [trial for trial in trials if not is_complete(trial, tuple(trial.evaluate))]
         stand = {} if self._design.base.retry_failed else dict(_standing(missing))
         missing = [trial for trial in missing if _key(trial) not in stand]
-        new = dict(zip(map(_key, missing), self._launch(missing), strict=True)) if missing else {}
+        new: dict[tuple[str, str, int, str], Outcome] = {}
+        while missing:
+            new |= dict(zip(map(_key, missing), self._launch(missing), strict=True))
+            missing = [t for t in trials if _is_outdated(t, new.get(_key(t)))]
         self.launched |= set(new)
         before = len(self.ended)
         new |= stand
@@ -168,6 +172,15 @@ class _Runs:
         registered = read_study(self._study / "study.yaml")
         needed = [registered["metric"], *(guard["metric"] for guard in registered.get("guards") or ())]
         return "; ".join(blocking(self.problems, needed))
+
+
+def _is_outdated(trial: RunConfig, outcome: Outcome | None) -> bool:
+    """Whether a trial that is finished has to train again, since another one of its seed has run out of memory."""
+    if outcome is not None and outcome.status == "failed":
+        return False
+    folder = trial_dir(trial)
+    facts = read_manifest(folder)
+    return is_outdated(study_dir(trial), trial.seed, facts.get("micro_batch_size"))
 
 
 def _standing(trials: Sequence[RunConfig]) -> Iterator[tuple[tuple[str, str, int, str], Outcome]]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from harness.fingerprints import WEIGHTS, changed_sizes
 from harness.keep import DELETED
-from harness.microbatch import settled
+from harness.microbatch import is_outdated
 
 _FILES = {"dev": ("completions.jsonl", "pairs.jsonl"), "golden": ("completions.jsonl", "pairs.jsonl")}
 
@@ -33,9 +33,8 @@ def done_stages(folder: Path, manifest: dict[str, Any]) -> set[str]:
 
 
 def _has_larger_micro_batch(folder: Path, manifest: dict[str, Any]) -> bool:
-    """Whether a trial was trained with a larger micro-batch than its study has settled for since."""
-    now = settled(folder.parent.parent)
-    return now is not None and manifest.get("micro_batch_size", now) > now
+    """Whether a trial was trained with a larger micro-batch than others of its seed since."""
+    return is_outdated(folder.parent.parent, manifest.get("seed"), manifest.get("micro_batch_size"))
 
 
 def resume_stages(folder: Path, manifest: dict[str, Any]) -> list[str]:

@@ -127,6 +127,9 @@ def main() -> None:
     """Run the command."""
     try:
         results = run_sweep(sys.argv[1:])
+    except BrokenPipeError:  # `plan=true | head`: whoever read has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
     except UsageError as error:
         print(f"harness.sweep: {redact(error)}", file=sys.stderr)
         sys.exit(2)

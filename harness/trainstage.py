@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from harness.arms import ARMS
 from harness.devices import processes_problem
 from harness.inputs import Tokens, plan_of
-from harness.microbatch import halve
+from harness.microbatch import halve, note_seed
 from harness.plan import BatchPlan, expected_tokens_sha256, padding_share, trained_tokens
 from harness.records import DivergedError, UsageError
 from harness.schema import Engine, Reference, RunConfig, Tuning
@@ -75,6 +75,7 @@ class TrainStage:
             raise UsageError(problem)
         while True:
             plan = plan_of(self.config, self.tokens.train.rows)
+            note_seed(self.config, plan.micro_batch_size)
             found = Trained(facts=self._planned(plan))
             if self._fits(plan, found):
                 return found
@@ -100,7 +101,9 @@ class TrainStage:
             self.on_step(step, logs)
 
         try:
-            result = self._in_processes(note) if self.config.accelerate.num_processes > 1 else self._here(plan, note)
+            result = (
+                self._in_processes(plan, note) if self.config.accelerate.num_processes > 1 else self._here(plan, note)
+            )
         except DivergedError as error:
             found.facts |= {"status": "diverged", "divergence": str(error)}
             return True
@@ -130,7 +133,7 @@ class TrainStage:
                     on_step=on_step,
                 )
 
-    def _in_processes(self, on_step: OnStep) -> TrainResult:
+    def _in_processes(self, plan: BatchPlan, on_step: OnStep) -> TrainResult:
         from harness.distributed import train_in_processes
 
         reference = None
@@ -139,7 +142,7 @@ class TrainStage:
                 reference = self._reference(base)
         release_base()  # the processes load it again, and need the memory
         with self.clock("train"):
-            return train_in_processes(self.config, folder=self.folder, reference=reference, on_step=on_step)
+            return train_in_processes(self.config, plan, folder=self.folder, reference=reference, on_step=on_step)
 
     @property
     def _needs_reference(self) -> bool:

@@ -18,7 +18,7 @@ import pandas as pd
 from harness.decide import decision
 from harness.fingerprints import WEIGHTS
 from harness.identity import data_identity
-from harness.microbatch import settled
+from harness.microbatch import is_outdated
 from harness.reader import Reader
 from harness.records import UsageError, file_sha256
 from harness.registration import read_study
@@ -69,9 +69,8 @@ def _trial(study: Path, folder: Path, registered: Mapping[str, Any]) -> Iterator
         yield f"it started from another base ({_short(found)}) than the registered one ({_short(base)})"
     if manifest.get("status") not in _FINISHED:
         yield f"it is {manifest.get('status')}: run the sweep's command again"
-    settled_for, trained_with = settled(study), manifest.get("micro_batch_size")
-    if settled_for and trained_with and trained_with > settled_for:
-        yield f"it was trained with a micro-batch of {trained_with}, and the study has settled for {settled_for} since"
+    if is_outdated(study, manifest.get("seed"), size := manifest.get("micro_batch_size")):
+        yield f"it was trained with a micro-batch of {size}, and another trial of its seed with a smaller one"
     yield from _files(folder, manifest)
 
 

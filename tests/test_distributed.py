@@ -101,7 +101,9 @@ def test_two_processes_equal_one(arm: str, tmp_path: Path) -> None:
     config = configure(arm, 45, "accelerate=ddp")
     seen: list[int] = []
     parts = {"folder": tmp_path / "two", "reference": reference_of(config, tmp_path)}
-    two = train_in_processes(config, on_step=lambda step, logs: seen.append(step), **parts)
+    two = train_in_processes(
+        config, plan_of(config, tokens_of(config).train.rows), on_step=lambda step, logs: seen.append(step), **parts
+    )
     assert seen == [step["step"] for step in two.steps] == [1, 2, 3, 4, 5, 6]
     assert two.consumed_tokens_sha256 == one.consumed_tokens_sha256
     assert (two.num_pairs, two.packed, two.parameters) == (45, True, one.parameters)
@@ -159,12 +161,13 @@ def running(folder: Path) -> list[str]:
 @pytest.mark.slow
 def test_a_divergence_and_a_failure_in_a_process_are_named(tmp_path: Path) -> None:
     config = configure("dpo", 16, "accelerate=ddp")
+    plan = plan_of(config, tokens_of(config).train.rows)
     infinite = torch.full((16, 2), torch.inf)
     with pytest.raises(DivergedError, match=r"(loss|grad_norm) is nan at step 1 of 2"):
-        train_in_processes(config, folder=tmp_path / "a", reference=infinite, on_step=lambda *_: None)
+        train_in_processes(config, plan, folder=tmp_path / "a", reference=infinite, on_step=lambda *_: None)
     wrong = torch.zeros(3, 2)  # for 16 pairs
     with pytest.raises(RuntimeError, match=r"process [01]: \w*Error"):
-        train_in_processes(config, folder=tmp_path / "b", reference=wrong, on_step=lambda *_: None)
+        train_in_processes(config, plan, folder=tmp_path / "b", reference=wrong, on_step=lambda *_: None)
 
 
 @pytest.mark.slow

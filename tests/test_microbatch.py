@@ -6,6 +6,7 @@ No GPU is here: memory "runs out", by torch's own error, wherever a micro-batch 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,27 +17,29 @@ from harness.folders import is_complete, read_manifest, trial_dir
 from harness.identity import data_identity
 from harness.records import read_json, read_jsonl
 from harness.schema import RunConfig
+from harness.sweep import run_sweep
 from harness.trial import run_trial
 from harness.verify import _trial
-from tests.conftest import SMALL
+from tests.conftest import SMALL, overriding
 
 
 @pytest.fixture
 def memory(monkeypatch):
     """Return a function that sets how many pairs fit into memory at once."""
     real = consumption.RecordsConsumption.training_step
-    limit = {"pairs": 100}
+    limit: dict[str, Any] = {"pairs": 100, "arm": None}
 
     def training_step(self, model, inputs, *args, **kwargs):
         pairs = len(list(self.pairs_of(inputs)))
-        if pairs > limit["pairs"]:
+        arm = "simpo" if hasattr(self, "simpo_gamma") else "dpo"
+        if pairs > limit["pairs"] and limit["arm"] in (None, arm):
             raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate for {pairs} pairs.")
         return real(self, model, inputs, *args, **kwargs)
 
     monkeypatch.setattr(consumption.RecordsConsumption, "training_step", training_step)
 
-    def set_limit(pairs: int) -> None:
-        limit["pairs"] = pairs
+    def set_limit(pairs: int, arm: str | None = None) -> None:
+        limit.update(pairs=pairs, arm=arm)
 
     return set_limit
 
@@ -66,7 +69,7 @@ def test_both_arms_train_with_the_micro_batch_that_fits_and_as_many_pairs_a_step
     found = [
         problem for folder in (tmp_path / "s" / "trials").iterdir() for problem in _trial(tmp_path / "s", folder, {})
     ]
-    assert "it was trained with a micro-batch of 8, and the study has settled for 2 since" in found
+    assert "it was trained with a micro-batch of 8, and another trial of its seed with a smaller one" in found
     assert run_trial(dpo, ("dev",)).status == "complete"
     after, other = read_manifest(trial_dir(dpo)), read_manifest(trial_dir(simpo))
     assert after["micro_batch_size"] == other["micro_batch_size"] == 2
@@ -75,8 +78,28 @@ def test_both_arms_train_with_the_micro_batch_that_fits_and_as_many_pairs_a_step
     assert data_identity(tmp_path / "s")["status"] == "proved"
     assert len(list(read_jsonl(trial_dir(dpo) / "train.jsonl"))) == 2, "16 pairs in steps of 8"
     settled = read_json(tmp_path / "s" / "micro_batch.json")
-    assert (settled["asked"], settled["micro_batch_size"]) == (8, 2)
+    assert (settled["asked"], settled["micro_batch_size"], settled["seeds"]) == (8, 2, {"1": 2})
     assert [(row["arm"], row["from"], row["to"]) for row in settled["halved"]] == [("simpo", 8, 4), ("simpo", 4, 2)]
+
+
+def test_one_command_trains_both_arms_of_a_seed_alike_and_leaves_finished_seeds_alone(memory, tmp_path: Path) -> None:
+    """Seed 1 is finished when memory runs out in seed 2, in its second arm: the first arm of seed 2 trains again."""
+    more = ["train.batch_size=8", "train.micro_batch_size=8", "study=s", f"results_dir={tmp_path}"]
+    given = overriding(SMALL, "+method=simpo,dpo", *more)
+    assert run_sweep([*given, "seed=1"])[0].verdict
+    before = {path.parent.name: path.read_text() for path in (tmp_path / "s" / "trials").glob("*/manifest.json")}
+    memory(4, arm="dpo")
+    (result,) = run_sweep([*given, "seed=1,2"])
+    manifests = [read_json(path) for path in (tmp_path / "s" / "trials").glob("*/manifest.json")]
+    assert {(m["arm"], m["seed"], m["micro_batch_size"]) for m in manifests} == {
+        ("simpo", 1, 8), ("dpo", 1, 8), ("simpo", 2, 4), ("dpo", 2, 4),
+    }  # fmt: skip
+    assert all(
+        (tmp_path / "s" / "trials" / name / "manifest.json").read_text() == text for name, text in before.items()
+    )
+    assert data_identity(tmp_path / "s")["status"] == "proved"
+    assert result.verdict
+    assert run_sweep([*given, "seed=1,2"])[0].launched == 0
 
 
 def test_a_smaller_micro_batch_gives_the_same_steps(memory, trial, tmp_path: Path) -> None:
