@@ -224,8 +224,8 @@ def draw(curves: Curves, path: Path) -> None:
         below.plot(curves.number, curves.cpu, ".", markersize=3, alpha=0.4, label="of the processor")
         top = 1.5 * float(np.quantile(curves.seconds, 0.98))
         below.set(ylabel="seconds a trial", xlabel="number of the trial", ylim=(0, top))
-        for axes in (above, below):
-            axes.legend(frameon=False, loc="lower right", ncols=2)
+        for axes, place in ((above, "center right"), (below, "upper left")):
+            axes.legend(frameon=False, loc=place)
         figure.savefig(path, metadata={"Date": None})
 
 
