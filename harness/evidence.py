@@ -12,6 +12,7 @@ from harness.study import FAILED, UNFINISHED, Study, Trial, mapping
 from harness.wording import MISSING, number, percent, plural, points
 
 _SAID = ("warnings", "label_noise")  # shown elsewhere
+_SHOWN = 10  # settings that a study with hundreds of configs lists
 _FIRST = ("path", "rows", "pairs", "prompts", "sha256")
 
 
@@ -87,6 +88,7 @@ def facts(study: Study) -> dict[str, str]:
     others = {str(key): phrase(value) for key, value in data.items() if not _is_split(value) and key not in _SAID}
     bad_rows = {name: mapping(item).get("bad_rows") for name, item in data.items()}
     methods = sorted({f"{title(t.arm)}: {_method(t)}" for t in study.trials if t.manifest})
+    more = f"and {len(methods) - _SHOWN} more: see Trials"
     rule = (
         f"margin {points(settings.get('margin'), signed=False)} points, alpha {phrase(settings.get('alpha'))}"
         if settings
@@ -100,7 +102,7 @@ def facts(study: Study) -> dict[str, str]:
         "Pairs dropped after tokenisation": _same(trials, "dropped_pairs"),
         **{f"Rows of {name} that cannot be used": phrase(rows) for name, rows in bad_rows.items() if rows},
         **{f"Data: {name.replace('_', ' ')}": text for name, text in others.items()},
-        "Method settings": " | ".join(methods),
+        "Method settings": " | ".join(methods if len(methods) <= _SHOWN else [*methods[:_SHOWN], more]),
         "Decision rule": rule,
         "Hardware": _same(trials, "hardware"),
         "Versions": _same(trials, "versions"),

@@ -200,11 +200,12 @@ def guard_table(guards: Sequence[Mapping[str, Any]]) -> Table | None:
 def trial_table(study: Study) -> Table | None:
     """Show one row a trial, whatever became of it."""
     rows = {}
-    arms = list(study.arms)
+    arms, metric = list(study.arms), study.metric
+    scores = study.scores[(study.scores["split"] == study.split) & (study.scores["scorer"] == metric)]
+    means = scores.groupby(["arm", "config", "seed"])["score"].mean()  # at once: there may be 500 trials
     for trial in sorted(
         study.trials, key=lambda t: (arms.index(t.arm) if t.arm in arms else 99, t.config, t.seed or 0)
     ):
-        means = run_means(study, Config(trial.arm, trial.config, (trial,)), study.metric, study.split)
         seconds = [number(value) or 0.0 for value in mapping(trial.manifest.get("seconds")).values()]
         flags = trial.manifest.get("flags")
         others = [str(flag) for flag in flags if flag != trial.state] if isinstance(flags, list) else []
@@ -213,7 +214,7 @@ def trial_table(study: Study) -> Table | None:
             "Config": trial.config.replace(",", ", ") or MISSING,
             "Seed": MISSING if trial.seed is None else str(trial.seed),
             "State": ", ".join([trial.state, *others]),
-            f"{study.metric or 'score'} on {study.split}": percent(means.iloc[0]) if len(means) else MISSING,
+            f"{metric or 'score'} on {study.split}": percent(means.get((trial.arm, trial.config, trial.seed))),
             "Seconds": f"{sum(seconds):.0f}" if seconds else MISSING,
         }
     done = sum(trial.state == COMPLETE for trial in study.trials)

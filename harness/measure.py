@@ -37,12 +37,18 @@ class Meter:
             self.peak_memory_bytes[name] = max(self.peak_memory_bytes.get(name, 0), peak_memory_bytes())
 
 
-@functools.cache
 def settle_imports() -> None:
-    """Take what has been imported so far out of the collector's rounds, once in a process.
+    """Take what has been imported so far out of the collector's rounds; again where more was imported since.
 
-    With torch, transformers and TRL loaded, a full collection looks at a million objects for a quarter of a second.
+    With torch, transformers and TRL loaded, a full collection looks at a million objects for a quarter of a second. The
+    first trial of a process is the SFT base, which needs neither the trainers nor what they import while they run.
     """
+    _settle(len(sys.modules))
+
+
+@functools.cache
+def _settle(num_modules: int) -> None:
+    """Freeze once for each number of loaded modules."""
     gc.freeze()
 
 

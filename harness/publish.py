@@ -228,7 +228,7 @@ def _score_keys(scorers: Sequence[str]) -> list[str]:
 
 def _training_keys(study: Study) -> list[str]:
     """Return what the trials' training logs hold, as W&B knows it: losses, gradients and rewards."""
-    logged = {str(column) for trial in study.trials for column in trial.curve.columns}
+    logged = {key for trial in study.trials for step in trial.steps for key in step}
     wanted = ("loss", "grad_norm", "rewards/margins", "rewards/accuracies", "logps/chosen", "learning_rate")
     return [f"train/{key}" for key in wanted if key in logged]
 

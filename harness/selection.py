@@ -16,6 +16,7 @@ from harness.registration import read_study
 from harness.twins import write_twice
 
 FILE = "selection.json"
+_SHOWN = 10  # values of a grid that a warning lists
 
 
 def read_selection(study: Path) -> dict[str, Any]:
@@ -134,7 +135,9 @@ def edge_warnings(configs: Sequence[str], selected: str) -> list[str]:
     for key, value in _values(selected).items():
         values = sorted(tried.get(key, ()))
         if len(values) > 1 and value in (values[0], values[-1]):
-            end, shown = "smallest" if value == values[0] else "largest", ", ".join(f"{v:g}" for v in values)
+            end = "smallest" if value == values[0] else "largest"
+            some = f"{len(values)} values from {values[0]:g} to {values[-1]:g}"
+            shown = some if len(values) > _SHOWN else ", ".join(f"{v:g}" for v in values)
             beyond = " and ".join(f"{v:g}" for v in _beyond(values if value == values[-1] else values[::-1]))
             more = f"try {beyond} too" if beyond else "it cannot be lower"
             warnings.append(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 import numpy as np
 
@@ -50,15 +51,15 @@ def tried_configs(study: Study) -> dict[str, list[Tried]]:
         if trial.state == DIVERGED or set(trial.manifest.get("flags") or []) & {"collapsed", "diverged"}
     }
     chosen = {arm: mapping(found).get("selected") for arm, found in mapping(study.selection.get("arms")).items()}
+    means: dict[tuple[str, str], list[float]] = {}
+    runs = dev.groupby(["arm", "config", "seed"], sort=False, as_index=False)["score"].mean()  # of 500 trials at once
+    for arm, label, mean in runs[["arm", "config", "score"]].dropna().itertuples(index=False, name=None):
+        means.setdefault((arm, label), []).append(mean)
     found: dict[str, list[Tried]] = {}
-    for (arm, label), part in dev.groupby(["arm", "config"], sort=False):
-        means = part.groupby("seed")["score"].mean().dropna()
-        if len(means):
-            key = (str(arm), str(label))
-            one = Tried(
-                *key, _values(key[1]), float(means.mean()), len(means), key in ruined, chosen.get(key[0]) == key[1]
-            )
-            found.setdefault(key[0], []).append(one)
+    for key, scores in means.items():
+        is_ruined, is_selected = key in ruined, chosen.get(key[0]) == key[1]
+        one = Tried(*key, _values(key[1]), fmean(scores), len(scores), is_ruined, is_selected)
+        found.setdefault(key[0], []).append(one)
     return {arm: configs for arm in study.arms if len(configs := found.get(arm, [])) > 1}
 
 

@@ -5,7 +5,7 @@ Input: `results/STUDY/` in whatever state a sweep left it. Nothing is written, a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -31,7 +31,7 @@ class Trial:
     Attributes:
         state: `complete`, `diverged`, `failed` or `unfinished`.
         manifest, failure: the files of these names; empty where there is none.
-        curve: train.jsonl, one row a logged step, numbers only.
+        steps: rows of train.jsonl, one a logged step.
         completions: rows of completions.jsonl: split, prompt_id, prompt, completion, tokens and flags.
     """
 
@@ -42,8 +42,13 @@ class Trial:
     state: str
     manifest: Mapping[str, Any]
     failure: Mapping[str, Any]
-    curve: pd.DataFrame
+    steps: tuple[Mapping[str, Any], ...]
     completions: tuple[Mapping[str, Any], ...]
+
+    @cached_property
+    def curve(self) -> pd.DataFrame:
+        """The steps, numbers only; made where it is drawn: of hundreds of trials a report draws a few."""
+        return pd.DataFrame(list(self.steps)).apply(pd.to_numeric, errors="coerce")
 
     @property
     def scored(self) -> bool:
@@ -212,7 +217,7 @@ def _read_trial(reader: Reader, folder: Path) -> Trial:
         state=state,
         manifest=manifest,
         failure=failure,
-        curve=_numbers(reader.rows(folder / "train.jsonl")),
+        steps=tuple(reader.rows(folder / "train.jsonl")),
         completions=tuple(_completion(row) for row in reader.rows(folder / "completions.jsonl")),
     )
 
@@ -227,10 +232,6 @@ def _completion(row: dict[str, Any]) -> dict[str, Any]:
 
 def _from_config(config: dict[str, Any]) -> dict[str, Any]:
     return {"arm": mapping(config.get("method")).get("name", ""), "seed": config.get("seed")}
-
-
-def _numbers(rows: Iterable[dict[str, Any]]) -> pd.DataFrame:
-    return pd.DataFrame(list(rows)).apply(pd.to_numeric, errors="coerce")
 
 
 def _read_scores(reader: Reader, folder: Path) -> pd.DataFrame:

@@ -185,9 +185,15 @@ class PairedSweeper(Sweeper):
         ]
 
     def _parts(self, trials: Sequence[RunConfig]) -> list[range]:
-        """Split the jobs for submitit's local launcher, which starts a process for every one of them at once."""
+        """Split the jobs: one by one where they run in this process, some at a time where each gets a process at once.
+
+        Hydra keeps the configs of every job until the launch ends: thousands of objects a job, which take memory and
+        which the garbage collector would look at in every later trial.
+        """
         size = len(trials)
-        if type(self.launcher).__name__ == "LocalLauncher":
+        if type(self.launcher).__name__ == "BasicLauncher":
+            size = 1
+        elif type(self.launcher).__name__ == "LocalLauncher":
             size = _WAITING * workers_here(trials[0].accelerate.num_processes)
         return [range(start, min(start + size, len(trials))) for start in range(0, len(trials), size)]
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 
 from tqdm import tqdm
 
-from harness.folders import is_complete
+from harness.folders import is_complete, trial_dir
 from harness.protocol import StudyResult
 from harness.redaction import redact
 from harness.schema import RunConfig
@@ -26,8 +26,11 @@ def show_progress(trials: Sequence[RunConfig]) -> Iterator[None]:
     with tqdm(total=len(trials), desc="trials", delay=2, unit="trial", leave=False) as bar:
 
         def watch() -> None:
+            left = [(trial, trial_dir(trial) / "manifest.json") for trial in trials]
             while not done.wait(POLL_SECONDS):
-                complete = sum(is_complete(trial, tuple(trial.evaluate)) for trial in trials)
+                # Of hundreds of trials only those are looked into that have begun and were not complete before.
+                left = [(t, path) for t, path in left if not (path.exists() and is_complete(t, tuple(t.evaluate)))]
+                complete = len(trials) - len(left)
                 if complete > bar.n:  # refreshing for its own sake fills a log with lines
                     bar.update(complete - bar.n)
 
