@@ -16,9 +16,9 @@ from harness.design import Design
 from harness.failure import standing_failure
 from harness.folders import is_complete, read_manifest, study_dir, trial_dir
 from harness.inputs import identify
-from harness.records import UsageError, locked, locked_if_free, read_json
+from harness.records import UsageError, drop_temporaries, locked, locked_if_free, read_json
 from harness.registration import read_study
-from harness.score import collect_scores, trial_folders
+from harness.score import collect_scores
 from harness.scoring import scoring_of, study_scorers
 from harness.stages import drop_damaged
 from harness.studyscore import blocking, score_study
@@ -93,11 +93,17 @@ def run_study(design: Design, launch: Launch) -> StudyResult:
 
 
 def _drop_damaged(study: Path) -> None:
-    """Delete what was damaged in finished trials, so that all of them can be read; a trial that runs sees to itself."""
-    for folder in trial_folders(study):
-        with locked_if_free(folder) as free:
-            if free:
-                drop_damaged(folder, read_manifest(folder))
+    """Delete what was damaged, or left half written, in trials that do not run; one that runs sees to itself.
+
+    Scorers of the whole study write into finished trials, under the study's lock.
+    """
+    with locked(study):
+        for folder in [study / "base", *(study / "trials").glob("*")]:
+            if folder.is_dir():
+                with locked_if_free(folder) as free:
+                    if free:
+                        drop_temporaries(folder)
+                        drop_damaged(folder, read_manifest(folder))
 
 
 def _looks(design: Design) -> list[Sequence[int]]:

@@ -10,6 +10,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -218,6 +219,13 @@ def write_text(path: Path, text: str) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def drop_temporaries(folder: Path) -> None:
+    """Delete what `write_text` left of files that it was killed in; nobody may write into the folder meanwhile."""
+    for path in folder.glob(".*.*"):
+        if re.fullmatch(r"\..+\.[a-z0-9_]{8}", path.name) and path.is_file():
+            path.unlink()
 
 
 def write_json(path: Path, value: Any) -> None:

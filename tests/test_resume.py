@@ -18,6 +18,7 @@ import transformers
 from harness.config import compose_run
 from harness.fingerprints import fingerprints
 from harness.folders import read_manifest, trial_dir
+from harness.records import drop_temporaries, write_json
 from harness.sealing import last_checkpoint
 from harness.stages import done_stages, drop_damaged, resume_stages
 from harness.trial import run_trial
@@ -90,6 +91,19 @@ def test_at_every_step_there_is_a_whole_checkpoint_whatever_the_clock_says(tmp_p
 
     train(configure("simpo", "train.checkpoint_steps=2"), tmp_path, on_step=look)
     assert found == ["", "", "checkpoint-2", "checkpoint-2", "checkpoint-4", "checkpoint-4"]
+
+
+def test_what_a_kill_left_half_written_is_deleted_and_nothing_else(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("os.fsync", lambda number: os.kill(os.getpid(), signal.SIGKILL))
+    child = os.fork()
+    if not child:
+        write_json(tmp_path / "manifest.json", {})
+    os.waitpid(child, 0)
+    (tmp_path / ".lock").touch()
+    (tmp_path / "manifest.json").touch()
+    assert len(list(tmp_path.iterdir())) == 3
+    drop_temporaries(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {".lock", "manifest.json"}
 
 
 # Files of a trial that are not what they were, though their size is
