@@ -24,7 +24,7 @@ test: lint            ## format, lint, types and all tests
 	$(BIN)/python -m pytest -q --numprocesses $(WORKERS) --dist loadfile
 
 KILLS ?= 200
-faults: $(INSTALLED)            ## kill, cut off, double and starve a small study, hundreds of times; every time it must end the same
+faults: $(INSTALLED)            ## kill, damage, double and starve a small study, hundreds of times; every time it must end the same
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults --kills $(KILLS) --work $$(mktemp -d)/faults
 
 lint: $(INSTALLED)            ## format, lint and types

@@ -29,11 +29,12 @@ def end_log(folder: Path) -> None:
 def running_curves(results: Path, *, now: float) -> list[dict[str, Any]]:
     """Return the losses so far of trials that train now: study, trial, arm, `steps`, `losses`, `total`.
 
-    A log to which nothing was added for two minutes is that of a trial that was killed, and is left out.
+    A log to which nothing was added for two minutes is that of a trial that was killed, and is left out; so is one from
+    the future, which is what a clock that was set back leaves.
     """
     curves: list[dict[str, Any]] = []
     for path in sorted(results.glob(f"*/trials/*/{_FILE}")):
-        if len(curves) == _MAX_CURVES or now - path.stat().st_mtime > _FRESH_SECONDS:
+        if len(curves) == _MAX_CURVES or abs(now - path.stat().st_mtime) > _FRESH_SECONDS:
             continue
         rows = Reader(path.parent.parent.parent).rows(path)
         rows = [row for row in rows if isinstance(row.get("loss"), int | float)][-_MAX_POINTS:]

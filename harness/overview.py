@@ -5,6 +5,7 @@ Reads study.yaml, verdict.json and the trials' manifests alone, so that hundreds
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,9 @@ from harness.study import mapping
 from harness.wording import bounds, number
 
 DECIDED, RUNNING, FAILED, UNDECIDED, BROKEN = "decided", "running", "failed trials", "no verdict", "unreadable"
-_FRESH_SECONDS = 120.0  # a study in which nothing was written for longer is not running
+# A study in which nothing was written for longer is not running; nor is one of the future, which a clock that was set
+# back leaves.
+_FRESH_SECONDS = 120.0
 
 
 @dataclass(frozen=True)
@@ -83,8 +86,8 @@ def _overview(folder: Path, now: float) -> Overview:
     done = sum(m.get("status") in ("complete", "diverged") for m in manifests)
     seconds = [_seconds(m) for m in manifests if m.get("status") in ("complete", "diverged")]
     planned = _planned(settings)
-    touched = max((p.stat().st_mtime for p in [folder, *places, *folder.glob("trials/*/*.json*")]), default=0.0)
-    running = now - touched < _FRESH_SECONDS and not verdict
+    touched = [path.stat().st_mtime for path in [folder, *places, *folder.glob("trials/*/*.json*")]]
+    running = min((abs(now - time) for time in touched), default=math.inf) < _FRESH_SECONDS and not verdict
     state = BROKEN if not settings else DECIDED if verdict else RUNNING if running else FAILED if failed else UNDECIDED
     missing = max(0, planned - done) if planned is not None else None
     left = missing * sum(seconds) / len(seconds) if missing and seconds and running else None

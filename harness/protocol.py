@@ -17,11 +17,11 @@ from harness.failure import standing_failure
 from harness.folders import is_complete, read_manifest, study_dir, trial_dir
 from harness.inputs import identify
 from harness.microbatch import is_outdated
-from harness.records import UsageError, locked, locked_if_free, read_json
+from harness.records import UsageError, drop_temporaries, locked, locked_if_free, read_json
 from harness.registration import read_study
-from harness.score import collect_scores, trial_folders
+from harness.score import collect_scores
 from harness.scoring import scoring_of, study_scorers
-from harness.stages import drop_cut_off
+from harness.stages import drop_damaged
 from harness.studyscore import blocking, score_study
 from harness.tracking import track
 from harness.trial import Outcome
@@ -63,7 +63,7 @@ def run_study(design: Design, launch: Launch) -> StudyResult:
         launch: runs trials and returns how they ended, in the same order.
     """
     study = study_dir(design.base)
-    _drop_cut_off(study)
+    _drop_damaged(study)
     runs = _Runs(launch, design, study)
     verdict, undecided = None, ""
     if runs.finish("base", [design.base]):
@@ -93,12 +93,18 @@ def run_study(design: Design, launch: Launch) -> StudyResult:
     return _result(runs, design, verdict, undecided, report)
 
 
-def _drop_cut_off(study: Path) -> None:
-    """Delete what was cut off in finished trials, so that all of them can be read; a trial that runs sees to itself."""
-    for folder in trial_folders(study):
-        with locked_if_free(folder) as free:
-            if free:
-                drop_cut_off(folder)
+def _drop_damaged(study: Path) -> None:
+    """Delete what was damaged, or left half written, in trials that do not run; one that runs sees to itself.
+
+    Scorers of the whole study write into finished trials, under the study's lock.
+    """
+    with locked(study):
+        for folder in [study / "base", *(study / "trials").glob("*")]:
+            if folder.is_dir():
+                with locked_if_free(folder) as free:
+                    if free:
+                        drop_temporaries(folder)
+                        drop_damaged(folder, read_manifest(folder))
 
 
 def _looks(design: Design) -> list[Sequence[int]]:

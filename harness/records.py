@@ -10,6 +10,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -220,6 +221,13 @@ def write_text(path: Path, text: str) -> None:
         raise
 
 
+def drop_temporaries(folder: Path) -> None:
+    """Delete what `write_text` left of files that it was killed in; nobody may write into the folder meanwhile."""
+    for path in folder.glob(".*.*"):
+        if re.fullmatch(r"\..+\.[a-z0-9_]{8}", path.name) and path.is_file():
+            path.unlink()
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write indented JSON; NaN is refused, since it does not survive other readers."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
@@ -235,7 +243,12 @@ def read_json(path: Path) -> Any:
 
 def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     """Write one JSON object a line."""
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
+    write_text(path, to_jsonl(rows))
+
+
+def to_jsonl(rows: Iterable[dict[str, Any]]) -> str:
+    """Return the text of one JSON object a line."""
+    return "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
 
 
 def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:

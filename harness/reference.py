@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from harness.checkpoint import is_quantised
 from harness.logps import pair_logps, why_padded
@@ -88,12 +88,16 @@ def _key(prompt_ids: Iterable[int], answer_ids: Iterable[int]) -> bytes:
 
 
 def _read(folder: Path) -> dict[bytes, float]:
-    """Read all parts; one that is cut off counts as not there, and its answers are computed again."""
+    """Read all parts; one that is cut off or damaged counts as not there, and its answers are computed again."""
     known: dict[bytes, float] = {}
     for path in sorted(folder.glob("*.safetensors")):
         try:
-            part = load_file(path)
-        except (SafetensorError, OSError):
+            with safe_open(path, "numpy") as file:
+                sealed = (file.metadata() or {}).get("sha256")
+                part = {name: file.get_tensor(name) for name in ("keys", "sums")}
+        except (SafetensorError, OSError, UnicodeDecodeError):
+            continue
+        if sealed not in (None, _seal(part)):  # None: an older version wrote it
             continue
         known |= zip((row.tobytes() for row in part["keys"]), part["sums"].tolist(), strict=True)
     return known
@@ -104,5 +108,10 @@ def _write(folder: Path, sums: dict[bytes, float]) -> None:
     keys = np.frombuffer(b"".join(sums), dtype=np.uint8).reshape(-1, _KEY_BYTES)
     name = hashlib.sha256(keys.tobytes()).hexdigest()[:32]
     temporary = folder / f".{name}.{os.getpid()}.tmp"
-    save_file({"keys": keys, "sums": np.array(list(sums.values()), dtype=np.float64)}, temporary)
+    part: dict[str, Any] = {"keys": keys, "sums": np.array(list(sums.values()), dtype=np.float64)}
+    save_file(part, temporary, metadata={"sha256": _seal(part)})
     temporary.replace(folder / f"{name}.safetensors")
+
+
+def _seal(part: dict[str, Any]) -> str:
+    return hashlib.sha256(part["keys"].tobytes() + part["sums"].tobytes()).hexdigest()

@@ -15,7 +15,7 @@ from harness.config import NOT_IN_RESULT, plain
 from harness.design import Design
 from harness.ifeval import unchecked
 from harness.inputs import default_metric, prompt_rows, scorers_of, splits_of, tokens_of
-from harness.records import EvalPrompt, UsageError, digest, locked, read_json, write_jsonl
+from harness.records import EvalPrompt, UsageError, digest, locked, read_json, to_jsonl, write_text
 from harness.schema import RunConfig
 from harness.scoring import registered_settings
 from harness.triallog import say
@@ -70,7 +70,7 @@ def register(design: Design, command: Sequence[str], *, warnings: Sequence[str])
     fixed = fixed_parts(config)
     path = folder / "study.yaml"
     for name in put_back(folder):
-        say(f"{folder / name} was cut off and is put back from its twin")
+        say(f"{folder / name} was cut off or damaged and is put back from its twin")
     if not path.is_file():
         check_answerable(design, fixed)
         tokens_of(config)  # what is wrong with tokenizer, template or lengths shows here, and not in the first trial
@@ -80,10 +80,16 @@ def register(design: Design, command: Sequence[str], *, warnings: Sequence[str])
             _refuse_changes(path, old.get("fixed", {}), fixed)
         study = _study(folder.name, design, fixed, old, command=shlex.join(command), warnings=warnings)
         _refuse_late_configs(path, old, study)
+        _write_prompts(folder / "prompts.jsonl", to_jsonl(prompt_rows(splits_of(config))))
         if study != old:
-            write_jsonl(folder / "prompts.jsonl", prompt_rows(splits_of(config)))
             write_study(path, study)
     return study
+
+
+def _write_prompts(path: Path, text: str) -> None:
+    """Write what scorers need to know of the prompts, where it is not there as it should be."""
+    if not path.is_file() or path.read_bytes() != text.encode("utf-8", errors="backslashreplace"):
+        write_text(path, text)
 
 
 def add_configs(folder: Path, labels: Mapping[str, Sequence[str]]) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.degenerate import cut_off_warnings, degenerate_shares, is_collapsed, unchanged_warnings
+from harness.fingerprints import fingerprint
 from harness.records import SCORE_COLUMNS, read_json, read_jsonl, write_json, write_jsonl, write_text
 from harness.scorers import SCORERS, Rows, Score, TrialOutputs, score_checks
 
@@ -75,7 +76,11 @@ def _replace(
     for name, score in new:
         key = (score.split, score.prompt_id)
         rows.append(_score_row(manifest, name, score, clusters.get(key), answers.get(key), flag))
-    write_jsonl(folder / "scores.jsonl", rows)
+    path = folder / "scores.jsonl"
+    write_jsonl(path, rows)
+    if manifest.get("files"):  # a kill before this line: the scores are made again
+        manifest["files"][path.name] = fingerprint(path)
+        write_json(folder / "manifest.json", manifest)
     return rows
 
 

@@ -25,6 +25,7 @@ from harness.arms import ARMS, DPOMarginConfig, SimPOConfig
 from harness.checkpoint import has_gpu, load_base, uses_bf16
 from harness.plan import BatchPlan, ConsumedTokens, share_of
 from harness.schema import Engine, Reference, RunConfig, Tuning
+from harness.sealing import last_checkpoint
 from harness.tokens import ChatFormat, TokenPair
 
 
@@ -83,11 +84,10 @@ def train_arm(
     """
     from tqdm import tqdm
 
-    from harness.trainers import TrialCallback, last_checkpoint
+    from harness.trainers import TrialCallback
 
     output = folder / "checkpoints"
-    resume = last_checkpoint(output)
-    consumed = resume[1] if resume else ConsumedTokens()
+    resume, consumed = last_checkpoint(output) or (None, ConsumedTokens())
     trainer = build_trainer(config, rows, plan, model=model, chat=chat, output_dir=output, reference=reference)
     trainer.consumed, parameters = consumed, count_parameters(trainer.model)  # before they are sharded
     with tqdm(total=plan.num_steps, desc=f"train {config.method.name} seed {config.seed}", delay=5, leave=False) as bar:
@@ -97,7 +97,7 @@ def train_arm(
             on_step(step, logs)
 
         trainer.add_callback(TrialCallback(consumed, advance))
-        trainer.train(resume_from_checkpoint=str(resume[0]) if resume else None)
+        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     save_weights(trainer, folder, config)
     return _result(trainer, consumed, parameters)
 
@@ -248,7 +248,7 @@ def common_arguments(config: RunConfig, plan: BatchPlan, output_dir: Path) -> di
         "logging_nan_inf_filter": False,  # the filter would show a diverged run as a good one
         "save_strategy": "steps",
         "save_steps": train.checkpoint_steps,
-        "save_total_limit": 1,
+        "save_total_limit": None,  # older checkpoints are deleted once the newest is sealed
         "report_to": [],
         "disable_tqdm": True,
         "dataloader_pin_memory": has_gpu(),

@@ -6,9 +6,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,7 @@ from trl.experimental.cpo import CPOConfig, CPOTrainer
 from harness.consumption import PairIds, RecordsConsumption
 from harness.plan import ConsumedTokens
 from harness.records import DivergedError
-
-CONSUMED_FILE = "consumed.json"
+from harness.sealing import checkpoints, seal_checkpoint
 
 
 def _split(ids: torch.Tensor, attended: torch.Tensor, answer: torch.Tensor) -> tuple[list[int], list[int]]:
@@ -191,22 +190,14 @@ class TrialCallback(TrainerCallback):
         self.on_step(state.global_step, logs)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Write the state of the hash last: a checkpoint without it is not complete and is not resumed from."""
+        """Seal the checkpoint, then delete the older ones: at any moment there is one to resume from."""
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()  # each process has written its part
         if not state.is_world_process_zero:
             return
-        from harness.records import write_json
-
-        folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
-        write_json(folder / CONSUMED_FILE, {"state": self.consumed.state, "num_pairs": self.consumed.num_pairs})
-
-
-def last_checkpoint(folder: Path) -> tuple[Path, ConsumedTokens] | None:
-    """Return the newest complete checkpoint with the hash of what had been consumed by then."""
-    steps = sorted((int(p.name.rpartition("-")[2]), p) for p in folder.glob("checkpoint-*"))
-    for _, checkpoint in reversed(steps):
-        try:
-            state = json.loads((checkpoint / CONSUMED_FILE).read_text())
-        except (OSError, ValueError):
-            continue
-        return checkpoint, ConsumedTokens(state["state"], state["num_pairs"])
-    return None
+        output = Path(str(args.output_dir))
+        newest = output / f"checkpoint-{state.global_step}"
+        seal_checkpoint(newest, self.consumed)
+        for older in checkpoints(output):  # not the trainer's own rotation, which goes by the clock
+            if older != newest:
+                shutil.rmtree(older, ignore_errors=True)

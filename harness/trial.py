@@ -35,6 +35,7 @@ from harness.records import (
     locked,
     read_json,
     read_jsonl,
+    to_jsonl,
     write_json,
     write_jsonl,
     write_text,
@@ -42,10 +43,12 @@ from harness.records import (
 from harness.schema import RunConfig
 from harness.score import score_trial
 from harness.scorers import SCORERS
+from harness.sealing import drop_broken
 from harness.stages import resume_stages
 from harness.tracking import SPLIT_PREFIX, STEP, Tracker, track
 from harness.trainstage import TrainStage
 from harness.triallog import LOG, trial_log
+from harness.twins import write_twice
 from harness.validate import find_warnings
 from harness.worker import borrowed_base, borrowed_policy
 
@@ -172,6 +175,7 @@ class _Trial:
 
     def _train(self, tokens: Tokens, tracker: Tracker) -> None:
         end_log(self.folder)
+        drop_broken(self.folder / "checkpoints")
         drop_answers(self.folder)  # and scores, of weights that are trained anew
         for name in ("scores.jsonl", "preferences.jsonl", "benchmarks.jsonl"):
             (self.folder / name).unlink(missing_ok=True)
@@ -183,10 +187,10 @@ class _Trial:
 
         base_sha256 = self.manifest["base_sha256"]
         found = TrainStage(self.config, tokens, self.folder, base_sha256, on_step, self._stage).run()
-        write_jsonl(self.folder / "train.jsonl", found.steps)
+        write_twice(self.folder / "train.jsonl", to_jsonl(found.steps))
         end_log(self.folder)
         self.manifest["warnings"] += found.warnings
-        self._save(**found.facts, done=[*self.manifest["done"], "train"], files=self._files())
+        self._save(**found.facts, done=[*self.manifest["done"], "train"], files=fingerprints(self.folder, {}))
         shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
 
     def _evaluate(self, tokens: Tokens, split: str) -> None:
@@ -235,7 +239,7 @@ class _Trial:
             rows = score_trial(self.folder, prompt_rows(splits_of(self.config)), tuple(SCORERS), base=base)
             self.manifest = read_json(self.folder / "manifest.json")  # score_trial has added flags to it
         status = "diverged" if self.manifest["status"] == "diverged" else "complete"
-        self._save(status=status, done=sorted({*self.manifest["done"], "score"}))
+        self._save(status=status, done=sorted({*self.manifest["done"], "score"}), files=self._files())
         scores: dict[str, list[float]] = {}
         for row in rows:
             if row["score"] is not None:

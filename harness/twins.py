@@ -1,16 +1,19 @@
 """Second copies of the few files that nothing can make again: what was registered, what was selected, who looked.
 
-A file that is a beginning of its twin was cut off (the disk was full, the machine went down), and is put back.
-One that differs otherwise was changed by somebody, which is not for this module to judge.
+A file that is a beginning of its twin was cut off (the disk was full, the machine went down), and one that is no text
+was damaged: both are put back. Text that differs otherwise was changed by somebody, and is refused.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from harness.records import write_text
+from harness.records import UsageError, file_sha256, write_text
 
-NAMES = ("study.yaml", "selection.json", "ledger.jsonl")
+_JUDGED = "study.yaml"  # holds a hash of itself: `harness.registration` refuses a change of it
+NAMES = (_JUDGED, "selection.json", "ledger.jsonl")
 
 
 def write_twice(path: Path, text: str) -> None:
@@ -20,16 +23,49 @@ def write_twice(path: Path, text: str) -> None:
 
 
 def put_back(study: Path) -> list[str]:
-    """Put back what was cut off in a study's folder; return the names of these files."""
+    """Put back what was cut off or damaged in a study's folder, file or twin; return the names of the files.
+
+    Raises:
+        UsageError: where a file was changed by somebody.
+    """
     mended = []
     for path in (study / name for name in NAMES):
         if not path.is_file() or not _twin(path).is_file():
             continue
-        text, whole = path.read_bytes(), _twin(path).read_bytes()
-        if len(text) < len(whole) and whole.startswith(text):
-            write_text(path, whole.decode("utf-8"))
+        found, twin = path.read_bytes(), _twin(path).read_bytes()
+        if _is_text(twin) and (_is_beginning(found, twin) or not _is_text(found)):
+            write_text(path, twin.decode("utf-8"))
             mended.append(path.name)
+        elif found == twin or path.name == _JUDGED:
+            continue
+        elif _is_text(found) and (_is_beginning(twin, found) or not _is_text(twin)):
+            write_text(_twin(path), found.decode("utf-8"))
+        else:
+            raise UsageError(
+                f"{path}: is not what the harness wrote (a second copy is {_twin(path)}); it says what was selected or "
+                "looked at before the verdict: put it back as it was"
+            )
     return mended
+
+
+def put_back_known(path: Path, known: Mapping[str, Any]) -> None:
+    """Put back a file whose hash is known, where it is not that file any more and its twin is."""
+    twin = _twin(path)
+    is_there = path.is_file() and file_sha256(path) == known.get("sha256")
+    if known and not is_there and twin.is_file() and file_sha256(twin) == known["sha256"]:
+        write_text(path, twin.read_text(encoding="utf-8"))
+
+
+def _is_beginning(text: bytes, whole: bytes) -> bool:
+    return len(text) < len(whole) and whole.startswith(text)
+
+
+def _is_text(content: bytes) -> bool:
+    """Return True for what the harness or an editor may have written: UTF-8 without control characters."""
+    try:
+        return not any(ord(character) < 32 and character not in "\n\r\t" for character in content.decode("utf-8"))
+    except UnicodeDecodeError:
+        return False
 
 
 def _twin(path: Path) -> Path:

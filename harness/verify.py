@@ -31,7 +31,7 @@ _TRIAL_FILES = {
     "config.yaml", "manifest.json", "train.jsonl", "completions.jsonl", "pairs.jsonl", "scores.jsonl", "failure.json",
     "preferences.jsonl", "benchmarks.jsonl", "live.jsonl", "log.txt", ".lock",
 }  # fmt: skip
-_TRIAL_FOLDERS = {*WEIGHTS, "checkpoints"}
+_TRIAL_FOLDERS = {*WEIGHTS, "checkpoints", ".twins"}
 _FINISHED = ("complete", "diverged")
 
 

@@ -52,6 +52,16 @@ def overview(results: Path, name: str, *, now: float | None = None):
     return next(row for row in read_overviews(results, now=now or time.time()) if row.name == name)
 
 
+def test_files_from_the_future_are_not_those_of_a_study_that_runs(results: Path, tmp_path: Path) -> None:
+    """A clock that was set back leaves them."""
+    assert overview(results, "half").state == "running"
+    assert overview(results, "half", now=time.time() - 86400).state == "no verdict"
+    trial = next((results / "half" / "trials").iterdir())
+    note_step(trial, 1, 2, 0.5)
+    assert len(running_curves(results, now=time.time())) == 1
+    assert running_curves(results, now=time.time() - 86400) == []
+
+
 def test_every_study_has_a_row_whatever_its_state(results: Path) -> None:
     later = time.time() + 3600
     states = {row.name: row.state for row in read_overviews(results, now=later)}

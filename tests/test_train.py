@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -25,9 +24,10 @@ from harness.losses import dpo_loss, simpo_loss
 from harness.plan import ConsumedTokens, expected_tokens_sha256
 from harness.reference import reference_logps
 from harness.schema import Engine, RunConfig
+from harness.sealing import CONSUMED_FILE, last_checkpoint, seal_checkpoint
 from harness.tokens import TokenPair
 from harness.train import build_trainer, train_arm
-from harness.trainers import CONSUMED_FILE, CPOConfig, CPOTrainer, DivergedError, last_checkpoint
+from harness.trainers import CPOConfig, CPOTrainer, DivergedError
 from harness.worker import borrowed_policy
 from tests.conftest import training_overrides
 
@@ -291,14 +291,38 @@ def test_a_trial_resumes_from_its_checkpoint_as_if_nothing_had_happened(tmp_path
 
 
 def test_a_checkpoint_without_its_hash_is_not_resumed_from(tmp_path: Path) -> None:
-    for step in (2, 4):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-    (tmp_path / "checkpoint-2" / CONSUMED_FILE).write_text(json.dumps({"state": "s", "num_pairs": 8}))
-    (tmp_path / "checkpoint-4" / CONSUMED_FILE).write_text('{"state": ')
+    checkpoints(tmp_path)
+    (tmp_path / "checkpoint-10" / CONSUMED_FILE).write_text('{"state": ')
     found = last_checkpoint(tmp_path)
     assert found is not None
     assert (found[0].name, found[1].num_pairs) == ("checkpoint-2", 8)
     assert last_checkpoint(tmp_path / "nothing") is None
+
+
+def checkpoints(folder: Path) -> None:
+    for step in (2, 10):
+        (folder / f"checkpoint-{step}").mkdir()
+        (folder / f"checkpoint-{step}" / "optimizer.pt").write_bytes(bytes(range(100)))
+        seal_checkpoint(folder / f"checkpoint-{step}", ConsumedTokens("s", 4 * step))
+
+
+def test_of_two_whole_checkpoints_the_newest_is_resumed_from(tmp_path: Path) -> None:
+    checkpoints(tmp_path)
+    found = last_checkpoint(tmp_path)
+    assert found is not None
+    assert (found[0].name, found[1].num_pairs) == ("checkpoint-10", 40)
+
+
+@pytest.mark.parametrize("damaged", ["optimizer.pt", CONSUMED_FILE])
+def test_a_checkpoint_of_which_a_file_was_changed_is_not_resumed_from(damaged: str, tmp_path: Path) -> None:
+    checkpoints(tmp_path)
+    path = tmp_path / "checkpoint-10" / damaged
+    content = bytearray(path.read_bytes())
+    content[content.index(b"4") if damaged == CONSUMED_FILE else 50] ^= 1  # "num_pairs": 40 becomes 50: still JSON
+    path.write_bytes(bytes(content))
+    found = last_checkpoint(tmp_path)
+    assert found is not None
+    assert found[0].name == "checkpoint-2"
 
 
 def test_a_nan_stops_the_run(tmp_path: Path) -> None:
