@@ -145,13 +145,18 @@ def uses_bf16(config: RunConfig) -> bool:
     return config.train.precision is Precision.bf16
 
 
-def load_base(config: RunConfig) -> Any:
-    """Load the base's weights: fp32 on a CPU; in bf16 where only an adapter is trained on top of it, or in 4 bits."""
+def load_base(config: RunConfig, *, on_gpu: bool = True) -> Any:
+    """Load the base's weights: fp32 on a CPU; in bf16 where only an adapter is trained on top of it, or in 4 bits.
+
+    Args:
+        config: the trial.
+        on_gpu: to the GPU, where there is one; else into the machine's memory, to be sharded from there.
+    """
     import torch
 
     tuning = config.train.tuning
     dtype = torch.bfloat16 if uses_bf16(config) and tuning is not Tuning.full else torch.float32
-    return load_model(checkpoint_dir(config.model), dtype, quantise=tuning is Tuning.qlora)
+    return load_model(checkpoint_dir(config.model), dtype, quantise=tuning is Tuning.qlora, on_gpu=on_gpu)
 
 
 def is_quantised(model: Any) -> bool:
@@ -159,7 +164,7 @@ def is_quantised(model: Any) -> bool:
     return bool(getattr(model, "is_loaded_in_4bit", False))
 
 
-def load_model(folder: Path, dtype: Any, *, quantise: bool = False) -> Any:
+def load_model(folder: Path, dtype: Any, *, quantise: bool = False, on_gpu: bool = True) -> Any:
     """Load a causal LM's weights, to the GPU where there is one; in 4-bit NormalFloat where `quantise` says so."""
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
@@ -185,4 +190,4 @@ def load_model(folder: Path, dtype: Any, *, quantise: bool = False) -> Any:
                 module.support_avx512bf16_for_cpu = False
         return model
     model = AutoModelForCausalLM.from_pretrained(folder, **safe)
-    return model.to("cuda") if has_gpu() else model
+    return model.to("cuda") if on_gpu and has_gpu() else model

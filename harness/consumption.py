@@ -43,6 +43,11 @@ class RecordsConsumption:
 
     def get_train_dataloader(self) -> Any:
         """Return TRL's data loader, with this process's micro-batches in it where there are several processes."""
+        if self.args.n_gpu > 1:
+            raise RuntimeError(
+                f"{self.args.n_gpu} GPUs are visible to one process, which transformers would spread its batches over; "
+                "make one visible (CUDA_VISIBLE_DEVICES=0), or train with accelerate=ddp"
+            )
         loader = super().get_train_dataloader()  # type: ignore[misc]
         if not self.share:
             return loader

@@ -65,8 +65,8 @@ def take_places(launcher: str, count: int = 1) -> list[str]:
     """Take GPUs, or cores, for a trial where several may run on this machine; keep them until the process ends.
 
     Must run before CUDA is initialised. A place is a lock on a file, which the kernel frees however the process ends.
-    Slurm and Ray hand out places of their own. On CPUs only submitit's local workers, all started at once, wait for
-    their turn: joblib bounds its workers and their threads itself.
+    Slurm and Ray hand out places of their own, of which at most `count` are used. On CPUs only submitit's local
+    workers, all started at once, wait for their turn: joblib bounds its workers and their threads itself.
 
     Args:
         launcher: name of the launcher's class.
@@ -75,8 +75,11 @@ def take_places(launcher: str, count: int = 1) -> list[str]:
     Returns:
         The names of the places; empty where none are to be taken.
     """
-    hands_out = launcher in ("SlurmLauncher", "RayLauncher")
-    if _held or hands_out or not (launcher == "LocalLauncher" or len(gpus()) > 1):
+    if launcher in ("SlurmLauncher", "RayLauncher"):
+        if len(gpus()) > count:  # more than asked for: one process would spread over all of them
+            os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus()[:count])
+        return []
+    if _held or not (launcher == "LocalLauncher" or len(gpus()) > 1):
         return []
     names = gpus() or tuple(f"core-{number}" for number in range(len(os.sched_getaffinity(0))))
     places = _wait_for(names, min(count, len(names)))

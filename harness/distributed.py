@@ -6,10 +6,10 @@ batch plan (`harness.consumption`), and the first one writes weights, steps and 
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -26,13 +26,17 @@ from omegaconf import OmegaConf
 
 from harness.arms import ARMS
 from harness.config import plain
+from harness.measure import peak_memory_bytes
 from harness.plan import BatchPlan
 from harness.records import DivergedError, WorkerDiedError, read_json, write_json
+from harness.redaction import redact
 from harness.schema import RunConfig
 from harness.train import TrainResult
 
 _POLL_SECONDS = 0.2
 _PR_SET_PDEATHSIG = 1  # prctl(2)
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None  # loaded before a fork needs it
+_LAUNCHER = "HARNESS_LAUNCHER_PID"
 OnStep = Callable[[int, dict[str, Any]], None]
 
 
@@ -60,7 +64,13 @@ def train_in_processes(
     print(f"accelerate launch: {config.accelerate.num_processes} processes, {config.accelerate.distributed_type}")
     with (job / "log.txt").open("wb") as log:
         command = [sys.executable, "-m", "harness.distributed", "launch", str(job)]
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            command,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            preexec_fn=_die_with_parent,  # noqa: PLW1509 - one call of the C library, loaded already
+        )
     try:
         seen = 0
         while process.poll() is None:
@@ -71,8 +81,11 @@ def train_in_processes(
         if process.poll() is None:
             process.terminate()  # the launcher ends its processes
             process.wait()
-    print((job / "log.txt").read_text(errors="replace"))
-    return _read_result(job, process.returncode)
+    print((job / "log.txt").read_text(errors="replace"))  # into the trial's own log
+    try:
+        return _read_result(job, process.returncode)
+    finally:
+        shutil.rmtree(job)
 
 
 def _write_job(job: Path, config: RunConfig, plan: BatchPlan, reference: Any) -> None:
@@ -118,22 +131,23 @@ def _read_result(job: Path, status: int) -> TrainResult:
         found = read_json(job / "result.json")
         if "diverged" in found:
             raise DivergedError(found["diverged"])
-        return TrainResult(**found)
+        return TrainResult(**found)  # with the memory of all processes, which a parent cannot measure
     errors = [read_json(path) for path in sorted(job.glob("error-*.json"))]
     for error in errors:
-        if error["out_of_memory"]:
+        if error["kind"] == "memory":
             raise torch.OutOfMemoryError(f"process {error['process']}: {error['message']}")
-    if errors:
-        raise RuntimeError(f"process {errors[0]['process']}: {errors[0]['message']}")
-    tail = (job / "log.txt").read_text(errors="replace").strip().splitlines()[-1:]
-    raise WorkerDiedError(f"accelerate launch ended with status {status} and without a result: {' '.join(tail)}")
+    for error in sorted(errors, key=lambda error: error["kind"] == "lost"):  # a lost neighbour is a consequence
+        kinds: dict[str, type[Exception]] = {"outside": OSError, "lost": WorkerDiedError}
+        raise kinds.get(error["kind"], RuntimeError)(f"process {error['process']}: {error['message']}")
+    said = [line for line in (job / "log.txt").read_text(errors="replace").splitlines() if re.search(r"\w", line)]
+    raise WorkerDiedError(f"accelerate launch ended with status {status} and without a result: {''.join(said[-1:])}")
 
 
 def launch(job: Path) -> None:
-    """Be `accelerate launch`, and die with the trial's process."""
+    """Be `accelerate launch`; its processes are its children, and die with it."""
     from accelerate.commands.launch import launch_command, launch_command_parser
 
-    _die_with_parent(signal.SIGTERM)  # on which the launcher ends its processes
+    os.environ[_LAUNCHER] = str(os.getpid())
     config = read_config(job / "config.json")
     threads = config.train.threads or max(1, len(os.sched_getaffinity(0)) // config.accelerate.num_processes)
     arguments = ["--config_file", str(job / "accelerate.yaml"), "--num_cpu_threads_per_process", str(threads)]
@@ -143,26 +157,38 @@ def launch(job: Path) -> None:
 
 def run_process(job: Path) -> None:
     """Be one of the processes: train its share; the first one writes what came out."""
-    import torch
-
-    _die_with_parent(signal.SIGKILL)
+    _die_with_parent()
+    if os.getppid() != int(os.environ[_LAUNCHER]):  # it died while this process was importing
+        raise SystemExit(1)
     rank = int(os.environ["RANK"])
     try:
         found = _train_share(job, rank)
     except DivergedError as error:  # in all processes, at the same step
         found = {"diverged": str(error)}
     except BaseException as error:
-        about = {"process": rank, "message": f"{type(error).__name__}: {error}"}
-        about["out_of_memory"] = isinstance(error, torch.OutOfMemoryError)
-        write_json(job / f"error-{rank}.json", about)
+        message = redact(f"{type(error).__name__}: {error}")
+        write_json(job / f"error-{rank}.json", {"process": rank, "message": message, "kind": _kind(error)})
         traceback.print_exc()
         raise SystemExit(1) from error
     if rank == 0:
         write_json(job / "result.json", found)
 
 
+def _kind(error: BaseException) -> str:
+    """Sort an error: `memory` for a smaller micro-batch to mend, `outside`, `lost` (a neighbour died), or `own`."""
+    if isinstance(error, _NoRoomError):
+        return "memory"
+    if isinstance(error, OSError | MemoryError):
+        return "outside"
+    is_lost = type(error).__name__ == "DistBackendError" or re.search(
+        r"gloo|nccl|[Cc]onnection (reset|closed)", str(error)
+    )
+    return "lost" if is_lost else "own"
+
+
 def _train_share(job: Path, rank: int) -> dict[str, Any]:
     import torch
+    from accelerate.utils import gather_object
     from safetensors.torch import load_file
 
     from harness.checkpoint import has_gpu, load_base, set_threads
@@ -186,17 +212,22 @@ def _train_share(job: Path, rank: int) -> dict[str, Any]:
     plan = plan_of(config, tokens.train.rows, micro=planned["micro_batch_size"])
     if plan.sha256 != planned["sha256"]:
         raise RuntimeError("the training data have changed since the trial began: the batch plan is another one")
-    result = train_arm(
-        config,
-        tokens.train.rows,
-        plan,
-        model=load_base(config),
-        chat=tokens.chat,
-        folder=job.parent.parent,
-        reference=load_file(path)["reference"] if path.is_file() else None,
-        on_step=on_step,
-    )
-    return asdict(result)
+    base = load_base(config, on_gpu=config.accelerate.distributed_type == "MULTI_GPU")  # else it is sharded from here
+    more = {"reference": load_file(path)["reference"]} if path.is_file() else {}
+    try:
+        result = train_arm(
+            config,
+            tokens.train.rows,
+            plan,
+            model=base,
+            chat=tokens.chat,
+            folder=job.parent.parent,
+            on_step=on_step,
+            **more,
+        )
+    except torch.OutOfMemoryError as error:
+        raise _NoRoomError(str(error)) from error
+    return asdict(result) | {"peak_memory_bytes": sum(gather_object([peak_memory_bytes()]))}
 
 
 def read_config(path: Path) -> RunConfig:
@@ -206,10 +237,14 @@ def read_config(path: Path) -> RunConfig:
     return cast(RunConfig, OmegaConf.to_object(OmegaConf.merge(declared, values)))
 
 
-def _die_with_parent(sign: signal.Signals) -> None:
-    """Ask Linux for a signal when the parent dies, however it dies; elsewhere a lost process ends with its pipe."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(sign))
+class _NoRoomError(RuntimeError):
+    """Training ran out of memory, where a smaller micro-batch may help."""
+
+
+def _die_with_parent() -> None:
+    """Ask Linux to be killed when the parent dies, however it dies; elsewhere its neighbours' end ends a process."""
+    if _LIBC is not None:
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 if __name__ == "__main__":

@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from harness.checkpoint import checkpoint_dir, uses_bf16
+from harness.checkpoint import checkpoint_dir
 from harness.design import Design
+from harness.devices import gpus
 from harness.inputs import Tokens, plan_of, splits_of, tokens_of
 from harness.records import UsageError
-from harness.schema import Engine, RunConfig, Tuning
+from harness.schema import Engine, Precision, RunConfig, Tuning
 
 LOOP_OVER_PRODUCTS = {
     Engine.paired: 1.6,
@@ -27,6 +28,7 @@ LOOP_OVER_PRODUCTS = {
 _DECODING_SHARE = 0.4  # of the products' rate that a batch of answers reaches, token by token
 _STEP_SECONDS = (0.01, 0.004)  # Python's part of a micro-batch, and of each layer in it
 _AROUND_SECONDS = 1.0  # loading, scoring, tracking
+_LAUNCH_SECONDS = 15.0  # of `accelerate launch`: each process imports everything anew
 _PROCESS_BYTES = 700 * 2**20  # Python with torch, transformers and TRL
 _ANSWER_BYTES = 700  # the prompt, ids and scores of an answer, in three files; its text comes on top
 _TOKEN_BYTES = 5
@@ -65,7 +67,7 @@ class Estimate:
     disk_bytes: int
 
 
-def estimate(design: Design, *, tune: int, confirm: int, rate: float) -> Estimate:
+def estimate(design: Design, *, tune: int, confirm: int, rate: float, at_once: int = 1) -> Estimate:
     """Estimate a study of so many trials by stage.
 
     Args:
@@ -73,7 +75,10 @@ def estimate(design: Design, *, tune: int, confirm: int, rate: float) -> Estimat
         tune: trials that tune and are still to be run.
         confirm: trials that decide and are still to be run.
         rate: of this machine's matrix products, in FLOP/s.
+        at_once: trials that train beside each other.
     """
+    if not tune + confirm:
+        return Estimate(0.0, 0.0, 0, 0, 0, 0, 0)
     config = design.any
     splits, size = splits_of(config), checkpoint_size(checkpoint_dir(config.model))
     dev, golden = len(splits.dev_prompts), len(splits.golden_prompts)
@@ -84,14 +89,16 @@ def estimate(design: Design, *, tune: int, confirm: int, rate: float) -> Estimat
     text = _ANSWER_BYTES + _TOKEN_BYTES * (config.generate.max_new_tokens or 0)
     trial = rows + _RUN_BYTES + max(dev, answered) * text
     kept = {"all": tune + confirm, "confirmed": confirm, "none": 0}[config.keep]
+    if config.generate.backend == "vllm":  # all are trained before the first one answers
+        kept = max(kept, tune, confirm)
     return Estimate(
         tune_seconds=training + answer_seconds(config, dev, size, rate),
         confirm_seconds=training + answer_seconds(config, answered, size, rate),
         trial_bytes=trial,
         weight_bytes=weights,
         checkpoint_bytes=checkpoint,
-        memory_bytes=memory_bytes(config, tokens_of(config), size),
-        disk_bytes=(tune + confirm + 1) * trial + kept * weights + checkpoint + 2 * (dev + golden) * text,
+        memory_bytes=config.accelerate.num_processes * memory_bytes(config, tokens_of(config), size),
+        disk_bytes=(tune + confirm + 1) * trial + kept * weights + at_once * checkpoint + 2 * (dev + golden) * text,
     )
 
 
@@ -120,7 +127,8 @@ def train_seconds(config: RunConfig, tokens: Tokens, size: Checkpoint, rate: flo
     plan = plan_of(config, rows)
     batches = len(plan.order) / plan.micro_batch_size / config.accelerate.num_processes
     python = batches * (_STEP_SECONDS[0] + _STEP_SECONDS[1] * _layers(config))
-    return flops / rate * LOOP_OVER_PRODUCTS[train.engine] + python
+    launched = _LAUNCH_SECONDS if config.accelerate.num_processes > 1 else 0.0
+    return flops / rate * LOOP_OVER_PRODUCTS[train.engine] + python + launched
 
 
 def answer_seconds(config: RunConfig, prompts: int, size: Checkpoint, rate: float) -> float:
@@ -138,13 +146,19 @@ def memory_bytes(config: RunConfig, tokens: Tokens, size: Checkpoint) -> int:
     from harness.activations import activation_bytes, largest_micro_batch
 
     model = AutoConfig.from_pretrained(checkpoint_dir(config.model), trust_remote_code=False)
-    itemsize = 2 if uses_bf16(config) else 4
+    itemsize = 2 if _may_use_bf16(config) else 4
     held = {Tuning.full: 4.0, Tuning.lora: float(itemsize), Tuning.qlora: 0.6}[config.train.tuning] * size.parameters
     trained = size.parameters if config.train.tuning is Tuning.full else config.train.lora_rank * size.lora_sides
     shares = config.train.engine is Engine.paired and config.train.share_prefix
     count = largest_micro_batch(tokens.train.rows, plan_of(config, tokens.train.rows), share_prefix=shares)
     kept = activation_bytes(model, count, itemsize) / (_layers(config) if config.train.gradient_checkpointing else 1)
     return int(held + 12 * trained + kept + _PROCESS_BYTES)
+
+
+def _may_use_bf16(config: RunConfig) -> bool:
+    """Guess the arithmetic without torch: asking CUDA would settle which GPUs this process sees."""
+    precision = config.train.precision
+    return precision is Precision.bf16 or (precision is Precision.auto and bool(gpus()))
 
 
 def _layers(config: RunConfig) -> int:
@@ -164,12 +178,12 @@ def _weight_bytes(config: RunConfig, size: Checkpoint) -> tuple[int, int]:
     return weights, 2 * 3 * weights
 
 
-def refuse_full_disk(results: Path, needed: int, *, keep: str) -> None:
+def refuse_full_disk(results: Path, needed: int, *, may_keep_less: bool) -> None:
     """Raise a UsageError where a study would not fit on the disk, before it starts."""
     place = next(folder for folder in [results.resolve(), *results.resolve().parents] if folder.is_dir())
     free = shutil.disk_usage(place).free
     if needed > free:
-        other = "" if keep != "all" else ", keep=confirmed (without the weights of trials that only tune)"
+        other = ", keep=confirmed (without the weights of trials that only tune)" if may_keep_less else ""
         raise UsageError(
             f"results_dir={results}: the study needs about {size_text(needed)} of disk, and {size_text(free)} are "
             f"free; make room, give another results_dir{other} or fewer trials"
@@ -216,4 +230,4 @@ def machine_rate(config: RunConfig) -> float:
     text: Any = json.loads((checkpoint_dir(config.model) / "config.json").read_text())
     text = text.get("text_config", text)
     inner = int(text.get("hidden_size", 1024))
-    return matmul_rate(inner, int(text.get("intermediate_size") or 4 * inner), seconds=0.3, bf16=uses_bf16(config))
+    return matmul_rate(inner, int(text.get("intermediate_size") or 4 * inner), seconds=0.3, bf16=_may_use_bf16(config))

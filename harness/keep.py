@@ -19,6 +19,8 @@ DELETED = "weights_deleted"  # in the manifest: the policy that deleted them
 
 def drops_weights(config: RunConfig, answered: Sequence[str]) -> bool:
     """Whether a trial that has answered these splits, and is scored, gives up its weights."""
+    if config.cost_name:  # it was run for its seconds
+        return True
     if config.keep == "all" or not ARMS[config.method.name].trainer:
         return False
     decides = "golden" in answered

@@ -70,20 +70,12 @@ def halve(config: RunConfig, tried: int, *, about: dict[str, Any]) -> int:
     Raises:
         DoesNotFitError: where none is smaller.
     """
-    batch = config.train.batch_size
-    assert batch is not None, "the profile fills it"
-    study, processes = Path(config.results_dir) / str(config.study), config.accelerate.num_processes
+    study = Path(config.results_dir) / str(config.study)
     with locked(study):
         known = settled(study)
         if known is not None and known < tried:  # another trial was first
             return known
-        smaller = next((size for size in range(tried // 2, 0, -1) if batch % (size * processes) == 0), 0)
-        if not smaller:
-            raise DoesNotFitError(
-                f"{config.model.path} does not fit: training it on pairs of up to data.max_length="
-                f"{config.data.max_length} tokens ran out of memory with train.micro_batch_size={tried}, and no "
-                f"smaller one divides the step; {_advice(config)}"
-            )
+        smaller = smaller_than(config, tried)
         found = _read(study)
         halved = [*found.get("halved", []), about | {"from": tried, "to": smaller}]
         about_study = {"micro_batch_size": smaller, "asked": config.train.micro_batch_size}
@@ -91,7 +83,25 @@ def halve(config: RunConfig, tried: int, *, about: dict[str, Any]) -> int:
     return smaller
 
 
+def smaller_than(config: RunConfig, tried: int) -> int:
+    """Return the next smaller micro-batch that makes up the same step.
+
+    Raises:
+        DoesNotFitError: where none is smaller.
+    """
+    batch, processes = config.train.batch_size, config.accelerate.num_processes
+    assert batch is not None, "the profile fills it"
+    smaller = next((size for size in range(tried // 2, 0, -1) if batch % (size * processes) == 0), 0)
+    if not smaller:
+        raise DoesNotFitError(
+            f"{config.model.path} does not fit: training it on pairs of up to data.max_length="
+            f"{config.data.max_length} tokens ran out of memory with train.micro_batch_size={tried}, and no "
+            f"smaller one divides the step; {_advice(config)}"
+        )
+    return smaller
+
+
 def _advice(config: RunConfig) -> str:
     ways = [] if config.train.gradient_checkpointing else ["train.gradient_checkpointing=true"]
     ways += ["train.tuning=lora"] if config.train.tuning.value == "full" else ["train.tuning=qlora"]
-    return f"try {', '.join(ways)}, a smaller data.max_length, or accelerate=fsdp over several GPUs"
+    return f"try {', '.join(ways)}, or a smaller data.max_length"

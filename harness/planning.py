@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 from harness.calibrate import detectable_before
 from harness.config import config_label
@@ -12,11 +13,12 @@ from harness.design import Design
 from harness.estimate import estimate, lines, machine_rate, refuse_full_disk
 from harness.folders import is_complete, read_manifest, study_dir
 from harness.inputs import identify, num_steps, splits_of
-from harness.records import UnreachableError
+from harness.records import UnreachableError, UsageError
 from harness.schema import RunConfig
+from harness.selection import read_selection
 
 
-def print_plan(design: Design, warnings: Sequence[str]) -> None:
+def print_plan(design: Design, warnings: Sequence[str], at_once: int = 1) -> None:
     """Print the trials of a study, their number and their size; nothing is run."""
     try:
         splits_of(design.any)
@@ -30,7 +32,7 @@ def print_plan(design: Design, warnings: Sequence[str]) -> None:
     else:
         print(_size_of_a_trial(design.any))
     if not unknown:
-        print("\n".join(_cost(design)))
+        print("\n".join(_cost(design, at_once)))
     print(_findable(design))
     if design.any.score.judge.model and not unknown:
         print(_judging(design))
@@ -51,21 +53,33 @@ def to_run(design: Design) -> tuple[int, int]:
     missing = [stage for stage, trial in _trials(design) if not is_complete(trial, tuple(trial.evaluate))]
     suggested = (design.any.search.trials or 0) * len(design.tuning_seeds) if design.suggests else 0
     tune = missing.count("tune") + suggested * len(design.arms)
-    selected = len(design.tuned) * len(design.seeds)  # not known yet: counted as if none of them were done
-    return tune, missing.count("confirm") + selected
+    selected = {arm: found["selected"] for arm, found in _selection(design).get("arms", {}).items()}
+    chosen = {arm: [c for c in design.arms[arm] if config_label(c) == selected.get(arm)] for arm in design.tuned}
+    known = {arm: configs[0] for arm, configs in chosen.items() if configs}
+    left = [trial for trial in design.deciding(known, design.seeds) if not is_complete(trial, tuple(trial.evaluate))]
+    unknown = (len(design.tuned) - len(known)) * len(design.seeds)
+    return tune, missing.count("confirm") + len(left) + unknown
 
 
-def _cost(design: Design) -> Sequence[str]:
+def _selection(design: Design) -> dict[str, Any]:
+    try:
+        return read_selection(study_dir(design.base))
+    except (UsageError, ValueError):  # a damaged one is for the sweep to mend or to refuse
+        return {}
+
+
+def _cost(design: Design, at_once: int) -> Sequence[str]:
     tune, confirm = to_run(design)
-    found = estimate(design, tune=tune, confirm=confirm, rate=machine_rate(design.any))
+    found = estimate(design, tune=tune, confirm=confirm, rate=machine_rate(design.any), at_once=at_once)
     return lines(found, tune=tune, confirm=confirm, keep=design.any.keep)
 
 
-def refuse_what_does_not_fit(design: Design) -> None:
+def refuse_what_does_not_fit(design: Design, at_once: int) -> None:
     """Raise a UsageError where what is missing of a study does not fit on the disk."""
     tune, confirm = to_run(design)
-    needed = estimate(design, tune=tune, confirm=confirm, rate=1e9).disk_bytes  # seconds do not matter here
-    refuse_full_disk(Path(design.any.results_dir), needed, keep=design.any.keep)
+    found = estimate(design, tune=tune, confirm=confirm, rate=1e9, at_once=at_once)  # seconds do not matter here
+    may_keep_less = bool(tune) and design.any.keep == "all"
+    refuse_full_disk(Path(design.any.results_dir), found.disk_bytes, may_keep_less=may_keep_less)
 
 
 def _findable(design: Design) -> str:

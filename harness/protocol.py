@@ -13,7 +13,7 @@ from typing import Any
 from harness.config import RunConfig, config_label
 from harness.costtrials import cost_trials
 from harness.design import Design
-from harness.failure import standing_failure
+from harness.failure import FILE, standing_failure
 from harness.folders import is_complete, read_manifest, study_dir, trial_dir
 from harness.inputs import identify
 from harness.microbatch import is_outdated
@@ -147,10 +147,13 @@ class _Runs:
         missing = [trial for trial in trials if not is_complete(trial, tuple(trial.evaluate))]
         stand = {} if self._design.base.retry_failed else dict(_standing(missing))
         missing = [trial for trial in missing if _key(trial) not in stand]
+        for trial in missing:
+            (trial_dir(trial) / FILE).unlink(missing_ok=True)  # what stands there afterwards is of this attempt
         new: dict[tuple[str, str, int, str], Outcome] = {}
         while missing:
             new |= dict(zip(map(_key, missing), self._launch(missing), strict=True))
-            missing = [t for t in trials if _is_outdated(t, new.get(_key(t)))]
+            now = {_key(trial): new.get(_key(trial)) or finished(trial) for trial in trials if _key(trial) not in stand}
+            missing = [trial for trial in trials if _is_outdated(trial, now.get(_key(trial)))]
         self.launched |= set(new)
         before = len(self.ended)
         new |= stand
@@ -182,11 +185,9 @@ class _Runs:
 
 def _is_outdated(trial: RunConfig, outcome: Outcome | None) -> bool:
     """Whether a trial that is finished has to train again, since another one of its seed has run out of memory."""
-    if outcome is not None and outcome.status == "failed":
+    if outcome is None or outcome.status != "complete" or trial.cost_name:
         return False
-    folder = trial_dir(trial)
-    facts = read_manifest(folder)
-    return is_outdated(study_dir(trial), trial.seed, facts.get("micro_batch_size"))
+    return is_outdated(study_dir(trial), trial.seed, read_manifest(trial_dir(trial)).get("micro_batch_size"))
 
 
 def _standing(trials: Sequence[RunConfig]) -> Iterator[tuple[tuple[str, str, int, str], Outcome]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
@@ -25,7 +26,8 @@ class RayLauncher(Launcher):
 
     Args:
         address: of a cluster (`auto`, `ray://HOST:10001`); null starts Ray on this machine.
-        num_cpus, num_gpus: what a trial reserves; Ray hands its GPUs out by CUDA_VISIBLE_DEVICES.
+        num_cpus, num_gpus: what a trial reserves; null: one for each of its processes (GPUs where the cluster has any).
+            Ray hands its GPUs out by CUDA_VISIBLE_DEVICES.
         max_retries: how often a trial whose worker died is started again; it goes on from its last checkpoint.
         init: further arguments of `ray.init`.
     """
@@ -33,8 +35,8 @@ class RayLauncher(Launcher):
     def __init__(
         self,
         address: str | None,
-        num_cpus: float,
-        num_gpus: float,
+        num_cpus: float | None,
+        num_gpus: float | None,
         max_retries: int,
         init: dict[str, Any] | None = None,
     ) -> None:
@@ -44,6 +46,12 @@ class RayLauncher(Launcher):
     def setup(self, *, hydra_context: Any, task_function: Any, config: DictConfig) -> None:
         """Keep what a job needs."""
         self.context, self.task, self.config = hydra_context, task_function, config
+
+    def _resources(self, ray: Any) -> dict[str, float]:
+        processes = int(self.config.accelerate.num_processes)
+        has_gpus = ray.cluster_resources().get("GPU", 0) > 0
+        usual = {"num_cpus": processes, "num_gpus": processes if has_gpus else 0}
+        return {name: usual[name] if given is None else given for name, given in self.resources.items()}
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Run the jobs; one that fails, or whose worker dies too often, is a failed job and stops no other."""
@@ -65,8 +73,8 @@ class RayLauncher(Launcher):
                     f"hydra.launcher.address={self.address}: {error}; is the cluster there, and where it asks for a "
                     "token: are RAY_AUTH_MODE=token and the token set?"
                 ) from error
-        remote = ray.remote(_execute).options(**self.resources, max_retries=self.max_retries)
-        about = (self.context, self.config, self.task, Singleton.get_state())
+        remote = ray.remote(_execute).options(**self._resources(ray), max_retries=self.max_retries)
+        about = (self.context, self.config, self.task, Singleton.get_state(), str(Path.cwd()))
         shared = [ray.put(part) for part in about]
         running = [
             remote.remote(initial_job_idx + number, list(overrides), *shared)
@@ -75,8 +83,11 @@ class RayLauncher(Launcher):
         return [_result(ray, job) for job in running]
 
 
-def _execute(number: int, overrides: list[str], context: Any, config: Any, task: Any, state: Any) -> JobReturn:
-    """Run one Hydra job in a Ray worker."""
+def _execute(
+    number: int, overrides: list[str], context: Any, config: Any, task: Any, state: Any, folder: str
+) -> JobReturn:
+    """Run one Hydra job in a Ray worker, in the folder of the sweep: paths may be relative to it."""
+    os.chdir(folder)
     setup_globals()
     Singleton.set_state(state)
     composed = context.config_loader.load_sweep_config(config, overrides)

@@ -6,7 +6,8 @@ import os
 import re
 from pathlib import Path
 
-_NAMES = re.compile("KEY|TOKEN|SECRET|PASSWORD|JWT", re.IGNORECASE)
+_NAMES = re.compile("KEY|TOKEN|SECRET|PASSW|CREDENTIAL|JWT", re.IGNORECASE)
+_IN_ADDRESS = re.compile(r"(://[^/\s:@]*:)[^/\s@]+@")  # http://user:password@host
 MIN_LENGTH = 8  # a shorter value (TOKENIZERS_PARALLELISM=false) is no secret, but a word that messages are made of
 
 
@@ -20,7 +21,7 @@ def redact(text: object, *names: str) -> str:
     shown = str(text)
     for value in _secrets(names):
         shown = shown.replace(value, "***")
-    return shown
+    return _IN_ADDRESS.sub(r"\1***@", shown)
 
 
 def _secrets(names: tuple[str, ...]) -> list[str]:

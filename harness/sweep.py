@@ -99,6 +99,7 @@ def run_single(arguments: Sequence[str]) -> int:
     except UsageError as error:
         print(f"harness.train: {redact(error)}", file=sys.stderr)
         return 2
+    take_places("BasicLauncher", config.accelerate.num_processes)
     outcome = run_trial(base, tuple(config.evaluate))
     if outcome.status != "failed":
         outcome = run_trial(config, tuple(config.evaluate))
@@ -119,6 +120,7 @@ def prepare_process() -> None:
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     }.items():
         os.environ.setdefault(name, value)
+    warnings.filterwarnings("ignore", message=r"(?s).*is validated against ConfigStore schema")
     for package in ("transformers", "trl", "peft", "accelerate", "huggingface_hub"):
         warnings.filterwarnings("ignore", module=rf"{package}\b")
 

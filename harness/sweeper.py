@@ -17,16 +17,15 @@ from hydra.core.utils import JobReturn
 from hydra.plugins.sweeper import Sweeper
 from omegaconf import DictConfig
 
-from harness.config import config_label, resolve
+from harness.config import resolve
 from harness.design import Design
 from harness.devices import processes_problem, workers_here
 from harness.expand import Request, check_study, expand
-from harness.folders import is_complete
-from harness.inputs import identify
+from harness.launched import ended_before, is_left, outcome_of
 from harness.multilora import answer_trials
 from harness.overrides import explain
 from harness.planning import print_plan, refuse_what_does_not_fit
-from harness.protocol import StudyResult, finished, run_study
+from harness.protocol import StudyResult, run_study
 from harness.records import UnreachableError, UsageError
 from harness.registration import register, study_name
 from harness.schema import FamilyConfig, Reference, RunConfig
@@ -70,7 +69,7 @@ class PairedSweeper(Sweeper):
         regrets = [list(dict.fromkeys(find_warnings_of(design))) for design in designs]
         if designs[0].base.plan:
             for design, warnings in zip(designs, regrets, strict=True):
-                print_plan(design, warnings)
+                print_plan(design, warnings, self._at_once(design))
             return []
         for design in designs:
             self._refuse_what_cannot_run(design)
@@ -86,10 +85,15 @@ class PairedSweeper(Sweeper):
 
     def _refuse_what_cannot_run(self, design: Design) -> None:
         """Refuse what this machine has no room or no devices for, where trials run on this machine."""
-        refuse_what_does_not_fit(design)
+        refuse_what_does_not_fit(design, self._at_once(design))
         is_elsewhere = type(self.launcher).__name__ in ("SlurmLauncher", "RayLauncher")
         if not is_elsewhere and (problem := processes_problem(design.any.accelerate)):
             raise UsageError(problem)
+
+    def _at_once(self, design: Design) -> int:
+        """Return how many trials train beside each other; of a cluster as many as there are, up to 8, is a guess."""
+        kind, processes = type(self.launcher).__name__, design.any.accelerate.num_processes
+        return {"BasicLauncher": 1, "SlurmLauncher": 8}.get(kind) or workers_here(processes)
 
     def _designs(self, request: Request) -> Iterator[Design]:
         """Yield the design of each study: one, or one for each value of the family's key."""
@@ -204,7 +208,7 @@ class PairedSweeper(Sweeper):
         """
         problem = ""
         for _ in range(1 + _RELAUNCHES):
-            left = [n for n, trial in enumerate(trials) if not is_complete(trial, tuple(trial.evaluate))]
+            left = [n for n, trial in enumerate(trials) if is_left(trial)]
             try:
                 returns: Sequence[JobReturn] = self.launcher.launch([jobs[n] for n in left], initial_job_idx=0)
             except UsageError:
@@ -213,10 +217,11 @@ class PairedSweeper(Sweeper):
                 problem = f"{type(error).__name__}: {one_line(str(error), 300)}"
                 continue
             ended = dict(zip(left, returns, strict=True))
-            return [_outcome(trial, ended[n]) if n in ended else finished(trial) for n, trial in enumerate(trials)]
-        return [
-            finished(trial) if is_complete(trial, tuple(trial.evaluate)) else _lost(trial, problem) for trial in trials
-        ]
+            return [
+                outcome_of(trial, ended[n]) if n in ended else ended_before(trial, problem)
+                for n, trial in enumerate(trials)
+            ]
+        return [ended_before(trial, problem) for trial in trials]
 
 
 def _report_again(results: Sequence[StudyResult]) -> None:
@@ -259,18 +264,6 @@ def _check_looks(design: Design) -> None:
             f"decide.looks=[{','.join(map(str, looks))}]: numbers of seeds in rising order, the last one all "
             f"{len(design.seeds)} seeds (seed={','.join(map(str, design.seeds))})"
         )
-
-
-def _lost(trial: RunConfig, problem: str) -> Outcome:
-    return Outcome(identify(trial), trial.method.name, config_label(trial), trial.seed, "failed", f"worker: {problem}")
-
-
-def _outcome(trial: RunConfig, job: JobReturn) -> Outcome:
-    """Read how a job ended; one that died before it could write failure.json counts as failed too."""
-    try:
-        return Outcome(**job.return_value)
-    except Exception as error:
-        return Outcome("", trial.method.name, "", trial.seed, "failed", f"{type(error).__name__}: {error}")
 
 
 def find_warnings_of(design: Design) -> Iterator[str]:

@@ -40,6 +40,7 @@ class TrainResult:
         parameters: number of weights, `total` and `trainable`.
         packed: True where the model ran on packed batches (see `harness.packed`).
         why_padded: why it could not, where that was asked for.
+        peak_memory_bytes: of all processes where there were several; else 0, and the trial's own clock knows it.
     """
 
     steps: list[dict[str, Any]]
@@ -48,6 +49,7 @@ class TrainResult:
     parameters: dict[str, int]
     packed: bool
     why_padded: str
+    peak_memory_bytes: int = 0
 
     @property
     def facts(self) -> dict[str, Any]:

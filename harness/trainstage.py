@@ -5,9 +5,10 @@ Where a GPU runs out of memory, the study's micro-batch is halved and the traini
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from harness.arms import ARMS
 from harness.devices import processes_problem
 from harness.inputs import Tokens, plan_of
-from harness.microbatch import halve, note_seed
+from harness.microbatch import halve, note_seed, smaller_than
 from harness.plan import BatchPlan, expected_tokens_sha256, padding_share, trained_tokens
 from harness.records import DivergedError, UsageError
 from harness.schema import Engine, Reference, RunConfig, Tuning
@@ -37,11 +38,13 @@ class Trained:
         steps: one row a step; those before a divergence where it diverged.
         facts: entries of the manifest.
         warnings: what a reader must know of how it was trained.
+        peak_memory_bytes: as in `TrainResult`.
     """
 
     steps: list[dict[str, Any]] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    peak_memory_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -73,15 +76,17 @@ class TrainStage:
         """
         if problem := processes_problem(self.config.accelerate):
             raise UsageError(problem)
+        micro = None
         while True:
-            plan = plan_of(self.config, self.tokens.train.rows)
-            note_seed(self.config, plan.micro_batch_size)
+            plan = plan_of(self.config, self.tokens.train.rows, micro=micro)
+            if not self.config.cost_name:
+                note_seed(self.config, plan.micro_batch_size)
             found = Trained(facts=self._planned(plan))
             if self._fits(plan, found):
                 return found
             release_base()
             gc.collect()
-            self._halve(plan.micro_batch_size)
+            micro = self._halve(plan.micro_batch_size)
 
     def _planned(self, plan: BatchPlan) -> dict[str, Any]:
         rows = self.tokens.train.rows
@@ -94,7 +99,6 @@ class TrainStage:
 
     def _fits(self, plan: BatchPlan, found: Trained) -> bool:
         """Train once and note what came out; False where memory ran out."""
-        import torch
 
         def note(step: int, logs: dict[str, Any]) -> None:
             found.steps.append({"step": step, **logs})
@@ -107,9 +111,9 @@ class TrainStage:
         except DivergedError as error:
             found.facts |= {"status": "diverged", "divergence": str(error)}
             return True
-        except torch.OutOfMemoryError:
+        except _NoRoomError:
             return False
-        found.steps = result.steps
+        found.steps, found.peak_memory_bytes = result.steps, result.peak_memory_bytes
         found.facts |= result.facts | {"tokens": {"train": trained_tokens(self.tokens.train.rows, plan)}}
         if result.why_padded:
             found.warnings.append(f"the model is run padded, slower than packed: {result.why_padded}")
@@ -121,17 +125,9 @@ class TrainStage:
         config, rows = self.config, self.tokens.train.rows
         with borrowed_base(config, trains_all=config.train.tuning is Tuning.full) as base:
             reference = self._reference(base) if self._needs_reference else None
-            with self.clock("train"):
-                return train_arm(
-                    config,
-                    rows,
-                    plan,
-                    model=base,
-                    chat=self.tokens.chat,
-                    folder=self.folder,
-                    reference=reference,
-                    on_step=on_step,
-                )
+            more = {"model": base, "chat": self.tokens.chat, "folder": self.folder, "reference": reference}
+            with self.clock("train"), _no_room():
+                return train_arm(config, rows, plan, on_step=on_step, **more)
 
     def _in_processes(self, plan: BatchPlan, on_step: OnStep) -> TrainResult:
         from harness.distributed import train_in_processes
@@ -141,7 +137,7 @@ class TrainStage:
             with borrowed_base(self.config) as base:
                 reference = self._reference(base)
         release_base()  # the processes load it again, and need the memory
-        with self.clock("train"):
+        with self.clock("train"), _no_room():
             return train_in_processes(self.config, plan, folder=self.folder, reference=reference, on_step=on_step)
 
     @property
@@ -164,12 +160,31 @@ class TrainStage:
                 share_prefix=self.config.train.share_prefix,
             )
 
-    def _halve(self, tried: int) -> None:
+    def _halve(self, tried: int) -> int | None:
+        """Make the micro-batch smaller: the study's, or that of a trial which is run for its cost alone."""
         config = self.config
+        shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
+        if config.cost_name:
+            return smaller_than(config, tried)
         about = {"trial_id": self.folder.name, "arm": config.method.name, "seed": config.seed}
         smaller = halve(config, tried, about=about)
-        shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
         say(
-            f"{config.method.name} seed {config.seed} ran out of memory with {tried} pairs at once: all trials of the "
+            f"{config.method.name} seed {config.seed} ran out of memory with {tried} pairs at once: trials of the "
             f"study now train with {smaller}, and as many pairs a step as before"
         )
+        return None
+
+
+class _NoRoomError(RuntimeError):
+    """Training ran out of memory, where a smaller micro-batch may help."""
+
+
+@contextlib.contextmanager
+def _no_room() -> Iterator[None]:
+    """Tell memory that runs out in training, which a smaller micro-batch may mend, from all other."""
+    import torch
+
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise _NoRoomError(str(error)) from error

@@ -190,6 +190,8 @@ class _Trial:
         write_twice(self.folder / "train.jsonl", to_jsonl(found.steps))
         end_log(self.folder)
         self.manifest["warnings"] += found.warnings
+        peak = self.meter.peak_memory_bytes
+        peak["train"] = max(peak.get("train", 0), found.peak_memory_bytes)
         self._save(**found.facts, done=[*self.manifest["done"], "train"], files=fingerprints(self.folder, {}))
         shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from harness.config import compose_run, load_run, plain
 from harness.distributed import read_config, train_in_processes
 from harness.inputs import plan_of, tokens_of
 from harness.plan import BatchPlan, share_of
-from harness.records import DivergedError, UsageError, read_json, write_json
+from harness.records import DivergedError, UsageError, WorkerDiedError, read_json, write_json
 from harness.reference import reference_logps
 from harness.schema import RunConfig
 from harness.train import TrainResult, train_arm
@@ -83,22 +84,22 @@ def reference_of(config: RunConfig, folder: Path) -> Any:
 def alone(config: RunConfig, folder: Path) -> TrainResult:
     tokens, reference = tokens_of(config), reference_of(config, folder)
     folder.mkdir(exist_ok=True)
-    with borrowed_base(config) as base:
+    with borrowed_base(config, trains_all=True) as base:
         plan = plan_of(config, tokens.train.rows)
         parts = {"model": base, "chat": tokens.chat, "folder": folder, "reference": reference}
         return train_arm(config, tokens.train.rows, plan, **parts)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "adapter" / "adapter_model.safetensors")
+    return load_file(next(folder.glob("*/*model.safetensors")))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arm", ["dpo", "simpo"])
-def test_two_processes_equal_one(arm: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("arm", "tuning"), [("dpo", "lora"), ("simpo", "lora"), ("simpo", "full")])
+def test_two_processes_equal_one(arm: str, tuning: str, tmp_path: Path) -> None:
     """45 pairs: full steps, and a last one of three micro-batches, the last of which has one pair."""
-    one = alone(configure(arm, 45), tmp_path / "one")
-    config = configure(arm, 45, "accelerate=ddp")
+    one = alone(configure(arm, 45, f"train.tuning={tuning}"), tmp_path / "one")
+    config = configure(arm, 45, f"train.tuning={tuning}", "accelerate=ddp")
     seen: list[int] = []
     parts = {"folder": tmp_path / "two", "reference": reference_of(config, tmp_path)}
     two = train_in_processes(
@@ -114,6 +115,7 @@ def test_two_processes_equal_one(arm: str, tmp_path: Path) -> None:
     ours, theirs = weights(tmp_path / "two"), weights(tmp_path / "one")
     assert ours.keys() == theirs.keys()
     assert max((ours[name] - theirs[name]).abs().max().item() for name in ours) < 1e-6
+    assert two.peak_memory_bytes > 2 * 200e6, "of both processes"
 
 
 @pytest.mark.slow
@@ -143,6 +145,48 @@ def test_a_killed_run_of_two_processes_leaves_none_behind_and_goes_on_where_it_w
     manifest = read_json(place / "manifest.json")
     assert manifest["consumed_tokens_sha256"] == manifest["expected_tokens_sha256"]
     assert len((place / "train.jsonl").read_text().splitlines()) == 16, "64 pairs in steps of 4"
+
+
+@pytest.mark.slow
+def test_processes_that_are_starting_die_with_their_trial(tmp_path: Path) -> None:
+    """kill -9 while the launcher imports, before any process has trained."""
+    more = ["train.micro_batch_size=2", "study=s", f"results_dir={tmp_path / 'results'}"]
+    given = overriding(SMALL, *more)
+    assert run_trial(compose_run([*given, "+method=sft", "seed=0"]), ("dev",)).status == "complete"
+    command = [sys.executable, "-m", "harness.train", *given, "+method=simpo", "seed=1", "accelerate=ddp"]
+    child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    folder, deadline = tmp_path / "results" / "s" / "trials", time.monotonic() + 120
+    while not running(folder):
+        assert time.monotonic() < deadline, "the launcher did not start"
+        time.sleep(0.01)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    deadline = time.monotonic() + 5
+    while running(folder):
+        assert time.monotonic() < deadline, "processes outlived their parent"
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_is_a_worker_that_died_and_not_an_error_of_the_training(tmp_path: Path) -> None:
+    """The other process only sees that its neighbour is gone, and must not stand as the cause."""
+    config = configure("simpo", 320, "accelerate=ddp", "train.epochs=20")
+    plan = plan_of(config, tokens_of(config).train.rows)
+    killed: list[int] = []
+
+    def kill_one(step: int, logs: dict[str, Any]) -> None:
+        for path in [] if killed else Path("/proc").glob("[0-9]*/environ"):
+            try:
+                is_ours = str(tmp_path).encode() in (path.parent / "cmdline").read_bytes()
+                if is_ours and b"\0RANK=1\0" in b"\0" + path.read_bytes():
+                    killed.append(int(path.parent.name))
+                    os.kill(killed[0], signal.SIGKILL)
+            except OSError:
+                continue
+
+    with pytest.raises(WorkerDiedError):
+        train_in_processes(config, plan, folder=tmp_path, reference=None, on_step=kill_one)
+    assert len(killed) == 1
 
 
 def running(folder: Path) -> list[str]:

@@ -7,6 +7,7 @@ from collections import namedtuple
 from pathlib import Path
 
 import pytest
+import torch
 
 from harness.checkpoint import load_base
 from harness.config import load_run
@@ -16,6 +17,7 @@ from harness.folders import read_manifest
 from harness.planning import to_run
 from harness.records import UsageError
 from harness.sweep import run_sweep
+from harness.sweeper import PairedSweeper
 from harness.terminal import print_result
 from tests.conftest import SMALL, overriding
 
@@ -87,6 +89,34 @@ def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(tmp_path
     assert "and 1.0 MB are free" in str(refused.value)
     assert "keep=confirmed" in str(refused.value)
     assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.slow
+def test_a_finished_study_needs_no_room(tmp_path: Path, monkeypatch) -> None:
+    """Its command decides and reports again on a disk that is full."""
+    grid = ["arms.dpo.beta=0.05,0.1", "tuning_seeds=[7]", "allow_unequal_budgets=true"]
+    assert print_result(run_sweep(study(tmp_path, *grid))[0]) == 0
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Disk(10**9, 10**9 - 10**4, 10**4))
+    again = run_sweep(study(tmp_path, *grid))[0]
+    assert (again.launched, print_result(again)) == (0, 0)
+
+
+def test_nothing_asks_cuda_before_a_trial_has_taken_its_place(tmp_path: Path, monkeypatch) -> None:
+    """What is asked settles which GPUs a process sees: CUDA_VISIBLE_DEVICES, set later, would change nothing."""
+    asked = []
+    for name in ("is_available", "is_bf16_supported", "device_count"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, name=name: asked.append(name))
+
+    class Stop(Exception):
+        pass
+
+    def stop(*_):
+        raise Stop
+
+    monkeypatch.setattr(PairedSweeper, "_launch", stop)
+    with pytest.raises(Stop):
+        run_sweep(study(tmp_path / "results"))
+    assert asked == []
 
 
 def test_the_plan_says_time_memory_and_disk(tmp_path: Path, capsys) -> None:

@@ -11,15 +11,16 @@ from typing import Any
 import pytest
 import torch
 
+import harness.train
 from harness import consumption
 from harness.config import compose_run
 from harness.folders import is_complete, read_manifest, trial_dir
 from harness.identity import data_identity
-from harness.records import read_json, read_jsonl
+from harness.records import DivergedError, read_json, read_jsonl
 from harness.schema import RunConfig
 from harness.sweep import run_sweep
 from harness.trial import run_trial
-from harness.verify import _trial
+from harness.verify import _trial, verify_study
 from tests.conftest import SMALL, overriding
 
 
@@ -102,6 +103,39 @@ def test_one_command_trains_both_arms_of_a_seed_alike_and_leaves_finished_seeds_
     assert run_sweep([*given, "seed=1,2"])[0].launched == 0
 
 
+def test_an_arm_that_diverged_is_not_trained_again_for_the_other_ones_memory(
+    memory, tmp_path: Path, monkeypatch
+) -> None:
+    """Regression: it scores worst whatever its micro-batch, and was launched again without end."""
+    given = overriding(SMALL, "+method=simpo,dpo", "study=s", "seed=1", f"results_dir={tmp_path}")
+    real = harness.train.train_arm
+
+    def diverge(config, *args, **kwargs):
+        if config.method.name == "simpo":
+            raise DivergedError("loss is nan at step 1")
+        return real(config, *args, **kwargs)
+
+    monkeypatch.setattr(harness.train, "train_arm", diverge)
+    memory(2, arm="dpo")
+    (result,) = run_sweep(given)
+    assert sorted(outcome.status for outcome in result.outcomes) == ["complete", "complete", "diverged"]
+    assert run_sweep(given)[0].launched == 0
+
+
+def test_a_trial_that_is_run_for_its_cost_changes_nothing_of_the_study(memory, tmp_path: Path) -> None:
+    """Two models in memory run out of it first; the trials that decided stay as they are."""
+    given = overriding(SMALL, "+method=simpo,dpo", "study=s", "seed=1", f"results_dir={tmp_path}")
+    assert run_sweep(given)[0].verdict
+    memory(2)
+    (result,) = run_sweep([*given, "measure_costs=true"])
+    assert all(outcome.status == "complete" for outcome in result.outcomes), result.outcomes
+    assert not (tmp_path / "s" / "micro_batch.json").exists()
+    costs = [read_json(path) for path in (tmp_path / "s" / "costs").glob("*/manifest.json")]
+    assert {manifest["micro_batch_size"] for manifest in costs} == {2}
+    assert not list((tmp_path / "s" / "costs").glob("*/adapter")), "they were run for their seconds"
+    assert verify_study(tmp_path / "s") == []
+
+
 def test_a_smaller_micro_batch_gives_the_same_steps(memory, trial, tmp_path: Path) -> None:
     whole = trial("simpo")
     assert run_trial(whole, ("dev",)).status == "complete"
@@ -122,7 +156,7 @@ def test_a_model_that_does_not_fit_at_all_fails_by_name_with_what_to_do(memory, 
     for words in (
         "DoesNotFitError: embedded does not fit",
         "train.micro_batch_size=1",
-        "train.gradient_checkpointing=true, train.tuning=qlora",
+        "train.gradient_checkpointing=true, train.tuning=qlora, or a smaller",
         "data.max_length",
     ):
         assert words in outcome.message
