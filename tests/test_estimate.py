@@ -84,7 +84,7 @@ def test_a_policy_of_keeping_less_needs_less(tmp_path: Path, monkeypatch) -> Non
 def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Disk(10**9, 10**9 - 10**6, 10**6))
     with pytest.raises(UsageError) as refused:
-        run_sweep(study(tmp_path / "results"))
+        run_sweep(study(tmp_path / "results", "arms.dpo.beta=0.05,0.1", "arms.simpo.beta=2,3", "tuning_seeds=[7]"))
     assert "the study needs about" in str(refused.value)
     assert "and 1.0 MB are free" in str(refused.value)
     assert "keep=confirmed" in str(refused.value)
@@ -107,14 +107,14 @@ def test_nothing_asks_cuda_before_a_trial_has_taken_its_place(tmp_path: Path, mo
     for name in ("is_available", "is_bf16_supported", "device_count"):
         monkeypatch.setattr(torch.cuda, name, lambda *_, name=name: asked.append(name))
 
-    class Stop(Exception):
+    class StopError(Exception):
         pass
 
     def stop(*_):
-        raise Stop
+        raise StopError
 
     monkeypatch.setattr(PairedSweeper, "_launch", stop)
-    with pytest.raises(Stop):
+    with pytest.raises(StopError):
         run_sweep(study(tmp_path / "results"))
     assert asked == []
 
