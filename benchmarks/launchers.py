@@ -1,7 +1,7 @@
 """The embedded `gamma_beta` study through each launcher: the same scores and verdict, byte for byte, and the seconds.
 
-Command: `python benchmarks/launchers.py FOLDER`: about twenty minutes on two cores. FOLDER must not be there yet. Writes
-launchers.md beside this file; fails where a launcher's scores differ.
+Command: `python benchmarks/launchers.py FOLDER`: about twenty minutes on two cores. FOLDER must not be there yet.
+Writes launchers.md beside this file; fails where a launcher's scores differ.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ def main() -> None:
         "",
         f"Verdict: {verdict}",
         "",
-        "A trial of the embedded model takes three seconds: what submitit and Ray cost here is processes that start, each of",
-        "which imports torch and TRL anew.",
+        "A trial of the embedded model takes three seconds: what submitit and Ray cost here is processes that start, each",
+        "of which imports torch and TRL anew.",
         "",
     ]
     Path(__file__).with_suffix(".md").write_text("\n".join(text), encoding="utf-8")
