@@ -119,14 +119,11 @@ def _long(study: Undisturbed, rng: random.Random, options: argparse.Namespace) -
 
 
 def _short(study: Undisturbed, rng: random.Random) -> dict[str, Fault]:
-    """A few of each kind; the tests of resuming, of twins and of the launchers look at single files and workers."""
+    """A few of what takes seconds; other tests look at single files, dates of files and launchers."""
     return {
-        "kill -9": lambda: kills(study, 6, rng),
+        "kill -9": lambda: kills(study, 4, rng),
         "damaged": lambda: damages(study, any_damage, rng, at_once=30),
-        "two at once": lambda: two_at_once(study, 1, rng),
         "full disk": lambda: full_disk(study, 1, rng),
-        "clock": lambda: clocks(study, 1, rng),
-        "worker dies, joblib": lambda: dead_workers(study, "joblib", 1),
     }
 
 

@@ -28,9 +28,9 @@ def test_a_disturbed_study_ends_with_the_scores_and_the_verdict_of_an_undisturbe
     counts = {
         name: int(count) for name, count in re.findall(r"^([^:\n]+): (\d+), all equal", done.stdout, re.MULTILINE)
     }
-    assert counts["kill -9"] == 6
-    assert counts["damaged"] >= 55
-    assert counts["worker dies, joblib"] == counts["clock"] == 1
+    assert counts["kill -9"] == 4
+    assert counts["damaged"] >= 50
+    assert "full disk" in counts
 
 
 def test_a_file_that_was_cut_off_is_put_back_from_its_twin(tmp_path: Path) -> None:
