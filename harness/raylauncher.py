@@ -65,6 +65,7 @@ class RayLauncher(Launcher):
             quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
             local = {"include_dashboard": False} if self.address is None else {}
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+            os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's own 15 starves trials on a machine that is busy
             os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
             try:
                 ray.init(address=self.address, **{**quiet, **local, **self.init})

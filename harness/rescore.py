@@ -122,7 +122,8 @@ def _scoring(study: Path, config: ScoreConfig, names: Sequence[str]) -> Scoring:
     model: dict[str, Any] = {}
     if BENCHMARKS in names:
         config_of_base = yaml.safe_load((study / "base" / "config.yaml").read_text(encoding="utf-8"))
-        given, is_quantised = config_of_base["model"], config_of_base["train"]["tuning"] == Tuning.qlora.value
+        given = config_of_base["model"]
+        is_quantised = config_of_base.get("train", {}).get("tuning") == Tuning.qlora.value
         folder = checkpoint_dir(ModelConfig(given["path"], given["revision"]))
         model = {"folder": str(folder), "chat_template": given["chat_template"], "quantise": is_quantised}
     tuned = any(row["split"] == "dev" for row in read_jsonl(study / "prompts.jsonl")) and bool(

@@ -216,7 +216,7 @@ def weights(model: Any) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
-@pytest.mark.parametrize("tuning", list(Tuning))
+@pytest.mark.parametrize("tuning", [Tuning.lora, Tuning.full])  # qlora: tests/test_qlora.py
 def test_a_base_comes_back_as_it_was_lent(tuning: Tuning, tmp_path: Path) -> None:
     """The same object, loaded once, bit for bit: after DPO and SimPO, adapters and full fine-tuning, and generation."""
     config = configure("simpo", f"train.tuning={tuning.value}")
