@@ -1,7 +1,7 @@
 """What a study will take: seconds, disk and memory, estimated before a weight is loaded; `plan=true` prints it.
 
 Sizes come from the checkpoint's safetensors headers and config.json, work from the tokenised pairs, speed from a short
-measurement of this machine's matrix products. `benchmarks/estimates.md` compares them with what studies took.
+measurement of this machine's matrix products. `benchmarks/estimates.py` compares them with what studies took.
 """
 
 from __future__ import annotations
