@@ -68,7 +68,8 @@ class RayLauncher(Launcher):
             os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's own 15 starves trials on a machine that is busy
             os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
             try:
-                ray.init(address=self.address, **{**quiet, **local, **self.init})
+                # Not None, with which Ray waits for the last cluster that was here, though it may have ended.
+                ray.init(address=self.address or "local", **{**quiet, **local, **self.init})
             except ConnectionError as error:
                 raise UsageError(
                     f"hydra.launcher.address={self.address}: {error}; is the cluster there, and where it asks for a "

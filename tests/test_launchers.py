@@ -96,6 +96,11 @@ def test_the_same_scores_come_from_a_ray_cluster_that_is_there_already(
     assert refused.returncode == 2
     assert f"hydra.launcher.address={address}: " in refused.stderr
     assert "RAY_AUTH_MODE=token" in refused.stderr
+    head.terminate()
+    head.wait(60)
+    alone = sweep(tmp_path / "third", "hydra/launcher=ray")  # regression: it waited for the cluster that has ended
+    assert alone.returncode == 0, alone.stdout[-1500:] + alone.stderr[-3000:]
+    assert (tmp_path / "third" / "s" / "scores.csv").read_text() == in_one_process
 
 
 def test_a_launcher_that_is_not_known_or_not_installed_is_refused_with_what_to_do(monkeypatch) -> None:
