@@ -27,6 +27,7 @@ from omegaconf import OmegaConf
 from harness.arms import ARMS
 from harness.config import plain
 from harness.measure import peak_memory_bytes
+from harness.microbatch import NoRoomError
 from harness.plan import BatchPlan
 from harness.records import DivergedError, WorkerDiedError, read_json, write_json
 from harness.redaction import redact
@@ -176,7 +177,7 @@ def run_process(job: Path) -> None:
 
 def _kind(error: BaseException) -> str:
     """Sort an error: `memory` for a smaller micro-batch to mend, `outside`, `lost` (a neighbour died), or `own`."""
-    if isinstance(error, _NoRoomError):
+    if isinstance(error, NoRoomError):
         return "memory"
     if isinstance(error, OSError | MemoryError):
         return "outside"
@@ -226,7 +227,7 @@ def _train_share(job: Path, rank: int) -> dict[str, Any]:
             **more,
         )
     except torch.OutOfMemoryError as error:
-        raise _NoRoomError(str(error)) from error
+        raise NoRoomError(str(error)) from error
     return asdict(result) | {"peak_memory_bytes": sum(gather_object([peak_memory_bytes()]))}
 
 
@@ -235,10 +236,6 @@ def read_config(path: Path) -> RunConfig:
     values = read_json(path)
     declared = OmegaConf.structured(RunConfig(method=ARMS[values["method"]["name"]].config()))
     return cast(RunConfig, OmegaConf.to_object(OmegaConf.merge(declared, values)))
-
-
-class _NoRoomError(RuntimeError):
-    """Training ran out of memory, where a smaller micro-batch may help."""
 
 
 def _die_with_parent() -> None:

@@ -16,6 +16,10 @@ from harness.schema import RunConfig
 FILE = "micro_batch.json"
 
 
+class NoRoomError(RuntimeError):
+    """Training ran out of memory, where a smaller micro-batch may help."""
+
+
 class DoesNotFitError(RuntimeError):
     """A model that cannot be trained in this memory, however small the micro-batch."""
 

@@ -91,7 +91,7 @@ class PairedSweeper(Sweeper):
             raise UsageError(problem)
 
     def _at_once(self, design: Design) -> int:
-        """Return how many trials train beside each other; of a cluster as many as there are, up to 8, is a guess."""
+        """Return how many trials train beside each other; for Slurm 8 is a guess."""
         kind, processes = type(self.launcher).__name__, design.any.accelerate.num_processes
         return {"BasicLauncher": 1, "SlurmLauncher": 8}.get(kind) or workers_here(processes)
 

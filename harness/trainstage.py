@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from harness.arms import ARMS
 from harness.devices import processes_problem
 from harness.inputs import Tokens, plan_of
-from harness.microbatch import halve, note_seed, smaller_than
+from harness.microbatch import NoRoomError, halve, note_seed, smaller_than
 from harness.plan import BatchPlan, expected_tokens_sha256, padding_share, trained_tokens
 from harness.records import DivergedError, UsageError
 from harness.schema import Engine, Reference, RunConfig, Tuning
@@ -111,7 +111,7 @@ class TrainStage:
         except DivergedError as error:
             found.facts |= {"status": "diverged", "divergence": str(error)}
             return True
-        except _NoRoomError:
+        except NoRoomError:
             return False
         found.steps, found.peak_memory_bytes = result.steps, result.peak_memory_bytes
         found.facts |= result.facts | {"tokens": {"train": trained_tokens(self.tokens.train.rows, plan)}}
@@ -175,10 +175,6 @@ class TrainStage:
         return None
 
 
-class _NoRoomError(RuntimeError):
-    """Training ran out of memory, where a smaller micro-batch may help."""
-
-
 @contextlib.contextmanager
 def _no_room() -> Iterator[None]:
     """Tell memory that runs out in training, which a smaller micro-batch may mend, from all other."""
@@ -187,4 +183,4 @@ def _no_room() -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise _NoRoomError(str(error)) from error
+        raise NoRoomError(str(error)) from error
