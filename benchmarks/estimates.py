@@ -16,7 +16,7 @@ from typing import Any
 
 from harness import planning
 from harness.estimate import Estimate
-from harness.folders import read_manifest
+from harness.manifest import read_manifest
 from harness.sweep import run_sweep
 
 EMBEDDED = {

@@ -12,8 +12,9 @@ from harness.arms import ARMS
 from harness.data import evaluation_prompts
 from harness.degenerate import completion_flags
 from harness.inputs import prompt_row
+from harness.manifest import write_manifest
 from harness.outputs import read_outputs
-from harness.records import UsageError, digest, file_sha256, write_json, write_jsonl
+from harness.records import UsageError, digest, file_sha256, write_jsonl
 from harness.registration import contrast_of, write_study
 from harness.tables import read_table
 
@@ -127,6 +128,4 @@ def _write_run(
     write_jsonl(folder / "scores.jsonl", [])
     about = {"trial_id": folder.name, "arm": arm, "config": CONFIG if arm != "sft" else "base", "seed": seed}
     stages: dict[str, Any] = {"status": "complete", "flags": [], "done": ["golden", "score"], "warnings": []}
-    write_json(
-        folder / "manifest.json", {**about, **stages, "seconds": {}, "source": {"sha256": file_sha256(Path(path))}}
-    )
+    write_manifest(folder, {**about, **stages, "seconds": {}, "source": {"sha256": file_sha256(Path(path))}})

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Mapping
 from enum import Enum
 from pathlib import Path
 from typing import Any, cast
@@ -87,21 +88,26 @@ def trial_id(config: RunConfig, contents: dict[str, str]) -> str:
 
     `contents` is the SHA-256 by name of what the config only names: base weights, data files, chat template.
     """
+    return stored_trial_id(plain(config), contents)
+
+
+def stored_trial_id(values: Mapping[str, Any], contents: Mapping[str, str]) -> str:
+    """Return the same of a config as config.yaml holds it."""
+    used = {key: value for key, value in values["method"].items() if key not in _DEFAULTS}
     parts = {
-        "method": plain(config.method),
-        "train": {key: value for key, value in plain(config.train).items() if key not in NOT_IN_RESULT},
-        "generate": plain(config.generate),
-        "data": {key: value for key, value in plain(config.data).items() if key not in _PATHS},
-        "seed": config.seed,
+        "method": used,
+        "train": {key: value for key, value in values["train"].items() if key not in NOT_IN_RESULT},
+        "generate": values["generate"],
+        "data": {key: value for key, value in values["data"].items() if key not in _PATHS},
+        "seed": values["seed"],
         "contents": contents,
     }
-    for key in ("learning_rates", "learning_rate_factor"):  # learning_rate holds the one that is used
-        parts["method"].pop(key)
     return digest(parts)[:12]
 
 
 # Keys of `train` that change how long a trial takes, or what is warned of, and not what comes out.
 NOT_IN_RESULT = {"threads", "checkpoint_steps", "collapse_learning_rate", "reuse_base", "metrics_steps", "reference"}
+_DEFAULTS = {"learning_rates", "learning_rate_factor"}  # learning_rate holds the one that is used
 _PATHS = {"path", "train", "dev", "golden", "revision", "max_bad_fraction"}
 
 

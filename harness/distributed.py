@@ -33,6 +33,7 @@ from harness.records import DivergedError, WorkerDiedError, read_json, write_jso
 from harness.redaction import redact
 from harness.schema import RunConfig
 from harness.train import TrainResult
+from harness.triallog import trial_log
 
 _POLL_SECONDS = 0.2
 _PR_SET_PDEATHSIG = 1  # prctl(2)
@@ -82,7 +83,8 @@ def train_in_processes(
         if process.poll() is None:
             process.terminate()  # the launcher ends its processes
             process.wait()
-    print((job / "log.txt").read_text(errors="replace"))  # into the trial's own log
+    for path in [job / "log.txt", *sorted(job.glob("process-*/log.txt"))]:
+        print(path.read_text(errors="replace"))  # into the trial's own log
     try:
         return _read_result(job, process.returncode)
     finally:
@@ -162,15 +164,16 @@ def run_process(job: Path) -> None:
     if os.getppid() != int(os.environ[_LAUNCHER]):  # it died while this process was importing
         raise SystemExit(1)
     rank = int(os.environ["RANK"])
-    try:
-        found = _train_share(job, rank)
-    except DivergedError as error:  # in all processes, at the same step
-        found = {"diverged": str(error)}
-    except BaseException as error:
-        message = redact(f"{type(error).__name__}: {error}")
-        write_json(job / f"error-{rank}.json", {"process": rank, "message": message, "kind": _kind(error)})
-        traceback.print_exc()
-        raise SystemExit(1) from error
+    with trial_log(job / f"process-{rank}", f"process {rank}"):
+        try:
+            found = _train_share(job, rank)
+        except DivergedError as error:  # in all processes, at the same step
+            found = {"diverged": str(error)}
+        except BaseException as error:
+            message = redact(f"{type(error).__name__}: {error}")
+            write_json(job / f"error-{rank}.json", {"process": rank, "message": message, "kind": _kind(error)})
+            traceback.print_exc()
+            raise SystemExit(1) from error
     if rank == 0:
         write_json(job / "result.json", found)
 

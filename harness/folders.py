@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from harness.arms import ARMS
 from harness.config import config_label
 from harness.inputs import identify
-from harness.records import UsageError, read_json
+from harness.manifest import read_manifest
+from harness.records import UsageError
 from harness.schema import RunConfig
 from harness.selection import golden_problem
 from harness.stages import done_stages
@@ -36,15 +36,6 @@ def is_complete(config: RunConfig, splits: tuple[str, ...] = SPLITS) -> bool:
     if manifest.get("trial_id") != identify(config):
         return False
     return {"score", *splits} <= done_stages(trial_dir(config), manifest)
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """Return a trial's manifest; empty where there is none, or a damaged one, so that the trial runs again."""
-    path = folder / "manifest.json"
-    try:
-        return read_json(path) if path.is_file() else {}
-    except ValueError:  # truncated: the stages are run again
-        return {}
 
 
 def refuse_golden(config: RunConfig, splits: Sequence[str]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from harness.manifest import is_as_written
 from harness.records import read_json
 
 # What must be equal across the arms of a seed, and how a reader knows it.
@@ -32,6 +33,9 @@ def data_identity(study: Path) -> dict[str, Any]:
             trials.append(read_json(path))
         except ValueError as error:
             reasons.append(f"manifest of trial {path.parent.name} is not readable: {error}")
+            continue
+        if not is_as_written(trials[-1]):
+            reasons.append(f"manifest of trial {path.parent.name} was changed after the trial wrote it")
     complete = [trial for trial in trials if trial.get("status") == "complete"]
     arms = sorted({str(trial["arm"]) for trial in complete})
     by_seed: dict[str, dict[str, str]] = {}

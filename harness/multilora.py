@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from harness.arms import ARMS
-from harness.folders import read_manifest, study_dir, trial_dir
+from harness.folders import study_dir, trial_dir
+from harness.manifest import read_manifest
 from harness.records import Completion, EvalPrompt, read_json, read_jsonl, write_json, write_jsonl
 from harness.schema import RunConfig
 from harness.stages import done_stages

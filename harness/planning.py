@@ -11,8 +11,9 @@ from harness.calibrate import detectable_before
 from harness.config import config_label
 from harness.design import Design
 from harness.estimate import estimate, lines, machine_rate, refuse_full_disk
-from harness.folders import is_complete, read_manifest, study_dir
+from harness.folders import is_complete, study_dir
 from harness.inputs import identify, num_steps, splits_of
+from harness.manifest import read_manifest
 from harness.records import UnreachableError, UsageError
 from harness.schema import RunConfig
 from harness.selection import read_selection

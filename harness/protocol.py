@@ -14,8 +14,9 @@ from harness.config import RunConfig, config_label
 from harness.costtrials import cost_trials
 from harness.design import Design
 from harness.failure import FILE, standing_failure
-from harness.folders import is_complete, read_manifest, study_dir, trial_dir
+from harness.folders import is_complete, study_dir, trial_dir
 from harness.inputs import identify
+from harness.manifest import read_manifest
 from harness.microbatch import is_outdated
 from harness.records import UsageError, drop_temporaries, locked, locked_if_free, read_json
 from harness.registration import read_study

@@ -12,7 +12,8 @@ from typing import Any
 
 from harness.degenerate import cut_off_warnings, degenerate_shares, is_collapsed, unchanged_warnings
 from harness.fingerprints import fingerprint
-from harness.records import SCORE_COLUMNS, read_json, read_jsonl, write_json, write_jsonl, write_text
+from harness.manifest import write_manifest
+from harness.records import SCORE_COLUMNS, read_json, read_jsonl, write_jsonl, write_text
 from harness.scorers import SCORERS, Rows, Score, TrialOutputs, score_checks
 
 
@@ -38,7 +39,7 @@ def score_trial(folder: Path, prompts: Rows, scorers: Sequence[str], *, base: Pa
     warnings = cut_off_warnings(manifest["degenerate"], _shares(before)) if base is not None else []
     warnings += unchanged_warnings(outputs.completions, before.completions) if base is not None else []
     manifest["warnings"] = list(dict.fromkeys([*manifest["warnings"], *warnings]))
-    write_json(folder / "manifest.json", manifest)
+    write_manifest(folder, manifest)
     new = [(name, score) for name in scorers for score in SCORERS[name](scored)]
     return _replace(folder, manifest, scorers, new, prompts)
 
@@ -80,7 +81,7 @@ def _replace(
     write_jsonl(path, rows)
     if manifest.get("files"):  # a kill before this line: the scores are made again
         manifest["files"][path.name] = fingerprint(path)
-        write_json(folder / "manifest.json", manifest)
+        write_manifest(folder, manifest)
     return rows
 
 

@@ -23,11 +23,12 @@ from harness.config import config_label, plain
 from harness.degenerate import completion_flags
 from harness.failure import FILE, describe
 from harness.fingerprints import fingerprints
-from harness.folders import SPLITS, is_complete, read_manifest, refuse_golden, study_dir, trial_dir
+from harness.folders import SPLITS, is_complete, refuse_golden, study_dir, trial_dir
 from harness.heldout import heldout_rows
 from harness.inputs import Tokens, identify, num_steps, prompt_rows, splits_of, tokens_of
 from harness.keep import DELETED, delete_weights, drops_weights, without_weights
 from harness.live import end_log, note_step
+from harness.manifest import read_manifest, write_manifest
 from harness.measure import Meter, settle_imports
 from harness.multilora import drop_answers, stored_answers
 from harness.records import (
@@ -47,7 +48,7 @@ from harness.sealing import drop_broken
 from harness.stages import resume_stages
 from harness.tracking import SPLIT_PREFIX, STEP, Tracker, track
 from harness.trainstage import TrainStage
-from harness.triallog import LOG, trial_log
+from harness.triallog import LOG, say, trial_log
 from harness.twins import write_twice
 from harness.validate import find_warnings
 from harness.worker import borrowed_base, borrowed_policy
@@ -81,7 +82,7 @@ def run_trial(config: RunConfig, splits: tuple[str, ...] = SPLITS) -> Outcome:
         trial = _Trial(config, folder, about, splits)
         try:
             refuse_golden(config, splits)
-            with trial_log(folder, about["trial_id"]):
+            with trial_log(folder, f"trial {about['trial_id']}"):
                 trial.run(splits)
         except Exception as error:
             failure = describe(error, trial.stage, about, folder)
@@ -106,6 +107,8 @@ class _Trial:
         self.config, self.folder, self.stage = config, folder, "load"
         self.meter = Meter()
         found = read_manifest(folder)
+        if not found and (folder / "manifest.json").is_file():
+            say(f"{folder / 'manifest.json'} is damaged or was changed: the trial runs again")
         if found.get("trial_id") != about["trial_id"]:
             found = {}
         else:
@@ -269,4 +272,4 @@ class _Trial:
         self.manifest["seconds"] |= dict(self.meter.seconds)
         self.manifest["peak_memory_bytes"] |= self.meter.peak_memory_bytes
         self.manifest |= facts
-        write_json(self.folder / "manifest.json", self.manifest)
+        write_manifest(self.folder, self.manifest)

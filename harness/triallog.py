@@ -58,8 +58,10 @@ class _Log(io.TextIOBase):
 
 
 @contextlib.contextmanager
-def trial_log(folder: Path, trial_id: str) -> Iterator[None]:
+def trial_log(folder: Path, name: str) -> Iterator[None]:
     """Send prints, warnings and log messages (information and worse) to `folder/log.txt`; another run adds to it."""
+    import transformers.utils.logging  # noqa: F401 - sets up its logger when it is first imported, so not after this
+
     folder.mkdir(parents=True, exist_ok=True)
     log = _Log(folder / "log.txt")
     handler = logging.StreamHandler(log)
@@ -72,13 +74,13 @@ def trial_log(folder: Path, trial_id: str) -> Iterator[None]:
         stack.callback(_terminal.pop)
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("default")
-        for name in ("", "py.warnings", *_LIBRARIES):
-            stack.enter_context(_only(handler, logging.getLogger(name)))
+        for logger in ("", "py.warnings", *_LIBRARIES):
+            stack.enter_context(_only(handler, logging.getLogger(logger)))
         warnings.showwarning = _log_warning  # catch_warnings puts the old one back
         stack.enter_context(contextlib.redirect_stdout(log))
         stack.enter_context(contextlib.redirect_stderr(log))
         _enable()
-        LOG.info("trial %s", trial_id)
+        LOG.info("%s", name)
         yield
 
 

@@ -9,15 +9,17 @@ import argparse
 import csv
 import io
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from harness.config import stored_trial_id
 from harness.decide import decision
 from harness.fingerprints import WEIGHTS
 from harness.identity import data_identity
+from harness.manifest import is_as_written
 from harness.microbatch import is_outdated
 from harness.reader import Reader
 from harness.records import UsageError, file_sha256
@@ -32,6 +34,11 @@ _TRIAL_FILES = {
     "preferences.jsonl", "benchmarks.jsonl", "live.jsonl", "log.txt", ".lock",
 }  # fmt: skip
 _TRIAL_FOLDERS = {*WEIGHTS, "checkpoints", ".twins"}
+_STUDY_FILES = {
+    "study.yaml", "prompts.jsonl", "scores.csv", "verdict.json", "report.html", "report.md", "ledger.jsonl",
+    "selection.json", "micro_batch.json", "judge.json", "length_controlled.json", ".lock",
+}  # fmt: skip
+_STUDY_FOLDERS = {"base", "trials", "costs", "figures", "wandb", "exports", ".twins", ".submitit"}
 _FINISHED = ("complete", "diverged")
 
 
@@ -47,7 +54,10 @@ def verify_study(study: Path) -> list[str]:
         registered = read_study(study / "study.yaml")
     except UsageError as error:
         return [str(error)]
-    problems = []
+    problems = list(_foreign(study, _STUDY_FILES, _STUDY_FOLDERS))
+    problems += [
+        f"trials/{path.name} is foreign: no stage writes it" for path in study.glob("trials/*") if path.is_file()
+    ]
     folders = [path for path in [study / "base", *sorted((study / "trials").glob("*"))] if path.is_dir()]
     for folder in folders:
         problems += [f"{folder.relative_to(study)}: {problem}" for problem in _trial(study, folder, registered)]
@@ -62,6 +72,8 @@ def _trial(study: Path, folder: Path, registered: Mapping[str, Any]) -> Iterator
     if not manifest:
         yield "foreign or unfinished: it has no manifest; the sweep's command finishes it, if it is one of its trials"
         return
+    if not is_as_written(manifest):
+        yield "manifest.json was changed"
     if folder.name not in ("base", manifest.get("trial_id")):
         yield f"the folder was renamed: its manifest is of trial {manifest.get('trial_id')}"
     if manifest.get("base_sha256") != (base := registered.get("model", {}).get("base_sha256")):
@@ -71,7 +83,21 @@ def _trial(study: Path, folder: Path, registered: Mapping[str, Any]) -> Iterator
         yield f"it is {manifest.get('status')}: run the sweep's command again"
     if is_outdated(study, manifest.get("seed"), size := manifest.get("micro_batch_size")):
         yield f"it was trained with a micro-batch of {size}, and another trial of its seed with a smaller one"
+    yield from _config(reader.mapping(folder / "config.yaml"), manifest, registered)
     yield from _files(folder, manifest)
+
+
+def _config(config: Mapping[str, Any], manifest: Mapping[str, Any], registered: Mapping[str, Any]) -> Iterator[str]:
+    """Compare a trial's id with what its config and the registered files give; adopted answers have no config."""
+    if not config:
+        return
+    try:
+        found = stored_trial_id(config, registered["fixed"]["contents"])
+    except (KeyError, AttributeError, TypeError) as error:
+        yield f"config.yaml is no config of a trial ({type(error).__name__}: {error})"
+        return
+    if found != manifest.get("trial_id"):
+        yield f"config.yaml and the study's data give trial {found}, the manifest {manifest.get('trial_id')}"
 
 
 def _files(folder: Path, manifest: Mapping[str, Any]) -> Iterator[str]:
@@ -84,14 +110,17 @@ def _files(folder: Path, manifest: Mapping[str, Any]) -> Iterator[str]:
             yield f"{name} is missing"
         elif file_sha256(path) != file["sha256"]:
             yield f"{name} was changed"
-    for path in sorted(folder.iterdir()):
-        allowed = _TRIAL_FOLDERS if path.is_dir() else _TRIAL_FILES
-        if path.name not in allowed:
-            yield f"{path.name} is foreign: no stage writes it"
+    yield from _foreign(folder, _TRIAL_FILES, _TRIAL_FOLDERS)
     weights = [path for name in WEIGHTS for path in (folder / name).rglob("*") if path.is_file()]
     for path in weights if known else ():
         if (name := path.relative_to(folder).as_posix()) not in known:
             yield f"{name} is foreign: no stage writes it"
+
+
+def _foreign(folder: Path, files: Set[str], folders: Set[str]) -> Iterator[str]:
+    for path in sorted(folder.iterdir()):
+        if path.name not in (folders if path.is_dir() else files):
+            yield f"{path.name} is foreign: no stage writes it"
 
 
 def _scores(study: Path, folders: Sequence[Path]) -> Iterator[str]:

@@ -13,7 +13,7 @@ from harness.checkpoint import load_base
 from harness.config import load_run
 from harness.embedded import study_dir as embedded_dir
 from harness.estimate import checkpoint_size, size_text, time_text
-from harness.folders import read_manifest
+from harness.manifest import read_manifest
 from harness.planning import to_run
 from harness.records import UsageError
 from harness.sweep import run_sweep

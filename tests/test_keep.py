@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from harness.config import compose_run, load_run
-from harness.folders import read_manifest
+from harness.manifest import read_manifest
 from harness.records import UsageError
 from harness.sweep import run_sweep
 from harness.terminal import print_result

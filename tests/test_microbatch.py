@@ -14,8 +14,9 @@ import torch
 import harness.train
 from harness import consumption
 from harness.config import compose_run
-from harness.folders import is_complete, read_manifest, trial_dir
+from harness.folders import is_complete, trial_dir
 from harness.identity import data_identity
+from harness.manifest import read_manifest
 from harness.records import DivergedError, read_json, read_jsonl
 from harness.schema import RunConfig
 from harness.sweep import run_sweep

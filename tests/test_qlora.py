@@ -11,8 +11,8 @@ import torch
 
 from harness.checkpoint import is_quantised, load_base
 from harness.config import compose_run, load_run
-from harness.folders import read_manifest
 from harness.inputs import plan_of, tokens_of
+from harness.manifest import read_manifest
 from harness.records import UsageError
 from harness.reference import reference_logps
 from harness.schema import Engine, RunConfig, Tuning

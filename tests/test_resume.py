@@ -17,7 +17,8 @@ import transformers
 
 from harness.config import compose_run
 from harness.fingerprints import fingerprints
-from harness.folders import read_manifest, trial_dir
+from harness.folders import trial_dir
+from harness.manifest import read_manifest
 from harness.records import drop_temporaries, write_json
 from harness.sealing import last_checkpoint
 from harness.stages import done_stages, drop_damaged, resume_stages

@@ -33,8 +33,16 @@ import os, pathlib, sys
 
 if sys.argv[:1] == ["-m"]:
     import json, logging, warnings
-    import harness.trial, harness.triallog
+    import harness.train, harness.trial, harness.triallog
 
+    train_arm = harness.train.train_arm
+
+    def train_and_talk(*args, **more):  # in the trial's process, or in each of several that train it
+        print("while it trains", os.environ["AWS_SECRET_ACCESS_KEY"], flush=True)
+        print("while it trains", os.environ["HF_TOKEN"], file=sys.stderr, flush=True)
+        return train_arm(*args, **more)
+
+    harness.train.train_arm = train_and_talk
     real = harness.trial.score_trial
 
     def score_trial(folder, *args, **more):
@@ -89,14 +97,14 @@ def test_the_search_finds_what_is_there(tmp_path: Path) -> None:
     assert leaks(tmp_path, planted) == set(zip(NAMES[:5], files, strict=True))
 
 
-def sweep(tmp_path: Path, planted: Mapping[str, str], url: str) -> subprocess.CompletedProcess:
+def sweep(tmp_path: Path, planted: Mapping[str, str], url: str, *more: str) -> subprocess.CompletedProcess:
     """Run a sweep as a user does, with everything that it may write below `tmp_path`."""
     for name in ("home", "work", "code"):
         (tmp_path / name).mkdir()
     (tmp_path / "code" / "sitecustomize.py").write_text(TALKATIVE)
     judge = [f"score.judge.base_url={url}", "score.judge.model=fake", "score.judge.max_retries=0"]
     judge += ["score.judge.api_key_env=MY_JUDGES_KEY", "score.judge.concurrency=1"]
-    settings = ["tracking=wandb", f"results_dir={tmp_path / 'results'}", "study=s", "seed=0,1", *judge]
+    settings = ["tracking=wandb", f"results_dir={tmp_path / 'results'}", "study=s", "seed=0,1", *judge, *more]
     command = [sys.executable, "-m", "harness.sweep", "+method=simpo,dpo", *overriding(SMALL, *settings)]
     mine = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB", "HF_", "XDG"))}
     mine |= {"HOME": str(tmp_path / "home"), "PYTHONPATH": os.pathsep.join([str(tmp_path / "code"), str(ROOT)])}
@@ -106,8 +114,15 @@ def sweep(tmp_path: Path, planted: Mapping[str, str], url: str) -> subprocess.Co
     )
 
 
+WAYS = {
+    "in_this_process": (),
+    "in_processes_of_their_own": ("hydra/launcher=submitit_local", "accelerate=ddp", "train.micro_batch_size=2"),
+}
+
+
 @pytest.mark.slow
-def test_no_secret_is_in_any_file_or_on_the_terminal(tmp_path: Path) -> None:
+@pytest.mark.parametrize("way", WAYS)
+def test_no_secret_is_in_any_file_or_on_the_terminal(way: str, tmp_path: Path) -> None:
     planted = {name: secrets.token_hex(20) for name in NAMES}
     assert JudgeConfig().api_key_env in planted
     says = prefers(lambda first, second: len(second) - len(first))
@@ -118,7 +133,7 @@ def test_no_secret_is_in_any_file_or_on_the_terminal(tmp_path: Path) -> None:
         return (500, {}, refusal) if next(asked) == 0 else says(request)
 
     with judge_server(judge) as server:
-        ended = sweep(tmp_path, planted, server.url)
+        ended = sweep(tmp_path, planted, server.url, *WAYS[way])
     assert ended.returncode == 1, ended.stdout + ended.stderr
     (tmp_path / "out.txt").write_text(ended.stdout)
     (tmp_path / "err.txt").write_text(ended.stderr)
@@ -129,9 +144,13 @@ def test_no_secret_is_in_any_file_or_on_the_terminal(tmp_path: Path) -> None:
         assert failure["message"] == "refused: ***, ***"
         assert "Traceback" in failure["traceback"]
     assert "refused: ***, ***" in ended.stdout
-    assert "said ***" in ended.stderr
+    terminals = [ended.stderr, *(path.read_text() for path in tmp_path.rglob("*_log.err"))]  # submitit's of each job
+    assert any("said ***" in text for text in terminals)
     logs = [path.read_text() for path in study.glob("*/*/log.txt")]
-    assert any(all(f"{how} ***" in log for how in ("printed", "logged", "warned of", "said")) for log in logs)
+    assert any(
+        all(f"{how} ***" in log for how in ("while it trains", "printed", "logged", "warned of", "said"))
+        for log in logs
+    )
     assert "the key *** is worn out" in ended.stdout  # what the judge refused one request for
     assert len(list(study.glob("wandb/offline-run-*/*.wandb"))) >= 5
     known = {name for _, name in leaks(tmp_path, {"project": "dpo-vs-simpo", "error": "refused: ***, ***"})}

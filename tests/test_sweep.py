@@ -158,6 +158,19 @@ def test_a_damaged_file_is_made_again_and_nothing_else(name: str, damage: str, f
     assert len(list(read_jsonl(path.parent / "completions.jsonl"))) == 36
 
 
+def test_a_manifest_that_was_changed_proves_nothing_and_its_trial_runs_again(finished, tmp_path: Path) -> None:
+    study = copied(finished[1], tmp_path)
+    before = (study / "scores.csv").read_bytes()
+    path = next(study.glob("trials/*/manifest.json"))
+    path.write_text(path.read_text().replace('"trainable": ', '"trainable": 1', 1))
+    changed = f"manifest of trial {path.parent.name} was changed after the trial wrote it"
+    assert any(changed in warning for warning in decide_study(study)["warnings"])
+    result = sweep(study.parent, "seed=0,1", f"study={study.name}")
+    assert result.launched == 1
+    assert (study / "scores.csv").read_bytes() == before
+    assert not any(changed in warning for warning in result.verdict["warnings"])
+
+
 def test_another_question_on_a_registered_study_is_refused(finished) -> None:
     results = finished[1].parent
     with pytest.raises(UsageError, match=r"margin: registered 0\.05, now 0\.01") as error:

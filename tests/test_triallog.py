@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -19,7 +20,7 @@ def test_what_libraries_say_is_in_the_log_and_not_on_the_terminal(tmp_path: Path
     library = logging.getLogger("transformers.trainer")
     library.disabled = disabled
     logging.captureWarnings(disabled)
-    with trial_log(tmp_path, "abc"):
+    with trial_log(tmp_path, "trial abc"):
         print("printed by a library")
         print("a progress bar", file=sys.stderr)
         warnings.warn("deprecated since 1.0", stacklevel=1)
@@ -32,13 +33,29 @@ def test_what_libraries_say_is_in_the_log_and_not_on_the_terminal(tmp_path: Path
     logging.captureWarnings(False)
 
 
+def test_a_library_that_is_first_imported_by_a_trial_speaks_into_its_log_too(tmp_path: Path) -> None:
+    code = (
+        "import sys, logging, pathlib\n"
+        "from harness.sweep import prepare_process\n"
+        "from harness.triallog import trial_log\n"
+        "prepare_process()\n"
+        "assert 'transformers' not in sys.modules\n"
+        f"with trial_log(pathlib.Path({str(tmp_path)!r}), 'trial abc'):\n"
+        "    import transformers.utils.logging\n"
+        "    transformers.utils.logging.get_logger('transformers.trainer').warning('beware')\n"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert (tmp_path / "log.txt").read_text().count("beware") == 1
+    assert (ran.stdout, ran.stderr) == ("", "")
+
+
 def test_afterwards_everything_speaks_to_the_terminal_again(tmp_path: Path, capsys) -> None:
     before = [(logging.getLogger(name).handlers, logging.getLogger(name).level) for name in ("", "transformers")]
     streams = sys.stdout, sys.stderr
     kept = []
 
     def run() -> None:
-        with trial_log(tmp_path, "abc"):
+        with trial_log(tmp_path, "trial abc"):
             kept.append(sys.stderr)
             raise RuntimeError("boom")
 
@@ -60,7 +77,7 @@ def test_a_second_run_adds_to_the_log(tmp_path: Path) -> None:
 
 def test_a_log_that_grows_too_long_ends_and_says_so(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(triallog, "MAX_BYTES", 2000)
-    with trial_log(tmp_path, "abc"):
+    with trial_log(tmp_path, "trial abc"):
         for _ in range(1000):
             print("the same warning again and again")
     log = (tmp_path / "log.txt").read_text()
@@ -69,7 +86,7 @@ def test_a_log_that_grows_too_long_ends_and_says_so(tmp_path: Path, monkeypatch)
 
 
 def test_our_own_messages_reach_terminal_and_log(tmp_path: Path, capsys) -> None:
-    with trial_log(tmp_path, "abc"):
+    with trial_log(tmp_path, "trial abc"):
         say("W&B could not be reached")
     assert "W&B could not be reached" in capsys.readouterr().err
     assert "W&B could not be reached" in (tmp_path / "log.txt").read_text()

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from harness.manifest import read_manifest, write_manifest
 from harness.sweep import run_sweep
 from harness.verify import main, verify_study
 from tests.conftest import SMALL
@@ -61,6 +62,14 @@ CHANGES = {
     "foreign_weights": (lambda t: (t / "adapter" / "x.bin").write_text("x"), "adapter/x.bin is foreign"),
     "a_lost_manifest": (lambda t: (t / "manifest.json").unlink(), "foreign or unfinished: it has no manifest"),
     "a_broken_manifest": (lambda t: (t / "manifest.json").write_text("{"), "manifest.json cannot be read"),
+    "a_digit_in_a_manifest": (
+        lambda t: edit(t / "manifest.json", '"seed": ', '"seed": 1'),
+        "manifest.json was changed",
+    ),
+    "another_config": (
+        lambda t: edit(t / "config.yaml", "\nseed: ", "\nseed: 1"),
+        "config.yaml and the study's data give trial",
+    ),
     "another_base": (lambda t: edit(t / "manifest.json", '"base_sha256": "', '"base_sha256": "0'), "another base"),
     "other_tokens": (
         lambda t: edit(t / "manifest.json", '"consumed_tokens_sha256": "', '"consumed_tokens_sha256": "0'),
@@ -81,6 +90,32 @@ def test_what_was_done_to_a_trial_is_named(change: str, study: Path) -> None:
     found = verify_study(study)
     assert any(said in problem for problem in found), found
     assert any(folder.name in problem or problem.startswith("identical data") for problem in found)
+
+
+FOREIGN = {
+    "a_file": ("notes.txt", "notes.txt is foreign"),
+    "a_file_among_trials": ("trials/notes.txt", "trials/notes.txt is foreign"),
+    "a_folder": ("old/scores.csv", "old is foreign"),
+    "a_trial": ("trials/0123456789ab/scores.jsonl", "trials/0123456789ab: foreign or unfinished: it has no manifest"),
+}
+
+
+@pytest.mark.parametrize("what", FOREIGN)
+def test_what_nobody_of_the_harness_put_into_a_study_is_named(what: str, study: Path) -> None:
+    name, said = FOREIGN[what]
+    (study / name).parent.mkdir(exist_ok=True)
+    (study / name).write_text("")
+    assert any(said in problem for problem in verify_study(study))
+
+
+def test_a_trial_under_the_name_of_another_is_named(study: Path) -> None:
+    """Both files agree with each other; what the config gives is another trial's id."""
+    folder = trial(study)
+    other = folder.with_name("0123456789ab")
+    folder.rename(other)
+    write_manifest(other, read_manifest(other) | {"trial_id": other.name})
+    found = [problem for problem in verify_study(study) if other.name in problem]
+    assert any(f"give trial {folder.name}" in problem for problem in found), found
 
 
 def test_an_answer_that_was_changed_makes_its_score_stale(study: Path) -> None:
