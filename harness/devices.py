@@ -11,9 +11,10 @@ import shutil
 import subprocess
 import tempfile
 import time
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from harness.schema import AccelerateConfig
 
@@ -41,6 +42,25 @@ def processes_problem(accelerate: AccelerateConfig) -> str:
         )
     if kind == "DEEPSPEED" and importlib.util.find_spec("deepspeed") is None:
         return "accelerate.distributed_type=DEEPSPEED: DeepSpeed is not installed; pip install deepspeed"
+    return ""
+
+
+def job_problem(asked: Mapping[str, Any], accelerate: AccelerateConfig) -> str:
+    """Say why submitit's jobs, as they are asked for, cannot train trials; empty where they can.
+
+    Args:
+        asked: the launcher's settings; empty for launchers other than submitit's.
+        accelerate: a trial's processes.
+    """
+    for key in ("nodes", "tasks_per_node"):
+        if asked.get(key) not in (None, 1):
+            return f"hydra.launcher.{key}={asked[key]}: a trial is one task, whose processes accelerate starts; give 1"
+    kind, count, given = accelerate.distributed_type, accelerate.num_processes, asked.get("gpus_per_node")
+    if isinstance(given, int) and 0 < given < count:
+        return f"hydra.launcher.gpus_per_node={given}: accelerate.num_processes={count} takes a GPU each; give {count}"
+    ways = ("gpus_per_node", "gpus_per_task", "gres", "additional_parameters")
+    if "partition" in asked and kind in ("FSDP", "DEEPSPEED") and not any(asked.get(way) for way in ways):
+        return f"hydra.launcher.gpus_per_node=null: accelerate.distributed_type={kind} needs GPUs; give {count}"
     return ""
 
 

@@ -19,7 +19,7 @@ from omegaconf import DictConfig
 
 from harness.config import resolve
 from harness.design import Design
-from harness.devices import processes_problem, workers_here
+from harness.devices import job_problem, processes_problem, workers_here
 from harness.expand import Request, check_study, expand
 from harness.launched import ended_before, is_left, outcome_of
 from harness.multilora import answer_trials
@@ -87,7 +87,8 @@ class PairedSweeper(Sweeper):
         """Refuse what this machine has no room or no devices for, where trials run on this machine."""
         refuse_what_does_not_fit(design, self._at_once(design))
         is_elsewhere = type(self.launcher).__name__ in ("SlurmLauncher", "RayLauncher")
-        if not is_elsewhere and (problem := processes_problem(design.any.accelerate)):
+        problem = "" if is_elsewhere else processes_problem(design.any.accelerate)
+        if problem := problem or job_problem(getattr(self.launcher, "params", {}), design.any.accelerate):
             raise UsageError(problem)
 
     def _at_once(self, design: Design) -> int:

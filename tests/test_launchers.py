@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import select
 import signal
 import socket
@@ -20,8 +21,9 @@ from harness.config import compose_run
 from harness.overrides import check_overrides
 from harness.raylauncher import RayLauncher
 from harness.records import UsageError
+from harness.sweep import run_sweep
 from harness.sweeper import PairedSweeper
-from tests.conftest import SMALL
+from tests.conftest import SMALL, overriding
 
 ROOT = Path(__file__).resolve().parents[1]
 STUDY = [
@@ -146,6 +148,23 @@ def outcomes(launcher: Dies, tmp_path: Path) -> list:
     sweeper = PairedSweeper()
     sweeper.launcher = launcher
     return sweeper._survive([replace(trial, study="s")], [["+method=dpo"]])
+
+
+JOBS = {
+    "two tasks": (["hydra.launcher.tasks_per_node=2"], "hydra.launcher.tasks_per_node=2: a trial is one task"),
+    "two nodes": (["hydra.launcher.nodes=2"], "hydra.launcher.nodes=2: a trial is one task"),
+    "too few GPUs": (["accelerate=ddp", "hydra.launcher.gpus_per_node=1"], "num_processes=2 takes a GPU each; give 2"),
+    "no GPUs": (["accelerate=fsdp"], "gpus_per_node=null: accelerate.distributed_type=FSDP needs GPUs; give 2"),
+}
+
+
+@pytest.mark.parametrize("what", JOBS)
+def test_jobs_that_cannot_train_a_trial_are_refused_before_the_study_is_registered(what: str, tmp_path: Path) -> None:
+    asked, said = JOBS[what]
+    asked = [*asked, "hydra/launcher=submitit_slurm", "+method=simpo,dpo", f"results_dir={tmp_path}"]
+    with pytest.raises(UsageError, match=re.escape(said)):
+        run_sweep(overriding(SMALL, "train.micro_batch_size=2", *asked))
+    assert not any(tmp_path.iterdir())
 
 
 def test_what_a_dead_worker_left_is_launched_again(tmp_path: Path) -> None:
