@@ -30,9 +30,19 @@ def zero(path: Path, rng: random.Random) -> None:
     _put(path, bytes)
 
 
+def change_digit(path: Path, rng: random.Random) -> None:
+    """Make one digit another: the file keeps its size, and JSON stays JSON."""
+    content = bytearray(path.read_bytes())
+    digits = [place for place, byte in enumerate(content) if byte in b"0123456789"]
+    if digits:
+        place = rng.choice(digits)
+        content[place] = ord("1") + (content[place] - ord("0")) % 9  # never 0, which may not lead a number
+        path.write_bytes(content)
+
+
 def any_damage(path: Path, rng: random.Random) -> None:
     """Do one of these to a file."""
-    rng.choice((truncate, overwrite, zero))(path, rng)
+    rng.choice((truncate, overwrite, zero, change_digit))(path, rng)
 
 
 def _put(path: Path, new: Callable[[int], bytes]) -> None:
@@ -92,19 +102,20 @@ def _each(
 
 
 def _ends(study: Undisturbed, folder: Path, template: Path, group: Sequence[str], what: str) -> Iterator[str]:
-    """Run the command; where it refuses a file that nothing can make again, by name, put the file back for it."""
-    registered = [kind for kind in group if kind in NAMES]
+    """Run the command; where it refuses a file that nothing can make again, by name, put file and twin back for it."""
+    registered = [kind.removeprefix(".twins/") for kind in group if kind.removeprefix(".twins/") in NAMES]
     refused = []
     while (status := ended(start(folder / "results"))) == 2:
         named = [name for name in registered if f"faults/{name}: " in log_of(folder) and name not in refused]
         assert len(named) == 1, f"{what}: refused, and no damaged file is named\n{log_of(folder)}"
         refused += named
-        path = Path("results", "faults", named[0])
-        (folder / path).write_bytes((template / path).read_bytes())
+        for path in (Path("results/faults", named[0]), Path("results/faults/.twins", named[0])):
+            (folder / path).write_bytes((template / path).read_bytes())
     assert status == 0, f"{what}: exit status {status}\n{log_of(folder)}"
     study.is_right(folder, what=what)
     for kind in group:
-        yield f"{kind} ({'refused by name' if kind in refused else 'put back'})" if kind in registered else kind
+        name = kind.removeprefix(".twins/")
+        yield f"{kind} ({'refused by name' if name in refused else 'put back'})" if name in NAMES else kind
 
 
 def _groups(kinds: Sequence[str], size: int) -> Iterator[list[str]]:

@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 
 from tests.clocks import clocks
-from tests.damage import any_damage, damages, overwrite, truncate, zero
+from tests.damage import any_damage, change_digit, damages, overwrite, truncate, zero
 from tests.deadworkers import LAUNCHERS, dead_workers
 from tests.disturbed import Undisturbed, ended, kill_at, log_of, prepare, start
 
@@ -111,6 +111,7 @@ def _long(study: Undisturbed, rng: random.Random, options: argparse.Namespace) -
         "truncated": lambda: damages(study, truncate, rng, options.at_once),
         "corrupted": lambda: damages(study, overwrite, rng, options.at_once),
         "zeroed": lambda: damages(study, zero, rng, options.at_once),
+        "another digit": lambda: damages(study, change_digit, rng, options.at_once),
         "two at once": lambda: two_at_once(study, half, rng),
         "full disk": lambda: full_disk(study, options.times, rng),
         "clock": lambda: clocks(study, half, rng),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import select
@@ -42,10 +43,18 @@ def sweep(results: Path, *more: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=600)
 
 
+def ran_beside_each_other(study: Path) -> bool:
+    """Whether a trial's log begins before that of an earlier one ends."""
+    logs = [re.findall(r"^[-0-9]{10} [:,0-9]{12}", path.read_text(), re.M) for path in study.glob("trials/*/log.txt")]
+    times = sorted((lines[0], lines[-1]) for lines in logs)
+    return any(begun < ended for (_, ended), (begun, _) in itertools.pairwise(times))
+
+
 @pytest.fixture(scope="module")
 def in_one_process(tmp_path_factory) -> str:
     results = tmp_path_factory.mktemp("basic") / "results"
     assert sweep(results).returncode == 0
+    assert not ran_beside_each_other(results / "s")
     return (results / "s" / "scores.csv").read_text()
 
 
@@ -57,6 +66,7 @@ def test_tuning_selection_and_confirmation_give_the_same_scores_through(
     done = sweep(tmp_path / "results", f"hydra/launcher={launcher}")
     assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-3000:]
     assert (tmp_path / "results" / "s" / "scores.csv").read_text() == in_one_process
+    assert ran_beside_each_other(tmp_path / "results" / "s")
 
 
 @pytest.fixture
