@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
@@ -20,6 +22,11 @@ def profile_name(config: RunConfig | DictConfig) -> str:
 
 def load_profile(name: str) -> dict[str, Any]:
     """Read `conf/profile/NAME.yaml`."""
+    return copy.deepcopy(_read(name))
+
+
+@cache  # each config of a sweep is filled from it
+def _read(name: str) -> dict[str, Any]:
     return cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(CONF / "profile" / f"{name}.yaml")))
 
 

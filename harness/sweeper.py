@@ -17,19 +17,18 @@ from hydra.core.utils import JobReturn
 from hydra.plugins.sweeper import Sweeper
 from omegaconf import DictConfig
 
-from harness.config import resolve
+from harness.composer import Composer
 from harness.design import Design
 from harness.devices import job_problem, processes_problem, workers_here
 from harness.expand import Request, check_study, expand
 from harness.launched import ended_before, is_left, outcome_of
 from harness.multilora import answer_trials
-from harness.overrides import explain
 from harness.planning import print_plan, refuse_what_does_not_fit
 from harness.protocol import StudyResult, run_study
 from harness.records import UnreachableError, UsageError
 from harness.registration import register, study_name
-from harness.schema import FamilyConfig, Reference, RunConfig
-from harness.search import Params, configs_of, is_interval, overrides_of
+from harness.schema import FamilyConfig, RunConfig
+from harness.search import Params, configs_of, is_interval
 from harness.terminal import show_progress
 from harness.trial import Outcome
 from harness.untrusted import one_line
@@ -52,7 +51,7 @@ class PairedSweeper(Sweeper):
 
     def setup(self, *, hydra_context: Any, task_function: Any, config: DictConfig) -> None:
         """Keep what is needed to compose and launch jobs."""
-        self.loader, self.config = hydra_context.config_loader, config
+        self.config, self.composer = config, Composer(hydra_context.config_loader, config)
         self.launcher = Plugins.instance().instantiate_launcher(
             hydra_context=hydra_context, task_function=task_function, config=config
         )
@@ -60,7 +59,6 @@ class PairedSweeper(Sweeper):
             from harness.slurmqueue import watch_queue
 
             watch_queue()
-        self.overrides: dict[str, list[str]] = {}
 
     def sweep(self, arguments: list[str]) -> list[StudyResult]:
         """Run the study, or all studies of a family; or print their trials where `plan=true`."""
@@ -115,10 +113,10 @@ class PairedSweeper(Sweeper):
 
     def _design(self, request: Request, fixed: Mapping[str, Any]) -> Design:
         common = [*request.common, *(f"{key}={value}" for key, value in fixed.items())]
-        base = self._compose([*common, "+method=sft", "seed=0"])
+        base = self.composer.compose([*common, "+method=sft", "seed=0"])
 
         def make(arm: str, params: Params) -> RunConfig:
-            return replace(self._compose([*common, f"+method={arm}", *overrides_of(params)]), study=study)
+            return replace(self.composer.compose([*common, f"+method={arm}"], params), study=study)
 
         study = None
         arms = {}
@@ -126,36 +124,18 @@ class PairedSweeper(Sweeper):
             for key, values in space.items():
                 if is_interval(values):  # what lies between two ends that are allowed is allowed
                     rest = {k: v[0] if not is_interval(v) else v["low"] for k, v in space.items()}
-                    self._compose_all([[*common, f"+method={arm}", *overrides_of(rest | {key: values["high"]})]])
+                    self.composer.compose([*common, f"+method={arm}"], rest | {key: values["high"]})
             found = configs_of(arm, space, base.search)
-            arms[arm] = self._compose_all([[*common, f"+method={arm}", *overrides_of(params)] for params in found])
+            arms[arm] = self.composer.compose_all([([*common, f"+method={arm}"], params) for params in found])
         suggested = base.search.trials or 0 if base.search.sampler == "tpe" else 0
         sizes = {arm: suggested or len(found) for arm, found in arms.items()}
         check_study(request, sizes, base.evaluate, allow_unequal=base.allow_unequal_budgets)
         design = Design(base, arms, request.spaces, request.seeds, request.tuning_seeds, make, tuple(base.evaluate))
         _check_looks(design)
         arm, params = _first(request)  # any config has the study's name: the method's keys are no part of it
-        study = _name(self._compose([*common, f"+method={arm}", *overrides_of(params)]))
+        study = _name(self.composer.compose([*common, f"+method={arm}"], params))
         arms = {arm: [replace(config, study=study) for config in found] for arm, found in arms.items()}
         return replace(design, base=replace(base, study=study), arms=arms)
-
-    def _compose(self, overrides: Sequence[str]) -> RunConfig:
-        """Compose and validate one trial, and remember how."""
-        with explain():
-            config = resolve(self.loader.load_sweep_config(self.config, list(overrides)))
-        self.overrides[_key(config)] = list(overrides)
-        return config
-
-    def _compose_all(self, jobs: Sequence[Sequence[str]]) -> list[RunConfig]:
-        configs, problems = [], []
-        for job in jobs:
-            try:
-                configs.append(self._compose(job))
-            except UsageError as error:
-                problems += str(error).splitlines()
-        if problems:
-            raise UsageError("\n".join(dict.fromkeys(problems)))
-        return configs
 
     def _launch(self, trials: Sequence[RunConfig]) -> list[Outcome]:
         """Launch trials as Hydra jobs; where vLLM answers, all are trained first and then answered for in one pass."""
@@ -181,7 +161,7 @@ class PairedSweeper(Sweeper):
             }
             if trial.cost_name:
                 added |= {"cost_name": trial.cost_name, "train.reference": trial.train.reference.value}
-            typed = [line for line in self.overrides[_key(trial)] if line.partition("=")[0] not in added]
+            typed = [line for line in self.composer.overrides(trial) if line.partition("=")[0] not in added]
             jobs.append([*typed, *(f"{key}={value}" for key, value in added.items())])
         return [
             outcome
@@ -232,11 +212,6 @@ def _report_again(results: Sequence[StudyResult]) -> None:
     for result in results:
         if result.report:
             render_report(result.report.parent)
-
-
-def _key(trial: RunConfig) -> str:
-    """Name what distinguishes the configs of one command: the method's keys, and what a family varies."""
-    return f"{trial.method!r} {trial.data!r} {replace(trial.train, reference=Reference.cached)!r}"
 
 
 def _name(config: RunConfig) -> str:

@@ -14,7 +14,7 @@ FILES = {str(path.relative_to(PACKAGE)): path for path in sorted(PACKAGE.rglob("
 
 HOMES = {
     "trl": {"trainers.py", "engine.py", "head.py", "embedded/build.py", "bench/stock.py"},
-    "hydra": {"config.py", "overrides.py", "plugins.py", "raylauncher.py", "sweep.py", "sweeper.py"},
+    "hydra": {"composer.py", "config.py", "overrides.py", "plugins.py", "raylauncher.py", "sweep.py", "sweeper.py"},
     "ray": {"raylauncher.py"},
     "submitit": {"slurmqueue.py"},
     "optuna": {"search.py"},

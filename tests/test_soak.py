@@ -23,7 +23,7 @@ from harness.report import render_report
 from harness.selection import edge_warnings
 from harness.sensitivity import tried_configs
 from harness.study import COMPLETE, Study, Trial, read_study
-from harness.sweeper import PairedSweeper, _key
+from harness.sweeper import PairedSweeper
 from tests.conftest import SMALL
 from tests.study_fixture import build_study
 
@@ -48,7 +48,8 @@ class BasicLauncher:
 def test_jobs_in_this_process_are_launched_one_by_one(tmp_path: Path) -> None:
     """Hydra keeps what it composed for every job of a launch: 1,400 objects a trial."""
     sweeper, asked = PairedSweeper(), trials(tmp_path, 3)
-    sweeper.launcher, sweeper.overrides = BasicLauncher(), {_key(asked[0]): ["+method=dpo"]}
+    sweeper.launcher = BasicLauncher()
+    sweeper.composer = SimpleNamespace(overrides=lambda trial: ["+method=dpo"])
     assert [found.status for found in sweeper._run(asked)] == ["complete"] * 3
     assert sweeper.launcher.sizes == [1, 1, 1]
 
