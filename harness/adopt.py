@@ -11,6 +11,7 @@ from typing import Any
 from harness.arms import ARMS
 from harness.data import evaluation_prompts
 from harness.degenerate import completion_flags
+from harness.fingerprints import fingerprints
 from harness.inputs import prompt_row
 from harness.manifest import write_manifest
 from harness.outputs import read_outputs
@@ -19,6 +20,7 @@ from harness.registration import contrast_of, write_study
 from harness.tables import read_table
 
 CONFIG = "given"
+GIVEN = "given answers"  # in the place of a model
 _MAX_BAD = 0.01
 
 
@@ -95,7 +97,7 @@ def _register(
             "tuning_seeds": [],
             **rule,
             "family": {},
-            "model": {"path": "given answers", "revision": None, "base_sha256": ""},
+            "model": {"path": GIVEN, "revision": None, "base_sha256": ""},
             "data": {"golden": facts},
             "warnings": [
                 "the answers were made elsewhere: how their policies were trained and tuned is not known here"
@@ -128,4 +130,5 @@ def _write_run(
     write_jsonl(folder / "scores.jsonl", [])
     about = {"trial_id": folder.name, "arm": arm, "config": CONFIG if arm != "sft" else "base", "seed": seed}
     stages: dict[str, Any] = {"status": "complete", "flags": [], "done": ["golden", "score"], "warnings": []}
-    write_manifest(folder, {**about, **stages, "seconds": {}, "source": {"sha256": file_sha256(Path(path))}})
+    source = {"base_sha256": "", "source": {"sha256": file_sha256(Path(path))}}
+    write_manifest(folder, {**about, **stages, **source, "seconds": {}, "files": fingerprints(folder, {})})

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.keep import DELETED
+from harness.manifest import load_manifest
 from harness.records import UsageError, digest, file_sha256, read_json, read_jsonl, write_json, write_jsonl
 from harness.scoreconfig import BenchmarkConfig
 from harness.scorers import Score
@@ -57,7 +58,7 @@ def run_benchmarks(
     settings = {run.folder: digest([*tasks, _weights(run.folder)]) for run in stored.runs}
     missing = [run for run in stored.runs if not run.failed and not _is_done(run.folder, settings[run.folder])]
     for run in missing:
-        if policy := read_json(run.folder / "manifest.json").get(DELETED):
+        if policy := load_manifest(run.folder).get(DELETED):
             raise UsageError(
                 f"lm_eval: the weights of trial {run.folder.name} were deleted (keep={policy}), and a benchmark needs "
                 "them; run the sweep with keep=confirmed in a study of its own"

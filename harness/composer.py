@@ -16,11 +16,13 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from harness.config import resolve
+from harness.config import plain, resolve
 from harness.overrides import explain
-from harness.records import UsageError
-from harness.schema import Reference, RunConfig
+from harness.records import UsageError, digest
+from harness.schema import FamilyConfig, Reference, RunConfig
 from harness.search import Params, overrides_of
+
+_NONE = FamilyConfig()
 
 
 class Composer:
@@ -83,5 +85,7 @@ class Composer:
 
 
 def _key(trial: RunConfig) -> str:
-    """Name what distinguishes the configs of one command: the method's keys, and what a family varies."""
-    return f"{trial.method!r} {trial.data!r} {replace(trial.train, reference=Reference.cached)!r}"
+    """Name what distinguishes the configs of one command; the protocol sets the other keys of each trial."""
+    train, generate = replace(trial.train, reference=Reference.cached), replace(trial.generate, backend=None)
+    given = replace(trial, train=train, generate=generate, seed=0, study=None, evaluate=[], cost_name="", family=_NONE)
+    return digest(plain(given))

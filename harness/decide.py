@@ -38,12 +38,7 @@ def decide_study(study: Path) -> dict[str, Any]:
         UsageError: where the folder holds no scored study.
     """
     result, registered, seeds = decision(study)
-    result["warnings"] += [
-        *enter_look(study, registered, result["arms"], seeds),
-        *_plan_warnings(registered, result, seeds),
-        *registered.get("warnings", []),
-        *facts_warnings(study),
-    ]
+    result["warnings"] += enter_look(study, registered, result["arms"], seeds)
     write_json(study / "verdict.json", result)
     return result
 
@@ -82,6 +77,11 @@ def decision(study: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, lis
     base = scores[(scores["arm"] == "sft") & (scores["split"] == "golden") & (scores["scorer"] == registered["metric"])]
     if len(base):
         result["base_mean"] = float(base["score"].mean())
+    result["warnings"] += [
+        *_plan_warnings(registered, result, seeds),
+        *registered.get("warnings", []),
+        *facts_warnings(study),
+    ]
     return result, registered, seeds
 
 

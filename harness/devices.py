@@ -7,6 +7,7 @@ import fcntl
 import importlib.util
 import os
 import random
+import re
 import shutil
 import subprocess
 import tempfile
@@ -45,22 +46,38 @@ def processes_problem(accelerate: AccelerateConfig) -> str:
     return ""
 
 
+# What launchers ask a cluster for GPUs with: submitit's keys, Slurm's own ones, Ray's.
+_GPU_KEYS = ("gpus_per_node", "gpus_per_task", "gres", "gpus", "gpus-per-node", "gpus-per-task", "num_gpus")
+_GPU_COUNT = re.compile(r"(?:^|,)(?:gpu:)?(?:[^\W\d][\w.-]*:)?(\d+)(?:\(.*\))?(?:,|$)")  # 2, a100:2, gpu:2, gpu:a100:2
+
+
 def job_problem(asked: Mapping[str, Any], accelerate: AccelerateConfig) -> str:
-    """Say why submitit's jobs, as they are asked for, cannot train trials; empty where they can.
+    """Say why jobs on a cluster, as they are asked for, cannot train trials; empty where they can.
 
     Args:
-        asked: the launcher's settings; empty for launchers other than submitit's.
+        asked: the launcher's settings; empty for launchers that ask for nothing.
         accelerate: a trial's processes.
     """
     for key in ("nodes", "tasks_per_node"):
         if asked.get(key) not in (None, 1):
             return f"hydra.launcher.{key}={asked[key]}: a trial is one task, whose processes accelerate starts; give 1"
-    kind, count, given = accelerate.distributed_type, accelerate.num_processes, asked.get("gpus_per_node")
-    if isinstance(given, int) and 0 < given < count:
-        return f"hydra.launcher.gpus_per_node={given}: accelerate.num_processes={count} takes a GPU each; give {count}"
-    ways = ("gpus_per_node", "gpus_per_task", "gres", "additional_parameters")
-    if "partition" in asked and kind in ("FSDP", "DEEPSPEED") and not any(asked.get(way) for way in ways):
-        return f"hydra.launcher.gpus_per_node=null: accelerate.distributed_type={kind} needs GPUs; give {count}"
+    kind, count = accelerate.distributed_type, accelerate.num_processes
+    given = {
+        **(asked.get("additional_parameters") or {}),
+        **{key: asked[key] for key in asked if asked[key] is not None},
+    }
+    wanted = {key: given[key] for key in _GPU_KEYS if key in given}
+    for key, value in wanted.items():
+        found = _GPU_COUNT.search(str(value))
+        number = float(value if isinstance(value, int | float) else found[1] if found else 0)
+        if 0 < number < count:
+            return f"hydra.launcher.{key}={value}: accelerate.num_processes={count} takes a GPU each; give {count}"
+    if (
+        "partition" in asked
+        and kind in ("FSDP", "DEEPSPEED")
+        and not any(str(value) != "0" for value in wanted.values())
+    ):
+        return f"hydra.launcher.gpus_per_node: accelerate.distributed_type={kind} needs GPUs; give {count}"
     return ""
 
 

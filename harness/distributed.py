@@ -38,6 +38,7 @@ from harness.triallog import trial_log
 _POLL_SECONDS = 0.2
 _PR_SET_PDEATHSIG = 1  # prctl(2)
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None  # loaded before a fork needs it
+_LOG_CHARS = 200_000  # the end of each process's log: the trial's own must have room for what comes after
 _LAUNCHER = "HARNESS_LAUNCHER_PID"
 OnStep = Callable[[int, dict[str, Any]], None]
 
@@ -83,8 +84,8 @@ def train_in_processes(
         if process.poll() is None:
             process.terminate()  # the launcher ends its processes
             process.wait()
-    for path in [job / "log.txt", *sorted(job.glob("process-*/log.txt"))]:
-        print(path.read_text(errors="replace"))  # into the trial's own log
+        for path in [job / "log.txt", *sorted(job.glob("process-*/log.txt"))]:
+            print(path.read_text(errors="replace")[-_LOG_CHARS:])  # into the trial's own log
     try:
         return _read_result(job, process.returncode)
     finally:

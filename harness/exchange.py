@@ -14,8 +14,9 @@ from pathlib import Path
 
 from harness.adopt import Question, adopt
 from harness.annotations import annotation_scores
+from harness.manifest import load_manifest
 from harness.outputs import alpaca_eval_rows, arena_hard_rows, dumps
-from harness.records import UsageError, read_json, read_jsonl, write_text
+from harness.records import UsageError, read_jsonl, write_text
 from harness.score import trial_folders
 from harness.spreadsheet import to_csv
 
@@ -38,7 +39,7 @@ def export(study: Path, form: str, out: Path) -> list[Path]:
     prompts = [row for row in read_jsonl(study / "prompts.jsonl") if row["split"] == "golden"]
     written = []
     for folder in trial_folders(study):
-        manifest, path = read_json(folder / "manifest.json"), folder / "completions.jsonl"
+        manifest, path = load_manifest(folder), folder / "completions.jsonl"
         rows = [row for row in read_jsonl(path) if row["split"] == "golden"] if path.is_file() else []
         if not rows:
             continue

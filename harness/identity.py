@@ -30,11 +30,13 @@ def data_identity(study: Path) -> dict[str, Any]:
     trials, reasons = [], []
     for path in sorted((study / "trials").glob("*/manifest.json")):
         try:
-            trials.append(read_json(path))
+            manifest = read_json(path)
         except ValueError as error:
             reasons.append(f"manifest of trial {path.parent.name} is not readable: {error}")
             continue
-        if not is_as_written(trials[-1]):
+        if is_as_written(manifest):
+            trials.append(manifest)
+        else:
             reasons.append(f"manifest of trial {path.parent.name} was changed after the trial wrote it")
     complete = [trial for trial in trials if trial.get("status") == "complete"]
     arms = sorted({str(trial["arm"]) for trial in complete})

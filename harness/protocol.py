@@ -16,9 +16,9 @@ from harness.design import Design
 from harness.failure import FILE, standing_failure
 from harness.folders import is_complete, study_dir, trial_dir
 from harness.inputs import identify
-from harness.manifest import read_manifest
+from harness.manifest import load_manifest, put_back_manifest, read_manifest
 from harness.microbatch import is_outdated
-from harness.records import UsageError, drop_temporaries, locked, locked_if_free, read_json
+from harness.records import UsageError, drop_temporaries, locked, locked_if_free
 from harness.registration import read_study
 from harness.score import collect_scores
 from harness.scoring import scoring_of, study_scorers
@@ -26,6 +26,7 @@ from harness.stages import drop_damaged
 from harness.studyscore import blocking, score_study
 from harness.tracking import track
 from harness.trial import Outcome
+from harness.triallog import say
 from harness.tuning import tune
 
 Launch = Callable[[Sequence[RunConfig]], list[Outcome]]
@@ -100,11 +101,13 @@ def _drop_damaged(study: Path) -> None:
     Scorers of the whole study write into finished trials, under the study's lock.
     """
     with locked(study):
-        for folder in [study / "base", *(study / "trials").glob("*")]:
+        for folder in [study / "base", *study.glob("trials/*"), *study.glob("costs/*")]:
             if folder.is_dir():
                 with locked_if_free(folder) as free:
                     if free:
                         drop_temporaries(folder)
+                        if put_back_manifest(folder):
+                            say(f"{folder}: manifest.json was lost or damaged and is put back from its twin")
                         drop_damaged(folder, read_manifest(folder))
 
 
@@ -201,7 +204,7 @@ def _standing(trials: Sequence[RunConfig]) -> Iterator[tuple[tuple[str, str, int
 
 def finished(trial: RunConfig) -> Outcome:
     """Read how a complete trial ended."""
-    facts = read_json(trial_dir(trial) / "manifest.json")
+    facts = load_manifest(trial_dir(trial))
     message = facts.get("divergence", "")
     return Outcome(facts["trial_id"], trial.method.name, config_label(trial), trial.seed, facts["status"], message)
 

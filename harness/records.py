@@ -230,7 +230,12 @@ def drop_temporaries(folder: Path) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write indented JSON; NaN is refused, since it does not survive other readers."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_text(path, to_json(value))
+
+
+def to_json(value: Any) -> str:
+    """Return the text of an indented JSON file."""
+    return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def read_json(path: Path) -> Any:

@@ -17,8 +17,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from harness.checkpoint import checkpoint_dir
 from harness.keys import find_declared, shown, unknown_key, value_problem
+from harness.manifest import load_manifest
 from harness.ownscorer import is_file, scorer_name
 from harness.records import UsageError, locked, read_json, read_jsonl, write_json
+from harness.redaction import redact
 from harness.registration import read_study
 from harness.schema import ModelConfig, Tuning
 from harness.score import collect_scores, score_trial, trial_folders
@@ -139,7 +141,7 @@ def _score_trials(study: Path, names: Sequence[str], registered: dict[str, Any])
     base, command = study / "base", registered.get("command", "python -m harness.sweep ...")
     try:
         prompts = list(read_jsonl(study / "prompts.jsonl"))
-        manifests = {folder: read_json(folder / "manifest.json") for folder in trial_folders(study)}
+        manifests = {folder: load_manifest(folder) for folder in trial_folders(study)}
         if base not in manifests:
             raise ValueError(f"{base}: the SFT base, which every arm is measured against, is not there")
         for folder, manifest in manifests.items():
@@ -177,9 +179,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UsageError(f"{wrong[0]}: only score.KEY=VALUE can be set here")
         path, failed = rescore(arguments.study, names, overrides)
     except UsageError as error:
-        print(f"harness.score: {error}", file=sys.stderr)
+        print(f"harness.score: {redact(error)}", file=sys.stderr)
         return 2
     for problem in failed:
-        print(f"scorer failed: {problem}", file=sys.stderr)
+        print(f"scorer failed: {redact(problem)}", file=sys.stderr)
     print(f"{path}\nNow: python -m harness.decide {arguments.study}")
     return 1 if failed else 0

@@ -12,8 +12,8 @@ from typing import Any
 
 from harness.degenerate import cut_off_warnings, degenerate_shares, is_collapsed, unchanged_warnings
 from harness.fingerprints import fingerprint
-from harness.manifest import write_manifest
-from harness.records import SCORE_COLUMNS, read_json, read_jsonl, write_jsonl, write_text
+from harness.manifest import load_manifest, write_manifest
+from harness.records import SCORE_COLUMNS, read_jsonl, write_jsonl, write_text
 from harness.scorers import SCORERS, Rows, Score, TrialOutputs, score_checks
 
 
@@ -26,7 +26,7 @@ def score_trial(folder: Path, prompts: Rows, scorers: Sequence[str], *, base: Pa
         scorers: names out of `SCORERS`.
         base: the SFT base's folder, to tell a collapse from a base that was like that before.
     """
-    manifest = read_json(folder / "manifest.json")
+    manifest = load_manifest(folder)
     outputs = outputs_of(folder, prompts)
     before = outputs_of(base, prompts) if base is not None else TrialOutputs(prompts, [], [])
     flag = "diverged" if manifest["status"] == "diverged" else ""
@@ -46,7 +46,7 @@ def score_trial(folder: Path, prompts: Rows, scorers: Sequence[str], *, base: Pa
 
 def scores_again(folder: Path, prompts: Rows, base: Path) -> dict[tuple[str, str, str], float | None]:
     """Return what the stored answers score now, `{(split, prompt_id, scorer): score}`; write nothing."""
-    manifest = read_json(folder / "manifest.json")
+    manifest = load_manifest(folder)
     flag = next(iter(manifest["flags"]), "")
     outputs = outputs_of(folder, prompts)
     scored = _of_splits(outputs_of(base, prompts), manifest["done"]) if flag == "diverged" else outputs
@@ -56,7 +56,7 @@ def scores_again(folder: Path, prompts: Rows, base: Path) -> dict[tuple[str, str
 
 def replace_scores(folder: Path, name: str, scores: Sequence[Score], prompts: Rows, splits: Sequence[str]) -> Rows:
     """Write one scorer's scores of a run into its scores.jsonl, in place of its earlier ones of these splits."""
-    manifest = read_json(folder / "manifest.json")
+    manifest = load_manifest(folder)
     new = [(name, score) for score in scores if score.split in splits]
     return _replace(folder, manifest, [name], new, prompts, splits)
 

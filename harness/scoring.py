@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -120,6 +121,11 @@ def _judge_problems(score: ScoreConfig) -> Iterator[str]:
         yield "score.judge.model=null: name the model that judges, as its endpoint knows it"
     if find_spec("openai") is None:
         yield "score.judge: the `openai` client is not installed; pip install 'dpo-simpo-harness[judge]'"
+    if judge.base_url and re.search(r"://[^/]*@", judge.base_url):
+        yield (
+            "score.judge.base_url: holds a name or a password, and configs are written to files; give the address "
+            "without, and a key by the environment variable that score.judge.api_key_env names"
+        )
     if judge.base_url is None and not os.environ.get(judge.api_key_env) and not os.environ.get("OPENAI_BASE_URL"):
         yield (
             f"score.judge: the environment variable {judge.api_key_env} holds no key; set it, name another one with "

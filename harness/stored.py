@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from harness.manifest import load_manifest
 from harness.records import Message, UsageError, read_json, read_jsonl, write_jsonl
 from harness.scorers import Rows
 
@@ -101,7 +102,7 @@ def read_stored(study: Path, folders: Sequence[Path], splits: Sequence[str], bas
         UsageError: where the baseline lacks a prompt.
     """
     prompts = [row for row in read_jsonl(study / "prompts.jsonl") if row["split"] in splits]
-    runs = [Run(folder, read_json(folder / "manifest.json"), _answers(folder, splits)) for folder in folders]
+    runs = [Run(folder, load_manifest(folder), _answers(folder, splits)) for folder in folders]
     known = runs[0].answers
     if baseline:
         known = {(r["split"], r["prompt_id"]): baseline[r["prompt_id"]] for r in prompts if r["prompt_id"] in baseline}

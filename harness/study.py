@@ -13,6 +13,7 @@ from typing import Any
 
 import pandas as pd
 
+from harness.manifest import is_as_written
 from harness.palette import BASE
 from harness.reader import Reader
 from harness.records import SCORE_COLUMNS, UsageError
@@ -204,6 +205,9 @@ def _check_folder(folder: Path) -> None:
 
 def _read_trial(reader: Reader, folder: Path) -> Trial:
     manifest = reader.mapping(folder / "manifest.json")
+    if not is_as_written(manifest):
+        reader.note(folder / "manifest.json", "it was changed after its trial wrote it")
+        manifest = {}
     failure = reader.mapping(folder / "failure.json")
     # The runner removes failure.json when a later attempt succeeds: where it stands, the last attempt failed.
     state = FAILED if failure else _STATES.get(str(manifest.get("status")), UNFINISHED)

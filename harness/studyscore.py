@@ -13,9 +13,10 @@ from pathlib import Path
 
 from harness.benchmarks import PREFIX, run_benchmarks
 from harness.lengths import control_runs
+from harness.manifest import load_manifest
 from harness.outputs import read_outputs
 from harness.ownscorer import is_file, load_scorer, scorer_name
-from harness.records import UsageError, read_json, read_jsonl
+from harness.records import UsageError, read_jsonl
 from harness.rewards import reward_runs
 from harness.score import outputs_of, replace_scores, trial_folders
 from harness.scoreconfig import ScoreConfig
@@ -85,7 +86,7 @@ def _concerns(problem: str, name: str) -> bool:
 
 def _may_score(folder: Path) -> bool:
     """Leave out trials that still run."""
-    return read_json(folder / "manifest.json")["status"] != "running"
+    return load_manifest(folder)["status"] != "running"
 
 
 def _score(one: Preference) -> Score:

@@ -36,8 +36,17 @@ _HYDRA_FLAGS = ("--help", "-h", "--hydra-help", "--cfg", "-c", "--info", "-i", "
 
 
 def run_job(composed: DictConfig) -> dict[str, Any]:
-    """Run one trial as a Hydra job, in whatever process the launcher chose."""
+    """Run one trial as a Hydra job, in whatever process the launcher chose; what it raises is kept by launchers."""
     prepare_process()
+    try:
+        return _run_job(composed)
+    except Exception as error:
+        if (message := redact(error)) == str(error):
+            raise
+        raise RuntimeError(f"{type(error).__name__}: {message}") from None
+
+
+def _run_job(composed: DictConfig) -> dict[str, Any]:
     config = resolve(composed)
     launcher = str(HydraConfig.get().launcher.get("_target_", "")).rpartition(".")[2]
     take_places(launcher, config.accelerate.num_processes)

@@ -86,7 +86,8 @@ class PairedSweeper(Sweeper):
         refuse_what_does_not_fit(design, self._at_once(design))
         is_elsewhere = type(self.launcher).__name__ in ("SlurmLauncher", "RayLauncher")
         problem = "" if is_elsewhere else processes_problem(design.any.accelerate)
-        if problem := problem or job_problem(getattr(self.launcher, "params", {}), design.any.accelerate):
+        asked = getattr(self.launcher, "params", {}) or getattr(self.launcher, "resources", {})
+        if problem := problem or job_problem(asked, design.any.accelerate):
             raise UsageError(problem)
 
     def _at_once(self, design: Design) -> int:

@@ -28,13 +28,12 @@ from harness.heldout import heldout_rows
 from harness.inputs import Tokens, identify, num_steps, prompt_rows, splits_of, tokens_of
 from harness.keep import DELETED, delete_weights, drops_weights, without_weights
 from harness.live import end_log, note_step
-from harness.manifest import read_manifest, write_manifest
+from harness.manifest import load_manifest, read_manifest, write_manifest
 from harness.measure import Meter, settle_imports
 from harness.multilora import drop_answers, stored_answers
 from harness.records import (
     DivergedError,
     locked,
-    read_json,
     read_jsonl,
     to_jsonl,
     write_json,
@@ -108,7 +107,7 @@ class _Trial:
         self.meter = Meter()
         found = read_manifest(folder)
         if not found and (folder / "manifest.json").is_file():
-            say(f"{folder / 'manifest.json'} is damaged or was changed: the trial runs again")
+            say(f"both copies of {folder / 'manifest.json'} are damaged or were changed: the trial runs again")
         if found.get("trial_id") != about["trial_id"]:
             found = {}
         else:
@@ -242,7 +241,7 @@ class _Trial:
         base = study_dir(self.config) / "base" if ARMS[self.config.method.name].trainer else None
         with self._stage("score"):
             rows = score_trial(self.folder, prompt_rows(splits_of(self.config)), tuple(SCORERS), base=base)
-            self.manifest = read_json(self.folder / "manifest.json")  # score_trial has added flags to it
+            self.manifest = load_manifest(self.folder)  # score_trial has added flags to it
         status = "diverged" if self.manifest["status"] == "diverged" else "complete"
         self._save(status=status, done=sorted({*self.manifest["done"], "score"}), files=self._files())
         scores: dict[str, list[float]] = {}

@@ -37,11 +37,11 @@ class _Log(io.TextIOBase):
             return sys.stderr.write(text) if sys.stderr is not self else len(text)
         text = text.replace(_PACKAGE, "harness")
         with contextlib.suppress(OSError, ValueError):
-            if 0 < self._left <= len(text):
-                self._file.write("\n(the log ends here: it has reached its limit)\n")
-            self._left -= len(text)
             if self._left > 0:
-                self._file.write(text)
+                self._file.write(text[: self._left])
+                if self._left <= len(text):
+                    self._file.write("\n(the log ends here: it has reached its limit)\n")
+                self._left -= len(text)
                 self._file.flush()
         return len(text)
 

@@ -1,11 +1,13 @@
 """Second copies of the few files that nothing can make again: what was registered, what was selected, who looked.
 
 A file that is a beginning of its twin was cut off (the disk was full, the machine went down), and one that is no text
-was damaged: both are put back. Text that differs otherwise was changed by somebody, and is refused.
+was damaged: both are put back. So is a twin where the file has the hash that was noted beside it. A file that differs
+otherwise was changed by somebody, and is refused.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,8 +19,9 @@ NAMES = (_JUDGED, "selection.json", "ledger.jsonl")
 
 
 def write_twice(path: Path, text: str) -> None:
-    """Write the twin, then the file: a file that is there always has its twin."""
-    write_text(_twin(path), text)
+    """Write the twin, its hash, then the file: a file that is there always has its twin."""
+    write_text(twin_of(path), text)
+    write_text(_hash_of(path), hashlib.sha256(text.encode()).hexdigest())
     write_text(path, text)
 
 
@@ -30,30 +33,45 @@ def put_back(study: Path) -> list[str]:
     """
     mended = []
     for path in (study / name for name in NAMES):
-        if not path.is_file() or not _twin(path).is_file():
+        if not path.is_file() or not twin_of(path).is_file():
             continue
-        found, twin = path.read_bytes(), _twin(path).read_bytes()
+        found, twin = path.read_bytes(), twin_of(path).read_bytes()
         if _is_text(twin) and (_is_beginning(found, twin) or not _is_text(found)):
             write_text(path, twin.decode("utf-8"))
             mended.append(path.name)
         elif found == twin or path.name == _JUDGED:
             continue
-        elif _is_text(found) and (_is_beginning(twin, found) or not _is_text(twin)):
-            write_text(_twin(path), found.decode("utf-8"))
+        elif _is_text(found) and (_is_beginning(twin, found) or not _is_text(twin) or _has_hash(path)):
+            write_twice(path, found.decode("utf-8"))
         else:
             raise UsageError(
-                f"{path}: is not what the harness wrote (a second copy is {_twin(path)}); it says what was selected or "
-                "looked at before the verdict: put it back as it was"
+                f"{path}: is not what the harness wrote; it says what was selected or looked at before the verdict: "
+                f"put it back as it was (a second copy is {twin_of(path)})"
             )
     return mended
 
 
 def put_back_known(path: Path, known: Mapping[str, Any]) -> None:
     """Put back a file whose hash is known, where it is not that file any more and its twin is."""
-    twin = _twin(path)
+    twin = twin_of(path)
     is_there = path.is_file() and file_sha256(path) == known.get("sha256")
     if known and not is_there and twin.is_file() and file_sha256(twin) == known["sha256"]:
         write_text(path, twin.read_text(encoding="utf-8"))
+
+
+def is_twin(path: Path) -> bool:
+    """Return whether a file and its second copy are equal; those of older versions have none."""
+    return not twin_of(path).is_file() or (path.is_file() and path.read_bytes() == twin_of(path).read_bytes())
+
+
+def _has_hash(path: Path) -> bool:
+    """Return whether a file is the one whose hash was noted beside its twin: then the twin was damaged."""
+    noted = _hash_of(path)
+    return noted.is_file() and noted.read_bytes() == file_sha256(path).encode()
+
+
+def _hash_of(path: Path) -> Path:
+    return twin_of(path).with_name(f"{path.name}.sha256")
 
 
 def _is_beginning(text: bytes, whole: bytes) -> bool:
@@ -68,5 +86,6 @@ def _is_text(content: bytes) -> bool:
         return False
 
 
-def _twin(path: Path) -> Path:
+def twin_of(path: Path) -> Path:
+    """Return where a file's second copy is."""
     return path.parent / ".twins" / path.name

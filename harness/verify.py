@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import csv
 import io
+import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence, Set
 from pathlib import Path
@@ -15,11 +16,12 @@ from typing import Any
 
 import pandas as pd
 
+from harness.adopt import GIVEN
 from harness.config import stored_trial_id
 from harness.decide import decision
 from harness.fingerprints import WEIGHTS
 from harness.identity import data_identity
-from harness.manifest import is_as_written
+from harness.manifest import has_hash, is_as_written, read_manifest
 from harness.microbatch import is_outdated
 from harness.reader import Reader
 from harness.records import UsageError, file_sha256
@@ -27,6 +29,8 @@ from harness.registration import read_study
 from harness.score import scores_again
 from harness.scores_reader import read_csv
 from harness.spreadsheet import original, to_csv
+from harness.twins import NAMES, is_twin
+from harness.untrusted import one_line
 from harness.wording import plural
 
 _TRIAL_FILES = {
@@ -36,9 +40,12 @@ _TRIAL_FILES = {
 _TRIAL_FOLDERS = {*WEIGHTS, "checkpoints", ".twins"}
 _STUDY_FILES = {
     "study.yaml", "prompts.jsonl", "scores.csv", "verdict.json", "report.html", "report.md", "ledger.jsonl",
-    "selection.json", "micro_batch.json", "judge.json", "length_controlled.json", ".lock",
+    "selection.json", "micro_batch.json", "scoring.json", "judge.json", "length_controlled.json", ".lock",
 }  # fmt: skip
 _STUDY_FOLDERS = {"base", "trials", "costs", "figures", "wandb", "exports", ".twins", ".submitit"}
+_ALL_RIGHT = (
+    "all as the sweep left it (hashes, ids, scores, verdict; the report's pages and W&B's files are not checked)"
+)
 _FINISHED = ("complete", "diverged")
 
 
@@ -58,10 +65,13 @@ def verify_study(study: Path) -> list[str]:
     problems += [
         f"trials/{path.name} is foreign: no stage writes it" for path in study.glob("trials/*") if path.is_file()
     ]
+    problems += [f"{name} is not what its second copy says" for name in NAMES if not is_twin(study / name)]
     folders = [path for path in [study / "base", *sorted((study / "trials").glob("*"))] if path.is_dir()]
-    for folder in folders:
+    for folder in [*folders, *sorted(path for path in study.glob("costs/*") if path.is_dir())]:
         problems += [f"{folder.relative_to(study)}: {problem}" for problem in _trial(study, folder, registered)]
-    problems += [f"identical data: {reason}" for reason in data_identity(study)["reasons"]]
+    problems += _runs(study, registered)
+    if registered.get("model", {}).get("path") != GIVEN:
+        problems += [f"identical data: {reason}" for reason in data_identity(study)["reasons"]]
     return [*problems, *_scores(study, folders), *_verdict(study)]
 
 
@@ -73,8 +83,11 @@ def _trial(study: Path, folder: Path, registered: Mapping[str, Any]) -> Iterator
         yield "foreign or unfinished: it has no manifest; the sweep's command finishes it, if it is one of its trials"
         return
     if not is_as_written(manifest):
-        yield "manifest.json was changed"
-    if folder.name not in ("base", manifest.get("trial_id")):
+        yield "manifest.json was changed: what it says is not believed, and its files are not checked"
+        return
+    if not has_hash(manifest):
+        yield "manifest.json holds no hash of itself (an older version wrote it, or somebody took it out)"
+    if folder.parent.name == "trials" and folder.name != manifest.get("trial_id"):
         yield f"the folder was renamed: its manifest is of trial {manifest.get('trial_id')}"
     if manifest.get("base_sha256") != (base := registered.get("model", {}).get("base_sha256")):
         found = manifest.get("base_sha256")
@@ -85,6 +98,25 @@ def _trial(study: Path, folder: Path, registered: Mapping[str, Any]) -> Iterator
         yield f"it was trained with a micro-batch of {size}, and another trial of its seed with a smaller one"
     yield from _config(reader.mapping(folder / "config.yaml"), manifest, registered)
     yield from _files(folder, manifest)
+
+
+def _runs(study: Path, registered: Mapping[str, Any]) -> Iterator[str]:
+    """Compare which runs there are with those that study.yaml registered."""
+    configs, seeds = registered.get("configs", {}), registered.get("seeds", {})
+    tuning = registered.get("tuning_seeds", [])
+    found = set()
+    for folder in sorted(path for path in (study / "trials").glob("*") if path.is_dir()):
+        run = read_manifest(folder)
+        arm, config, seed = run.get("arm"), run.get("config"), run.get("seed")
+        found.add((arm, seed))
+        if run and (config not in configs.get(arm, []) or seed not in [*seeds.get(arm, []), *tuning]):
+            yield f"trials/{folder.name}: {arm} {config} seed {seed} is foreign: study.yaml did not register it"
+    looks = registered.get("looks") or []
+    for arm, registered_seeds in seeds.items():
+        begun = registered_seeds[: min(looks, default=len(registered_seeds))]
+        missing = [str(seed) for seed in begun if (arm, seed) not in found]
+        if missing and (study / "verdict.json").is_file():
+            yield f"{arm}: there is no trial of the registered seed {', '.join(missing)}"
 
 
 def _config(config: Mapping[str, Any], manifest: Mapping[str, Any], registered: Mapping[str, Any]) -> Iterator[str]:
@@ -133,7 +165,7 @@ def _scores(study: Path, folders: Sequence[Path]) -> Iterator[str]:
         stored += rows
         try:
             again = scores_again(folder, prompts, study / "base")
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError, UsageError) as error:
             yield f"{folder.relative_to(study)}: its answers cannot be scored again ({type(error).__name__}: {error})"
             continue
         now = {_key(row): row["score"] for row in rows}
@@ -176,9 +208,19 @@ def _verdict(study: Path) -> Iterator[str]:
     except UsageError as error:
         yield f"verdict.json: the scores cannot be decided on now: {error}"
         return
-    for key in ("verdict", "difference", "ci95", "n_prompts", "n_seeds"):
+    again = json.loads(json.dumps(again))
+    warned = stored.pop("warnings", None) or ()  # with what the ledger adds, which a second look would change
+    lacking = [text for text in again.pop("warnings") if text not in warned]
+    if lacking:
+        yield f"verdict.json: lacks the warning {_shown(lacking[0])}: stale, or changed"
+    for key in dict.fromkeys([*again, *stored]):
+        was, now = _shown(stored.get(key)), _shown(again.get(key))
         if stored.get(key) != again.get(key):
-            yield f"verdict.json: {key} is {stored.get(key)}, and the scores give {again.get(key)}: stale, or changed"
+            yield f"verdict.json: {key} is {was}, and the scores give {now}: stale, or changed"
+
+
+def _shown(value: Any) -> str:
+    return one_line(str(value), 200)
 
 
 def _key(row: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -205,7 +247,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     for problem in problems:
         print(problem)
-    print(f"{study}: {plural(len(problems), 'problem') if problems else 'all as the sweep left it'}")
+    print(f"{study}: {plural(len(problems), 'problem') if problems else _ALL_RIGHT}")
     return 1 if problems else 0
 
 

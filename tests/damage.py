@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from harness.twins import NAMES
-from tests.disturbed import Undisturbed, ended, log_of, start
+from tests.disturbed import Undisturbed, ended, log_of, start, verified
 
 Damage = Callable[[Path, random.Random], None]
 
@@ -94,36 +94,45 @@ def _each(
     hits: collections.Counter[str] = collections.Counter()
     for group in _groups(sorted(kinds), at_once):
         folder = study.new("damaged", copy=template)
-        for kind in group:
-            damage(folder / "results" / rng.choice(kinds[kind]), rng)
-        what = f"{template.name}: {', '.join(group)} after {damage.__name__}"
-        hits.update(_ends(study, folder, template, group, what))
+        changed = [kind for kind in group if _changes(folder / "results" / rng.choice(kinds[kind]), damage, rng)]
+        what = f"{template.name}: {', '.join(changed)} after {damage.__name__}"
+        assert verified(folder) in (0, 1), f"{what}: verify\n{log_of(folder)}"
+        assert "Traceback" not in log_of(folder), f"{what}: verify\n{log_of(folder)}"
+        hits.update(_ends(study, folder, template, changed, what))
     return hits
 
 
+def _changes(path: Path, damage: Damage, rng: random.Random) -> bool:
+    before = path.read_bytes()
+    damage(path, rng)
+    return path.read_bytes() != before
+
+
 def _ends(study: Undisturbed, folder: Path, template: Path, group: Sequence[str], what: str) -> Iterator[str]:
-    """Run the command; where it refuses a file that nothing can make again, by name, put file and twin back for it."""
-    registered = [kind.removeprefix(".twins/") for kind in group if kind.removeprefix(".twins/") in NAMES]
+    """Run the command; where it refuses a file that nothing can make again, by name, put the file back for it."""
+    registered = [kind for kind in group if kind in NAMES]
     refused = []
     while (status := ended(start(folder / "results"))) == 2:
         named = [name for name in registered if f"faults/{name}: " in log_of(folder) and name not in refused]
         assert len(named) == 1, f"{what}: refused, and no damaged file is named\n{log_of(folder)}"
         refused += named
-        for path in (Path("results/faults", named[0]), Path("results/faults/.twins", named[0])):
-            (folder / path).write_bytes((template / path).read_bytes())
+        path = Path("results", "faults", named[0])
+        (folder / path).write_bytes((template / path).read_bytes())
     assert status == 0, f"{what}: exit status {status}\n{log_of(folder)}"
     study.is_right(folder, what=what)
     for kind in group:
-        name = kind.removeprefix(".twins/")
-        yield f"{kind} ({'refused by name' if name in refused else 'put back'})" if name in NAMES else kind
+        yield f"{kind} ({'refused by name' if kind in refused else 'put back'})" if kind in registered else kind
 
 
 def _groups(kinds: Sequence[str], size: int) -> Iterator[list[str]]:
     """Split kinds into groups in which no file stands beside its own twin: two damages of one file are two faults."""
     groups: list[list[str]] = [[] for _ in range(-(-len(kinds) // size))]
     for number, kind in enumerate(kinds):
-        alone = [
-            group for group in groups if kind.replace(".twins/", "") not in (k.replace(".twins/", "") for k in group)
-        ]
+        alone = [group for group in groups if _file(kind) not in map(_file, group)]
         min(alone or [groups[number % len(groups)]], key=len).append(kind)
     yield from filter(None, groups)
+
+
+def _file(kind: str) -> str:
+    """Name the file that a kind, its twin and its twin's hash are copies of."""
+    return kind.replace(".twins/", "").removesuffix(".sha256")

@@ -92,7 +92,10 @@ def kill_at(results: Path, seconds: float, sign: int = signal.SIGKILL) -> str:
             return "ended"
         time.sleep(0.002)
     where = stage(results / "faults")
-    os.killpg(child, sign)
+    try:
+        os.killpg(child, sign)
+    except ProcessLookupError:  # it has no group of its own yet
+        os.kill(child, sign)
     os.waitpid(child, 0)
     return where
 
@@ -154,8 +157,7 @@ class Undisturbed:
         self.expected = self.expected or found
         for name, text in found.items():
             assert text == self.expected[name], f"{what}: {name} differs\n{log_of(folder)}"
-        status = ended(in_child(folder, lambda: _verify(folder / "results" / "faults")))
-        assert status == 0, f"{what}: verify found problems\n{log_of(folder)}"
+        assert verified(folder) == 0, f"{what}: verify found problems\n{log_of(folder)}"
 
     def new(self, name: str, *, copy: Path | None = None) -> Path:
         """Return a folder for a study, empty or a copy of another one."""
@@ -171,6 +173,11 @@ class Undisturbed:
         """Return a folder with a study that was killed in the training of some trial, and that trial's folder."""
         folder = self.new(name)
         return folder, kill_in_training(folder / "results", rng.randrange(4))
+
+
+def verified(folder: Path) -> int:
+    """Run `harness.verify` on the study in a folder and return its exit status."""
+    return ended(in_child(folder, lambda: _verify(folder / "results" / "faults")))
 
 
 def _verify(study: Path) -> int:

@@ -22,6 +22,7 @@ from harness.config import compose_run
 from harness.overrides import check_overrides
 from harness.raylauncher import RayLauncher
 from harness.records import UsageError
+from harness.schema import AccelerateConfig
 from harness.sweep import run_sweep
 from harness.sweeper import PairedSweeper
 from tests.conftest import SMALL, overriding
@@ -164,8 +165,27 @@ JOBS = {
     "two tasks": (["hydra.launcher.tasks_per_node=2"], "hydra.launcher.tasks_per_node=2: a trial is one task"),
     "two nodes": (["hydra.launcher.nodes=2"], "hydra.launcher.nodes=2: a trial is one task"),
     "too few GPUs": (["accelerate=ddp", "hydra.launcher.gpus_per_node=1"], "num_processes=2 takes a GPU each; give 2"),
-    "no GPUs": (["accelerate=fsdp"], "gpus_per_node=null: accelerate.distributed_type=FSDP needs GPUs; give 2"),
+    "no GPUs": (["accelerate=fsdp"], "gpus_per_node: accelerate.distributed_type=FSDP needs GPUs; give 2"),
 }
+
+
+def test_gpus_are_counted_however_a_cluster_is_asked_for_them() -> None:
+    two = AccelerateConfig(distributed_type="MULTI_GPU", num_processes=2)
+    for few in (
+        {"gpus_per_node": "a100:1"},
+        {"gres": "gpu:1"},
+        {"gres": "tmpdir:9,gpu:h100:1"},
+        {"gpus_per_task": 1},
+        {"additional_parameters": {"gpus": 1}},
+        {"num_gpus": 1.0},
+    ):
+        assert "takes a GPU each; give 2" in devices.job_problem(few, two), few
+    for enough in ({"gpus_per_node": "a100:2"}, {"gres": "gpu:4"}, {"gres": "tmpdir:1"}, {"num_gpus": 0}, {}):
+        assert devices.job_problem(enough, two) == "", enough
+    sharded = AccelerateConfig(distributed_type="FSDP", num_processes=2)
+    assert devices.job_problem({"partition": "p", "gres": "gpu:2"}, sharded) == ""
+    for none in ({"gpus_per_node": 0}, {"additional_parameters": {"reservation": "x"}}):
+        assert "needs GPUs" in devices.job_problem({"partition": "p", **none}, sharded), none
 
 
 @pytest.mark.parametrize("what", JOBS)

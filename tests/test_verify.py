@@ -55,6 +55,15 @@ def flip(path: Path) -> None:
     path.write_bytes(bytes(content))
 
 
+def without_hash(path: Path) -> None:
+    path.write_text(json.dumps({key: value for key, value in json.loads(path.read_text()).items() if key != "sha256"}))
+
+
+def amend(folder: Path, **facts) -> None:
+    """Change a manifest as a trial itself would, with its hash."""
+    write_manifest(folder, read_manifest(folder) | facts)
+
+
 CHANGES = {
     "weights": (lambda t: flip(t / "adapter" / "adapter_model.safetensors"), "adapter_model.safetensors was changed"),
     "a_missing_log": (lambda t: (t / "train.jsonl").unlink(), "train.jsonl is missing"),
@@ -70,15 +79,11 @@ CHANGES = {
         lambda t: edit(t / "config.yaml", "\nseed: ", "\nseed: 1"),
         "config.yaml and the study's data give trial",
     ),
-    "another_base": (lambda t: edit(t / "manifest.json", '"base_sha256": "', '"base_sha256": "0'), "another base"),
-    "other_tokens": (
-        lambda t: edit(t / "manifest.json", '"consumed_tokens_sha256": "', '"consumed_tokens_sha256": "0'),
-        "identical data: ",
-    ),
-    "an_unfinished_trial": (
-        lambda t: edit(t / "manifest.json", '"status": "complete"', '"status": "running"'),
-        "it is running: run the sweep's command again",
-    ),
+    "a_damaged_key": (lambda t: edit(t / "manifest.json", '"sha256": ', '"sha356": '), "manifest.json was changed"),
+    "no_hash": (lambda t: without_hash(t / "manifest.json"), "manifest.json holds no hash of itself"),
+    "another_base": (lambda t: amend(t, base_sha256="0"), "another base"),
+    "other_tokens": (lambda t: amend(t, consumed_tokens_sha256="0"), "identical data: "),
+    "an_unfinished_trial": (lambda t: amend(t, status="running"), "it is running: run the sweep's command again"),
 }
 
 
@@ -116,6 +121,38 @@ def test_a_trial_under_the_name_of_another_is_named(study: Path) -> None:
     write_manifest(other, read_manifest(other) | {"trial_id": other.name})
     found = [problem for problem in verify_study(study) if other.name in problem]
     assert any(f"give trial {folder.name}" in problem for problem in found), found
+
+
+def test_a_run_that_nobody_registered_is_foreign_and_a_registered_one_that_is_gone_is_missed(study: Path) -> None:
+    """A run of a colleague's study fits in all but the registration: same base, same data, another seed."""
+    folder = trial(study)
+    amend(folder, seed=9)
+    arm = read_manifest(folder)["arm"]
+    found = verify_study(study)
+    assert any(
+        f"{arm} " in problem and "seed 9 is foreign: study.yaml did not register it" in problem for problem in found
+    )
+    shutil.rmtree(folder)
+    assert any(
+        problem.startswith(f"{arm}: there is no trial of the registered seed") for problem in verify_study(study)
+    )
+
+
+@pytest.mark.parametrize("name", ["ledger.jsonl", "selection.json"])
+def test_what_was_looked_at_and_selected_must_be_what_the_second_copy_says(name: str, study: Path) -> None:
+    for change in (lambda path: path.write_text(path.read_text() + " "), Path.unlink):
+        change(study / name)
+        assert any(problem.startswith(f"{name} is not what its second copy says") for problem in verify_study(study))
+
+
+def test_a_verdict_without_one_of_its_warnings_is_named(study: Path) -> None:
+    path = study / "verdict.json"
+    stored = json.loads(path.read_text())
+    assert stored["warnings"]
+    for number in range(len(stored["warnings"])):
+        left = [text for n, text in enumerate(stored["warnings"]) if n != number]
+        path.write_text(json.dumps(stored | {"warnings": left}))
+        assert any("lacks the warning" in problem for problem in verify_study(study)), stored["warnings"][number]
 
 
 def test_an_answer_that_was_changed_makes_its_score_stale(study: Path) -> None:
