@@ -39,11 +39,11 @@ def put_back(study: Path) -> list[str]:
         if _is_text(twin) and (_is_beginning(found, twin) or not _is_text(found)):
             write_text(path, twin.decode("utf-8"))
             mended.append(path.name)
-        elif found == twin or path.name == _JUDGED:
+        elif found == twin:
             continue
-        elif _is_text(found) and (_is_beginning(twin, found) or not _is_text(twin) or _has_hash(path)):
+        elif _has_hash(path) or (path.name != _JUDGED and _is_text(found) and _is_rest_of(twin, found)):
             write_twice(path, found.decode("utf-8"))
-        else:
+        elif path.name != _JUDGED:
             raise UsageError(
                 f"{path}: is not what the harness wrote; it says what was selected or looked at before the verdict: "
                 f"put it back as it was (a second copy is {twin_of(path)})"
@@ -76,6 +76,11 @@ def _hash_of(path: Path) -> Path:
 
 def _is_beginning(text: bytes, whole: bytes) -> bool:
     return len(text) < len(whole) and whole.startswith(text)
+
+
+def _is_rest_of(twin: bytes, whole: bytes) -> bool:
+    """Return True where a twin is what damage left of the whole file."""
+    return _is_beginning(twin, whole) or not _is_text(twin)
 
 
 def _is_text(content: bytes) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
@@ -10,6 +12,7 @@ from omegaconf import open_dict
 from harness.composer import Composer
 from harness.config import CONF, compose_run, register_schemas
 from harness.records import UsageError
+from harness.schema import FamilyConfig
 
 COMMON = ["study=s", "train.batch_size=8", "data.max_train_pairs=16"]
 
@@ -61,3 +64,12 @@ def test_the_problems_of_all_configs_are_told_at_once(composer: Composer) -> Non
     with pytest.raises(UsageError) as found:
         composer.compose_all(jobs)
     assert [line.split(":")[0] for line in str(found.value).splitlines()] == ["method.beta=-1.0", "method.beta=-2.0"]
+
+
+@pytest.mark.parametrize("varied", ["generate.temperature", "data.label_noise", "train.weight_decay"])
+def test_each_study_of_a_family_keeps_its_own_value(varied: str, composer: Composer) -> None:
+    """Regression: all studies of a family over a key of `generate` were launched with the last value."""
+    studies = [composer.compose([*COMMON, "+method=dpo", f"{varied}={value}"], {"beta": 0.1}) for value in (0.1, 0.3)]
+    for study, value in zip(studies, (0.1, 0.3), strict=True):
+        of_a_trial = replace(study, seed=5, study="x", evaluate=["dev"], family=FamilyConfig(key=varied, value=value))
+        assert f"{varied}={value}" in composer.overrides(of_a_trial)

@@ -17,6 +17,7 @@ from harness.records import UsageError, read_json, read_jsonl, write_jsonl
 from harness.report import render_report
 from harness.rescore import rescore
 from harness.scores_file import read_scores
+from harness.verify import verify_study
 from tests.judge_server import judge_server, prefers
 from tests.study_fixture import build_study
 from tests.test_judge import longer, tidy
@@ -171,6 +172,7 @@ def test_answers_made_elsewhere_are_judged_decided_and_reported(tmp_path: Path, 
     assert any("made elsewhere" in text for text in found["warnings"])
     assert any("longer answer wins 100%" in text for text in found["warnings"])
     assert "SimPO" in render_report(study).read_text(encoding="utf-8")
+    assert verify_study(study) == []
     assert main(command) == 2
     assert "exists already" in capsys.readouterr().err
 

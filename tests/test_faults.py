@@ -74,8 +74,9 @@ def test_what_was_selected_or_looked_at_is_refused_by_name_once_it_was_changed(n
         put_back(tmp_path)
 
 
-def test_a_damaged_twin_is_written_again_where_the_file_is_right(tmp_path: Path) -> None:
-    path, twin = tmp_path / "ledger.jsonl", tmp_path / ".twins" / "ledger.jsonl"
+@pytest.mark.parametrize("name", ["study.yaml", "selection.json", "ledger.jsonl"])
+def test_a_damaged_twin_is_written_again_where_the_file_is_right(name: str, tmp_path: Path) -> None:
+    path, twin = tmp_path / name, tmp_path / ".twins" / name
     write_twice(path, '{"look": 1}\n')
     for damaged in (b'{"look', bytes(12), b'{"look": 7}\n'):
         twin.write_bytes(damaged)

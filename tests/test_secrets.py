@@ -10,14 +10,17 @@ import os
 import secrets
 import subprocess
 import sys
+import traceback
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
-from harness.records import read_json
+from harness.records import UsageError, read_json
 from harness.scoreconfig import JudgeConfig
+from harness.sweep import run_job, run_sweep
 from tests.conftest import SMALL, overriding
 from tests.judge_server import judge_server, prefers
 
@@ -156,3 +159,20 @@ def test_no_secret_is_in_any_file_or_on_the_terminal(way: str, tmp_path: Path) -
     known = {name for _, name in leaks(tmp_path, {"project": "dpo-vs-simpo", "error": "refused: ***, ***"})}
     assert {Path(name).suffix for name in known} >= {".wandb", ".json", ".txt"}  # the search reads what was written
     assert leaks(tmp_path, planted) == set()
+
+
+def test_an_address_with_a_password_is_refused_since_configs_are_written(tmp_path: Path) -> None:
+    address = "score.judge.base_url=https://somebody:opensesame@judges.example/v1"
+    with pytest.raises(UsageError, match=r"score\.judge\.base_url: holds a name or a password") as refused:
+        run_sweep([*SMALL, "+method=simpo,dpo", f"results_dir={tmp_path}", "score.judge.model=m", address])
+    assert "opensesame" not in str(refused.value)
+    assert not any(tmp_path.iterdir())
+
+
+def test_what_a_job_raises_has_no_secret_in_it_whichever_launcher_keeps_it(monkeypatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", secret := secrets.token_hex(20))
+    monkeypatch.setattr("harness.sweep.resolve", lambda composed: (_ for _ in ()).throw(OSError(f"refused {secret}")))
+    with pytest.raises(RuntimeError) as raised:
+        run_job(OmegaConf.create({}))
+    assert "".join(traceback.format_exception(raised.value)).count(secret) == 0
+    assert str(raised.value) == "OSError: refused ***"

@@ -103,3 +103,12 @@ def test_a_real_trial_leaves_one_line_on_the_terminal_and_its_stages_in_the_log(
     for stage in ("load", "reference", "train", "generate", "score"):
         assert f"harness.trial: {stage}" in log
     assert "transformers.trainer: ***** Running training *****" in log
+
+
+def test_a_long_print_is_cut_where_the_log_has_no_more_room_and_not_left_out(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(triallog, "MAX_BYTES", 1000)
+    with trial_log(tmp_path, "trial abc"):
+        print("reason " * 1000)
+    text = (tmp_path / "log.txt").read_text()
+    assert text.count("reason") > 50
+    assert text.endswith("(the log ends here: it has reached its limit)\n")
