@@ -57,8 +57,9 @@ def main() -> None:
         "",
         f"Verdict: {verdict}",
         "",
-        "A trial of the embedded model takes three seconds: what submitit and Ray cost here is processes that start,",
-        "each of which imports torch and TRL anew.",
+        "One run each, with other jobs beside for part of the time: the files are the result, the seconds an",
+        "indication. A trial of the embedded model takes some seconds: what submitit and Ray cost here is processes",
+        "that start, each of which imports torch and TRL anew.",
         "",
     ]
     Path(__file__).with_suffix(".md").write_text("\n".join(text), encoding="utf-8")

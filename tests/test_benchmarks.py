@@ -15,7 +15,8 @@ from harness.benchmarks import benchmark_problem
 from harness.config import load_run
 from harness.embedded import study_dir
 from harness.inputs import splits_of
-from harness.records import UsageError, read_json, read_jsonl, write_json, write_jsonl
+from harness.manifest import read_manifest, write_manifest
+from harness.records import UsageError, read_json, read_jsonl, write_jsonl
 from harness.rescore import rescore
 from harness.rule import verdict
 from harness.scoreconfig import BenchmarkConfig
@@ -127,8 +128,8 @@ def test_what_cannot_be_run_is_named(study: Path, tasks: Path) -> None:
 
 def test_a_run_that_scores_worst_is_not_run_and_gets_zero(study: Path, tasks: Path) -> None:
     trial = next(path for path in (study / "trials").iterdir() if read_json(path / "manifest.json")["arm"] == "dpo")
-    manifest = read_json(trial / "manifest.json")
-    write_json(trial / "manifest.json", manifest | {"flags": ["collapsed"]})
+    manifest = read_manifest(trial)
+    write_manifest(trial, manifest | {"flags": ["collapsed"]})
     path, _ = rescore(study, ["lm_eval"], settings(tasks))
     rows = pd.read_csv(path)
     mine = rows[(rows["scorer"] == "lm_eval:mini") & (rows["arm"] == "dpo") & (rows["seed"] == manifest["seed"])]

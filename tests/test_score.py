@@ -169,7 +169,7 @@ def scored_study(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("trials/a/manifest.json", '{"arm": ', "trials/a/manifest.json: not readable as JSON"),
+        ("trials/a/manifest.json", '{"arm": ', "trials/a/manifest.json: is lost, damaged or was changed"),
         ("trials/a/completions.jsonl", '{"split": "gol', "trials/a: the files of golden are damaged or lost"),
         ("base/pairs.jsonl", None, "base: the files of golden are damaged or lost"),
         ("base/manifest.json", None, "base: the SFT base, which every arm is measured against, is not there"),
