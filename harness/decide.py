@@ -38,7 +38,7 @@ def decide_study(study: Path) -> dict[str, Any]:
         UsageError: where the folder holds no scored study.
     """
     result, registered, seeds = decision(study)
-    result["warnings"] += enter_look(study, registered, result["arms"], seeds)
+    result["warnings"] = [*enter_look(study, registered, result["arms"], seeds), *result["warnings"]]
     write_json(study / "verdict.json", result)
     return result
 
@@ -59,7 +59,7 @@ def decision(study: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, lis
     if len(arms) < 2:
         raise UsageError(f"{study}: only the arm {', '.join(registered['arms'])}; a decision needs two")
     scores = read_scores(study / "scores.csv")
-    _refuse_unselected(study, scores, arms)
+    _refuse_foreign(study, scores, arms, registered.get("seeds", {}))
     seeds, looks = _seeds_of_look(study, scores, registered, arms)
     result = verdict(
         _of_seeds(scores, seeds) if looks else scores,
@@ -85,13 +85,15 @@ def decision(study: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, lis
     return result, registered, seeds
 
 
-def _refuse_unselected(study: Path, scores: pd.DataFrame, arms: Sequence[str]) -> None:
-    """Refuse golden scores of configs that were not selected, or of seeds that selected: they must not decide."""
+def _refuse_foreign(study: Path, scores: pd.DataFrame, arms: Sequence[str], seeds: Mapping[str, Sequence[int]]) -> None:
+    """Refuse golden scores of runs that were not registered or not selected, or that selected: they must not decide."""
     golden = scores[(scores["split"] == "golden") & scores["arm"].isin(list(arms))]
     runs = golden[["arm", "config", "seed"]].drop_duplicates().itertuples(index=False, name=None)
     for arm, config, seed in runs:
         number = int(seed) if str(seed).isdigit() else -1
         problem = golden_problem(study, str(arm), str(config), number)
+        if not problem and arm in seeds and number not in seeds[arm]:
+            problem = f"{arm} {config} seed {seed} is on golden and was not registered; take its trial's folder away"
         if problem:
             raise UsageError(f"{study / 'scores.csv'}: {problem}")
 

@@ -303,9 +303,12 @@ def test_looking_again_with_more_seeds_is_said_for_good(tmp_path: Path) -> None:
     """Adding seeds until a winner appears finds one far too often; deciding the same runs again teaches nothing."""
     folder = study(tmp_path)
     seeds = {arm: [0, 1, 2] for arm in ("simpo", "dpo")}
+    whole = pd.read_csv(folder / "scores.csv")
+    whole[whole["seed"] < 2].to_csv(folder / "scores.csv", index=False)
     register(folder, seeds={arm: found[:2] for arm, found in seeds.items()})
-    assert decide_study(folder)["warnings"] == ["w"]
-    assert decide_study(folder)["warnings"] == ["w"]
+    for _ in range(2):
+        assert not any("looked at" in text for text in decide_study(folder)["warnings"])
+    whole.to_csv(folder / "scores.csv", index=False)
     register(folder, seeds=seeds)
     for _ in range(2):
         found = decide_study(folder)["warnings"]

@@ -147,6 +147,17 @@ def test_golden_scores_of_an_unselected_config_do_not_decide(study: Path) -> Non
 
 
 @pytest.mark.slow
+def test_golden_scores_of_a_run_that_nobody_registered_do_not_decide(study: Path) -> None:
+    """Copied from a study on the same base and data: everything fits but the registration."""
+    scores = pd.read_csv(study / "scores.csv", keep_default_na=False)
+    golden = scores[(scores["split"] == "golden") & (scores["arm"] == "dpo")]
+    first = golden[golden["seed"] == golden["seed"].min()]
+    pd.concat([scores, first.assign(seed=99)]).to_csv(study / "scores.csv", index=False)
+    with pytest.raises(UsageError, match=r"dpo .* seed 99 is on golden and was not registered"):
+        decide_study(study)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [{"margin": 0.5}, {"metric": "checks_fraction"}, {"question": "Which is cheaper?"}])
 def test_a_study_that_was_changed_by_hand_is_refused(change: dict, study: Path) -> None:
     path = study / "study.yaml"
