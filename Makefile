@@ -21,7 +21,7 @@ sweep: $(INSTALLED)            ## the main job on the embedded study: DPO agains
 	$(BIN)/python -m harness.sweep +method=simpo,dpo
 
 test: lint            ## format, lint, types and all tests
-	$(BIN)/python -m pytest -q --numprocesses $(WORKERS) --dist loadfile
+	$(BIN)/python -m pytest -q --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 KILLS ?= 200
 faults: $(INSTALLED)            ## kill, damage, double and starve a small study, hundreds of times; every time it must end the same

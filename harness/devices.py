@@ -48,7 +48,8 @@ def processes_problem(accelerate: AccelerateConfig) -> str:
 
 # What launchers ask a cluster for GPUs with: submitit's keys, Slurm's own ones, Ray's.
 _GPU_KEYS = ("gpus_per_node", "gpus_per_task", "gres", "gpus", "gpus-per-node", "gpus-per-task", "num_gpus")
-_GPU_COUNT = re.compile(r"(?:^|,)(?:gpu:)?(?:[^\W\d][\w.-]*:)?(\d+)(?:\(.*\))?(?:,|$)")  # 2, a100:2, gpu:2, gpu:a100:2
+_COUNT = re.compile(r"(?:[^\W\d][\w.-]*:)?(\d+)$")  # 2, a100:2
+_OF_GRES = re.compile(r"(?:^|,)gpu(?::[^\W\d][\w.-]*)?:(\d+)")  # gpu:2 or gpu:a100:2, among other resources
 
 
 def job_problem(asked: Mapping[str, Any], accelerate: AccelerateConfig) -> str:
@@ -68,7 +69,7 @@ def job_problem(asked: Mapping[str, Any], accelerate: AccelerateConfig) -> str:
     }
     wanted = {key: given[key] for key in _GPU_KEYS if key in given}
     for key, value in wanted.items():
-        found = _GPU_COUNT.search(str(value))
+        found = _OF_GRES.search(str(value)) if key == "gres" else _COUNT.match(str(value))
         number = float(value if isinstance(value, int | float) else found[1] if found else 0)
         if 0 < number < count:
             return f"hydra.launcher.{key}={value}: accelerate.num_processes={count} takes a GPU each; give {count}"
