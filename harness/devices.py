@@ -73,11 +73,7 @@ def job_problem(asked: Mapping[str, Any], accelerate: AccelerateConfig) -> str:
         number = float(value if isinstance(value, int | float) else found[1] if found else 0)
         if 0 < number < count:
             return f"hydra.launcher.{key}={value}: accelerate.num_processes={count} takes a GPU each; give {count}"
-    if (
-        "partition" in asked
-        and kind in ("FSDP", "DEEPSPEED")
-        and not any(str(value) != "0" for value in wanted.values())
-    ):
+    if "partition" in asked and kind in ("FSDP", "DEEPSPEED") and all(str(value) == "0" for value in wanted.values()):
         return f"hydra.launcher.gpus_per_node: accelerate.distributed_type={kind} needs GPUs; give {count}"
     return ""
 

@@ -7,7 +7,6 @@ otherwise was changed by somebody, and is refused.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ NAMES = (_JUDGED, "selection.json", "ledger.jsonl")
 def write_twice(path: Path, text: str) -> None:
     """Write the twin, its hash, then the file: a file that is there always has its twin."""
     write_text(twin_of(path), text)
-    write_text(_hash_of(path), hashlib.sha256(text.encode()).hexdigest())
+    write_text(_hash_of(path), file_sha256(twin_of(path)))
     write_text(path, text)
 
 

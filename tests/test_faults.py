@@ -82,3 +82,11 @@ def test_a_damaged_twin_is_written_again_where_the_file_is_right(name: str, tmp_
         twin.write_bytes(damaged)
         assert put_back(tmp_path) == []
         assert twin.read_bytes() == path.read_bytes()
+
+
+def test_text_that_is_no_utf8_is_written_twice_as_it_is_once(tmp_path: Path) -> None:
+    """Regression: a lone surrogate, as of a path on the command line that is no UTF-8, could not be hashed."""
+    write_twice(tmp_path / "study.yaml", "command: \udcff\n")
+    (tmp_path / ".twins" / "study.yaml").write_text("command: x\n")
+    assert put_back(tmp_path) == []
+    assert (tmp_path / ".twins" / "study.yaml").read_text() == "command: \\udcff\n"
