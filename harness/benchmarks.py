@@ -144,7 +144,7 @@ def _load(model: dict[str, Any]) -> tuple[Any, Any]:
     from harness.checkpoint import load_model
 
     folder = Path(model["folder"])
-    tokenizer = AutoTokenizer.from_pretrained(model.get("tokenizer") or folder)
+    tokenizer = AutoTokenizer.from_pretrained(model.get("tokenizer") or folder, trust_remote_code=False)
     if model["chat_template"]:
         tokenizer.chat_template = Path(model["chat_template"]).read_text(encoding="utf-8")
     use_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()

@@ -1,6 +1,7 @@
 """Score what is stored of a study again, or with more scorers. Trains nothing and generates nothing.
 
-Command: `python -m harness.score results/STUDY [SCORER ...] [score.KEY=VALUE ...]`.
+Command: `python -m harness.score results/STUDY [SCORER ...] [score.KEY=VALUE ...] [trust_study=true]`.
+What is used of the settings that lie in the study itself: `harness.trust`.
 """
 
 from __future__ import annotations
@@ -9,28 +10,21 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
-
-import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from typing import Any
 
 from harness.checkpoint import checkpoint_dir
-from harness.keys import find_declared, shown, unknown_key, value_problem
 from harness.manifest import load_manifest
 from harness.ownscorer import is_file, scorer_name
-from harness.records import UsageError, locked, read_json, read_jsonl, write_json
+from harness.records import UsageError, locked, read_jsonl, write_json
 from harness.redaction import redact
 from harness.registration import read_study
-from harness.schema import ModelConfig, Tuning
+from harness.rescoresettings import NOTE, Settings, read_settings
 from harness.score import collect_scores, score_trial, trial_folders
 from harness.scoreconfig import ScoreConfig
 from harness.scorers import SCORERS
 from harness.scoring import BENCHMARKS, COMPARING, Scoring, run_names, score_problems
 from harness.stages import done_stages
 from harness.studyscore import score_study
-
-NOTE = "scoring.json"
 
 
 def rescore(study: Path, scorers: Sequence[str], overrides: Sequence[str] = ()) -> tuple[Path, list[str]]:
@@ -39,7 +33,8 @@ def rescore(study: Path, scorers: Sequence[str], overrides: Sequence[str] = ()) 
     Args:
         study: its folder.
         scorers: names, or Python files; empty for those that need nothing but what is stored.
-        overrides: `score.KEY=VALUE`, on top of what the study was scored with before.
+        overrides: `score.KEY=VALUE`, on top of what the study was scored with before; `trust_study=true`, where the
+            addresses, variables and files that its folder names are right.
 
     Returns:
         The path of scores.csv, and a sentence for each scorer that failed.
@@ -52,18 +47,18 @@ def rescore(study: Path, scorers: Sequence[str], overrides: Sequence[str] = ()) 
     if not (study / "prompts.jsonl").is_file() or not (study / "study.yaml").is_file():
         raise UsageError(f"{study}: no scored study; give a folder under results/ that harness.sweep wrote")
     registered = read_study(study / "study.yaml")
-    config = _settings(study, overrides)
-    wide = run_names(config, [name for name in names if name not in SCORERS]) if set(names) - set(SCORERS) else []
-    problems = list(score_problems(config, wide))
+    wide = [name for name in names if name not in SCORERS]
+    settings = read_settings(study, overrides, wide)
+    wide = run_names(settings.score, wide) if wide else []
+    problems = list(score_problems(settings.score, wide))
     if problems:
         raise UsageError("\n".join(problems))
-    _refuse_change(registered, config, wide)
+    _refuse_change(registered, settings.score, wide)
     with locked(study):
         _score_trials(study, [name for name in names if name in SCORERS], registered)
-        failed = score_study(study, _scoring(study, config, wide)) if wide else []
+        failed = score_study(study, _scoring(study, settings, wide)) if wide else []
         if wide:
-            kept = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
-            write_json(study / NOTE, {"settings": kept})
+            write_json(study / NOTE, {"settings": settings.noted})
         return collect_scores(study), failed
 
 
@@ -72,36 +67,6 @@ def _refuse_unknown(names: Sequence[str]) -> None:
     unknown = [name for name in names if name not in known and not is_file(name)]
     if unknown:
         raise UsageError(f"unknown scorer {', '.join(unknown)}; allowed: {', '.join(known)}, or a Python file of yours")
-
-
-def _settings(study: Path, overrides: Sequence[str]) -> ScoreConfig:
-    """Return the settings that the study was scored with, changed by the overrides."""
-    note = study / NOTE
-    before = read_json(note)["settings"] if note.is_file() else _of_sweep(study)
-    for text in overrides:
-        key, _, value = text.partition("=")
-        for declared, path, scope in find_declared(key, []):
-            if declared is None:
-                raise UsageError(unknown_key(path, scope))
-            problem = value_problem(declared, yaml.safe_load(value) if value else "")
-            if problem:
-                raise UsageError(f"{key}={shown(yaml.safe_load(value))}: {problem}")
-    try:
-        merged = OmegaConf.merge(
-            OmegaConf.structured(ScoreConfig), before, OmegaConf.from_dotlist(list(overrides)).get("score", {})
-        )
-        return cast(ScoreConfig, OmegaConf.to_object(merged))
-    except OmegaConfBaseException as error:
-        raise UsageError(f"{' '.join(overrides)}: {' '.join(str(error).split())}") from error
-
-
-def _of_sweep(study: Path) -> dict[str, Any]:
-    """Return the `score` settings in a trial's config.yaml, where a sweep has written one."""
-    for path in sorted(study.glob("*/config.yaml")) + sorted(study.glob("trials/*/config.yaml")):
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
-        if isinstance(found, dict) and isinstance(found.get("score"), dict):
-            return dict(found["score"])
-    return {}
 
 
 def _refuse_change(registered: dict[str, Any], config: ScoreConfig, names: Sequence[str]) -> None:
@@ -120,21 +85,18 @@ def _refuse_change(registered: dict[str, Any], config: ScoreConfig, names: Seque
         )
 
 
-def _scoring(study: Path, config: ScoreConfig, names: Sequence[str]) -> Scoring:
+def _scoring(study: Path, settings: Settings, names: Sequence[str]) -> Scoring:
     model: dict[str, Any] = {}
     if BENCHMARKS in names:
-        config_of_base = yaml.safe_load((study / "base" / "config.yaml").read_text(encoding="utf-8"))
-        given = config_of_base["model"]
-        is_quantised = config_of_base.get("train", {}).get("tuning") == Tuning.qlora.value
-        folder = checkpoint_dir(ModelConfig(given["path"], given["revision"]))
-        model = {"folder": str(folder), "chat_template": given["chat_template"], "quantise": is_quantised}
+        model = {"folder": str(checkpoint_dir(settings.model)), "chat_template": settings.model.chat_template}
+        model["quantise"] = settings.is_quantised
     tuned = any(row["split"] == "dev" for row in read_jsonl(study / "prompts.jsonl")) and bool(
         read_study(study / "study.yaml").get("tuned")
     )
     metric = read_study(study / "study.yaml")["metric"]
     decides = metric in [scorer_name(name) for name in names]
     splits = ["dev", "golden"] if tuned and decides else ["golden"]
-    return Scoring(config, names, splits, study.parent / ".cache", model)
+    return Scoring(settings.score, names, splits, study.parent / ".cache", model)
 
 
 def _score_trials(study: Path, names: Sequence[str], registered: dict[str, Any]) -> None:
@@ -174,9 +136,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     overrides = [text for text in arguments.scorers if "=" in text]
     names = [text for text in arguments.scorers if "=" not in text]
     try:
-        wrong = [text for text in overrides if not text.startswith("score.")]
-        if wrong:
-            raise UsageError(f"{wrong[0]}: only score.KEY=VALUE can be set here")
         path, failed = rescore(arguments.study, names, overrides)
     except UsageError as error:
         print(f"harness.score: {redact(error)}", file=sys.stderr)

@@ -46,7 +46,7 @@ class RewardModel:
         problems = list(checkpoint_problems(self.folder))
         if problems:
             raise UsageError("\n".join(f"score.reward_model.path={config.path}: {problem}" for problem in problems))
-        self.tokenizer = AutoTokenizer.from_pretrained(self.folder)
+        self.tokenizer = AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
         self._cache = Cache(cache / "rewards.sqlite")
         self._weights = base_sha256(self.folder)
         self._model: Any = None
@@ -99,7 +99,11 @@ class RewardModel:
 
             device = "cuda" if torch.cuda.is_available() else "cpu"
             model, loaded = AutoModelForSequenceClassification.from_pretrained(
-                self.folder, dtype=getattr(torch, _dtype_name()), use_safetensors=True, output_loading_info=True
+                self.folder,
+                dtype=getattr(torch, _dtype_name()),
+                trust_remote_code=False,
+                use_safetensors=True,
+                output_loading_info=True,
             )
             if loaded["missing_keys"] or model.config.num_labels != 1:
                 raise UsageError(

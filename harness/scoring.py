@@ -14,6 +14,7 @@ from harness.benchmarks import PREFIX, benchmark_problem
 from harness.checkpoint import base_sha256, checkpoint_dir
 from harness.config import plain
 from harness.ifeval import ifeval_problem
+from harness.judge.key import judge_key, key_problem
 from harness.judge.template import load_template
 from harness.lengths import SOURCES
 from harness.ownscorer import is_file, own_scorer_problem, scorer_name
@@ -126,7 +127,9 @@ def _judge_problems(score: ScoreConfig) -> Iterator[str]:
             "score.judge.base_url: holds a name or a password, and configs are written to files; give the address "
             "without, and a key by the environment variable that score.judge.api_key_env names"
         )
-    if judge.base_url is None and not os.environ.get(judge.api_key_env) and not os.environ.get("OPENAI_BASE_URL"):
+    if problem := key_problem(judge.api_key_env):
+        yield problem
+    elif judge.base_url is None and not judge_key(judge.api_key_env) and not os.environ.get("OPENAI_BASE_URL"):
         yield (
             f"score.judge: the environment variable {judge.api_key_env} holds no key; set it, name another one with "
             "score.judge.api_key_env, or give an endpoint without keys as score.judge.base_url"

@@ -21,10 +21,12 @@ class JudgeServer:
     Attributes:
         url: for score.judge.base_url.
         requests: the JSON of every request, in order.
+        keys: what every request was authorised with.
     """
 
     url: str
     requests: list[dict[str, Any]] = field(default_factory=list)
+    keys: list[str] = field(default_factory=list)
 
 
 def texts(request: dict[str, Any]) -> tuple[str, str, str]:
@@ -63,6 +65,7 @@ def judge_server(
         def do_POST(self) -> None:
             request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             server.requests.append(request)
+            server.keys.append(self.headers.get("Authorization", "").removeprefix("Bearer "))
             time.sleep(delay)
             said = reply(request)
             if isinstance(said, str):

@@ -139,7 +139,7 @@ def test_a_benchmark_guards_a_sweep_for_the_base_and_both_arms(small, tasks, tmp
         (["decide.metric=judge"], "decide.metric=judge: judge is not set up; set score.judge.model"),
         (["decide.metric=length_controlled"], "set score.judge.model or score.reward_model.path"),
         (["decide.guards=[{metric: lm_eval:gsm8k, margin: 0.02}]"], "add gsm8k to score.lm_eval.tasks"),
-        (["score.judge.model=x", "score.judge.api_key_env=NO_SUCH_KEY"], "NO_SUCH_KEY holds no key"),
+        (["score.judge.model=x", "score.judge.api_key_env=NO_JUDGE_KEY"], "NO_JUDGE_KEY holds no key"),
         (
             ["score.judge.model=x", "score.judge.base_url=http://x", "score.max_cost_usd=1"],
             "cannot be kept without score.judge.input_price",

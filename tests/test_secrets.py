@@ -27,7 +27,7 @@ from tests.judge_server import judge_server, prefers
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = (
     *("WANDB_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "OPENAI_API_KEY", "ANTHROPIC_API_KEY"),
-    *("AWS_SECRET_ACCESS_KEY", "GITHUB_TOKEN", "SLURM_JWT", "MY_JUDGES_KEY", "DATABASE_PASSWORD"),
+    *("AWS_SECRET_ACCESS_KEY", "GITHUB_TOKEN", "SLURM_JWT", "MY_JUDGE_KEY", "DATABASE_PASSWORD"),
 )
 # Loaded by every process of the sweep: each trial talks of its secrets in all the ways that libraries have, and DPO's
 # fail with two of them in the message.
@@ -106,7 +106,7 @@ def sweep(tmp_path: Path, planted: Mapping[str, str], url: str, *more: str) -> s
         (tmp_path / name).mkdir()
     (tmp_path / "code" / "sitecustomize.py").write_text(TALKATIVE)
     judge = [f"score.judge.base_url={url}", "score.judge.model=fake", "score.judge.max_retries=0"]
-    judge += ["score.judge.api_key_env=MY_JUDGES_KEY", "score.judge.concurrency=1"]
+    judge += ["score.judge.api_key_env=MY_JUDGE_KEY", "score.judge.concurrency=1"]
     settings = ["tracking=wandb", f"results_dir={tmp_path / 'results'}", "study=s", "seed=0,1", *judge, *more]
     command = [sys.executable, "-m", "harness.sweep", "+method=simpo,dpo", *overriding(SMALL, *settings)]
     mine = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB", "HF_", "XDG"))}
@@ -132,7 +132,7 @@ def test_no_secret_is_in_any_file_or_on_the_terminal(way: str, tmp_path: Path) -
     asked = iter(range(10**6))
 
     def judge(request):
-        refusal = {"error": {"message": f"the key {planted['MY_JUDGES_KEY']} is worn out"}}
+        refusal = {"error": {"message": f"the key {planted['MY_JUDGE_KEY']} is worn out"}}
         return (500, {}, refusal) if next(asked) == 0 else says(request)
 
     with judge_server(judge) as server:

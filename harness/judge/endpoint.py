@@ -6,7 +6,6 @@ that gets no answer: a reason, never an exception that loses the others.
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +16,7 @@ from tqdm import tqdm
 
 from harness.cache import Cache
 from harness.judge.budget import Budget
+from harness.judge.key import judge_key
 from harness.judge.template import Template
 from harness.records import Message, UsageError, digest
 from harness.redaction import redact
@@ -44,7 +44,7 @@ class Endpoint:
         budget: counts what is used, and ends it.
 
     Raises:
-        UsageError: where the client is not installed, no model is named, or a key is needed and not there.
+        UsageError: where the client is not installed, no model is named, or the key is missing or no judge's.
     """
 
     def __init__(self, config: JudgeConfig, template: Template, cache: Cache, budget: Budget) -> None:
@@ -164,7 +164,7 @@ def _client(config: JudgeConfig) -> Any:
         ) from error
     if config.model is None:
         raise UsageError("score.judge.model=null: name the model that judges, as the endpoint knows it")
-    key = os.environ.get(config.api_key_env)
+    key = judge_key(config.api_key_env)
     if key is None and config.base_url is None:
         raise UsageError(
             f"score.judge: the environment variable {config.api_key_env} holds no key; set it, name another one with "

@@ -80,10 +80,14 @@ class Template:
         return {"type": "json_schema", "json_schema": {"name": "verdict", "schema": schema, "strict": True}}
 
 
+def shipped_templates() -> list[str]:
+    """Return the names of the templates in `conf/judge/`."""
+    return sorted(file.stem for file in (CONF / "judge").glob("*.yaml"))
+
+
 def template_path(name: str) -> Path:
     """Return the file of a template: one of `conf/judge/`, or one of your own."""
-    shipped = CONF / "judge" / f"{name}.yaml"
-    return shipped if shipped.is_file() else Path(name)
+    return CONF / "judge" / f"{name}.yaml" if name in shipped_templates() else Path(name)
 
 
 def load_template(name: str) -> Template:
@@ -94,7 +98,7 @@ def load_template(name: str) -> Template:
     """
     path, key = template_path(name), f"score.judge.template={name}"
     if not path.is_file():
-        known = ", ".join(sorted(file.stem for file in (CONF / "judge").glob("*.yaml")))
+        known = ", ".join(shipped_templates())
         raise UsageError(f"{key}: no such template; allowed: {known}, or a file of that form")
     try:
         given = yaml.safe_load(path.read_text(encoding="utf-8"))
