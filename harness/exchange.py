@@ -19,6 +19,7 @@ from harness.outputs import alpaca_eval_rows, arena_hard_rows, dumps
 from harness.records import UsageError, read_jsonl, write_text
 from harness.score import trial_folders
 from harness.spreadsheet import to_csv
+from harness.untrusted import one_line
 
 _RUN = re.compile(r"([a-z_]+)(?::(\d+))?=(.+)")
 
@@ -44,6 +45,8 @@ def export(study: Path, form: str, out: Path) -> list[Path]:
         if not rows:
             continue
         name = "sft" if folder.name == "base" else f"{manifest['arm']}-s{manifest['seed']}"
+        if not re.fullmatch(r"[\w-]+", name):  # it becomes a file's name
+            raise UsageError(f"{folder}: {one_line(name, 80)} is no name of a run; allowed: letters, digits, _ and -")
         answers = {row["prompt_id"]: row["completion"] for row in rows}
         if form == "alpaca_eval":
             target, text = (

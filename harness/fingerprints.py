@@ -39,7 +39,12 @@ def fingerprint(path: Path) -> dict[str, Any]:
 
 def changed_files(folder: Path, known: Mapping[str, Any], *, read_bytes: float = READ_BYTES) -> set[str]:
     """Return which files are gone or are not what they were; those above `read_bytes` are compared by size alone."""
-    return {name for name, file in known.items() if not _is_same(folder / name, file, read_bytes)}
+    return {n for n, file in known.items() if leads_out(n) or not _is_same(folder / n, file, read_bytes)}
+
+
+def leads_out(name: str) -> bool:
+    """Whether a name in a manifest is that of a file elsewhere: nobody's manifest says what else is read here."""
+    return Path(name).is_absolute() or ".." in Path(name).parts
 
 
 def _is_same(path: Path, file: Mapping[str, Any], read_bytes: float) -> bool:

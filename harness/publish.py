@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -22,6 +24,7 @@ from harness.records import UsageError, write_json
 from harness.scoretable import score_table
 from harness.study import Study, mapping
 from harness.tracking import SPLIT_PREFIX, STEP
+from harness.trust import links_among, links_problem
 from harness.untrusted import one_line
 
 TIMEOUT_SECONDS = 20
@@ -32,14 +35,20 @@ class NotPublishedError(Exception):
     """The study is ready, and W&B did not take it; the message says what to do."""
 
 
-def publish_study(study: Study) -> dict[str, str]:
+def publish_study(study: Study, entity: str | None = None) -> dict[str, str]:
     """Upload a study's offline runs, and write its workspace and report; the second time, the same two are renewed.
+
+    Args:
+        study: what is published.
+        entity: the account or team that it goes to; None for WANDB_ENTITY's, else the user's own. What the study says
+            of it does not count: somebody else may have written it.
 
     Returns:
         `{"workspace": URL, "report": URL}`, also written to `wandb/published.json` in the study's folder.
 
     Raises:
-        UsageError: nothing to publish, or wandb-workspaces is not installed.
+        UsageError: nothing to publish, a team that only the study names, links that lead out of its runs, or
+            wandb-workspaces is not installed.
         NotPublishedError: no account, no answer, or W&B refused.
     """
     if importlib.util.find_spec("wandb_workspaces") is None:
@@ -50,13 +59,13 @@ def publish_study(study: Study) -> dict[str, str]:
         raise UsageError(
             f"{study.folder}: no W&B runs (tracking=none?); a study that is run with tracking=wandb has them"
         )
-    project = str(tracking.get("project") or "dpo-vs-simpo")
+    project = _project(study, tracking)
     build_workspace(study, "entity", project)  # what cannot be built is said before anybody is asked for a key
     build_report(study, "", project)
-    entity = _entity(study, len(offline), tracking.get("entity"))
+    owner = _entity(study, len(offline), entity or os.environ.get("WANDB_ENTITY"), tracking.get("entity"))
     if offline:
-        _sync(study, offline)
-    return _save(study, entity, project)
+        _sync(study, offline, owner, project)
+    return _save(study, owner, project)
 
 
 def _tracking(study: Study) -> Mapping[str, Any]:
@@ -68,10 +77,23 @@ def _tracking(study: Study) -> Mapping[str, Any]:
         return {}
 
 
-def _entity(study: Study, runs: int, configured: Any) -> str:
-    """Return whose the pages will be.
+def _project(study: Study, tracking: Mapping[str, Any]) -> str:
+    """Return the project's name, and refuse runs that hold other files than their own."""
+    project = str(tracking.get("project") or "dpo-vs-simpo")
+    if not re.fullmatch(r"[\w.-]+( [\w.-]+)*", project):
+        raise UsageError(f"tracking.project={one_line(project, 80)}: no name of a W&B project; allowed: a-z, 0-9, -, _")
+    runs = list(study.folder.glob("wandb/offline-run-*"))
+    paths = [path for run in runs for path in [run, *run.glob("*.wandb"), run / "files", *run.glob("files/**/*")]]
+    if links := links_among(paths, study.folder):
+        raise UsageError(links_problem(links))
+    return project
+
+
+def _entity(study: Study, runs: int, wanted: str | None, named: Any) -> str:
+    """Return whose the pages will be: the one that the user wants, else the account's own.
 
     Raises:
+        UsageError: the study names somebody else, and the user nobody.
         NotPublishedError: there is no account, or it cannot be reached.
     """
     ready = (
@@ -85,18 +107,25 @@ def _entity(study: Study, runs: int, configured: Any) -> str:
     try:
         if not wandb.login(prompt=False):
             raise NotPublishedError(f"no W&B account is known here. {ready}")
-        return str(configured or wandb.Api(timeout=TIMEOUT_SECONDS).default_entity)
+        owner = str(wanted or wandb.Api(timeout=TIMEOUT_SECONDS).default_entity)
     except NotPublishedError:
         raise
     except Exception as error:  # W&B's errors have no common base
         raise NotPublishedError(f"W&B did not answer or refused: {one_line(str(error), 300)}. {ready}") from error
+    if not wanted and named not in (None, owner):
+        place = one_line(named, 80)
+        raise UsageError(
+            f"tracking.entity={place}: only the study says that it goes there, and what a results folder says is not "
+            f"used to send anything; allowed: what you type; add --entity {shlex.quote(place)} or --entity {owner}"
+        )
+    return owner
 
 
-def _sync(study: Study, offline: Sequence[str]) -> None:
+def _sync(study: Study, offline: Sequence[str], entity: str, project: str) -> None:
     """Upload offline runs; those that were uploaded before are left out by W&B's own command."""
-    done = subprocess.run(
-        [sys.executable, "-m", "wandb", "sync", "--yes", *offline], capture_output=True, text=True, check=False
-    )
+    place = ["--entity", entity, "--project", project]  # the runs themselves may name another one
+    command = [sys.executable, "-m", "wandb", "sync", "--yes", *place, *offline]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         said = one_line((done.stderr or done.stdout).strip()[-300:], 300)
         raise NotPublishedError(
@@ -128,12 +157,17 @@ def _save(study: Study, entity: str, project: str) -> dict[str, str]:
 
 
 def _renewed(page: Any, kind: Any, url: Any) -> Any:
-    """Put a page's content under the address that it had before; return it as it is where that address is gone."""
+    """Put a page's content under the address that it had before; return it as it is where that is gone or no such page.
+
+    The study names the address: it must not make this user's other pages those of the study.
+    """
     if not url:
         return page
     try:
         old = kind.from_url(str(url))
     except Exception:  # deleted, or of another account
+        return page
+    if any(getattr(old, name, None) != getattr(page, name, None) for name in ("entity", "project", "title", "name")):
         return page
     for name in ("title", "description", "blocks", "name", "sections", "settings", "runset_settings"):
         if hasattr(page, name):

@@ -177,10 +177,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         action="store_true",
         help="upload the runs to W&B, with a workspace and a report (needs an account)",
     )
+    parser.add_argument("--entity", help="account or team of W&B to publish to (default: WANDB_ENTITY, else your own)")
     arguments = parser.parse_args(argv)
     try:
         print(render_report(arguments.study))
-        return _publish(arguments.study) if arguments.publish else 0
+        return _publish(arguments.study, arguments.entity) if arguments.publish else 0
     except UsageError as error:
         print(f"harness.report: {error}", file=sys.stderr)
         return 2
@@ -192,11 +193,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
-def _publish(study: Path) -> int:
+def _publish(study: Path, entity: str | None) -> int:
     from harness.publish import NotPublishedError, publish_study
 
     try:
-        for name, url in publish_study(read_study(study)).items():
+        for name, url in publish_study(read_study(study), entity).items():
             print(f"{name}: {url}")
     except NotPublishedError as error:
         print(f"harness.report: not published: {error}", file=sys.stderr)

@@ -130,7 +130,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "scorers",
         nargs="*",
         metavar="SCORER",
-        help=f"out of {allowed}, or a Python file of yours; default: those that need nothing but what is stored",
+        help=f"out of {allowed}, or a Python file of yours; default: those that need nothing but what is stored; "
+        "beside them score.KEY=VALUE, and trust_study=true to use addresses, variables and files that the study names",
     )
     arguments = parser.parse_args(argv)
     overrides = [text for text in arguments.scorers if "=" in text]

@@ -63,7 +63,7 @@ def read_settings(study: Path, overrides: Sequence[str], scorers: Sequence[str])
     typed = _typed(words)
     links = links_out(study)
     if links and not is_trusted:
-        raise UsageError(links_problem(links))
+        raise UsageError(f"{links_problem(links)}, or say {TRUST}=true")
     found = [*_of_score(study), *(_of_base(study) if "lm_eval" in scorers else ())]
     admitted, trusted = admit(found, typed=typed, scorers=scorers, is_trusted=is_trusted)
     if trusted or links:

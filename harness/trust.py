@@ -188,10 +188,15 @@ def _refusal(refused: Sequence[Found]) -> list[str]:
 
 def links_out(study: Path) -> list[str]:
     """Return a line for each link of a study that leads out of its folder: what it names would be read, and sent."""
-    root = os.path.realpath(study)
     inside = [path for path in sorted(study.iterdir()) if path.name != "wandb"]  # W&B's own are not read here
     inside += [path for name in ("base", "trials") for path in sorted((study / name).rglob("*"))]
-    targets = {path: os.path.realpath(path) for path in inside if path.is_symlink()}
+    return links_among(inside, study)
+
+
+def links_among(paths: Sequence[Path], folder: Path) -> list[str]:
+    """Return a line for each of the paths that is a link and leads out of a folder."""
+    root = os.path.realpath(folder)
+    targets = {path: os.path.realpath(path) for path in paths if path.is_symlink()}
     return [
         f"  {one_line(f'{path} -> {target}', _SHOWN)}  (link out of the results folder)"
         for path, target in targets.items()
@@ -200,9 +205,9 @@ def links_out(study: Path) -> list[str]:
 
 
 def links_problem(links: Sequence[str]) -> str:
-    """Say that links lead out of a study, and what to do."""
+    """Say that links lead out of a study."""
     shown_ones = "\n".join(links[:_LINKS])
     return (
         f"links lead out of the results folder ({len(links)}), and what they name would be read:\n{shown_ones}\n"
-        f"allowed: files in the folder itself. Put them there in place of the links, or say {TRUST}=true"
+        "allowed: files in the folder itself; put them there in place of the links"
     )

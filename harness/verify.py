@@ -19,7 +19,7 @@ import pandas as pd
 from harness.adopt import GIVEN
 from harness.config import stored_trial_id
 from harness.decide import decision
-from harness.fingerprints import WEIGHTS
+from harness.fingerprints import WEIGHTS, leads_out
 from harness.identity import data_identity
 from harness.manifest import has_hash, is_as_written, read_manifest
 from harness.microbatch import is_outdated
@@ -138,7 +138,9 @@ def _files(folder: Path, manifest: Mapping[str, Any]) -> Iterator[str]:
         yield "no hashes are recorded (an older version wrote it): its files cannot be checked"
     for name, file in known.items():
         path = folder / name
-        if not path.is_file():
+        if leads_out(name):
+            yield f"manifest.json names {one_line(name, 200)}, which is not in the folder: it is not read"
+        elif not path.is_file():
             yield f"{name} is missing"
         elif file_sha256(path) != file["sha256"]:
             yield f"{name} was changed"

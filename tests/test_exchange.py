@@ -133,6 +133,16 @@ def test_a_study_that_is_not_arena_hards_is_not_exported_as_one(tmp_path: Path, 
     assert "its golden set is not Arena-Hard's" in capsys.readouterr().err
 
 
+def test_a_run_whose_name_leads_out_of_the_folder_is_not_written(tmp_path: Path, capsys) -> None:
+    study = build_study(tmp_path / "results" / "letters", prompts=3)
+    tidy(study)
+    path = next((study / "trials").iterdir()) / "manifest.json"
+    path.write_text(json.dumps(read_json(path) | {"arm": "../../../../outside"}))
+    assert main(["export", str(study), "--form", "alpaca_eval"]) == 2
+    assert "outside-s" in capsys.readouterr().err
+    assert not any("outside" in found.name for found in tmp_path.rglob("*"))
+
+
 def test_answers_made_elsewhere_are_judged_decided_and_reported(tmp_path: Path, capsys) -> None:
     golden = [{"instruction": f"Task {i}", "dataset": "own"} for i in range(60)]
     write_jsonl(tmp_path / "golden.jsonl", golden)

@@ -39,10 +39,10 @@ def log_runs(study: Path) -> None:
         tracker.page("figures/interval", study / "figures" / "interval.svg")
 
 
-def publish(study: Path, home: Path, **environment: str) -> subprocess.CompletedProcess:
+def publish(study: Path, home: Path, *words: str, **environment: str) -> subprocess.CompletedProcess:
     """Run the command as a user would, with nobody logged in but by these variables."""
     mine = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
-    command = [sys.executable, "-m", "harness.report", str(study), "--publish"]
+    command = [sys.executable, "-m", "harness.report", str(study), "--publish", *words]
     return subprocess.run(
         command, env=mine | {"HOME": str(home)} | environment, capture_output=True, text=True, check=False, timeout=180
     )
@@ -111,6 +111,47 @@ def test_pages_that_are_refused_are_said_after_the_runs_are_uploaded(study: Path
     assert done.returncode == 1
     assert "the runs are uploaded, but W&B did not take the workspace" in done.stderr
     assert KEY not in done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_what_a_study_says_of_where_it_goes_is_no_reason_to_send_it_there(study: Path, tmp_path: Path) -> None:
+    log_runs(study)
+    (study / "base" / "config.yaml").write_text("tracking: {entity: strangers}")
+    with wandb_server() as server:
+        account = {"WANDB_BASE_URL": server.url, "WANDB_API_KEY": KEY}
+        done = publish(study, tmp_path, **account)
+        assert (done.returncode, server.runs, server.views) == (2, {}, {})
+        assert "add --entity strangers or --entity team" in done.stderr
+        done = publish(study, tmp_path, "--entity", "team", **account)
+        assert done.returncode == 0, done.stderr
+        assert {run["entity"] for run in server.runs.values()} == {"team"}
+
+
+@pytest.mark.slow
+def test_a_study_does_not_overwrite_another_page_of_this_users_account(study: Path, tmp_path: Path) -> None:
+    log_runs(study)
+    other = build_study(tmp_path / "results" / "mine", prompts=3)
+    (other / "study.yaml").write_text((other / "study.yaml").read_text().replace("study: letters", "study: mine"))
+    log_runs_of = other / "wandb" / "run-1"
+    log_runs_of.mkdir(parents=True)
+    with wandb_server() as server:
+        account = {"WANDB_BASE_URL": server.url, "WANDB_API_KEY": KEY}
+        assert publish(other, tmp_path, **account).returncode == 0
+        before = {key: dict(view) for key, view in server.views.items()}
+        (study / "wandb" / "published.json").write_bytes((other / "wandb" / "published.json").read_bytes())
+        assert publish(study, tmp_path, **account).returncode == 0
+        assert {key: server.views[key] for key in before} == before
+        assert len(server.views) == 4
+
+
+def test_a_link_among_a_studys_runs_is_not_uploaded(study: Path, tmp_path: Path) -> None:
+    files = study / "wandb" / "offline-run-1" / "files"
+    files.mkdir(parents=True)
+    (tmp_path / "private").write_text("mine")
+    (files / "output.log").symlink_to(tmp_path / "private")
+    done = publish(study, tmp_path)
+    assert done.returncode == 2
+    assert f"{files / 'output.log'} -> {tmp_path / 'private'}" in done.stderr
 
 
 def specification(page) -> str:

@@ -113,6 +113,20 @@ def test_what_nobody_of_the_harness_put_into_a_study_is_named(what: str, study: 
     assert any(said in problem for problem in verify_study(study))
 
 
+def test_a_file_elsewhere_that_a_manifest_names_is_not_read(study: Path, tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "private").write_text("mine")
+    folder = trial(study)
+    names = [str(tmp_path / "private"), "../../../private"]
+    known = read_manifest(folder)["files"] | {name: {"bytes": 4, "sha256": "0"} for name in names}
+    amend(folder, files=known)
+    real = Path.open
+    monkeypatch.setattr(Path, "open", lambda path, *a, **k: real(path, *a, **k) if path.name != "private" else 1 / 0)
+    found = verify_study(study)
+    assert all(
+        any(f"manifest.json names {name}, which is not in the folder" in text for text in found) for name in names
+    )
+
+
 def test_a_trial_under_the_name_of_another_is_named(study: Path) -> None:
     """Both files agree with each other; what the config gives is another trial's id."""
     folder = trial(study)

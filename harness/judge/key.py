@@ -22,7 +22,7 @@ def key_problem(variable: str) -> str | None:
     return (
         f"score.judge.api_key_env={name}: not a judge's key, and what it holds would be sent to the judge; allowed: "
         f"OPENAI_API_KEY, a name that ends in _JUDGE_KEY, or one that the environment variable {LISTED} lists "
-        f"(NAME,NAME); where it is a judge's key: export {LISTED}={name}"
+        f"(NAME,NAME): put it there only if it is a judge's"
     )
 
 
