@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 import yaml
 
+from harness.config import plain
 from harness.judge.key import LISTED
 from harness.keys import find_declared
 from harness.records import read_json, read_jsonl, write_json, write_jsonl
 from harness.schema import ModelConfig
 from harness.score import main
 from harness.scoreconfig import ScoreConfig
-from harness.trust import HARMLESS, SENSITIVE
+from harness.trust import HARMLESS, SENSITIVE, admit, settings_in
 from tests.judge_server import JudgeServer, judge_server, prefers
 from tests.study_fixture import build_study
 from tests.test_judge import longer, tidy
@@ -299,3 +300,12 @@ def test_whoever_names_an_address_a_path_or_a_variable_is_sensitive() -> None:
     words = ("url", "path", "env", "file", "folder", "template", "baseline", "pairs", "revision", "difficulty", "gamed")
     is_switch = {"score.lm_eval.chat_template"}
     assert [key for key in HARMLESS - is_switch if any(word in key.rpartition(".")[2] for word in words)] == []
+
+
+def test_what_a_sweep_writes_of_settings_that_nobody_changed_is_no_reason_to_refuse() -> None:
+    sections = {"score": plain(ScoreConfig()), "model": plain(ModelConfig())}
+    found = [one for name, values in sections.items() for one in settings_in(values, name, Path("config.yaml"))]
+    every = ["judge", "reward_model", "length_controlled", "lm_eval"]
+    admitted, trusted = admit(found, typed=(), scorers=every, is_trusted=False)
+    assert set(admitted) == {one.key for one in found} - {"score.scorers"}
+    assert trusted == []
