@@ -1,0 +1,431 @@
+"""What the GPU check needs of the harness, and the only file of it that imports the harness: pairs, models, runs.
+
+Made for `gpu.py`. Models have random weights and are made where they run; pairs are drawn from a fixed seed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is downloaded
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import numpy as np
+import torch
+import trl.trainer.dpo_trainer as trl_dpo
+from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+# All that is taken from the harness; where its modules move, these lines move with them. Three names are not for users:
+# `_reset` and `_checksums`, by which a lent base is given back, and `_probed`, what is known of whether a model packs.
+from harness import generate as generate_module
+from harness import train as train_module
+from harness.adapter import adapter_config
+from harness.bench.work import matmul_rate, needed_flops
+from harness.checkpoint import checkpoint_dir
+from harness.config import load_run
+from harness.engine import _probed
+from harness.folders import trial_dir
+from harness.inputs import tokens_of
+from harness.logps import pair_logps
+from harness.packed import ATTENTION, Packed, pack, packed_attention
+from harness.plan import ConsumedTokens, make_plan
+from harness.records import EvalPrompt, read_json, write_jsonl
+from harness.reference import TOLERANCE, StaleReferenceError, reference_logps
+from harness.schema import RunConfig
+from harness.tokens import TokenisedPairs, TokenPair
+from harness.trial import run_trial
+from harness.worker import _checksums, _reset
+
+__all__ = [
+    "ATTENTION",
+    "DEVICE",
+    "GPU",
+    "REFERENCE_TOLERANCE",
+    "SHAPES",
+    "Packed",
+    "Ran",
+    "TokenPair",
+    "answer",
+    "checksums",
+    "free_memory",
+    "give_back",
+    "loaded_adapter",
+    "log_probs",
+    "make_llama",
+    "matmul_rate",
+    "needed_flops",
+    "num_tokens",
+    "pack",
+    "pack_pairs",
+    "packed_attention",
+    "pairs_like_ultrafeedback",
+    "peak_gb",
+    "pretended_out_of_memory",
+    "reference_is_refused",
+    "run_config",
+    "small_study",
+    "sync",
+    "train",
+    "train_once",
+]
+
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+REFERENCE_TOLERANCE = 100 * TOLERANCE  # nats an answer, in bf16
+
+_SHAPES = {  # hidden size, MLP's size, layers, heads, heads of keys and values, vocabulary, spread of the weights
+    "8b": (4096, 14336, 32, 32, 8, 128256, 0.02),  # Llama-3-8B
+    "mid": (1024, 2816, 16, 16, 4, 4096, 0.03),
+    "small": (512, 1408, 4, 8, 2, 2048, 0.06),
+    "tiny": (64, 160, 2, 4, 2, 512, 0.06),
+}
+SHAPES = tuple(_SHAPES)
+
+
+def sync() -> None:
+    """Wait for what the GPU has been given to do."""
+    if GPU:
+        torch.cuda.synchronize()
+
+
+def free_memory() -> None:
+    """Give memory that nothing holds back to the GPU, and begin its peak anew; on a CPU nothing is measured."""
+    if GPU:
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peak_gb() -> dict[str, float | None]:
+    """Return the GPU's peak since the last `free_memory`: of tensors, and of what torch held for them."""
+    if not GPU:
+        return {"allocated_gb": None, "reserved_gb": None}
+    allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+    return {"allocated_gb": allocated / 1e9, "reserved_gb": reserved / 1e9}
+
+
+def pairs_like_ultrafeedback(count: int, vocab: int, *, scale: float = 1.0, seed: int = 0) -> tuple[TokenPair, ...]:
+    """Draw pairs of random ids: prompts of about 185 tokens, answers of about 320, both long-tailed, cut at 1024.
+
+    `scale` makes all of it shorter.
+    """
+    draw = np.random.default_rng(seed)
+
+    def length(mean: float, spread: float, low: int, high: int) -> int:
+        median = mean / np.exp(spread**2 / 2)
+        return int(np.clip(draw.lognormal(np.log(median), spread) * scale, low, high))
+
+    def ids(size: int) -> tuple[int, ...]:
+        return tuple(draw.integers(5, vocab, size).tolist())
+
+    rows = []
+    for number in range(count):
+        prompt = length(185, 0.9, 8, int(600 * scale) + 8)
+        room = int(1024 * scale) + 16 - prompt
+        chosen, rejected = (length(320, 0.7, 4, max(5, room)) for _ in range(2))
+        rows.append(TokenPair(f"p{number}", f"q{number}", ids(prompt), ids(chosen), ids(rejected)))
+    return tuple(rows)
+
+
+def num_tokens(rows: Sequence[TokenPair]) -> int:
+    """Count the tokens of pairs, a prompt once for both answers."""
+    return sum(len(row.prompt_ids) + len(row.chosen_ids) + len(row.rejected_ids) for row in rows)
+
+
+def pack_pairs(rows: Sequence[TokenPair]) -> Packed:
+    """Lay pairs out as one micro-batch of the paired engine, where the models are."""
+    return pack([(row.prompt_ids, [row.chosen_ids, row.rejected_ids]) for row in rows], DEVICE)
+
+
+def make_llama(shape: str, dtype: torch.dtype) -> LlamaForCausalLM:
+    """Make a Llama with random weights on the GPU, where there is one."""
+    hidden, inner, layers, heads, kv_heads, vocab, spread = _SHAPES[shape]
+    config = LlamaConfig(
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        vocab_size=vocab,
+        initializer_range=spread,
+        max_position_embeddings=8192,
+        rope_theta=500000.0,
+        tie_word_embeddings=False,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    before = torch.get_default_dtype()
+    torch.manual_seed(0)
+    torch.set_default_dtype(dtype)  # so that an 8B model is never there in fp32
+    try:
+        with torch.device(DEVICE):
+            model = LlamaForCausalLM(config)
+    finally:
+        torch.set_default_dtype(before)
+    return model.to(dtype).eval()
+
+
+def run_config(arm: str, *overrides: str) -> RunConfig:
+    """Return the config of one arm, of one epoch, that tracks nothing and saves nothing on the way."""
+    return load_run([f"+method={arm}", "tracking=none", "train.epochs=1", "train.checkpoint_steps=100000", *overrides])
+
+
+def log_probs(model: LlamaForCausalLM, rows: Sequence[TokenPair]) -> torch.Tensor:
+    """Return the log-probs of both answers of each pair, as DPO's reference is computed: (pairs, 2), in nats."""
+    return pair_logps(model, rows, pad_id=0, desc="")
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What a training run gave.
+
+    Attributes:
+        loss: of each step.
+        grad_norm: of each step.
+        facts: whether it ran packed and why not, with gradient checkpointing or without, seconds to build the trainer;
+            seconds, pairs and tokens a second, and memory of the measured steps.
+        rows: the pairs of the measured steps.
+        seconds: of the measured steps.
+    """
+
+    loss: list[float]
+    grad_norm: list[float]
+    facts: dict[str, float | int | str | bool | None]
+    rows: tuple[TokenPair, ...]
+    seconds: float
+
+
+class _StepClock(TrainerCallback):
+    """Notes when each step ended, and begins the peak of memory anew after the warm-up."""
+
+    def __init__(self, warmup: int) -> None:
+        self.warmup = warmup
+        self.ends = [time.perf_counter()]
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
+        sync()
+        self.ends.append(time.perf_counter())
+        if state.global_step == self.warmup and GPU:
+            torch.cuda.reset_peak_memory_stats()
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of all steps after the warm-up."""
+        return self.ends[-1] - self.ends[self.warmup]
+
+
+def train(
+    config: RunConfig,
+    rows: tuple[TokenPair, ...],
+    model: LlamaForCausalLM,
+    *,
+    reference: torch.Tensor | None = None,
+    warmup: int = 0,
+) -> Ran:
+    """Train a lent model by the harness's own trainer, and give it back as it was.
+
+    Args:
+        config: the run.
+        rows: the pairs, all in one epoch.
+        model: the base, in which an adapter is trained.
+        reference: its log-probs, shape (num_rows, 2); None: the trainer computes them, or needs none.
+        warmup: steps at the start that count neither for seconds nor for memory.
+    """
+    attention, folder = model.config._attn_implementation, Path(tempfile.mkdtemp())
+    free_memory()
+    try:
+        return _train(config, rows, model, reference, warmup, folder)
+    finally:
+        give_back(model)
+        model.set_attn_implementation(attention)
+        free_memory()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _train(
+    config: RunConfig,
+    rows: tuple[TokenPair, ...],
+    model: LlamaForCausalLM,
+    reference: torch.Tensor | None,
+    warmup: int,
+    folder: Path,
+) -> Ran:
+    batch, micro = config.train.batch_size, config.train.micro_batch_size
+    assert batch is not None, "each run of this check sets it, and the micro-batch"
+    assert micro is not None
+    lengths = [row.length for row in rows]
+    plan = make_plan(len(rows), epochs=1, batch_size=batch, micro_batch_size=micro, seed=0, lengths=lengths)
+    began = time.perf_counter()
+    # TRL's hash of all weights takes tens of seconds of a large model; it is measured by itself.
+    with patch.object(trl_dpo, "hash_module", lambda model: "not hashed"):
+        trainer = train_module.build_trainer(
+            config, rows, plan, model=model, chat=tokens_of(config).chat, output_dir=folder, reference=reference
+        )
+    built = time.perf_counter() - began
+    trainer.args.save_strategy = "no"
+    trainer.consumed = ConsumedTokens()
+    clock = _StepClock(warmup)
+    trainer.add_callback(clock)
+    trainer.train()
+    steps = [entry for entry in trainer.state.log_history if "loss" in entry]
+    used = tuple(rows[i] for i in plan.order[warmup * batch :])
+    facts = {
+        "packed": bool(getattr(trainer, "packs", False)),
+        "why_padded": getattr(trainer, "why_padded", ""),
+        "checkpointing": bool(trainer.args.gradient_checkpointing),
+        "build_s": built,
+        "pairs": len(used),
+        "seconds": clock.seconds,
+        "pairs_per_s": len(used) / clock.seconds,
+        "tokens_per_s": num_tokens(used) / clock.seconds,
+        **peak_gb(),
+    }
+    return Ran([s["loss"] for s in steps], [s["grad_norm"] for s in steps], facts, used, clock.seconds)
+
+
+def give_back(model: LlamaForCausalLM) -> None:
+    """Undo what trainers and PEFT do to a model, and let the next run find out anew whether it can be packed."""
+    _reset(model)
+    _probed.pop(model, None)
+
+
+def checksums(model: LlamaForCausalLM) -> list[int]:
+    """Return the sums by which the harness knows that a lent base is unchanged."""
+    return _checksums(model)
+
+
+@contextlib.contextmanager
+def loaded_adapter(model: LlamaForCausalLM) -> Iterator[torch.nn.Module]:
+    """Yield the model with a new adapter that stands apart, as a policy in bf16 answers."""
+    from peft import get_peft_model
+
+    try:
+        yield get_peft_model(model, adapter_config(run_config("dpo"))).eval()
+    finally:
+        give_back(model)
+
+
+def answer(policy: torch.nn.Module, *, prompts: int, words: int, new: int, round_tokens: int) -> tuple[int, int]:
+    """Answer prompts of some words in one batch; `round_tokens` is after how many tokens ended answers leave it.
+
+    Returns:
+        The number of tokens of all answers, and of the longest.
+    """
+    config = run_config("dpo")
+    decoding = replace(config.generate, max_new_tokens=new, batch_size=prompts)
+    asked = [
+        EvalPrompt(f"p{n}", ({"role": "user", "content": _text(n, words)},), (), None, conversational=False, row=n + 1)
+        for n in range(prompts)
+    ]
+    with patch.object(generate_module, "ROUND_TOKENS", round_tokens):
+        answers = generate_module.generate_completions(
+            policy, tokens_of(config).chat, asked, split="dev", decoding=decoding
+        )
+    sizes = [each.tokens for each in answers]
+    return sum(sizes), max(sizes)
+
+
+def _text(seed: int, words: int) -> str:
+    """Return words that the embedded study's tokenizer knows, others for each seed."""
+    known = ["red", "blue", "green", "one", "two", "three", "four", "five", "six", "seven"]
+    return " ".join(known[(seed * 7 + i * i) % len(known)] for i in range(words))
+
+
+def reference_is_refused(model: LlamaForCausalLM, rows: tuple[TokenPair, ...]) -> str:
+    """Ask for cached reference log-probs as later trials do; return the error's text where they are refused."""
+    cache = Path(tempfile.mkdtemp())
+    try:
+        for count in (len(rows), len(rows), len(rows) - 1, len(rows) - 2):  # each time other rows are checked
+            asked = TokenisedPairs(rows[:count], {})
+            reference_logps(asked, model, base_sha256="x", pad_id=0, cache=cache)
+    except StaleReferenceError as error:
+        return str(error).replace(str(cache), "the cache")
+    finally:
+        shutil.rmtree(cache, ignore_errors=True)
+    return ""
+
+
+def small_study(work: Path, shape: str, *, words: int) -> list[str]:
+    """Write a checkpoint and pairs whose first micro-batch, of 8 pairs, is large; return a trial's overrides.
+
+    Args:
+        work: an empty folder.
+        shape: of the model.
+        words: of each prompt and each answer.
+    """
+    folder, embedded = work / "model", checkpoint_dir(run_config("dpo").model)
+    make_llama(shape, torch.bfloat16).save_pretrained(folder)
+    for path in embedded.iterdir():
+        if path.name.startswith(("tokenizer", "chat_template")):
+            shutil.copy(path, folder)
+    train = [
+        {"prompt": _text(n, words), "chosen": _text(n + 1, words), "rejected": _text(n + 2, words)} for n in range(16)
+    ]
+    write_jsonl(work / "train.jsonl", train)
+    for split in ("dev", "golden"):
+        write_jsonl(work / f"{split}.jsonl", [{"prompt": f"{split} say yes", "chosen": "yes", "rejected": "no"}])
+    return [
+        f"model.path={folder}",
+        *(f"data.{split}={work / split}.jsonl" for split in ("train", "dev", "golden")),
+        "data.max_length=8192",
+        f"results_dir={work / 'results'}",
+        "study=memory",
+        "seed=1",
+        "train.batch_size=8",
+        "train.micro_batch_size=8",
+        "generate.max_new_tokens=4",
+    ]
+
+
+@dataclass(frozen=True)
+class TrialRan:
+    """A whole trial.
+
+    Attributes:
+        status: `complete`, `diverged` or `failed`.
+        message: why not complete.
+        manifest: what the trial recorded.
+        micro_batch: contents of the study's micro_batch.json; empty where memory never ran out.
+    """
+
+    status: str
+    message: str
+    manifest: dict[str, Any]
+    micro_batch: dict[str, Any]
+
+
+def train_once(arm: str, overrides: Sequence[str]) -> TrialRan:
+    """Run one trial of a study, as the sweep does: train and record, without answering a prompt."""
+    config = run_config(arm, *overrides)
+    outcome = run_trial(config, ())
+    folder = trial_dir(config)
+    manifest, halved = folder / "manifest.json", Path(config.results_dir) / str(config.study) / "micro_batch.json"
+    found = [read_json(path) if path.is_file() else {} for path in (manifest, halved)]
+    return TrialRan(outcome.status, outcome.message, *found)
+
+
+@contextlib.contextmanager
+def pretended_out_of_memory() -> Iterator[None]:
+    """Let the first training in this block run out of memory, where no GPU can."""
+    real, tried = train_module.train_arm, []
+
+    def once_too_large(*args: Any, **kwargs: Any) -> Any:
+        tried.append(1)
+        if len(tried) == 1:
+            raise torch.OutOfMemoryError("pretended")
+        return real(*args, **kwargs)
+
+    with patch.object(train_module, "train_arm", once_too_large):
+        yield

@@ -1,0 +1,639 @@
+"""What the GPU check measures, part by part. Made for `gpu.py`, which runs the parts and writes what they find."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import multiprocessing
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from gpu_harness import (
+    DEVICE,
+    GPU,
+    REFERENCE_TOLERANCE,
+    Packed,
+    Ran,
+    TokenPair,
+    answer,
+    checksums,
+    free_memory,
+    give_back,
+    loaded_adapter,
+    log_probs,
+    make_llama,
+    matmul_rate,
+    needed_flops,
+    num_tokens,
+    pack_pairs,
+    packed_attention,
+    pairs_like_ultrafeedback,
+    peak_gb,
+    pretended_out_of_memory,
+    reference_is_refused,
+    run_config,
+    small_study,
+    sync,
+    train,
+    train_once,
+)
+from gpu_varlen import AS_IT_IS, NO_CUDNN, VARLEN, attention_as, varlen_attention
+from transformers import LlamaForCausalLM
+
+Row = dict[str, Any]  # what JSON has: a number, a text, a yes or no, or a number for each step
+Attention = Callable[..., tuple[torch.Tensor, None]]
+
+ATTENTION_GAP = {"cuda": 2e-2, "cpu": 1e-5}  # in bf16 and in fp32, relative to the largest value
+STEP_GAP = {"fp32": 1e-4, "bf16": 5e-2}  # relative, of a step's loss and gradient norm; the tests use 1e-4 for fp32
+SLOW_MS = 1000  # one attention call; beyond it the harness's own attention gets fewer pairs
+STEPS = ("loss", "grad_norm")  # a value for each step
+PACKAGES = ("torch", "triton", "transformers", "trl", "peft", "accelerate", "datasets", "numpy")
+
+
+@dataclass
+class Found:
+    """What a part has found so far.
+
+    Attributes:
+        on_change: called after each row, so that nothing is lost where the script is stopped.
+        facts: single values.
+        tables: rows by name, by the table's name; units are in the columns' names.
+        checks: what has to hold before the figures are believed.
+        errors: of the part, and of single rows.
+    """
+
+    on_change: Callable[[], None] = lambda: None
+    facts: Row = field(default_factory=dict)
+    tables: dict[str, dict[str, Row]] = field(default_factory=dict)
+    checks: dict[str, bool] = field(default_factory=dict)
+    errors: list[str] = field(default_factory=list)
+
+    def row(self, table: str, name: str, values: Row) -> None:
+        """Note a row."""
+        self.tables.setdefault(table, {})[name] = values
+        print(f"  {table}, {name}: {values.get('error') or values.get('skipped') or 'done'}", file=sys.stderr)
+        self.on_change()
+
+    @contextlib.contextmanager
+    def attempt(self, table: str, name: str) -> Iterator[Row]:
+        """Yield a row to be filled; an error in the block is noted in the row and goes no further."""
+        values: Row = {}
+        try:
+            yield values
+        except Exception as error:
+            values["error"] = described(error)
+            self.errors.append(f"{table}, {name}: {values['error']}")
+        free_memory()
+        self.row(table, name, values)
+
+
+def described(error: BaseException) -> str:
+    """Return an error's class and the beginning of its text."""
+    return f"{type(error).__name__}: {error}"[:400]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How much is measured.
+
+    Attributes:
+        tiny: small shapes.
+        steps: measured steps of 8 pairs in each run of the large model.
+        shape: of the large model.
+        cap_gb: GB of the card for the trial that must run out of memory.
+        deadline: when no new work begins, on the clock of `time.perf_counter`.
+        later: seconds that the parts after this one need at least.
+        before: the parts that have been run.
+    """
+
+    tiny: bool
+    steps: int
+    shape: str
+    cap_gb: float
+    deadline: float
+    later: float = 0.0
+    before: dict[str, Found] = field(default_factory=dict)
+
+    @property
+    def left(self) -> float:
+        """Seconds until the deadline."""
+        return self.deadline - time.perf_counter()
+
+
+def machine(settings: Settings, found: Found) -> None:
+    """The card, the versions and the rate of large matrix products, in bf16 on a GPU and in fp32 on a CPU."""
+    found.facts |= {"device": device_name(), "cpus": os.cpu_count(), "python": platform.python_version()}
+    for name in PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            found.facts[name] = version(name)
+    if GPU:
+        about = torch.cuda.get_device_properties(0)
+        found.facts |= {
+            "memory_gb": about.total_memory / 1e9,
+            "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version(),
+            "bf16": torch.cuda.is_bf16_supported(),
+            "cudnn_attention": torch.backends.cuda.cudnn_sdp_enabled(),
+            "tf32": torch.backends.cuda.matmul.allow_tf32,
+        }
+    size, seconds = (256, 0.1) if settings.tiny else (8192, 1.0)
+    found.facts["matmul_tflops"] = matmul_rate(size, size, rows=size, seconds=seconds, bf16=GPU) / 1e12
+
+
+def device_name() -> str:
+    """Return the card's name, or the processor's kind."""
+    return torch.cuda.get_device_name(0) if GPU else f"CPU, {platform.processor() or platform.machine()}"
+
+
+@dataclass(frozen=True)
+class Heads:
+    """The widths of an attention layer, and the dtype it runs in."""
+
+    queries: int
+    keys: int
+    width: int
+    dtype: torch.dtype
+
+    def states(self, packed: Packed) -> list[torch.Tensor]:
+        """Draw queries, keys and values of a micro-batch: the same each time."""
+        torch.manual_seed(1)
+        shapes = [(1, count, packed.input_ids.shape[1], self.width) for count in (self.queries, self.keys, self.keys)]
+        return [torch.randn(shape, device=DEVICE, dtype=self.dtype, requires_grad=True) for shape in shapes]
+
+
+@dataclass(frozen=True)
+class Attended:
+    """One call of attention, forward and backward: its time, its memory, and output and three gradients."""
+
+    milliseconds: float
+    memory_gb: float
+    tensors: list[torch.Tensor]
+
+
+def attention(settings: Settings, found: Found) -> None:
+    """One layer's packed attention at Llama-3-8B's widths, forward and backward, 4 pairs at once.
+
+    `ms, new shapes` is what training has, since no two micro-batches are alike; `ms, shapes seen before` is without
+    what a kernel library does for a new shape. The gap is the largest one of output and gradients to the same in fp32,
+    relative to the largest value.
+    """
+    dtype = torch.bfloat16 if GPU else torch.float32
+    heads = Heads(4, 2, 16, dtype) if settings.tiny else Heads(32, 8, 128, dtype)
+    count, scale = (12, 0.05) if settings.tiny else (20, 1.0)
+    rows = pairs_like_ultrafeedback(count, 100, scale=scale, seed=3)
+    packs = [pack_pairs(rows[start : start + 4]) for start in range(0, count, 4)]
+    found.facts["tokens_of_the_micro_batches"] = ", ".join(str(packed.input_ids.shape[1]) for packed in packs[1:])
+    if GPU:
+        _backends(found, packs[0], heads)
+    expected = _attention_in_fp32(heads, packs[-1])
+    limit = ATTENTION_GAP[DEVICE]
+    for name, attend in ((AS_IT_IS, packed_attention), (NO_CUDNN, packed_attention), (VARLEN, varlen_attention)):
+        with found.attempt("attention", name) as row, attention_as(name):
+            _attend(attend, heads, packs[0])  # loads the kernels
+            fresh = [_attend(attend, heads, packed) for packed in packs[1:]]
+            again = [_attend(attend, heads, packed) for packed in packs[1:]]
+            row["ms_fresh"] = statistics.fmean(each.milliseconds for each in fresh)
+            row["ms_seen"] = statistics.fmean(each.milliseconds for each in again)
+            row["memory_gb"] = max(each.memory_gb for each in again) if GPU else None
+            gap = row["gap_to_fp32"] = _gap(again[-1].tensors, expected)
+            found.checks[f"attention, {name}: within {limit:g} of fp32"] = gap <= limit
+
+
+def _gap(ours: Sequence[torch.Tensor], theirs: Sequence[torch.Tensor]) -> float:
+    """Return the largest gap over the largest value, of the tensor with the largest; NaN where there is one."""
+    gaps = [(a.float() - b).abs().max() / b.abs().max() for a, b in zip(ours, theirs, strict=True)]
+    return float(torch.stack(gaps).max())
+
+
+def _attend(attend: Attention, heads: Heads, packed: Packed) -> Attended:
+    states = heads.states(packed)
+    held = 0
+    if GPU:
+        torch.cuda.reset_peak_memory_stats()
+        held = torch.cuda.memory_allocated()
+    sync()
+    began = time.perf_counter()
+    out = attend(None, *states, None, packed=packed, scaling=heads.width**-0.5)[0]
+    out.sum().backward()
+    sync()
+    milliseconds = (time.perf_counter() - began) * 1e3
+    memory = (torch.cuda.max_memory_allocated() - held) / 1e9 if GPU else 0.0
+    return Attended(milliseconds, memory, [out.detach(), *_gradients(states)])
+
+
+def _gradients(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    return [tensor.grad for tensor in tensors if tensor.grad is not None]
+
+
+def _attention_in_fp32(heads: Heads, packed: Packed) -> list[torch.Tensor]:
+    """Compute the definition, scores and all, in fp32: the output and the gradients of queries, keys and values."""
+    q, k, v = wide = [state.detach().float().requires_grad_() for state in heads.states(packed)]
+    parts, start, repeat = [], 0, heads.queries // heads.keys
+    for (prompt, rest), mask in zip(packed.spans, packed.masks, strict=True):
+        end = start + prompt + rest
+        causal = torch.ones(prompt, prompt + rest, dtype=torch.bool, device=q.device).tril()
+        keys, values = (states[:, :, start:end].repeat_interleave(repeat, 1) for states in (k, v))
+        scores = q[:, :, start:end] @ keys.transpose(2, 3) * heads.width**-0.5
+        scores = scores.masked_fill(~torch.cat([causal, mask]), float("-inf"))
+        parts.append(scores.softmax(-1) @ values)
+        start = end
+    out = torch.cat(parts, 2).transpose(1, 2)
+    out.sum().backward()
+    return [out.detach(), *_gradients(wide)]
+
+
+def _backends(found: Found, packed: Packed, heads: Heads) -> None:
+    """Note which kernel torch picks for the two calls that `packed_attention` makes for a pair."""
+    names = {-1: "none", 0: "math", 1: "flash", 2: "memory-efficient", 3: "cuDNN"}
+    prompt, rest = packed.spans[0]
+    q, k, _ = heads.states(packed)
+    first, others, keys = q[:, :, :prompt], q[:, :, prompt : prompt + rest], k[:, :, : prompt + rest]
+    for kind in (AS_IT_IS, NO_CUDNN):
+        with found.attempt("kernels", kind) as row, attention_as(kind):
+            for name, queries, mask in (("prompt", first, None), ("answers", others, packed.masks[0])):
+                choice = torch._fused_sdp_choice(
+                    queries, keys, keys, mask, 0.0, mask is None, scale=1.0, enable_gqa=heads.queries != heads.keys
+                )
+                row[name] = names.get(int(choice), str(choice))
+
+
+def equality(settings: Settings, found: Found) -> None:
+    """Losses and gradient norms of the paired engine against TRL's own trainer: one model, the same pairs in one order.
+
+    Gaps are the largest of all steps, relative. The paired engine computes DPO's reference before, as the harness does,
+    and TRL's trainer with each step: how far DPO's first loss is from 0.693 shows how well it fits the policy.
+    """
+    for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        model = make_llama("tiny" if settings.tiny else "small", dtype)
+        count, scale = (12, 0.04) if settings.tiny else (40, 0.4)
+        rows = pairs_like_ultrafeedback(count, model.config.vocab_size, scale=scale, seed=1)
+        keys = [f"train.precision={precision}", "train.batch_size=4", "train.micro_batch_size=2"]
+        keys += ["method.learning_rate=2e-4", "train.gradient_checkpointing=false"]
+        for arm in ("dpo", "simpo"):
+            stock: Ran | None = None
+            with found.attempt("TRL's own trainer", f"{arm}, {precision}") as row:
+                stock = train(run_config(arm, *keys, "train.engine=stock"), rows, model)
+                row.update({"steps": len(stock.loss), "loss": stock.loss, "grad_norm": stock.grad_norm})
+                row["first_loss"] = stock.loss[0]
+            for kind in (AS_IT_IS, VARLEN):
+                name = f"{arm}, {precision}, attention {kind}"
+                if kind == VARLEN and precision == "fp32" and GPU:
+                    found.row("the paired engine", name, {"skipped": "flash attention has no fp32"})
+                elif stock is None:
+                    found.row("the paired engine", name, {"skipped": "nothing to compare with"})
+                else:
+                    with found.attempt("the paired engine", name) as row, attention_as(kind):
+                        reference = log_probs(model, rows) if arm == "dpo" else None
+                        ours = train(run_config(arm, *keys), rows, model, reference=reference)
+                        row.update(_compared(ours, stock))
+                        is_equal = max(row["loss_gap"], row["grad_norm_gap"]) <= STEP_GAP[precision]
+                        found.checks[f"{name}: packed, within {STEP_GAP[precision]:g} of TRL's trainer"] = bool(
+                            row["packed"] and is_equal
+                        )
+        del model
+        free_memory()
+
+
+def _compared(ours: Ran, stock: Ran) -> Row:
+    def gap(mine: Sequence[float], theirs: Sequence[float]) -> float:
+        a, b = torch.tensor(mine), torch.tensor(theirs)
+        return float(((a - b).abs() / b.abs()).max())  # NaN where there is one
+
+    return {
+        "packed": ours.facts["packed"],
+        "why_padded": ours.facts["why_padded"],
+        "first_loss": ours.loss[0],
+        "loss_gap": gap(ours.loss, stock.loss),
+        "grad_norm_gap": gap(ours.grad_norm, stock.grad_norm),
+        "loss": ours.loss,
+        "grad_norm": ours.grad_norm,
+    }
+
+
+TRLS = ["train.engine=stock"]
+# TRL's forward pass and head, with reference log-probs from the rows: what its own precomputed reference amounts to.
+PADDED = ["train.share_prefix=false", "train.completion_head=false", "train.fuse_adapters=false"]
+
+
+@dataclass(frozen=True)
+class Speed:
+    """A training run of the large model: its arm, how it attends, overrides, and whether the reference is given."""
+
+    name: str
+    arm: str
+    attention: str = AS_IT_IS
+    overrides: Sequence[str] = ()
+    has_reference: bool = False
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether it runs packed."""
+        return self.name.startswith("paired")
+
+
+RUNS = (  # in the order in which they are worth their time
+    Speed("TRL's DPO, online reference", "dpo", overrides=TRLS),
+    Speed("paired DPO, varlen", "dpo", VARLEN, has_reference=True),
+    Speed("TRL's SimPO", "simpo", overrides=TRLS),
+    Speed("paired SimPO, varlen", "simpo", VARLEN),
+    Speed("paired DPO", "dpo", has_reference=True),
+    Speed("paired SimPO", "simpo"),
+    Speed("TRL's DPO, precomputed reference", "dpo", overrides=PADDED, has_reference=True),
+    Speed("paired DPO, without cuDNN", "dpo", NO_CUDNN, has_reference=True),
+    Speed("TRL's DPO, precomputed reference, without cuDNN", "dpo", NO_CUDNN, PADDED, has_reference=True),
+    Speed(
+        "paired DPO, varlen, no checkpointing",
+        "dpo",
+        VARLEN,
+        ["train.gradient_checkpointing=false"],
+        has_reference=True,
+    ),
+)
+RATIOS = tuple(
+    (f"paired {arm}{kind}", theirs)
+    for kind in ("", ", varlen")
+    for arm, theirs in (
+        ("DPO", "TRL's DPO, online reference"),
+        ("DPO", "TRL's DPO, precomputed reference"),
+        ("SimPO", "TRL's SimPO"),
+    )
+)
+
+
+def speed(settings: Settings, found: Found) -> None:
+    """A large model with random weights, LoRA in bf16: reference pass, training by both engines, generation, hashing.
+
+    Random pairs with lengths like UltraFeedback's, micro-batches of half a step. Training's seconds and memory are
+    without the first steps, and without a reference that is given. `of the measured rate`: the operations that are
+    needed at least, each token once, in a second, over the rate of part machine. In the ratios TRL's trainer is 1.
+    """
+    began = time.perf_counter()
+    model = make_llama("tiny" if settings.tiny else settings.shape, torch.bfloat16)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(3)  # logits as wide as a trained model's
+    sync()
+    batch, warmup, measured = (4, 1, 1) if settings.tiny else (8, 2, settings.steps)
+    scale = 0.03 if settings.tiny else 1.0
+    rows = pairs_like_ultrafeedback((warmup + measured) * batch, model.config.vocab_size, scale=scale)
+    found.facts |= {
+        "shape": "tiny" if settings.tiny else settings.shape,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "made_s": time.perf_counter() - began,
+        "tokens_of_a_prompt": statistics.fmean(len(row.prompt_ids) for row in rows),
+        "tokens_of_an_answer": statistics.fmean(len(row.chosen_ids) + len(row.rejected_ids) for row in rows) / 2,
+        "few_pairs_as_it_is": _is_slow(settings),
+    }
+    reference = _reference_passes(settings, found, model, rows)
+    with found.attempt("reference in bf16", "answers computed alone, against many at once") as row:
+        row.update(_noise(model, rows[: 4 if settings.tiny else 8], reference))
+    _training_runs(settings, found, model, rows, reference, batch=batch, warmup=warmup)
+    _ratios(found)
+    _generation(settings, found, model)
+    with found.attempt("hashing the weights", "seconds") as row:
+        row.update(_hashing(model))
+    del model
+    free_memory()
+
+
+def _is_slow(settings: Settings) -> bool:
+    """Whether the harness's own attention takes so long for each new shape that it gets fewer pairs."""
+    known = settings.before.get("attention", Found()).tables.get("attention", {}).get(AS_IT_IS, {})
+    return known.get("ms_fresh", 0) > SLOW_MS
+
+
+def _reference_passes(
+    settings: Settings, found: Found, model: LlamaForCausalLM, rows: tuple[TokenPair, ...]
+) -> torch.Tensor:
+    """Measure the reference pass by both attentions; return the log-probs of all rows, from the first that has them."""
+    reference: torch.Tensor | None = None
+    for kind in (VARLEN, AS_IT_IS):
+        asked = rows[:8] if kind == AS_IT_IS and _is_slow(settings) else rows
+        with found.attempt("reference pass", f"attention {kind}") as row, attention_as(kind):
+            give_back(model)  # what it knows of packing is of the other attention
+            log_probs(model, rows[-2:])
+            free_memory()
+            sync()
+            began = time.perf_counter()
+            logps = log_probs(model, asked)
+            took = time.perf_counter() - began  # the log-probs are on the CPU: nothing is left to wait for
+            row.update({"pairs_per_s": len(asked) / took, "tokens_per_s": num_tokens(asked) / took, **peak_gb()})
+            if reference is not None:
+                row["largest_gap_nats"] = float((logps - reference[: len(logps)]).abs().max())
+            elif len(logps) == len(rows):
+                reference = logps
+    return log_probs(model, rows) if reference is None else reference
+
+
+def _noise(model: LlamaForCausalLM, rows: tuple[TokenPair, ...], reference: torch.Tensor) -> Row:
+    """What bf16 makes of an answer's log-prob in another batch, against what the check of cached ones allows."""
+    together = log_probs(model, rows)
+    gaps = (torch.cat([log_probs(model, [row]) for row in rows]) - together).abs()
+    return {
+        "answers": gaps.numel(),
+        "log_prob_of_an_answer": float(together.mean()),
+        "mean_gap_nats": float(gaps.mean()),
+        "largest_gap_nats": float(gaps.max()),
+        "gap_to_the_first_pass_nats": float((together - reference[: len(rows)]).abs().max()),
+        "share_beyond_the_check": float((gaps > REFERENCE_TOLERANCE).double().mean()),
+        "refused": reference_is_refused(model, rows) or "no",
+    }
+
+
+def _training_runs(
+    settings: Settings,
+    found: Found,
+    model: LlamaForCausalLM,
+    rows: tuple[TokenPair, ...],
+    reference: torch.Tensor,
+    *,
+    batch: int,
+    warmup: int,
+) -> None:
+    """Run what fits into the time, one after the other; a run is thought to take as long as the longest before it."""
+    keys = ["train.precision=bf16", f"train.batch_size={batch}", f"train.micro_batch_size={batch // 2}"]
+    machine_found = settings.before.get("machine", Found()).facts.get("matmul_tflops")
+    longest = 0.0
+    for run in RUNS:
+        if settings.left - settings.later < longest:
+            found.row("training", run.name, {"skipped": "no time left"})
+            continue
+        began = time.perf_counter()
+        with found.attempt("training", run.name) as row, attention_as(run.attention):
+            is_short = run.is_ours and run.attention == AS_IT_IS and _is_slow(settings)
+            used, first = (rows[: 2 * batch], 1) if is_short else (rows, warmup)
+            given = reference[: len(used)] if run.has_reference else None
+            ran = train(run_config(run.arm, *keys, *run.overrides), used, model, reference=given, warmup=first)
+            row.update(ran.facts, first_loss=ran.loss[0], loss=ran.loss, grad_norm=ran.grad_norm)
+            if machine_found:
+                flops = needed_flops(model.config, ran.rows, lora_rank=run_config(run.arm).train.lora_rank)
+                row["share_of_the_rate"] = flops / ran.seconds / (machine_found * 1e12)
+        longest = max(longest, time.perf_counter() - began)
+    known = [value for row in found.tables["training"].values() for key in STEPS for value in row.get(key, ())]
+    found.checks["speed: every loss and gradient norm is finite"] = all(map(math.isfinite, known))
+
+
+def _ratios(found: Found) -> None:
+    """Divide seconds a pair and memory of a paired run by those of a run of TRL's trainer."""
+    runs = found.tables["training"]
+    for ours, theirs in RATIOS:
+        a, b = runs.get(ours, {}), runs.get(theirs, {})
+        if "pairs_per_s" in a and "pairs_per_s" in b:
+            memory = a["allocated_gb"] / b["allocated_gb"] if GPU else None
+            ratio = {"time": b["pairs_per_s"] / a["pairs_per_s"], "memory": memory}
+            found.row("the paired engine against TRL's trainer", f"{ours} / {theirs}", ratio)
+
+
+def _generation(settings: Settings, found: Found, model: LlamaForCausalLM) -> None:
+    """Measure transformers' generation: of the base and with an adapter apart, in rounds of 8 tokens and in one."""
+    prompts, words, new = (4, 8, 12) if settings.tiny else (32, 29, 64)  # 29 words are 150 tokens
+
+    def measure(policy: torch.nn.Module, name: str, round_tokens: int) -> None:
+        with found.attempt("generation", name) as row:
+            free_memory()
+            sync()
+            began = time.perf_counter()
+            tokens, longest = answer(policy, prompts=prompts, words=words, new=new, round_tokens=round_tokens)
+            took = time.perf_counter() - began
+            row.update({"tokens_per_s": tokens / took, "ms_a_token": took / longest * 1e3, "tokens": tokens})
+            row.update(peak_gb())
+
+    answer(model, prompts=2, words=words, new=2, round_tokens=8)  # loads the kernels
+    measure(model, "base, rounds of 8 tokens", 8)
+    measure(model, "base, one round", new)
+    with loaded_adapter(model) as policy:
+        measure(policy, "adapter apart, rounds of 8 tokens", 8)
+        measure(policy, "adapter apart, one round", new)
+
+
+def _hashing(model: LlamaForCausalLM) -> Row:
+    """What TRL's hash of all weights would cost a DPO trial, from the head's; and the check of a lent base."""
+    from trl.trainer.utils import hash_module
+
+    began = time.perf_counter()
+    hash_module(model.lm_head)
+    took = time.perf_counter() - began
+    whole = sum(p.numel() for p in model.parameters())
+    began = time.perf_counter()
+    checksums(model)
+    return {
+        "trls_hash_s": took * whole / model.lm_head.weight.numel(),
+        "check_of_the_lent_base_s": time.perf_counter() - began,
+    }
+
+
+def memory(settings: Settings, found: Found) -> None:
+    """A trial of the whole harness that runs out of memory under a cap: it must halve its micro-batch and finish.
+
+    It runs in a process of its own, which holds the cap; then one of the other arm, which must have the same batch
+    plan. On a CPU the error is pretended.
+    """
+    free_memory()
+    with multiprocessing.get_context("spawn").Pool(1) as pool:  # ended where the time is over
+        work = Path(tempfile.mkdtemp())
+        try:
+            asked = pool.apply_async(capped_trials, (work, settings.tiny, settings.cap_gb))
+            rows = asked.get(max(60.0 if settings.tiny else 10.0, settings.left))
+        except multiprocessing.TimeoutError:
+            raise RuntimeError("no time left: the trials were stopped") from None
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+    found.facts["cap_gb"] = settings.cap_gb if GPU else None
+    for arm, row in rows.items():
+        found.row("trials", arm, row)
+    small, asked_for = (rows["simpo"].get(key) for key in ("micro_batch_size", "asked"))
+    is_whole = all(row["status"] == "complete" for row in rows.values())
+    found.checks["memory: it ran out, the micro-batch was halved, both trials are complete"] = bool(
+        is_whole and small and asked_for and small < asked_for
+    )
+    found.checks["memory: both arms have the same batch plan"] = rows["simpo"]["plan"] == rows["dpo"]["plan"]
+
+
+def capped_trials(work: Path, tiny: bool, cap_gb: float) -> dict[str, Row]:
+    """Run a trial of each arm with a model of 0.2 billion weights, under a cap on the GPU's memory."""
+    shape, words = ("tiny", 8) if tiny else ("mid", 150)
+    keys = small_study(work, shape, words=words)
+    if tiny:
+        keys.append("train.threads=1")
+    free_memory()
+    if GPU:
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, cap_gb * 1e9 / total))
+    rows: dict[str, Row] = {}
+    with contextlib.nullcontext() if GPU else pretended_out_of_memory():
+        for arm in ("simpo", "dpo"):
+            began = time.perf_counter()
+            ran = train_once(arm, keys)
+            rows[arm] = {
+                "status": ran.status,
+                "message": ran.message,
+                "seconds": time.perf_counter() - began,
+                "asked": ran.micro_batch.get("asked"),
+                "micro_batch_size": ran.manifest.get("micro_batch_size"),
+                "peak_gb": max(ran.manifest.get("peak_memory_bytes", {}).values(), default=0) / 1e9,
+                "plan": str(ran.manifest.get("batch_plan_sha256"))[:12],
+                "packed": ran.manifest.get("packed"),
+            }
+    return rows
+
+
+SMALL_STUDY = [
+    "seed=1,2",
+    "data.max_train_pairs=16",
+    "data.max_dev_prompts=6",
+    "data.max_golden_prompts=12",
+    "train.epochs=1",
+    "train.batch_size=4",
+    "train.micro_batch_size=4",
+    "generate.max_new_tokens=8",
+]
+
+
+def study(settings: Settings, found: Found) -> None:
+    """The embedded study as a user runs it, `+method=simpo,dpo`: its verdict, and all trials' seconds by stage."""
+    work = Path(tempfile.mkdtemp())
+    try:
+        _study(settings, found, work)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _study(settings: Settings, found: Found, work: Path) -> None:
+    keys = ["+method=simpo,dpo", "tracking=none", "study=gpu", f"results_dir={work}"]
+    environment = os.environ | ({"OMP_NUM_THREADS": "1"} if settings.tiny else {})
+    command = [sys.executable, "-m", "harness.sweep", *keys, *(SMALL_STUDY if settings.tiny else [])]
+    limit = max(60.0 if settings.tiny else 10.0, settings.left)
+    began = time.perf_counter()
+    try:
+        ran = subprocess.run(command, capture_output=True, text=True, check=False, timeout=limit, env=environment)
+    except subprocess.TimeoutExpired as error:
+        done = len(list(work.glob("gpu/trials/*/manifest.json")))
+        raise RuntimeError(f"no time left: stopped after {error.timeout:.0f} s, {done} trials begun") from None
+    found.facts |= {"seconds": time.perf_counter() - began, "exit_status": ran.returncode}
+    if ran.returncode:
+        raise RuntimeError(f"the sweep ended with {ran.returncode}: {ran.stderr[-300:]}")
+    manifests = [json.loads(path.read_text()) for path in sorted(work.glob("gpu/trials/*/manifest.json"))]
+    found.facts["trials"] = len(manifests)
+    found.facts["all_packed"] = all(manifest.get("packed") for manifest in manifests)
+    spent: Row = {}
+    for manifest in manifests:
+        for stage, seconds in manifest["seconds"].items():
+            spent[f"{stage}_s"] = spent.get(f"{stage}_s", 0.0) + seconds
+    found.row("stages", "all trials", spent)
+    command = [sys.executable, "-m", "harness.decide", str(work / "gpu")]
+    decided = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    verdict = json.loads(decided.stdout)
+    found.facts |= {key: verdict[key] for key in ("verdict", "difference", "reason")}
+    found.checks["study: every trial is complete"] = {manifest["status"] for manifest in manifests} == {"complete"}
