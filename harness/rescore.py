@@ -18,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from harness.checkpoint import checkpoint_dir
 from harness.keys import find_declared, shown, unknown_key, value_problem
 from harness.manifest import load_manifest
+from harness.outside import in_one_sentence
 from harness.ownscorer import is_file, scorer_name
 from harness.records import UsageError, locked, read_json, read_jsonl, write_json
 from harness.redaction import redact
@@ -154,6 +155,7 @@ def _score_trials(study: Path, names: Sequence[str], registered: dict[str, Any])
         raise UsageError(f"{error}\nTo mend it, run the study's command again: {command}") from error
 
 
+@in_one_sentence("harness.score")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command."""
     parser = argparse.ArgumentParser(
