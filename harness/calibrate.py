@@ -17,6 +17,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from harness.outside import in_one_sentence
 from harness.records import UsageError
 from harness.registration import contrast_of, read_study
 from harness.scores_file import ArmScores, arm_scores, checked, read_scores, same_prompts
@@ -166,6 +167,7 @@ def _percent(found: Mapping[str, float]) -> str:
     return f"{found['share']:.1%} ± {found['standard_error']:.1%}"
 
 
+@in_one_sentence("harness.calibrate")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command."""
     parser = argparse.ArgumentParser(

@@ -19,6 +19,7 @@ from markupsafe import Markup
 
 from harness.browser import json_in_page, page_script
 from harness.forest import draw_forest
+from harness.outside import in_one_sentence
 from harness.overview import DECIDED, Overview, read_overviews
 from harness.palette import THEME, title
 from harness.records import UsageError, write_text
@@ -135,6 +136,7 @@ def _duration(seconds: float | None) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
+@in_one_sentence("harness.dashboard")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command."""
     parser = argparse.ArgumentParser(

@@ -17,6 +17,7 @@ import pandas as pd
 from harness.arms import ARMS
 from harness.identity import data_identity
 from harness.ledger import enter_look
+from harness.outside import in_one_sentence
 from harness.records import UsageError, locked, write_json
 from harness.registration import contrast_of, read_study
 from harness.rule import verdict
@@ -160,6 +161,7 @@ def _guard_option(text: str) -> dict[str, Any]:
         raise argparse.ArgumentTypeError(f"{text}: write METRIC:MARGIN, such as gsm8k:0.02") from error
 
 
+@in_one_sentence("harness.decide")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command: JSON on stdout, a table on stderr; exit status 2 with a message where scores cannot be used."""
     parser = argparse.ArgumentParser(

@@ -28,6 +28,7 @@ from harness.arms import ARMS
 from harness.config import plain
 from harness.measure import peak_memory_bytes
 from harness.microbatch import NoRoomError
+from harness.outside import is_outside
 from harness.plan import BatchPlan
 from harness.records import DivergedError, WorkerDiedError, read_json, write_json
 from harness.redaction import redact
@@ -183,12 +184,12 @@ def _kind(error: BaseException) -> str:
     """Sort an error: `memory` for a smaller micro-batch to mend, `outside`, `lost` (a neighbour died), or `own`."""
     if isinstance(error, NoRoomError):
         return "memory"
-    if isinstance(error, OSError | MemoryError):
-        return "outside"
     is_lost = type(error).__name__ == "DistBackendError" or re.search(
         r"gloo|nccl|[Cc]onnection (reset|closed)", str(error)
     )
-    return "lost" if is_lost else "own"
+    if is_lost:
+        return "lost"
+    return "outside" if is_outside(error) else "own"
 
 
 def _train_share(job: Path, rank: int) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from harness.adopt import Question, adopt
 from harness.annotations import annotation_scores
 from harness.manifest import load_manifest
 from harness.outputs import alpaca_eval_rows, arena_hard_rows, dumps
+from harness.outside import in_one_sentence
 from harness.records import UsageError, read_jsonl, write_text
 from harness.score import trial_folders
 from harness.spreadsheet import to_csv
@@ -103,6 +104,7 @@ def _outputs(options: argparse.Namespace) -> str:
     return f"{study}\nNow: python -m harness.score {study} {options.metric} ...; python -m harness.decide {study}"
 
 
+@in_one_sentence("harness.exchange")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command."""
     parser = argparse.ArgumentParser(prog="python -m harness.exchange", description=__doc__.split("\n", maxsplit=1)[0])

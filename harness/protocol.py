@@ -13,11 +13,12 @@ from typing import Any
 from harness.config import RunConfig, config_label
 from harness.costtrials import cost_trials
 from harness.design import Design
-from harness.failure import FILE, standing_failure
+from harness.failure import set_aside, standing_failure
 from harness.folders import is_complete, study_dir, trial_dir
 from harness.inputs import identify
 from harness.manifest import load_manifest, put_back_manifest, read_manifest
 from harness.microbatch import is_outdated
+from harness.outside import is_outside, problem
 from harness.records import UsageError, drop_temporaries, locked, locked_if_free
 from harness.registration import read_study
 from harness.score import collect_scores
@@ -40,11 +41,13 @@ class StudyResult:
         outcomes: of the SFT base and of all trials, those finished earlier included.
         verdict: as in verdict.json; None where there is nothing to decide.
         undecided: why there is no verdict.
-        report: path of report.html; None where the base could not be scored, so that there is nothing to report.
+        report: path of report.html; None where the base could not be scored, so that there is nothing to report, and
+            where it could not be written.
         launched: number of trials that this call ran.
         is_comparison: True where several arms were asked for, so that a missing verdict is a failure.
         stages: number of trials by stage: `base`, `tune`, `confirm`, `costs`.
         problems: scorers that failed, by name.
+        unreported: why the report could not be written.
     """
 
     outcomes: list[Outcome]
@@ -55,6 +58,7 @@ class StudyResult:
     is_comparison: bool
     stages: Mapping[str, int]
     problems: list[str]
+    unreported: str = ""
 
 
 def run_study(design: Design, launch: Launch) -> StudyResult:
@@ -70,14 +74,15 @@ def run_study(design: Design, launch: Launch) -> StudyResult:
     verdict, undecided = None, ""
     if runs.finish("base", [design.base]):
         undecided = "the SFT base, which every arm is measured against, could not be scored"
-        return _result(runs, design, None, undecided, None)
+        return _result(runs, design, None, undecided)
     selected = tune(design, study, lambda trials: runs.finish("tune", trials), lambda: runs.failed)
     if selected is None and runs.problems:
         undecided = f"{'; '.join(runs.problems)}: no config is selected, and golden is not looked at"
     elif selected is None:
         undecided = (
             f"{runs.failed} of {runs.stages['tune']} tuning trials failed, so that no config is selected and golden is "
-            "not looked at; mend the cause (failure.json) and run the same command with retry_failed=true"
+            "not looked at; mend the cause (failure.json) and run the same command, with retry_failed=true where the "
+            "same error has come back"
         )
     else:
         for seeds in _looks(design):
@@ -89,10 +94,10 @@ def run_study(design: Design, launch: Launch) -> StudyResult:
         runs.finish("costs", cost_trials(design, selected) if verdict else [])
     with locked(study):
         collect_scores(study)
-        report = _report(study)
-    if runs.launched and verdict:
+        report, unreported = report_study(study)
+    if runs.launched and verdict and report:
         _mirror(design.base, study, verdict)
-    return _result(runs, design, verdict, undecided, report)
+    return _result(runs, design, verdict, undecided, report=report, unreported=unreported)
 
 
 def _drop_damaged(study: Path) -> None:
@@ -118,11 +123,17 @@ def _looks(design: Design) -> list[Sequence[int]]:
 
 
 def _result(
-    runs: _Runs, design: Design, verdict: dict[str, Any] | None, undecided: str, report: Path | None
+    runs: _Runs,
+    design: Design,
+    verdict: dict[str, Any] | None,
+    undecided: str,
+    *,
+    report: Path | None = None,
+    unreported: str = "",
 ) -> StudyResult:
     outcomes = list(runs.ended.values())
     found = (outcomes, verdict, undecided, report, len(runs.launched), len(design.arms) > 1, runs.stages)
-    return StudyResult(*found, problems=runs.problems)
+    return StudyResult(*found, problems=runs.problems, unreported=unreported)
 
 
 def _key(trial: RunConfig) -> tuple[str, str, int, str]:
@@ -152,7 +163,7 @@ class _Runs:
         stand = {} if self._design.base.retry_failed else dict(_standing(missing))
         missing = [trial for trial in missing if _key(trial) not in stand]
         for trial in missing:
-            (trial_dir(trial) / FILE).unlink(missing_ok=True)  # what stands there afterwards is of this attempt
+            set_aside(trial_dir(trial))
         new: dict[tuple[str, str, int, str], Outcome] = {}
         while missing:
             new |= dict(zip(map(_key, missing), self._launch(missing), strict=True))
@@ -198,7 +209,8 @@ def _standing(trials: Sequence[RunConfig]) -> Iterator[tuple[tuple[str, str, int
     """Yield how trials failed that are not run again unless that is asked for."""
     for trial in trials:
         if why := standing_failure(trial_dir(trial)):
-            ended = Outcome(identify(trial), trial.method.name, config_label(trial), trial.seed, "failed", why)
+            about = (identify(trial), trial.method.name, config_label(trial), trial.seed)
+            ended = Outcome(*about, "failed", why, retries=False)
             yield _key(trial), ended
 
 
@@ -243,7 +255,13 @@ def _mirror(base: RunConfig, study: Path, verdict: dict[str, Any]) -> None:
         tracker.page("report", study / "report.html")
 
 
-def _report(study: Path) -> Path:
+def report_study(study: Path) -> tuple[Path | None, str]:
+    """Write the report; return its path, or None with the reason: a verdict is told where no page can be written."""
     from harness.report import render_report
 
-    return render_report(study)
+    try:
+        return render_report(study), ""
+    except Exception as error:
+        if isinstance(error, UsageError) or not is_outside(error):
+            raise
+        return None, problem(error)

@@ -25,6 +25,7 @@ from harness.frames import Table
 from harness.gridplots import draw_search
 from harness.ingredients import ingredient_table
 from harness.judgetable import judge_table
+from harness.outside import in_one_sentence
 from harness.palette import BASE, THEME, Look, looks, title
 from harness.promptplots import draw_length_scores, draw_prompts, moved_table
 from harness.records import UsageError, write_text
@@ -164,6 +165,7 @@ def _remove_stale(folder: Path, current: set[str]) -> None:
             path.unlink()
 
 
+@in_one_sentence("harness.report")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command."""
     parser = argparse.ArgumentParser(

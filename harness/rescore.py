@@ -14,6 +14,7 @@ from typing import Any
 
 from harness.checkpoint import checkpoint_dir
 from harness.manifest import load_manifest
+from harness.outside import in_one_sentence
 from harness.ownscorer import is_file, scorer_name
 from harness.records import UsageError, locked, read_jsonl, write_json
 from harness.redaction import redact
@@ -116,6 +117,7 @@ def _score_trials(study: Path, names: Sequence[str], registered: dict[str, Any])
         raise UsageError(f"{error}\nTo mend it, run the study's command again: {command}") from error
 
 
+@in_one_sentence("harness.score")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command."""
     parser = argparse.ArgumentParser(

@@ -241,7 +241,7 @@ class RunConfig:
         measure_costs: train DPO also with each other way to its reference, to compare what they cost.
         allow_unequal_budgets: let one arm have more configs to select from than another; the verdict then warns.
         keep: whose weights stay on disk: of all trials, of those that decide (`confirmed`), or of none once scored.
-        retry_failed: run trials again that failed before by an error of their own; the others run again anyway.
+        retry_failed: run trials again whose error came back when they ran a second time; the others run again anyway.
         cost_name: set by the sweep for a trial that is run for its cost alone: its folder under `costs/`.
         evaluate: the splits that a trial answers; the sweep leaves `golden` out until a config is selected, and both
             where vLLM answers for all trials at once.

@@ -21,6 +21,7 @@ from harness.design import Design
 from harness.devices import take_places
 from harness.expand import hydra_arguments
 from harness.folders import refuse_golden
+from harness.outside import in_one_sentence
 from harness.overrides import check_overrides, check_single, explain
 from harness.plugins import register_plugins
 from harness.protocol import StudyResult
@@ -134,6 +135,7 @@ def prepare_process() -> None:
         warnings.filterwarnings("ignore", module=rf"{package}\b")
 
 
+@in_one_sentence("harness.sweep")
 def main() -> None:
     """Run the command."""
     try:

@@ -24,13 +24,14 @@ from harness.expand import Request, check_study, expand
 from harness.launched import ended_before, is_left, outcome_of
 from harness.multilora import answer_trials
 from harness.planning import print_plan, refuse_what_does_not_fit
-from harness.protocol import StudyResult, run_study
+from harness.protocol import StudyResult, report_study, run_study
 from harness.records import UnreachableError, UsageError
 from harness.registration import register, study_name
 from harness.schema import FamilyConfig, RunConfig
 from harness.search import Params, configs_of, is_interval
 from harness.terminal import show_progress
 from harness.trial import Outcome
+from harness.triallog import say
 from harness.untrusted import one_line
 from harness.validate import find_warnings
 
@@ -208,11 +209,11 @@ class PairedSweeper(Sweeper):
 
 def _report_again(results: Sequence[StudyResult]) -> None:
     """Render the reports of a family once more: the first ones knew nothing of the later studies."""
-    from harness.report import render_report
-
     for result in results:
         if result.report:
-            render_report(result.report.parent)
+            _, problem = report_study(result.report.parent)
+            if problem:
+                say(f"{result.report}: {problem}")
 
 
 def _name(config: RunConfig) -> str:

@@ -54,8 +54,7 @@ def print_result(result: StudyResult) -> int:
     for problem in result.problems:
         print(f"scorer failed: {visible(redact(problem))}")
     if failed:
-        again = "the same command with retry_failed=true runs them again"
-        print(f"{len(failed)} of {len(result.outcomes)} trials failed; the rest is kept: {again}")
+        print(f"{len(failed)} of {len(result.outcomes)} trials failed; the rest is kept: {_again(failed)}")
     stages = ", ".join(f"{stage} {count}" for stage, count in result.stages.items() if count)
     print(f"trials run now: {result.launched}, complete before: {len(result.outcomes) - result.launched} ({stages})")
     if verdict:
@@ -64,7 +63,19 @@ def print_result(result: StudyResult) -> int:
         print(f"\nno verdict: {redact(result.undecided)}")
     if result.report:
         print(f"report: {result.report}")
-    return 1 if failed or result.problems or (result.is_comparison and not verdict) else 0
+    if result.unreported:
+        print(f"no report: {visible(result.unreported)}")
+    is_missing = bool(result.unreported) or (result.is_comparison and not verdict)
+    return 1 if failed or result.problems or is_missing else 0
+
+
+def _again(failed: Sequence[Outcome]) -> str:
+    """Say which command runs failed trials again."""
+    standing = sum(not outcome.retries for outcome in failed)
+    if not standing:
+        return "mend the cause, and the same command runs them again"
+    which = "them" if standing == len(failed) else f"all of them, and without it {len(failed) - standing},"
+    return f"the same command with retry_failed=true runs {which} again"
 
 
 def _name(outcome: Outcome) -> str:

@@ -23,6 +23,7 @@ from harness.adapter import (
 )
 from harness.arms import ARMS, DPOMarginConfig, SimPOConfig
 from harness.checkpoint import has_gpu, load_base, uses_bf16
+from harness.outside import in_one_sentence
 from harness.plan import BatchPlan, ConsumedTokens, share_of
 from harness.schema import Engine, Reference, RunConfig, Tuning
 from harness.sealing import last_checkpoint
@@ -270,6 +271,7 @@ def _dataset(rows: Sequence[TokenPair], reference: Any) -> Any:
     return Dataset.from_list(columns)
 
 
+@in_one_sentence("harness.train")
 def main() -> None:
     """Run one trial from the command line; exit status as in `harness.sweep`."""
     from harness.sweep import run_single

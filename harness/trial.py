@@ -21,7 +21,7 @@ from harness.arms import ARMS
 from harness.checkpoint import contents_sha256, set_threads
 from harness.config import config_label, plain
 from harness.degenerate import completion_flags
-from harness.failure import FILE, describe
+from harness.failure import describe, forget, write_failure
 from harness.fingerprints import fingerprints
 from harness.folders import SPLITS, is_complete, refuse_golden, study_dir, trial_dir
 from harness.heldout import heldout_rows
@@ -36,7 +36,6 @@ from harness.records import (
     locked,
     read_jsonl,
     to_jsonl,
-    write_json,
     write_jsonl,
     write_text,
 )
@@ -55,7 +54,10 @@ from harness.worker import borrowed_base, borrowed_policy
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a trial ended: `complete`, `diverged` or `failed`, with the message in the last two."""
+    """How a trial ended: `complete`, `diverged` or `failed`, with the message in the last two.
+
+    `retries`: whether the same command runs it again where it failed.
+    """
 
     trial_id: str
     arm: str
@@ -63,6 +65,7 @@ class Outcome:
     seed: int
     status: str
     message: str = ""
+    retries: bool = True
 
 
 def run_trial(config: RunConfig, splits: tuple[str, ...] = SPLITS) -> Outcome:
@@ -78,17 +81,20 @@ def run_trial(config: RunConfig, splits: tuple[str, ...] = SPLITS) -> Outcome:
     with locked(folder):
         if is_complete(config, splits):
             return Outcome(**about, status=read_manifest(folder)["status"])
-        trial = _Trial(config, folder, about, splits)
+        trial: _Trial | None = None
         try:
+            trial = _Trial(config, folder, about, splits)
             refuse_golden(config, splits)
             with trial_log(folder, f"trial {about['trial_id']}"):
                 trial.run(splits)
-        except Exception as error:
-            failure = describe(error, trial.stage, about, folder)
-            write_json(folder / FILE, failure)
-            message = f"{trial.stage}: {failure['error']}: {failure['message']}"
-            return Outcome(**about, status="failed", message=message)
-        (folder / FILE).unlink(missing_ok=True)
+        except (KeyboardInterrupt, SystemExit, GeneratorExit):
+            raise
+        except BaseException as error:  # a library in Rust that panics (no more threads) raises no Exception
+            failure = describe(error, trial.stage if trial else "load", about, folder)
+            write_failure(folder, failure)
+            message = f"{failure['stage']}: {failure['error']}: {failure['message']}"
+            return Outcome(**about, status="failed", message=message, retries=failure["retries"])
+        forget(folder)
         status = trial.manifest["status"]
         return Outcome(**about, status=status, message=trial.manifest.get("divergence", ""))
 

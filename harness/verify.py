@@ -23,6 +23,7 @@ from harness.fingerprints import WEIGHTS, leads_out
 from harness.identity import data_identity
 from harness.manifest import has_hash, is_as_written, read_manifest
 from harness.microbatch import is_outdated
+from harness.outside import in_one_sentence
 from harness.reader import Reader
 from harness.records import UsageError, file_sha256
 from harness.registration import read_study
@@ -35,7 +36,7 @@ from harness.wording import plural
 
 _TRIAL_FILES = {
     "config.yaml", "manifest.json", "train.jsonl", "completions.jsonl", "pairs.jsonl", "scores.jsonl", "failure.json",
-    "preferences.jsonl", "benchmarks.jsonl", "live.jsonl", "log.txt", ".lock",
+    "earlier_failure.json", "preferences.jsonl", "benchmarks.jsonl", "live.jsonl", "log.txt", ".lock",
 }  # fmt: skip
 _TRIAL_FOLDERS = {*WEIGHTS, "checkpoints", ".twins"}
 _STUDY_FILES = {
@@ -233,6 +234,7 @@ def _short(sha256: Any) -> str:
     return str(sha256)[:12]
 
 
+@in_one_sentence("harness.verify")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; exit status 1 where something cannot be trusted."""
     parser = argparse.ArgumentParser(

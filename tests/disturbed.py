@@ -10,6 +10,7 @@ import os
 import random
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -64,16 +65,15 @@ def start(results: Path, before: Callable[[], None] = lambda: None) -> int:
     """Start the study's command in a child process, after `before`; return its process id."""
 
     def run() -> int:
-        from harness.records import UsageError
-        from harness.sweep import run_sweep
-        from harness.terminal import print_result
+        from harness.sweep import main
 
+        sys.argv = ["harness.sweep", *STUDY, f"results_dir={results}"]
         before()
         try:
-            return max(print_result(found) for found in run_sweep([*STUDY, f"results_dir={results}"]))
-        except UsageError as error:
-            os.write(2, f"harness.sweep: {error}\n".encode())
-            return 2
+            main()
+        except SystemExit as stop:
+            return int(stop.code or 0)
+        return 0
 
     return in_child(results.parent, run)
 

@@ -23,6 +23,7 @@ from tests.clocks import clocks
 from tests.damage import any_damage, change_digit, damages, overwrite, truncate, zero
 from tests.deadworkers import LAUNCHERS, dead_workers
 from tests.disturbed import Undisturbed, ended, kill_at, log_of, prepare, start
+from tests.starved import file_sizes
 
 Fault = Callable[[], "collections.Counter[str]"]
 
@@ -114,6 +115,7 @@ def _long(study: Undisturbed, rng: random.Random, options: argparse.Namespace) -
         "another digit": lambda: damages(study, change_digit, rng, options.at_once),
         "two at once": lambda: two_at_once(study, half, rng),
         "full disk": lambda: full_disk(study, options.times, rng),
+        "file-size limits": lambda: file_sizes(study),
         "clock": lambda: clocks(study, half, rng),
         **{f"worker dies, {name}": partial(dead_workers, study, name, -(-options.times // 4)) for name in LAUNCHERS},
     }
@@ -124,6 +126,7 @@ def _short(study: Undisturbed, rng: random.Random) -> dict[str, Fault]:
     return {
         "kill -9": lambda: kills(study, 4, rng),
         "damaged": lambda: damages(study, any_damage, rng, at_once=30),
+        "file-size limits": lambda: file_sizes(study),
         "full disk": lambda: full_disk(study, 1, rng),
     }
 

@@ -30,6 +30,7 @@ def test_a_disturbed_study_ends_with_the_scores_and_the_verdict_of_an_undisturbe
     }
     assert counts["kill -9"] == 4
     assert counts["damaged"] >= 50
+    assert counts["file-size limits"] == 4
     if not counts["full disk"]:
         pytest.skip("no full disk: a tmpfs cannot be mounted here; all else passed")
 

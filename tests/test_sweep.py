@@ -261,20 +261,31 @@ def test_a_failed_trial_is_named_kept_apart_and_run_again_where_that_is_asked_fo
     assert (failure["arm"], failure["stage"], failure["error"]) == ("dpo", "train", "RuntimeError")
     assert "Traceback" in failure["traceback"]
     assert "an odd model" in failed.report.read_text()
-    assert "the same command with retry_failed=true runs them again" in said
+    assert "mend the cause, and the same command runs them again" in said
+    second = sweep(tmp_path, "seed=0", "study=s")
+    assert (second.launched, print_result(second)) == (1, 1)
+    assert "the same command with retry_failed=true runs them again" in capsys.readouterr().out
     monkeypatch.undo()
     told = sweep(tmp_path, "seed=0", "study=s")
     assert (told.launched, print_result(told)) == (0, 1)
-    assert "train: RuntimeError: an odd model" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "train: RuntimeError: an odd model" in said
+    assert "the same command with retry_failed=true runs them again" in said
     again = sweep(tmp_path, "seed=0", "study=s", "retry_failed=true")
     assert (again.launched, print_result(again)) == (1, 0)
-    assert not list((tmp_path / "s").glob("trials/*/failure.json"))
+    assert not list((tmp_path / "s").glob("trials/*/*failure.json"))
     assert sweep(tmp_path, "seed=0", "study=s").launched == 0
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), MemoryError(), WorkerDiedError("killed")])
+class Panic(BaseException):
+    """As a library in Rust panics: no Exception."""
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), WorkerDiedError("killed"), Panic("no threads")]
+)
 def test_what_came_from_outside_the_training_is_tried_again_by_the_same_command(
-    error: Exception, tmp_path: Path, monkeypatch
+    error: BaseException, tmp_path: Path, monkeypatch
 ) -> None:
     real = harness.train.train_arm
 
