@@ -16,8 +16,8 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from harness.decide import verdict
-from harness.stats import compare
+from harness.decide.rule import verdict
+from harness.decide.stats import compare
 
 SETTINGS = [(seeds, run_sd) for seeds in (3, 5) for run_sd in (0.0, 0.02, 0.04)]
 PROMPTS, ARM_BY_PROMPT_SD, PROMPT_SD, NOISE_SD = 300, 0.25, 0.2, 0.35
@@ -134,7 +134,7 @@ over trainings, of the difference between one run of each arm, in points.
 
 {naive_table(repeats)}
 
-## What `harness.decide.verdict()` says, at its defaults (margin 5 points, alpha 0.05)
+## What `harness.decide.study.verdict()` says, at its defaults (margin 5 points, alpha 0.05)
 
 Scores are 0 or 1, with such a score as probability (and a smaller effect of arm and prompt). {through} studies a row:
 the standard error of a rate of 5% is {error_through:.1f} points. At the minimum detectable difference (MDD, the mean of

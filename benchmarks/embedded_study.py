@@ -12,7 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from harness.sweep import run_sweep
+from harness.sweep.app import run_sweep
 
 COMMAND = ["+method=simpo,dpo", "tracking=none"]
 SETTINGS = {

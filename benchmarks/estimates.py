@@ -14,10 +14,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from harness import planning
-from harness.estimate import Estimate
-from harness.manifest import read_manifest
-from harness.sweep import run_sweep
+from harness.study.manifest import read_manifest
+from harness.sweep import estimate as planning
+from harness.sweep.app import run_sweep
+from harness.sweep.estimate import Estimate
 
 EMBEDDED = {
     "embedded, LoRA": ["+method=simpo,dpo"],

@@ -26,26 +26,28 @@ import torch
 import trl.trainer.dpo_trainer as trl_dpo
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from harness.bench.runs import needed_flops
+from harness.config.checkpoint import checkpoint_dir
+from harness.config.schema import RunConfig
+from harness.data.inputs import tokens_of
+from harness.data.plan import ConsumedTokens, make_plan
+from harness.data.records import EvalPrompt
+from harness.data.tokens import TokenisedPairs, TokenPair
+
 # All that is taken from the harness; where its modules move, these lines move with them. Three names are not for users:
 # `_reset` and `_checksums`, by which a lent base is given back, and `_probed`, what is known of whether a model packs.
-from harness import generate as generate_module
-from harness import train as train_module
-from harness.adapter import adapter_config
-from harness.bench.work import matmul_rate, needed_flops
-from harness.checkpoint import checkpoint_dir
-from harness.config import load_run
-from harness.engine import _probed
-from harness.folders import trial_dir
-from harness.inputs import tokens_of
-from harness.logps import pair_logps
-from harness.packed import ATTENTION, Packed, pack, packed_attention
-from harness.plan import ConsumedTokens, make_plan
-from harness.records import EvalPrompt, read_json, write_jsonl
-from harness.reference import TOLERANCE, StaleReferenceError, reference_logps
-from harness.schema import RunConfig
-from harness.tokens import TokenisedPairs, TokenPair
-from harness.trial import run_trial
-from harness.worker import _checksums, _reset
+from harness.generate import answers as generate_module
+from harness.study.files import read_json, write_jsonl
+from harness.sweep.problems import load_run
+from harness.sweep.registration import trial_dir
+from harness.sweep.trial import run_trial
+from harness.train import run as train_module
+from harness.train.adapter import adapter_config
+from harness.train.base import _checksums, _reset
+from harness.train.logps import pair_logps
+from harness.train.memory import matmul_rate
+from harness.train.packed import ATTENTION, Packed, _probed, pack, packed_attention
+from harness.train.reference import TOLERANCE, StaleReferenceError, reference_logps
 
 __all__ = [
     "ATTENTION",

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from harness.bench.runs import Bench
-from harness.bench.work import matmul_rate, needed_flops
-from harness.config import load_run
-from harness.trial import run_trial
+from harness.bench.runs import Bench, needed_flops
+from harness.sweep.problems import load_run
+from harness.sweep.trial import run_trial
+from harness.train.memory import matmul_rate
 
 PAIRS = 32
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::addmm_", "aten::linear", "aten::matmul")

@@ -17,12 +17,11 @@ from typing import Any
 
 from tqdm import tqdm
 
-from harness.outside import in_one_sentence
-from harness.records import UsageError
-from harness.registration import contrast_of, read_study
-from harness.scores_file import ArmScores, arm_scores, checked, read_scores, same_prompts
-from harness.simulate import NOISE_SD, PROMPT_SD, RUN_SD, Setting, components_of, halves, observed, simulate
-from harness.stats import needed
+from harness.decide.scores_file import ArmScores, arm_scores, checked, read_scores, same_prompts
+from harness.decide.simulate import NOISE_SD, PROMPT_SD, RUN_SD, Setting, components_of, halves, observed, simulate
+from harness.decide.stats import needed
+from harness.study.errors import UsageError, in_one_sentence
+from harness.study.registration import contrast_of, read_study
 
 DIFFERENCES = (0.0, 0.01, 0.02, 0.03, 0.05, 0.08)
 
@@ -66,11 +65,6 @@ def calibrate(setting: Setting, *, target: float, repeats: int, seed: int = 0) -
         "target": target,
         "needed": {name: {"count": count, "simulated_power": checks.get(name)} for name, count in wanted.items()},
     }
-
-
-def detectable_before(seeds: int, prompts: int, *, alpha: float) -> float:
-    """Return the difference that a study can find with 80% power, under the assumptions of `harness.simulate`."""
-    return components_of(Setting(seeds=(seeds, seeds), prompts=prompts)).detectable(alpha)
 
 
 def _resized(setting: Setting, name: str, count: int) -> Setting:

@@ -12,15 +12,13 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from harness.adopt import Question, adopt
-from harness.annotations import annotation_scores
-from harness.manifest import load_manifest
-from harness.outputs import alpaca_eval_rows, arena_hard_rows, dumps
-from harness.outside import in_one_sentence
-from harness.records import UsageError, read_jsonl, write_text
-from harness.score import trial_folders
-from harness.spreadsheet import to_csv
-from harness.untrusted import one_line
+from harness.score.exchange import Question, adopt, alpaca_eval_rows, annotation_scores, arena_hard_rows, dumps
+from harness.score.trial_scores import trial_folders
+from harness.study.errors import UsageError, in_one_sentence
+from harness.study.files import read_jsonl, write_text
+from harness.study.manifest import load_manifest
+from harness.study.scores_csv import to_csv
+from harness.study.text import one_line
 
 _RUN = re.compile(r"([a-z_]+)(?::(\d+))?=(.+)")
 

@@ -16,23 +16,20 @@ from typing import Any
 
 import pandas as pd
 
-from harness.adopt import GIVEN
-from harness.config import stored_trial_id
-from harness.decide import decision
-from harness.fingerprints import WEIGHTS, leads_out
-from harness.identity import data_identity
-from harness.manifest import has_hash, is_as_written, read_manifest
-from harness.microbatch import is_outdated
-from harness.outside import in_one_sentence
-from harness.reader import Reader
-from harness.records import UsageError, file_sha256
-from harness.registration import read_study
-from harness.score import scores_again
-from harness.scores_reader import read_csv
-from harness.spreadsheet import original, to_csv
-from harness.twins import NAMES, is_twin
-from harness.untrusted import one_line
-from harness.wording import plural
+from harness.config.trial_id import stored_trial_id
+from harness.decide.study import decision
+from harness.report.words import plural
+from harness.score.exchange import GIVEN
+from harness.score.trial_scores import scores_again
+from harness.study.backup import NAMES, is_twin
+from harness.study.errors import UsageError, in_one_sentence
+from harness.study.files import Reader, file_sha256
+from harness.study.identity import data_identity
+from harness.study.integrity import WEIGHTS, is_outdated, leads_out
+from harness.study.manifest import has_hash, is_as_written, read_manifest
+from harness.study.registration import read_study
+from harness.study.scores_csv import original, read_csv, to_csv
+from harness.study.text import one_line
 
 _TRIAL_FILES = {
     "config.yaml", "manifest.json", "train.jsonl", "completions.jsonl", "pairs.jsonl", "scores.jsonl", "failure.json",

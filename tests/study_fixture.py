@@ -10,8 +10,9 @@ import numpy as np
 import pandas as pd
 import yaml
 
-from harness.degenerate import completion_flags
-from harness.records import SCORE_COLUMNS, digest, write_json, write_jsonl, write_text
+from harness.score.trial_scores import completion_flags
+from harness.study.files import digest, write_json, write_jsonl, write_text
+from harness.study.scores_csv import SCORE_COLUMNS
 
 ARMS = ("simpo", "dpo")
 LABELS = {

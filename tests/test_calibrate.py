@@ -13,10 +13,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from harness.calibrate import calibrate, detectable_before, main, read_setting
-from harness.scores_file import ArmScores
-from harness.simulate import Setting, components_of, draw, halves, observed, simulate, verdict_of
-from harness.stats import compare
+from harness.calibrate import calibrate, main, read_setting
+from harness.decide.scores_file import ArmScores
+from harness.decide.simulate import (
+    Setting,
+    components_of,
+    detectable_before,
+    draw,
+    halves,
+    observed,
+    simulate,
+    verdict_of,
+)
+from harness.decide.stats import compare
 from tests.study_fixture import build_study
 
 RUN_SDS = {"none": (0.0, 0.0), "small": (0.01, 0.01), "large": (0.05, 0.05), "unequal": (0.005, 0.04)}

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from harness.config import CONF, SWEEPS
-from harness.sweep import run_sweep
+from harness.config.paths import CONF, SWEEPS
+from harness.sweep.app import run_sweep
 from tests.conftest import SMALL
 
 ROOT = Path(__file__).resolve().parents[1]

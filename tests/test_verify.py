@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from harness.manifest import read_manifest, write_manifest
-from harness.sweep import run_sweep
+from harness.study.manifest import read_manifest, write_manifest
+from harness.sweep.app import run_sweep
 from harness.verify import main, verify_study
 from tests.conftest import SMALL
 

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from harness.bench.page import page
-from harness.bench.runs import Bench, Run
-from harness.bench.work import matmul_rate, needed_flops
-from harness.provenance import provenance
-from harness.records import UsageError, read_json, write_json, write_text
+from harness.bench.runs import Bench, Run, needed_flops
+from harness.config.machine import provenance
+from harness.study.errors import UsageError
+from harness.study.files import read_json, write_json, write_text
+from harness.train.memory import matmul_rate
 
 
 def main(argv: Sequence[str] | None = None) -> int:

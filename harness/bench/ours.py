@@ -3,6 +3,8 @@
 Command: `python -m harness.bench.ours TRIALS.json`; prints one line of JSON.
 """
 
+from __future__ import annotations
+
 import importlib
 import json
 import sys
@@ -14,14 +16,14 @@ start = time.perf_counter()
 
 def main() -> None:
     """Train the trials in the file, one after the other; nothing is generated."""
-    from harness.config import load_run
-    from harness.folders import trial_dir
-    from harness.records import read_json, read_jsonl
-    from harness.sweep import prepare_process
-    from harness.trial import run_trial
+    from harness.study.files import read_json, read_jsonl
+    from harness.study.log import prepare_process
+    from harness.sweep.problems import load_run
+    from harness.sweep.registration import trial_dir
+    from harness.sweep.trial import run_trial
 
     prepare_process()
-    for module in ("wandb", "harness.trainers", "harness.reference"):
+    for module in ("wandb", "harness.train.trainers", "harness.train.reference"):
         importlib.import_module(module)  # once in a worker: not time around a trial
     trials = []
     for overrides in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):

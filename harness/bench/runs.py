@@ -6,15 +6,19 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from harness.config import load_run
-from harness.inputs import plan_of, splits_of, tokens_of
-from harness.records import UsageError, write_json, write_jsonl
-from harness.schema import RunConfig
+from harness.config.schema import RunConfig
+from harness.data.inputs import splits_of, tokens_of
+from harness.data.tokens import TokenPair
+from harness.study.errors import UsageError
+from harness.study.files import write_json, write_jsonl
+from harness.sweep.problems import load_run
+from harness.train.memory import plan_of
 
 BETAS = (0.01, 0.05, 0.1, 0.5)
 SIMPO = ((2.0, 0.3), (2.0, 0.5), (2.5, 0.5), (10.0, 0.5))  # beta, gamma over beta
@@ -88,7 +92,7 @@ class Bench:
     @property
     def model_dir(self) -> str:
         """Folder of the checkpoint, for the scripts."""
-        from harness.checkpoint import checkpoint_dir
+        from harness.config.checkpoint import checkpoint_dir
 
         return str(checkpoint_dir(self.config.model))
 
@@ -157,3 +161,48 @@ def _timed(command: list[str]) -> tuple[float, dict[str, Any]]:
     if ran.returncode:
         raise RuntimeError(f"{' '.join(command[:4])} failed:\n{ran.stderr[-2000:]}")
     return wall, json.loads(ran.stdout.strip().splitlines()[-1])
+
+
+def needed_flops(model_config: Any, rows: Sequence[TokenPair], *, lora_rank: int) -> float:
+    """Return the floating-point operations of one LoRA pass over the rows, each token computed once.
+
+    `4 N_blk D + 4 N_head D_c + 6 N_lora D + 8 L h Σ s²/2`: forward and backward through frozen weights, the head on
+    answer tokens only, adapters with their own gradient, and causal attention (PaLM, arXiv 2204.02311, appendix B,
+    counts 6 N D for training all weights; frozen ones need no gradient of their own). With rank 0 half of it is the
+    forward pass alone, which is what DPO's reference needs.
+
+    Args:
+        model_config: the model's config.
+        rows: the pairs of one pass; the prompt of a pair counts once.
+        lora_rank: of the adapters on all linear layers.
+    """
+    text = model_config.get_text_config()
+    tokens = sum(len(row.prompt_ids) + len(row.chosen_ids) + len(row.rejected_ids) for row in rows)
+    answers = sum(len(row.chosen_ids) + len(row.rejected_ids) for row in rows)
+    squares = sum(
+        len(row.prompt_ids) ** 2 / 2
+        + sum(len(answer) * (len(row.prompt_ids) + len(answer) / 2) for answer in (row.chosen_ids, row.rejected_ids))
+        for row in rows
+    )
+    blocks = 4 * block_parameters(text) * tokens
+    head = 4 * text.vocab_size * text.hidden_size * answers
+    adapters = 6 * lora_parameters(text, lora_rank) * tokens
+    return float(blocks + head + adapters + 8 * text.num_hidden_layers * text.hidden_size * squares)
+
+
+def lora_parameters(text: Any, rank: int) -> int:
+    """Count the weights of adapters on all linear layers of a Llama-like model."""
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    queries, keys = text.num_attention_heads * head_dim, text.num_key_value_heads * head_dim
+    shapes = [(text.hidden_size, queries), (text.hidden_size, keys), (text.hidden_size, keys)]
+    shapes += [(queries, text.hidden_size)]
+    shapes += [(text.hidden_size, text.intermediate_size)] * 2 + [(text.intermediate_size, text.hidden_size)]
+    return text.num_hidden_layers * rank * sum(inputs + outputs for inputs, outputs in shapes)
+
+
+def block_parameters(text: Any) -> int:
+    """Count the weights of the matrices in the layers of a Llama-like model."""
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    queries, keys = text.num_attention_heads * head_dim, text.num_key_value_heads * head_dim
+    attention = text.hidden_size * (2 * queries + 2 * keys)
+    return int(text.num_hidden_layers * (attention + 3 * text.hidden_size * text.intermediate_size))

@@ -3,18 +3,20 @@
 Command: `python stock.py ARM MODEL PAIRS.jsonl OUT_DIR KEY=VALUE...`; prints one line of JSON with seconds by stage.
 """
 
+from __future__ import annotations
+
 import json
 import sys
 import time
 from pathlib import Path
 
-start = time.perf_counter()
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import DPOConfig, DPOTrainer
+from trl.experimental.cpo import CPOConfig, CPOTrainer
 
-from datasets import Dataset  # noqa: E402
-from peft import LoraConfig  # noqa: E402
-from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
-from trl import DPOConfig, DPOTrainer  # noqa: E402
-from trl.experimental.cpo import CPOConfig, CPOTrainer  # noqa: E402
+start = time.perf_counter()
 
 TRAINERS = {
     "dpo": (DPOTrainer, DPOConfig, {}),

@@ -1,9 +1,11 @@
 """Build the embedded study again: `python -m harness.embedded [--out DIR] [--seed N]`."""
 
+from __future__ import annotations
+
 import argparse
 from pathlib import Path
 
-from harness.embedded import study_dir
+from harness.config.paths import embedded_dir
 
 
 def main() -> None:
@@ -13,7 +15,7 @@ def main() -> None:
         description="Build the embedded study from a seed: SFT base, on-policy preference pairs, golden prompts.",
         epilog="Example: python -m harness.embedded --out my-study --seed 1",
     )
-    parser.add_argument("--out", type=Path, default=study_dir(), help="folder to write (default: the shipped one)")
+    parser.add_argument("--out", type=Path, default=embedded_dir(), help="folder to write (default: the shipped one)")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     from harness.embedded.build import build

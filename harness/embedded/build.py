@@ -15,12 +15,13 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from harness.checks import failed_checks
+from harness.config.schema import GenerateConfig
+from harness.data.checks import failed_checks
+from harness.data.records import Completion, EvalPrompt, Message, prompt_id
+from harness.data.tokens import ChatFormat
 from harness.embedded.tasks import WORDS, Task, demonstrate, make_task, make_tasks, rank
-from harness.generate import generate_completions
-from harness.records import Completion, EvalPrompt, Message, file_sha256, prompt_id, write_json, write_jsonl
-from harness.schema import GenerateConfig
-from harness.tokens import ChatFormat
+from harness.generate.answers import generate_completions
+from harness.study.files import file_sha256, write_json, write_jsonl
 
 SIZES = {"golden": 900, "dev": 160, "train": 320}
 SPARE = 2  # train prompts are drawn twice over: not every one yields a pair
@@ -262,7 +263,7 @@ def _user(task: Task) -> Message:
 
 
 def _card_facts(out: Path, model: Any, start: float) -> dict[str, Any]:
-    from harness.provenance import provenance
+    from harness.config.machine import provenance
 
     shipped = [path for path in sorted(out.iterdir()) if path.is_file() and path.name != "card.json"]
     return {

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from harness.checks import failed_checks
+from harness.data.checks import failed_checks
 
 LETTERS = "abcdefghij"
 # Fillers share their first word, so that a policy which begins with it has not yet chosen among them. No word of theirs

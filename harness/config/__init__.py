@@ -1,0 +1,1 @@
+"""From the command line to a validated `RunConfig`: keys, arms, search spaces, the trial id."""

@@ -1,0 +1,154 @@
+"""The one table of what differs between arms: their keys (typed), their TRL trainer, and their arguments to it.
+
+Adding an arm is one row here and one file in `conf/method/`. Nothing else in the code asks for an arm's name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from harness.study.text import one_line
+
+
+def bounded(default: Any, **limits: Any) -> Any:
+    """Declare a config key with its allowed range: `above`, `at_least`, `below`, `at_most` or `choices`.
+
+    A key declared `quiet` is left out of a config's label while it has its default.
+    """
+    return field(default=default, metadata=limits)
+
+
+@dataclass
+class MethodConfig:
+    """Keys that every arm has.
+
+    Attributes:
+        learning_rate: peak learning rate; null takes `learning_rates[train.tuning]`.
+        learning_rates: the arm's published rate for each tuning, `lora` (also for qlora) and `full`.
+        learning_rate_factor: multiplies the rate; a grid over it fits models with rates of their own.
+    """
+
+    name: str = "???"
+    learning_rate: float | None = bounded(None, above=0.0, at_most=1.0)
+    learning_rates: dict[str, float] = field(default_factory=dict)
+    learning_rate_factor: float = bounded(1.0, above=0.0, at_most=1000.0)
+
+
+@dataclass
+class BetaConfig(MethodConfig):
+    """Keys of DPO and of length-normalised DPO."""
+
+    beta: float = bounded(0.1, above=0.0, at_most=1000.0)
+
+
+@dataclass
+class DPOMarginConfig(BetaConfig):
+    """Keys of DPO with SimPO's target margin, for the ablation.
+
+    Attributes:
+        gamma_beta_ratio: target margin over beta, in nats (per token where the reward is length-normalised).
+    """
+
+    gamma_beta_ratio: float = bounded(0.5, at_least=0.0, at_most=10.0)
+
+
+@dataclass
+class SimPOConfig(BetaConfig):
+    """Keys of SimPO.
+
+    Attributes:
+        gamma_beta_ratio: target margin over beta, in nats per token (the SimPO code's name for it).
+        length_norm: reward = log-prob / length**length_norm; 1.0 is SimPO, 0.0 the plain sum.
+        sft_weight: weight of the cross-entropy on the chosen answer (TRL's `cpo_alpha`); 0.0 is SimPO.
+    """
+
+    beta: float = bounded(2.0, above=0.0, at_most=1000.0)
+    gamma_beta_ratio: float = bounded(0.5, at_least=0.0, at_most=10.0)
+    length_norm: float = bounded(1.0, at_least=0.0, at_most=2.0, quiet=True)
+    sft_weight: float = bounded(0.0, at_least=0.0, at_most=100.0, quiet=True)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One row of the table.
+
+    Attributes:
+        title: the name in prose.
+        config: the typed keys of `conf/method/NAME.yaml`.
+        trainer: TRL's trainer class by name; None for the SFT base, which is scored and not trained.
+        trl_arguments: from the arm's keys to keyword arguments of that trainer's config class.
+        uses_reference: True where the loss needs log-probs of the SFT base.
+        per_token: True where rewards are means over an answer's tokens, False where they are sums.
+        has_margin: True where the chosen answer must win by a target margin.
+    """
+
+    title: str
+    config: type[MethodConfig]
+    trainer: str | None
+    trl_arguments: Callable[[Any], Mapping[str, Any]]
+    uses_reference: bool
+    per_token: bool = False
+    has_margin: bool = False
+
+
+def _simpo_arguments(method: SimPOConfig) -> dict[str, Any]:
+    return {
+        "loss_type": "simpo",
+        "beta": method.beta,
+        # TRL's simpo_gamma is absolute; people tune its ratio to beta. This is the only place that converts.
+        "simpo_gamma": method.gamma_beta_ratio * method.beta,
+        # TRL's default of 1.0 trains CPO-SimPO, which is another method.
+        "cpo_alpha": method.sft_weight,
+    }
+
+
+def _dpo_arguments(method: BetaConfig) -> dict[str, Any]:
+    return {"loss_type": ["sigmoid"], "beta": method.beta}
+
+
+def _dpo_norm_arguments(method: BetaConfig) -> dict[str, Any]:
+    return {"loss_type": ["sigmoid_norm"], "beta": method.beta}
+
+
+# The rows below `simpo` are for the ablation: which part of SimPO makes the difference. Reference or none, sum or mean,
+# margin or none make eight arms with `dpo`, `simpo` and `dpo_norm`.
+ARMS: dict[str, Arm] = {
+    "dpo": Arm("DPO", BetaConfig, "DPOTrainer", _dpo_arguments, uses_reference=True),
+    "simpo": Arm(
+        "SimPO", SimPOConfig, "CPOTrainer", _simpo_arguments, uses_reference=False, per_token=True, has_margin=True
+    ),
+    "dpo_norm": Arm(
+        "length-normalised DPO", BetaConfig, "DPOTrainer", _dpo_norm_arguments, uses_reference=True, per_token=True
+    ),
+    "dpo_margin": Arm(
+        "DPO with margin", DPOMarginConfig, "DPOTrainer", _dpo_arguments, uses_reference=True, has_margin=True
+    ),
+    "dpo_norm_margin": Arm(
+        "length-normalised DPO with margin",
+        DPOMarginConfig,
+        "DPOTrainer",
+        _dpo_norm_arguments,
+        uses_reference=True,
+        per_token=True,
+        has_margin=True,
+    ),
+    "simpo_no_margin": Arm(
+        "SimPO without margin", SimPOConfig, "CPOTrainer", _simpo_arguments, uses_reference=False, per_token=True
+    ),
+    "simpo_sum": Arm(
+        "SimPO by sums", SimPOConfig, "CPOTrainer", _simpo_arguments, uses_reference=False, has_margin=True
+    ),
+    "simpo_sum_no_margin": Arm(
+        "SimPO by sums without margin", SimPOConfig, "CPOTrainer", _simpo_arguments, uses_reference=False
+    ),
+    "sft": Arm("SFT base", MethodConfig, None, lambda _: {}, uses_reference=False),
+}
+
+BASE = "sft"
+
+
+def title(arm: str) -> str:
+    """Return an arm's name in prose; one that the table of arms does not know keeps its own."""
+    return ARMS[arm].title if arm in ARMS else one_line(arm, 60)

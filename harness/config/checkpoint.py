@@ -1,0 +1,122 @@
+"""The SFT checkpoint: where it is, what identifies it, and how its weights are loaded. Safetensors only."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from harness.config.schema import EMBEDDED, ModelConfig, RunConfig
+from harness.study.errors import UnreachableError, UsageError
+from harness.study.files import digest, file_sha256
+
+_WANTED = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.txt")
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+
+
+def checkpoint_dir(model: ModelConfig) -> Path:
+    """Return the checkpoint's folder; a Hub id is fetched first (weights in safetensors, no code)."""
+    if model.path == EMBEDDED:
+        from harness.config.paths import embedded_dir as study_dir
+
+        return study_dir()
+    folder = Path(model.path)
+    return folder.resolve() if folder.is_dir() else _fetch(model.path, model.revision)
+
+
+@lru_cache
+def _fetch(hub_id: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=list(_WANTED)))
+    except Exception as error:  # the Hub's client raises many kinds: no such model, no network, no permission
+        raise UnreachableError(
+            f"model.path={hub_id}: not to be had from the Hub at revision {revision or 'main'} "
+            f"({type(error).__name__}: {error}); check the name, or download it and give the folder"
+        ) from error
+
+
+def checkpoint_problems(folder: Path) -> Iterator[str]:
+    """Say what is missing of a checkpoint or damaged, as far as it shows without loading it."""
+    if not (folder / "config.json").is_file():
+        yield "the folder has no config.json; give a checkpoint saved by transformers"
+        return
+    config = _read_object(folder / "config.json")
+    if config is None:
+        yield "config.json is not readable as JSON; copy or download the checkpoint again"
+    elif "model_type" not in config:
+        yield "config.json names no model_type; give a checkpoint saved by transformers"
+    if not any((folder / name).is_file() for name in _TOKENIZERS):
+        yield f"no tokenizer (one of {', '.join(_TOKENIZERS)}); save it there with save_pretrained, too"
+    index = _read_object(folder / "model.safetensors.index.json") or {}
+    parts = {path.name for path in folder.glob("*.safetensors")}
+    lacking = sorted(set(map(str, index.get("weight_map", {}).values())) - parts)
+    if lacking:
+        yield f"model.safetensors.index.json names {', '.join(lacking[:3])}, not there; copy or download it again"
+    elif not parts:
+        yield "the folder has no *.safetensors (pickled weights are not loaded); save it again with save_pretrained"
+    for name in sorted(parts):
+        if not _is_whole(folder / name):
+            yield f"{name} is cut off, or no safetensors file; copy or download it again"
+
+
+def is_utf8(path: Path) -> bool:
+    """Return True where a file is text in UTF-8."""
+    try:
+        path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _read_object(path: Path) -> dict[str, Any] | None:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _is_whole(path: Path) -> bool:
+    """Compare a safetensors file's size with what its header says: 8 bytes of length, the header, the tensors."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        if size > path.stat().st_size:
+            return False
+        try:
+            header = json.loads(file.read(size))
+            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+        except (ValueError, AttributeError, KeyError, TypeError, IndexError):
+            return False
+    return path.stat().st_size == 8 + size + max(ends, default=0)
+
+
+@lru_cache
+def base_sha256(folder: Path) -> str:
+    """Identify the weights by the bytes of all safetensors files."""
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise UsageError(f"{folder}: no *.safetensors; pickled weights are not loaded, save it with save_pretrained")
+    return digest([[path.name, file_sha256(path)] for path in files])
+
+
+@lru_cache
+def _tokenizer_sha256(folder: Path) -> str:
+    """Identify the configs and the tokenizer beside the weights."""
+    files = sorted(p for p in folder.iterdir() if p.suffix in (".json", ".jinja", ".model", ".txt"))
+    return digest([[path.name, file_sha256(path)] for path in files if path.name != "card.json"])
+
+
+def contents_sha256(config: RunConfig, data_facts: dict[str, Any]) -> dict[str, str]:
+    """Identify what a config only names: weights, tokenizer, chat template, and the files of each split."""
+    folder = checkpoint_dir(config.model)
+    contents = {"base": base_sha256(folder), "tokenizer": _tokenizer_sha256(folder)}
+    if config.model.chat_template is not None:
+        contents["chat_template"] = file_sha256(Path(config.model.chat_template))
+    for split in ("train", "dev", "golden"):
+        if split in data_facts:
+            contents[split] = data_facts[split]["sha256"]
+    return contents

@@ -1,0 +1,399 @@
+"""Golden sets as people have them: AlpacaEval, Arena-Hard, MT-Bench, IFEval, and prompts alone, by their columns.
+
+Input: one row -> output: its prompts, each with what the benchmark's own tools call it; none where it is another form.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+from harness.data.checks import read_checks
+from harness.data.conversations import (
+    IMPLICIT_TEXT,
+    Conversation,
+    RowError,
+    Turns,
+    as_turns,
+    check_turns,
+    check_unicode,
+    from_texts,
+    from_turns,
+    prompt_key,
+    says,
+    shown,
+    text_or_turns,
+)
+from harness.data.records import EvalPrompt, Message, Pair, prompt_id
+
+Row = Mapping[str, Any]
+
+GOLDEN_FORMS = (
+    "AlpacaEval: `instruction`, `dataset`",
+    "Arena-Hard: `question_id`, `turns` of {content} (v0.1), or `uid`, `prompt` (v2.0)",
+    "MT-Bench: `question_id`, `turns` as two texts, `category`",
+    "IFEval: `prompt`, `instruction_id_list`, `kwargs`",
+    "prompts alone: `prompt`, for a judge, a reward model or a scorer of your own",
+)
+
+
+@dataclass(frozen=True)
+class GoldenPrompt:
+    """A prompt of a published golden set.
+
+    Attributes:
+        turns: the user's turns before the answer; a second one follows the answer to the first.
+        about: `form`, `id`, and what else the benchmark's own tools ask for.
+        cluster: prompts that are not independent share it.
+    """
+
+    turns: tuple[Message, ...]
+    about: dict[str, Any] = field(default_factory=dict)
+    cluster: str | None = None
+
+
+def golden_prompts(row: Row, columns: frozenset[str], *, both_turns: bool) -> list[GoldenPrompt]:
+    """Return the prompts of a row of a published set, or nothing where its columns are those of another form.
+
+    Args:
+        row: column -> value.
+        columns: of the whole file.
+        both_turns: for MT-Bench, also the second turn as a prompt that follows the first.
+
+    Raises:
+        RowError: where the row lacks what its form has.
+    """
+    for needed, reader in _FORMS:
+        if needed <= columns:
+            return reader(row, both_turns)
+    return []
+
+
+def is_golden_set(columns: frozenset[str]) -> bool:
+    """Return True where a file with these columns is a published golden set."""
+    return any(needed <= columns for needed, _ in _FORMS)
+
+
+def _alpaca_eval(row: Row, both_turns: bool) -> list[GoldenPrompt]:
+    about = {"form": "alpaca_eval", "id": "", "dataset": str(row.get("dataset") or "")}
+    return [GoldenPrompt((says("user", _text(row, "instruction")),), about)]
+
+
+def _arena_hard_1(row: Row, both_turns: bool) -> list[GoldenPrompt]:
+    """Read v0.1 of Arena-Hard, or MT-Bench: both have `question_id`, `category` and `turns`."""
+    turns = row.get("turns")
+    if not isinstance(turns, list) or not turns:
+        raise RowError(f"`turns` is {shown(turns)}; allowed: a list of texts or of {{content}}")
+    texts: list[Any] = [turn.get("content") if isinstance(turn, Mapping) else turn for turn in turns]
+    if not all(isinstance(text, str) and text.strip() for text in texts):
+        raise RowError("`turns` holds a turn that is empty or no text")
+    for text in texts:
+        check_unicode(text)
+    name, category = str(_known(row, "question_id")), str(row.get("category") or "")
+    said = tuple(says("user", text) for text in texts)
+    if isinstance(turns[0], Mapping):
+        about = {"form": "arena_hard", "version": "v0.1", "id": name, "category": category}
+        topic = str(row["cluster"]) if row.get("cluster") else None
+        return [GoldenPrompt(said[:1], about, topic)]
+    about = {"form": "mt_bench", "id": name, "category": category}
+    first = GoldenPrompt(said[:1], about | {"turn": 1}, f"question {name}")
+    if len(said) < 2 or not both_turns:
+        return [first]
+    return [first, GoldenPrompt(said[:2], about | {"turn": 2}, f"question {name}")]
+
+
+def _arena_hard_2(row: Row, both_turns: bool) -> list[GoldenPrompt]:
+    about = {"form": "arena_hard", "version": "v2.0", "id": str(_known(row, "uid"))}
+    about |= {key: str(row.get(key) or "") for key in ("category", "subcategory")}
+    return [GoldenPrompt((says("user", _text(row, "prompt")),), about)]
+
+
+def _ifeval(row: Row, both_turns: bool) -> list[GoldenPrompt]:
+    names, kwargs = row.get("instruction_id_list"), row.get("kwargs")
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+        raise RowError(f"`instruction_id_list` is {shown(names)}; allowed: a list of instruction names")
+    if not isinstance(kwargs, list) or len(kwargs) != len(names):
+        raise RowError(f"`kwargs` is {shown(kwargs)}; allowed: a list with one mapping for each instruction")
+    # Parquet and the Hub give every mapping all keys of the column, null where they were not there.
+    given = [{key: value for key, value in (one or {}).items() if value is not None} for one in kwargs]
+    instructions = {"instruction_id_list": list(names), "kwargs": given}
+    about = {"form": "ifeval", "id": str(row.get("key", "")), "instructions": instructions}
+    return [GoldenPrompt((says("user", _text(row, "prompt")),), about)]
+
+
+def _text(row: Row, column: str) -> str:
+    value = row.get(column)
+    if not isinstance(value, str) or not value.strip():
+        raise RowError(f"`{column}` is {shown(value)}; allowed: a text that is not empty")
+    check_unicode(value)
+    return value
+
+
+def _known(row: Row, column: str) -> Any:
+    if row.get(column) in (None, ""):
+        raise RowError(f"`{column}` is missing")
+    return row[column]
+
+
+_FORMS: tuple[tuple[frozenset[str], Callable[[Row, bool], list[GoldenPrompt]]], ...] = (
+    (frozenset({"instruction_id_list", "prompt"}), _ifeval),
+    (frozenset({"uid", "prompt", "category"}), _arena_hard_2),
+    (frozenset({"question_id", "turns"}), _arena_hard_1),
+    (frozenset({"instruction", "dataset"}), _alpaca_eval),
+)
+
+Row = Mapping[str, Any]
+
+PAIR_FORMS = (
+    "TRL standard: `prompt`, `chosen`, `rejected` as text (without `prompt`: the common beginning is the prompt)",
+    "TRL conversational: the same as lists of {role, content}; the prompt may be called `messages`",
+    "UltraFeedback-binarized: `prompt` as text, `chosen` and `rejected` as conversations that repeat it, scores",
+    "HH-RLHF: `chosen`, `rejected` as transcripts (\\n\\nHuman: ... \\n\\nAssistant: ...)",
+    "ShareGPT or LLaMA-Factory: `conversations` of {from, value}, `chosen`, `rejected`, optional `system`",
+    "`question` or `instruction` (with `input`) in place of `prompt`, optional `system`",
+)
+EVAL_FORMS = (
+    *PAIR_FORMS,
+    "prompts with `checks`: `prompt` and `checks`, optional `id`, `cluster`",
+    *GOLDEN_FORMS,
+)
+
+_SCORED = {"checks", "chosen", "rejected"}  # a file that has one of them is scored by it
+_PROMPT_COLUMNS = ("prompt", "conversations", "messages", "question", "instruction", "input")
+_SCORE_COLUMNS = (
+    ("score_chosen", "score_rejected"),
+    ("chosen_score", "rejected_score"),
+    ("chosen-rating", "rejected-rating"),
+    ("chosen_rating", "rejected_rating"),
+)
+
+
+@dataclass(frozen=True)
+class ParsedRow:
+    """What one row says.
+
+    Attributes:
+        form: name of the form that was recognised.
+        row: row in the file, counted from 1.
+        row_id: the `id` given in the file, or `row-N`.
+        chosen: the preferred answer; None where the row has checks only.
+        tie: the row gives both answers the same score.
+        about: see `EvalPrompt`; likewise follows.
+    """
+
+    form: str
+    row: int
+    row_id: str
+    prompt: tuple[Message, ...]
+    chosen: tuple[Message, ...] | None
+    rejected: tuple[Message, ...] | None
+    conversational: bool
+    checks: tuple[dict[str, Any], ...]
+    cluster: str | None
+    tie: bool
+    about: dict[str, Any] = field(default_factory=dict)
+    follows: str | None = None
+
+    @cached_property
+    def prompt_id(self) -> str:
+        """Identify the prompt by its content."""
+        return prompt_id(self.prompt)
+
+    @cached_property
+    def prompt_key(self) -> str:
+        """Identify the prompt whatever its white space and case."""
+        return prompt_key(self.prompt)
+
+    def pair(self) -> Pair | None:
+        """Return the preference pair, where the row holds one."""
+        if self.chosen is None or self.rejected is None:
+            return None
+        return Pair(self.row_id, self.prompt, self.chosen, self.rejected, self.conversational, self.row)
+
+    def eval_prompt(self) -> EvalPrompt:
+        """Return the prompt with its checks."""
+        return EvalPrompt(
+            self.prompt_id,
+            self.prompt,
+            self.checks,
+            self.cluster,
+            self.conversational,
+            self.row,
+            self.about,
+            self.follows,
+        )
+
+
+def has_known_form(columns: frozenset[str], *, evaluation: bool) -> bool:
+    """Say whether a file with these columns can hold pairs or, for evaluation, prompts."""
+    if {"chosen", "rejected"} <= columns:
+        return True
+    return evaluation and (is_golden_set(columns) or bool(columns.intersection(_PROMPT_COLUMNS)))
+
+
+def parse_golden(row: Row, number: int, columns: frozenset[str], *, both_turns: bool) -> list[ParsedRow]:
+    """Read the prompts of a row of a published golden set; none where the file is of another form.
+
+    Raises:
+        RowError: with the reason, where the row cannot be used.
+    """
+    if _SCORED & columns:
+        return []
+    rows = []
+    for found in golden_prompts(row, columns, both_turns=both_turns):
+        follows = prompt_id(found.turns[:-1]) if len(found.turns) > 1 else None
+        rows.append(
+            ParsedRow(
+                form=f"{found.about['form']} prompts",
+                row=number,
+                row_id=f"row-{number}",
+                prompt=found.turns,
+                chosen=None,
+                rejected=None,
+                conversational=follows is not None,
+                checks=(),
+                cluster=found.cluster,
+                tie=False,
+                about=found.about,
+                follows=follows,
+            )
+        )
+    return rows
+
+
+def parse_row(row: Row, number: int, columns: frozenset[str], *, needs_pair: bool, reads_checks: bool) -> ParsedRow:
+    """Read one row.
+
+    Args:
+        number: the row's number in the file, counted from 1.
+        columns: columns of the file: one that this row lacks is missing, one that all rows lack is another form.
+        needs_pair: refuse a row without `chosen` and `rejected` (training data).
+        reads_checks: read and validate the column `checks` (evaluation data).
+
+    Raises:
+        RowError: with the reason, where the row cannot be used.
+    """
+    has_pair = any(row.get(column) is not None for column in ("chosen", "rejected"))
+    conversation = _with_system(row, _read_pair(row, columns) if has_pair or needs_pair else _read_prompt(row, columns))
+    checks = read_checks(row.get("checks")) if reads_checks else ()
+    if conversation.chosen is None and not checks and _SCORED & columns:
+        raise RowError("has neither `checks` nor `chosen` and `rejected`: an answer to it cannot be scored")
+    check_turns(conversation)
+    cluster = _label(row, "cluster")
+    row_id = _label(row, "id")
+    return ParsedRow(
+        form=conversation.form,
+        row=number,
+        row_id=f"row-{number}" if row_id is None else row_id,
+        prompt=tuple(conversation.prompt),
+        chosen=None if conversation.chosen is None else tuple(conversation.chosen),
+        rejected=None if conversation.rejected is None else tuple(conversation.rejected),
+        conversational=conversation.conversational,
+        checks=checks,
+        cluster=cluster,
+        tie=has_pair and _is_tie(row),
+    )
+
+
+def _read_pair(row: Row, columns: frozenset[str]) -> Conversation:
+    prompt = _prompt_value(row, columns)
+    chosen, rejected = _answer(row, "chosen"), _answer(row, "rejected")
+    if isinstance(chosen, str) and isinstance(rejected, str):
+        conversation = from_texts(prompt, chosen, rejected)
+        if conversation.form == IMPLICIT_TEXT and columns.intersection(_PROMPT_COLUMNS):
+            raise RowError(_missing_prompt(columns))
+        return conversation
+    if isinstance(chosen, str) or isinstance(rejected, str):
+        raise RowError(
+            "one of `chosen` and `rejected` is text, the other a list of turns; allowed: both text or both turns"
+        )
+    return from_turns(prompt, chosen, rejected, sharegpt=row.get("prompt") is None and "conversations" in row)
+
+
+def _read_prompt(row: Row, columns: frozenset[str]) -> Conversation:
+    prompt = _prompt_value(row, columns)
+    if prompt is None:
+        raise RowError(_missing_prompt(columns))
+    turns, conversational = as_turns(prompt)
+    return Conversation(
+        "prompts with checks" if "checks" in columns else "prompts alone", turns, None, None, conversational
+    )
+
+
+def _missing_prompt(columns: frozenset[str]) -> str:
+    return f"`{next((name for name in _PROMPT_COLUMNS if name in columns), 'prompt')}` is missing"
+
+
+def _prompt_value(row: Row, columns: frozenset[str]) -> str | Turns | None:
+    column = next((name for name in _PROMPT_COLUMNS if row.get(name) is not None), None)
+    if column is None or (column == "input" and "instruction" in columns):
+        return None
+    value = text_or_turns(row[column], column)
+    if column == "instruction":
+        if row.get("history"):
+            raise RowError("`history` is not read beside `instruction`; give all turns as `conversations`")
+        if row.get("input"):
+            return f"{value}\n{text_or_turns(row['input'], 'input')}"
+    return value
+
+
+def _answer(row: Row, column: str) -> str | Turns:
+    if row.get(column) is None:
+        raise RowError(f"`{column}` is missing")
+    value = text_or_turns(row[column], column)
+    if not value or (isinstance(value, str) and not value.strip()):
+        raise RowError(f"`{column}` is empty")
+    return value
+
+
+def _with_system(row: Row, conversation: Conversation) -> Conversation:
+    """Put the column `system` before the prompt, where there is one."""
+    system = row.get("system")
+    if system is not None and not isinstance(system, str):
+        raise RowError(f"`system` is of type {type(system).__name__}; allowed: text")
+    if not system or not system.strip():
+        return conversation
+    first = conversation.prompt[0] if conversation.prompt else None
+    if first is not None and first["role"] == "system":
+        if first["content"] != system:
+            raise RowError("`system` differs from the system turn that the prompt begins with")
+        return conversation
+    return replace(conversation, prompt=[says("system", system), *conversation.prompt], conversational=True)
+
+
+def _label(row: Row, column: str) -> str | None:
+    value = row.get(column)
+    if value is None or value == "":
+        return None
+    if not isinstance(value, str | int) or isinstance(value, bool):
+        raise RowError(f"`{column}` is of type {type(value).__name__}; allowed: text or a whole number")
+    check_unicode(str(value))
+    return str(value)
+
+
+def _is_tie(row: Row) -> bool:
+    """Say whether both answers have the same score; a row whose scores contradict its labels is refused."""
+    for columns in _SCORE_COLUMNS:
+        scores = [_score(row, column) for column in columns]
+        if scores[0] is None or scores[1] is None:
+            continue
+        if scores[0] < scores[1]:
+            raise RowError(
+                f"`{columns[0]}`={scores[0]:g} is lower than `{columns[1]}`={scores[1]:g}: which answer is better?"
+            )
+        return scores[0] == scores[1]
+    return False
+
+
+def _score(row: Row, column: str) -> float | None:
+    value = row.get(column)
+    if value is None or value == "":
+        return None
+    try:
+        score = float(value)
+    except (TypeError, ValueError) as error:
+        raise RowError(f"`{column}`={shown(value)}; allowed: a number") from error
+    return None if math.isnan(score) else score

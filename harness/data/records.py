@@ -1,0 +1,128 @@
+"""Pairs, prompts, completions and log-probabilities: the records that the stages exchange."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, TypedDict
+
+from harness.study.files import digest
+
+
+class Message(TypedDict):
+    """One turn of a conversation."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A preference pair: two answers to one prompt.
+
+    Attributes:
+        pair_id: id given in the file, or `row-N`.
+        prompt: the conversation before the answer, oldest turn first.
+        chosen: the preferred answer: assistant turns, or several turns that end in one by the assistant.
+        rejected: the other answer.
+        conversational: False where the file holds plain text without turns (TRL's standard form); the text is
+            then the content of one user and one assistant message.
+        row: row in the file, counted from 1 (the line number in a JSONL file).
+    """
+
+    pair_id: str
+    prompt: tuple[Message, ...]
+    chosen: tuple[Message, ...]
+    rejected: tuple[Message, ...]
+    conversational: bool
+    row: int
+
+    @property
+    def prompt_id(self) -> str:
+        """Identify the prompt by its content: pairs of one prompt share it, in whatever file they stand."""
+        return prompt_id(self.prompt)
+
+
+@dataclass(frozen=True)
+class EvalPrompt:
+    """A prompt of `dev` or `golden` that is answered and scored.
+
+    Attributes:
+        prompt_id: hash of the content, see `prompt_id`.
+        prompt: the conversation to answer.
+        checks: verifiable checks, each a mapping with one key (`{"max_words": 3}`); empty where there are none.
+        cluster: prompts that are not independent of each other share it; None means a cluster of its own.
+        conversational: as in `Pair`.
+        row: row in the file, counted from 1.
+        about: what a published golden set's own tools call it: `form`, `id`, and more.
+        follows: the prompt_id of the turn before, whose answer goes in front of the last turn; None for a first turn.
+    """
+
+    prompt_id: str
+    prompt: tuple[Message, ...]
+    checks: tuple[dict[str, Any], ...]
+    cluster: str | None
+    conversational: bool
+    row: int
+    about: dict[str, Any] = field(default_factory=dict)
+    follows: str | None = None
+
+    def conversation(self, said: str) -> tuple[Message, ...]:
+        """Return the turns to answer; `said` is the answer to the prompt that this one follows."""
+        if self.follows is None:
+            return self.prompt
+        answer: Message = {"role": "assistant", "content": said}
+        return (*self.prompt[:-1], answer, self.prompt[-1])
+
+
+@dataclass(frozen=True)
+class BadRow:
+    """A row that cannot be used, with the reason that the user reads."""
+
+    path: str
+    row: int
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.path}:{self.row}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What a policy answered to a prompt.
+
+    Attributes:
+        tokens: number of generated tokens, the one that ends the turn included.
+        ended: True where the policy ended its turn; False where it was cut off at `generate.max_new_tokens`.
+    """
+
+    split: str
+    prompt_id: str
+    prompt: str
+    completion: str
+    tokens: int
+    ended: bool
+
+
+@dataclass(frozen=True)
+class PairLogps:
+    """Log-probabilities of one held-out pair under the policy and under the SFT base, in nats.
+
+    `sum` is over the completion's tokens (the turn's end included); a mean is `sum / tokens`.
+    """
+
+    split: str
+    prompt_id: str
+    pair_id: str
+    chosen_sum_logps: float
+    rejected_sum_logps: float
+    chosen_ref_sum_logps: float
+    rejected_ref_sum_logps: float
+    chosen_tokens: int
+    rejected_tokens: int
+
+
+def prompt_id(prompt: Iterable[Message]) -> str:
+    """Return the first 16 hex digits of the SHA-256 of the roles and contents, in order."""
+    content = [[message["role"], message["content"]] for message in prompt]
+    return digest(content)[:16]

@@ -1,0 +1,243 @@
+"""Where preference data come from: JSONL, JSON, Parquet and CSV files, folders and Hub data sets.
+
+Input: a path or a Hub reference -> output: a `Source`, its rows as they stand with their numbers, and its SHA-256.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import hashlib
+import io
+import json
+import re
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from harness.data.records import BadRow
+from harness.study.errors import UnreachableError, UsageError
+
+ALLOWED = "a .jsonl, .json, .parquet or .csv file (or one of them .gz), a folder, or a Hub data set owner/name[:split]"
+
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+# The first key of a turn, written as JSON or, by pandas, as Python; the other key must follow.
+_TURN_CELL = re.compile(r"\s*\[?\s*\{\s*['\"](role|content|from|value)['\"]\s*:")
+_OTHER_KEY = {"role": "content", "content": "role", "from": "value", "value": "from"}
+
+
+@dataclass(frozen=True)
+class Source:
+    """The rows of one file or data set.
+
+    Attributes:
+        path: as the user wrote it.
+        sha256: of the file's bytes; of the rows for a folder or a Hub data set.
+        rows: number (counted from 1; the line where the file has lines) and columns of each row that could be read.
+        bad_rows: those that could not.
+        from_hub: the rows were downloaded.
+    """
+
+    path: str
+    sha256: str
+    rows: tuple[tuple[int, dict[str, Any]], ...]
+    bad_rows: tuple[BadRow, ...]
+    from_hub: bool = False
+
+    @property
+    def count(self) -> int:
+        """Number of rows, those that could not be read included."""
+        return len(self.rows) + len(self.bad_rows)
+
+    @property
+    def columns(self) -> frozenset[str]:
+        """Names of all columns that any row has."""
+        return frozenset(name for _, row in self.rows for name in row)
+
+
+def read_source(reference: str, *, key: str, revision: str | None = None) -> Source:
+    """Read all rows of a file, a folder or a Hub data set.
+
+    Args:
+        reference: a path, or `owner/name[:split]`; a split may be an expression that `datasets` knows (`train[:10%]`).
+        key: the config key, for messages (`data.train`).
+        revision: of a Hub data set.
+
+    Raises:
+        UsageError: where there is nothing of that name, or it cannot be read at all.
+    """
+    path = Path(reference).expanduser()
+    if path.is_file():
+        return _read_file(reference, path, key)
+    folder, _, split = (reference, "", "") if path.is_dir() else reference.partition(":")
+    is_folder = Path(folder).expanduser().is_dir()
+    if not is_folder and (_kind(path) in _READERS or reference.startswith((".", "/", "~"))):
+        raise UsageError(f"{key}={reference}: no such file; allowed: {ALLOWED}")
+    if not is_folder and not _HUB_NAME.fullmatch(folder):
+        raise UsageError(f"{key}={reference}: neither a file nor a Hub name; allowed: {ALLOWED}")
+    name = str(Path(folder).expanduser()) if is_folder else folder
+    rows = _load_dataset(name, split, key=key, revision=revision)
+    hasher = hashlib.sha256()
+    for row in rows:
+        hasher.update(json.dumps(row, sort_keys=True, default=str).encode() + b"\n")
+    return Source(reference, hasher.hexdigest(), tuple(enumerate(rows, start=1)), (), from_hub=not is_folder)
+
+
+def _kind(path: Path) -> str:
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    return suffixes[-2] if suffixes[-1:] == [".gz"] and len(suffixes) > 1 else "".join(suffixes[-1:])
+
+
+def _read_file(reference: str, path: Path, key: str) -> Source:
+    kind = _kind(path)
+    if kind not in _READERS:
+        raise UsageError(
+            f"{key}={reference}: files of kind {path.suffix or 'without suffix'} are not read; allowed: {ALLOWED}"
+        )
+    try:
+        content = path.read_bytes()
+        sha256 = hashlib.sha256(content).hexdigest()
+        content = gzip.decompress(content) if path.suffix.lower() == ".gz" else content
+        rows, bad_rows = [], []
+        for number, row in _READERS[kind](content):
+            if isinstance(row, str):
+                bad_rows.append(BadRow(reference, number, row))
+            else:
+                rows.append((number, row))
+    except (OSError, EOFError, ValueError, RecursionError, csv.Error, zlib.error) as error:
+        raise UsageError(
+            f"{key}={reference}: cannot be read as {kind[1:]} ({error}); write it again, or repair it where that says"
+        ) from error
+    return Source(reference, sha256, tuple(rows), tuple(bad_rows))
+
+
+# A reader yields the number of each row, with its columns, or with the reason why they cannot be read.
+Rows = Iterator[tuple[int, dict[str, Any] | str]]
+
+
+def _read_jsonl(content: bytes) -> Rows:
+    for number, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
+        if line.strip():
+            yield number, _json_row(line)
+
+
+def _json_row(line: bytes) -> dict[str, Any] | str:
+    try:
+        row = json.loads(line.decode(), object_pairs_hook=_unique_keys)
+    except UnicodeDecodeError as error:
+        return f"not UTF-8 ({error.reason} at byte {error.start + 1} of the line)"
+    except json.JSONDecodeError as error:
+        return f"not JSON ({error.msg} at character {error.pos + 1} of the line)"
+    except (ValueError, RecursionError) as error:
+        return f"not JSON ({error})"
+    return row if isinstance(row, dict) else f"a JSON {type(row).__name__}; allowed: one object a line"
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        raise ValueError("an object has one key twice")
+    return row
+
+
+def _read_json(content: bytes) -> Rows:
+    """Read an array of rows, an object of columns, or, as many data sets called .json are, one object a line."""
+    if not content.strip():
+        return
+    try:
+        value = json.loads(content.decode("utf-8-sig"), object_pairs_hook=_unique_keys)
+    except json.JSONDecodeError as error:
+        if error.msg != "Extra data":
+            raise
+        yield from _read_jsonl(content)
+        return
+    for number, row in enumerate(value if isinstance(value, list) else _columns_to_rows(value), start=1):
+        yield number, row if isinstance(row, dict) else f"a JSON {type(row).__name__}; allowed: an object"
+
+
+def _columns_to_rows(value: Any) -> list[dict[str, Any]]:
+    columns = value if isinstance(value, dict) else {}
+    # pandas writes {"column": {"0": cell, "1": cell}}
+    lists = {name: list(cells.values()) if isinstance(cells, dict) else cells for name, cells in columns.items()}
+    if (
+        not all(isinstance(cells, list) for cells in lists.values())
+        or len({len(cells) for cells in lists.values()}) != 1
+    ):
+        raise ValueError("neither an array of rows nor an object of columns of one length")
+    return [dict(zip(lists, cells, strict=True)) for cells in zip(*lists.values(), strict=True)]
+
+
+def _read_parquet(content: bytes) -> Rows:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        rows = pyarrow.parquet.read_table(io.BytesIO(content)).to_pylist()
+    except pyarrow.ArrowException as error:
+        raise ValueError(str(error)) from error
+    yield from enumerate(rows, start=1)
+
+
+def _read_csv(content: bytes) -> Rows:
+    """Read all cells as text, so that an answer such as `12`, `NA` or `null` stays what it is."""
+    limit = csv.field_size_limit(2**31 - 1)
+    try:
+        lines = csv.reader(io.StringIO(content.decode("utf-8-sig"), newline=""), strict=True)
+        header = next(lines, [])
+        start = lines.line_num + 1
+        for cells in lines:
+            if cells:
+                yield start, _csv_row(header, cells)
+            start = lines.line_num + 1
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _csv_row(header: list[str], cells: list[str]) -> dict[str, Any] | str:
+    if len(cells) != len(header):
+        return f"{len(cells)} cells under {len(header)} columns; is a comma or a quotation mark missing?"
+    row: dict[str, Any] = {}
+    for name, cell in zip(header, cells, strict=True):
+        try:
+            is_json = name == "checks" or _holds_turns(cell)
+            row[name] = None if cell == "" else json.loads(cell) if is_json else cell
+        except ValueError as error:
+            return f"`{name}` looks like turns or checks and is not JSON ({error}); write such cells with json.dumps"
+    return row
+
+
+def _holds_turns(cell: str) -> bool:
+    match = _TURN_CELL.match(cell)
+    return match is not None and re.search(rf"['\"]{_OTHER_KEY[match[1]]}['\"]\s*:", cell) is not None
+
+
+_READERS: dict[str, Callable[[bytes], Rows]] = {
+    ".jsonl": _read_jsonl,
+    ".json": _read_json,
+    ".parquet": _read_parquet,
+    ".csv": _read_csv,
+}
+
+
+def _load_dataset(name: str, split: str, *, key: str, revision: str | None) -> list[dict[str, Any]]:
+    """Load one split of a folder or a Hub data set; `datasets` runs no code of the data set's."""
+    from datasets import Dataset, load_dataset
+    from datasets.exceptions import DatasetsError
+
+    try:
+        data = load_dataset(name, split=split or None, revision=revision)
+    except (OSError, ValueError, DatasetsError) as error:
+        is_local = Path(name).exists()
+        raise (UsageError if is_local else UnreachableError)(
+            f"{key}={name}{':' if split else ''}{split}: cannot be loaded with datasets ({error}); check the name, the "
+            "split, data.revision and the connection (HF_HUB_OFFLINE unset; `hf auth login` for a gated set), or "
+            "download the file and give its path"
+        ) from error
+    if isinstance(data, Dataset):
+        return list(data)
+    only = next(iter(data)) if len(data) == 1 else "train" if key in ("data.train", "data.path") else None
+    if only not in data:
+        raise UsageError(f"{key}={name}: has the splits {', '.join(data)}; name one, as {name}:{next(iter(data))}")
+    return list(data[only])

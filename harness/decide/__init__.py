@@ -1,0 +1,5 @@
+"""From scores to a verdict. Imports neither torch nor Hydra."""
+
+from harness.decide.rule import verdict
+
+__all__ = ["verdict"]

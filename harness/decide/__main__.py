@@ -1,0 +1,86 @@
+"""Command `python -m harness.decide`: print the verdict on a study, or on any scores file, as JSON."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from harness.decide.lines import table_lines, verdict_line, warning_lines
+from harness.decide.rule import verdict
+from harness.decide.scores_file import read_scores
+from harness.decide.study import ALPHA, MARGIN, decide_study
+from harness.study.errors import UsageError, in_one_sentence
+from harness.study.files import locked
+
+
+def _guard_option(text: str) -> dict[str, Any]:
+    metric, _, margin = text.rpartition(":")
+    try:
+        return {"metric": metric, "margin": float(margin)}
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text}: write METRIC:MARGIN, such as gsm8k:0.02") from error
+
+
+@in_one_sentence("harness.decide")
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command: JSON on stdout, a table on stderr; exit status 2 with a message where scores cannot be used."""
+    parser = argparse.ArgumentParser(
+        prog="python -m harness.decide",
+        description="Print the verdict on a study, or on any scores file, as JSON.",
+        epilog="Example: python -m harness.decide scores.csv --metric checks --margin 0.03 --arms simpo,dpo",
+    )
+    parser.add_argument("source", type=Path, help="results/STUDY, or a .csv, .parquet or .jsonl file of scores")
+    parser.add_argument("--metric", help="the scorer to decide on")
+    parser.add_argument("--margin", type=float, help=f"smallest difference that matters (default {MARGIN})")
+    parser.add_argument("--alpha", type=float, help=f"error rate (default {ALPHA})")
+    parser.add_argument("--arms", help="two arms; the difference is first minus second (default simpo,dpo)")
+    parser.add_argument("--cluster", help="column that holds clusters of prompts (default: cluster, where it exists)")
+    parser.add_argument("--guard", action="append", type=_guard_option, default=[], metavar="METRIC:MARGIN")
+    options = parser.parse_args(argv)
+    try:
+        if options.source.is_dir():
+            _refuse_rule(options)
+            with locked(options.source):
+                result = decide_study(options.source)
+        else:
+            result = verdict(read_scores(options.source), **_rule(options))
+    except UsageError as error:
+        print(f"harness.decide: {error}", file=sys.stderr)
+        return 2
+    print(json.dumps(result, indent=2))
+    sys.stdout.flush()
+    # For people, and out of the way of whoever reads the JSON.
+    print("\n".join([*table_lines(result), *warning_lines(result), verdict_line(result)]), file=sys.stderr)
+    return 0
+
+
+def _rule(options: argparse.Namespace) -> dict[str, Any]:
+    arms = tuple((options.arms or "simpo,dpo").split(","))
+    margin, alpha = (
+        MARGIN if options.margin is None else options.margin,
+        ALPHA if options.alpha is None else options.alpha,
+    )
+    if len(arms) != 2 or arms[0] == arms[1]:
+        raise UsageError(f"--arms {options.arms}: give two different arms, such as simpo,dpo")
+    if not 0 < margin < 1 or not 0 < alpha < 0.5:
+        raise UsageError(f"--margin {margin} --alpha {alpha}: allowed: 0 < margin < 1 and 0 < alpha < 0.5")
+    rule = {"metric": options.metric, "cluster": options.cluster, "guards": options.guard}
+    return rule | {"margin": margin, "alpha": alpha, "arms": arms}
+
+
+def _refuse_rule(options: argparse.Namespace) -> None:
+    """Refuse options that would change a registered rule after its scores are known."""
+    given = [name for name in ("metric", "margin", "alpha", "arms", "cluster", "guard") if getattr(options, name)]
+    if given:
+        raise UsageError(
+            f"--{' --'.join(given)}: {options.source} is decided by the rule in its study.yaml, registered before the "
+            f"trial; to explore another rule, give the scores themselves: {options.source / 'scores.csv'}"
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""From a policy to stored answers and held-out log-probabilities."""

@@ -1,1 +1,0 @@
-"""The pairwise judge: prompts, requests, cache, verdicts, and what there is to know of the judge itself."""

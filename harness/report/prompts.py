@@ -1,0 +1,316 @@
+"""What single prompts say: their differences between the arms, sorted, and the scores of answers by their length."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from harness.config.arms import BASE, title
+from harness.data.checks import failed_checks
+from harness.report.figures import WIDE, config_name, drawing
+from harness.report.study import Config, Study, Trial
+from harness.report.style import INK, MUTED, Drawing, Look
+from harness.report.tables import Table, build
+from harness.report.words import MISSING, percent, plural, points
+from harness.study.files import Reader, number
+from harness.study.text import cut, one_line
+
+_MOVED = 5  # prompts of each arm in the table
+_BINS = 8
+_LEAST = 40  # answers, for a curve over lengths
+
+
+def prompt_differences(study: Study) -> pd.Series:
+    """Return the first arm's score minus the second's by prompt, seeds averaged, the largest first; may be empty."""
+    if len(study.arms) < 2:
+        return pd.Series(dtype=float)
+    first, second = (_by_prompt(study, arm) for arm in study.arms[:2])
+    found = (first - second).dropna()
+    return found.iloc[np.lexsort((found.index.to_numpy(str), -found.to_numpy()))] if len(found) else found
+
+
+def _by_prompt(study: Study, arm: str) -> pd.Series:
+    rows = _rows(study, next((config for config in study.configs if config.arm == arm), None))
+    return rows.groupby("prompt_id")["score"].mean()
+
+
+def _rows(study: Study, config: Config | None) -> pd.DataFrame:
+    rows = study.confirmed
+    if config is None:
+        return rows.iloc[:0]
+    mine = rows[(rows["arm"] == config.arm) & (rows["scorer"] == study.metric) & rows["score"].notna()]
+    return mine if config.arm == BASE else mine[mine["config"] == config.label]
+
+
+def draw_prompts(study: Study, looks: Mapping[str, Look]) -> Drawing | None:
+    """Draw every prompt's difference, sorted: how many moved, how far, and which way."""
+    found = prompt_differences(study)
+    if len(found) < 2:
+        return None
+    first, second = study.arms[:2]
+    ahead, behind = int((found > 0).sum()), int((found < 0).sum())
+    same = len(found) - ahead - behind
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        place, values = np.arange(len(found)), 100 * found.to_numpy()
+        for arm, part in ((first, values > 0), (second, values < 0)):
+            axes.fill_between(place, 0, np.where(part, values, 0), step="mid", color=looks[arm].light, alpha=0.7, lw=0)
+        axes.axhline(0, color=INK, linewidth=1)
+        axes.axhline(values.mean(), color=MUTED, linewidth=1, linestyle="--")
+        axes.set(xlim=(-0.5, len(found) - 0.5), xlabel="prompts, sorted", ylabel="points")
+        axes.set_title(f"{looks[first].glyph} {title(first)} better on {ahead:,}", loc="left", color=looks[first].light)
+        axes.set_title(f"{looks[second].glyph} {title(second)} on {behind:,}", loc="right", color=looks[second].light)
+
+    said = (
+        f"{title(first)} scores higher on {ahead} of {len(found)} prompts, {title(second)} on {behind}, and they score "
+        f"the same on {same}. The mean difference is {points(found.mean())} points."
+    )
+    caption = (
+        f"{title(first)} minus {title(second)} on each prompt, seeds averaged; the same on {same:,}; dashed: the mean."
+    )
+    return drawing("prompts", "Differences by prompt", said, caption, WIDE, 2.1, draw)
+
+
+def moved_table(study: Study) -> Table | None:
+    """Show the prompts that moved most, each way."""
+    found = prompt_differences(study)
+    if len(found) < 2:
+        return None
+    texts = {row["prompt_id"]: row["prompt"] for trial in study.trials for row in study.completions(trial)}
+    first, second = (_by_prompt(study, arm) for arm in study.arms[:2])
+    ends = [*found.index[:_MOVED], *(name for name in found.index[::-1][:_MOVED] if name not in found.index[:_MOVED])]
+    rows = {
+        name: {
+            "Prompt": one_line(cut(str(texts.get(name, "")), 160)) or "–",
+            study.arms[0]: percent(first[name], 0),
+            study.arms[1]: percent(second[name], 0),
+            "Difference": points(found[name]),
+        }
+        for name in ends
+        if found[name] != 0
+    }
+    if not rows:
+        return None
+    arms = {arm: arm for arm in study.arms[:2]}
+    return build("The prompts that moved most, seeds averaged", "Prompt id", rows, arms)
+
+
+def draw_length_scores(study: Study, looks: Mapping[str, Look]) -> Drawing | None:
+    """Draw the mean score of answers of like length, a line for the base and for each arm."""
+    curves = {}
+    for config in study.with_base:
+        rows = _rows(study, config).dropna(subset=["tokens"])
+        if len(rows) >= _LEAST and rows["tokens"].nunique() > 1:
+            curves[config_name(study, config)] = (config.arm, _binned(rows))
+    if not curves:
+        return None
+
+    def draw(figure: Figure) -> None:
+        _draw_curves(figure.subplots(), curves, looks, study.split)
+
+    said = " ".join(
+        f"{name}: {percent(line['score'].iloc[0])} at {line['tokens'].iloc[0]:.1f} tokens, "
+        f"{percent(line['score'].iloc[-1])} at {line['tokens'].iloc[-1]:.1f}."
+        for name, (_, line) in curves.items()
+    )
+    caption = (
+        "Mean score of answers of like length (as many in each point, but for ties). Longer answers that score "
+        "higher may be better, or may please a judge by their length: see length-controlled scores."
+    )
+    return drawing("length-scores", "Score by length", said, caption, WIDE, 2.4, draw)
+
+
+def _draw_curves(
+    axes: Axes, curves: Mapping[str, tuple[str, pd.DataFrame]], looks: Mapping[str, Look], split: str
+) -> None:
+    for name, (arm, line) in curves.items():
+        look = looks[arm]
+        axes.plot(
+            line["tokens"],
+            100 * line["score"],
+            color=look.light,
+            marker=look.marker,
+            markersize=4,
+            linestyle=look.dash,
+            label=name,
+        )
+    axes.set(xlabel=f"tokens of a completion on {split}", ylabel="mean score, %")
+    axes.legend(fontsize=8)
+
+
+def _binned(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return mean length and score in bins of about as many answers each; answers of one length stay together."""
+    bins = pd.qcut(rows["tokens"], _BINS, labels=False, duplicates="drop")
+    return rows.groupby(bins)[["tokens", "score"]].mean()
+
+
+MAX_PROMPTS = 40  # shown where no script runs
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one policy answered.
+
+    Attributes:
+        score: as the reader sees it; `value` is the number, None where there is none.
+        flags: signs of degeneration.
+        failed: checks of the prompt that the answer fails.
+    """
+
+    arm: str
+    text: str
+    score: str
+    value: float | None
+    flags: tuple[str, ...]
+    failed: tuple[str, ...]
+    tokens: int | None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One prompt with the answers to it, the base's first."""
+
+    prompt_id: str
+    prompt: str
+    answers: tuple[Answer, ...]
+
+
+@dataclass(frozen=True)
+class SideBySide:
+    """All comparisons, those on which the arms disagree most first, and a sentence on them."""
+
+    comparisons: tuple[Comparison, ...]
+    summary: str
+
+    @property
+    def first(self) -> tuple[Comparison, ...]:
+        """Those that are shown where no script runs."""
+        return self.comparisons[:MAX_PROMPTS]
+
+
+@dataclass(frozen=True)
+class _Policy:
+    """One trial's answers and scores by prompt."""
+
+    arm: str
+    seed: int | None
+    answers: Mapping[str, Mapping[str, Any]]
+    scores: Mapping[str, float]
+
+
+def side_by_side(study: Study) -> SideBySide:
+    """Compare the first seed of each arm (its first config) with each other and with the base."""
+    policies = [policy for config in _first_configs(study) if (policy := _policy(study, config))]
+    prompts = {prompt: row["prompt"] for policy in policies for prompt, row in policy.answers.items()}
+    if not prompts:
+        return SideBySide((), "No completions are stored in this study.")
+    trained = [policy for policy in policies if policy.arm != BASE]
+    ordered = sorted(prompts, key=lambda prompt: (*_disagreement(prompt, trained, policies), prompt))
+    checks = _checks(study)
+    shown = tuple(
+        Comparison(prompt, prompts[prompt], tuple(_answer(policy, prompt, checks) for policy in policies))
+        for prompt in ordered
+    )
+    return SideBySide(shown, _summary(study, len(prompts), trained))
+
+
+def _checks(study: Study) -> dict[str, list[dict[str, Any]]]:
+    """Return the checks of each prompt of the shown split."""
+    rows = Reader(study.folder).rows(study.folder / "prompts.jsonl")
+    return {
+        str(row.get("prompt_id")): row["checks"]
+        for row in rows
+        if row.get("checks") and row.get("split") == study.split
+    }
+
+
+def _first_configs(study: Study) -> list[Config]:
+    """Return the base and the first config of each arm."""
+    first: dict[str, Config] = {}
+    for config in study.with_base:
+        first.setdefault(config.arm, config)
+    return list(first.values())
+
+
+def _policy(study: Study, config: Config) -> _Policy | None:
+    trial = next((t for t in config.trials if any(c["split"] == study.split for c in t.completions)), None)
+    if trial is None:
+        return None
+    answers = {row["prompt_id"]: row for row in trial.completions if row["split"] == study.split}
+    return _Policy(config.arm, trial.seed, answers, _scores(study, config, trial))
+
+
+def _scores(study: Study, config: Config, trial: Trial) -> dict[str, float]:
+    rows = study.confirmed
+    mine = rows[(rows["arm"] == config.arm) & (rows["scorer"] == study.metric)]
+    if config.arm != BASE:
+        mine = mine[(mine["config"] == config.label) & (mine["seed"] == trial.seed)]
+    mine = mine[mine["score"].notna()]
+    return dict(zip(mine["prompt_id"], mine["score"], strict=True))
+
+
+def _disagreement(prompt: str, trained: Sequence[_Policy], policies: Sequence[_Policy]) -> tuple[float, float, bool]:
+    """Sort key, largest disagreement first: between the arms, then with the base, then in the text alone."""
+    texts = {policy.answers[prompt]["completion"] for policy in trained if prompt in policy.answers}
+    return (-_spread(prompt, trained), -_spread(prompt, policies), len(texts) <= 1)
+
+
+def _spread(prompt: str, policies: Sequence[_Policy]) -> float:
+    scores = [policy.scores[prompt] for policy in policies if prompt in policy.scores]
+    return max(scores) - min(scores) if scores else 0.0
+
+
+def _answer(policy: _Policy, prompt: str, checks: Mapping[str, list[dict[str, Any]]]) -> Answer:
+    row = policy.answers.get(prompt)
+    score = number(policy.scores.get(prompt))
+    if row is None:
+        return Answer(policy.arm, "", MISSING, None, ("no completion stored",), (), None)
+    text = "unscored" if score is None else percent(score, 0)
+    flags = tuple(flag.replace("_", " ") for flag in row["flags"])
+    failed = _failed(row, checks.get(prompt, []))
+    return Answer(policy.arm, row["completion"], text, score, flags, failed, row["tokens"])
+
+
+def _failed(row: Mapping[str, Any], checks: list[dict[str, Any]]) -> tuple[str, ...]:
+    """Return the checks that an answer fails; checks that this version does not know are left out."""
+    try:
+        return tuple(failed_checks(row["completion"], checks, ended="cut_off" not in row["flags"]))
+    except (KeyError, TypeError, AttributeError, re.error):
+        return ()
+
+
+def _summary(study: Study, total: int, trained: Sequence[_Policy]) -> str:
+    seeds = ", ".join(f"{title(policy.arm)} seed {policy.seed}" for policy in trained)
+    whole = f"All {plural(total, 'prompt')} of the {study.split} set"
+    text = f"{whole}, those on which the arms disagree most first ({seeds})."
+    if len(trained) < 2:
+        return text
+    first, second = trained[:2]
+    both = first.scores.keys() & second.scores.keys()
+    ahead = sum(first.scores[prompt] > second.scores[prompt] for prompt in both)
+    behind = sum(first.scores[prompt] < second.scores[prompt] for prompt in both)
+    return (
+        f"{text} At these seeds {title(first.arm)} scores higher on {ahead:,}, {title(second.arm)} on {behind:,}, and "
+        f"they score the same on {len(both) - ahead - behind:,}."
+    )
+
+
+def answers_table(study: Study) -> tuple[list[str], list[list[Any]]]:
+    """Return columns and rows of the answers side by side, a prompt in each row, for a table in another program."""
+    compared = side_by_side(study).comparisons
+    arms = list(dict.fromkeys(answer.arm for one in compared for answer in one.answers))
+    columns = ["prompt_id", "prompt", *arms, *(f"{arm} score" for arm in arms)]
+    rows = []
+    for one in compared:
+        found = {answer.arm: answer for answer in one.answers}
+        texts = [found[arm].text if arm in found else None for arm in arms]
+        rows.append([one.prompt_id, one.prompt, *texts, *(found[arm].value if arm in found else None for arm in arms)])
+    return columns, rows

@@ -1,0 +1,122 @@
+"""The outside world as errors show it: full disks, limits, no memory, dead workers. Imports no torch.
+
+Compiled libraries report it in classes of their own, so that texts and the errors that led to one are looked at, too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import re
+import sys
+from collections.abc import Iterator
+from concurrent.futures import BrokenExecutor
+
+from harness.study.text import redact
+
+
+class UsageError(ValueError):
+    """Wrong input of the user: the message says what, which value, what is allowed, what to do. Exit status 2."""
+
+
+class UnreachableError(UsageError):
+    """A model or data set on the Hub that cannot be fetched from here: a plan can do without, a run cannot."""
+
+
+class DivergedError(RuntimeError):
+    """A policy whose loss, gradient norm or log-probabilities are not finite numbers: it has no usable weights."""
+
+
+class WorkerDiedError(RuntimeError):
+    """A process that worked on a trial ended without a result: killed, or out of the machine's memory."""
+
+
+class NoRoomError(RuntimeError):
+    """Training ran out of memory, where a smaller micro-batch may help."""
+
+
+class DoesNotFitError(RuntimeError):
+    """A model that cannot be trained in this memory, however small the micro-batch."""
+
+
+_CLASSES = (OSError, MemoryError, EOFError, BrokenExecutor, UsageError, WorkerDiedError)
+_NAMES = ("OutOfMemoryError", "SafetensorError")  # torch's and safetensors', which this module does without
+_NUMBERS = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.ENOENT, errno.EACCES, errno.EPERM),
+    *(errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.EBUSY, errno.ENOLCK, errno.ENODEV, errno.ENXIO),
+    *(errno.ESTALE, errno.ETIMEDOUT, errno.EPIPE, errno.ECONNRESET, errno.ECONNREFUSED, errno.ENOTCONN),
+)
+_NOT_WRITTEN = "a file could not be written whole (full disk, quota or file-size limit)"
+_NOT_READ = "a file is cut off or damaged"
+_NO_MEMORY = "this machine has too little memory"
+_TEXTS = {  # of libraries that do not pass on the system's own words, with what they mean
+    "unexpected pos": _NOT_WRITTEN,
+    "iostream error": _NOT_WRITTEN,
+    "PytorchStreamWriter": _NOT_WRITTEN,
+    "PytorchStreamReader": _NOT_READ,
+    "disk I/O error": _NOT_WRITTEN,
+    "database or disk is full": _NOT_WRITTEN,
+    "unable to open database file": "a file could not be opened (permissions or too many open files)",
+    "can't start new thread": "no thread could be started (limit of processes, or memory)",
+    "can't allocate memory": _NO_MEMORY,
+    "std::bad_alloc": _NO_MEMORY,
+    "killed by signal": "a process was killed (often for want of memory)",
+    "exited unexpectedly": "a process was killed (often for want of memory)",
+}
+_SYSTEM_ERROR = re.compile(r"\bos error \d+|\[[Ee]rrno \d+\]")  # as Rust and Python print one
+
+
+def is_outside(error: BaseException) -> bool:
+    """Return whether an error, or one that led to it, comes from the outside world and not from the training."""
+    return any(isinstance(part, _CLASSES) or _is_named(part) or _says_so(str(part)) for part in _parts(error))
+
+
+def _parts(error: BaseException) -> Iterator[BaseException]:
+    """Yield an error, those that it was raised from or after, and the members of groups."""
+    todo: list[BaseException | None] = [error]
+    seen: set[int] = set()
+    while todo:
+        part = todo.pop()
+        if part is None or id(part) in seen:
+            continue
+        seen.add(id(part))
+        yield part
+        todo += [part.__cause__, part.__context__]
+        if isinstance(part, BaseExceptionGroup):
+            todo += part.exceptions
+
+
+def _is_named(error: BaseException) -> bool:
+    return any(kind.__name__ in _NAMES for kind in type(error).__mro__)
+
+
+def _says_so(message: str) -> bool:
+    words = (*_TEXTS, *map(os.strerror, _NUMBERS))
+    return bool(_SYSTEM_ERROR.search(message)) or any(word in message for word in words)
+
+
+def meaning(error: BaseException) -> str:
+    """Say what a library's own words mean; empty where they speak for themselves."""
+    return next((means for text, means in _TEXTS.items() if text in str(error)), "")
+
+
+@contextlib.contextmanager
+def in_one_sentence(command: str) -> Iterator[None]:
+    """Tell an error of the outside world in one sentence and exit with 1; a usage error passes."""
+    try:
+        yield
+    except UsageError:
+        raise
+    except Exception as error:
+        if not is_outside(error):
+            raise
+        print(f"{command}: {problem(error)}", file=sys.stderr)
+        sys.exit(1)
+
+
+def problem(error: BaseException) -> str:
+    """Say what stopped a command, and what to do."""
+    means = f"; {meaning(error)}" if meaning(error) else ""
+    what = f"{type(error).__name__}: {redact(error)}{means}"
+    return f"{what}; what is done is kept: mend the cause and run the same command again"

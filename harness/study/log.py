@@ -1,0 +1,145 @@
+"""The log of a trial: what libraries say while it runs goes to `log.txt` in its folder and not to the terminal."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+from harness.study.text import redact
+
+LOG = logging.getLogger("harness.sweep.trial")
+MAX_BYTES = 5_000_000  # a library that repeats itself must not fill the disk
+_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+# These configure loggers of their own, which do not pass on to the root.
+_LIBRARIES = ("transformers", "trl", "accelerate", "peft", "datasets", "huggingface_hub", "deepspeed")
+_PACKAGE = str(Path(__file__).parents[1])  # shown as `harness`: a folder that is handed on says nothing of this machine
+_terminal: list[TextIO] = []
+
+
+class _Log(io.TextIOBase):
+    """A stream into a file that never raises: a full disk, or a file that has grown too long, ends the log only."""
+
+    def __init__(self, path: Path) -> None:
+        self._file: TextIO | None = path.open("a", encoding="utf-8", errors="backslashreplace")
+        self._left = MAX_BYTES - path.stat().st_size
+
+    def write(self, text: str) -> int:
+        """Write, or pass on to the terminal what a library that kept this stream says after the trial."""
+        text = redact(text)
+        if self._file is None:
+            return sys.stderr.write(text) if sys.stderr is not self else len(text)
+        text = text.replace(_PACKAGE, "harness")
+        with contextlib.suppress(OSError, ValueError):
+            if self._left > 0:
+                self._file.write(text[: self._left])
+                if self._left <= len(text):
+                    self._file.write("\n(the log ends here: it has reached its limit)\n")
+                self._left -= len(text)
+                self._file.flush()
+        return len(text)
+
+    def writable(self) -> bool:
+        """Say that this is a stream to write to."""
+        return True
+
+    def end(self) -> None:
+        """Close the file."""
+        if self._file is not None:
+            with contextlib.suppress(OSError):
+                self._file.close()
+        self._file = None
+
+
+@contextlib.contextmanager
+def trial_log(folder: Path, name: str) -> Iterator[None]:
+    """Send prints, warnings and log messages (information and worse) to `folder/log.txt`; another run adds to it."""
+    import transformers.utils.logging  # noqa: F401 - sets up its logger when it is first imported, so not after this
+
+    folder.mkdir(parents=True, exist_ok=True)
+    log = _Log(folder / "log.txt")
+    handler = logging.StreamHandler(log)
+    handler.setFormatter(logging.Formatter(_FORMAT))
+    formatter: Any = handler.formatter
+    formatter.converter = time.gmtime
+    _terminal.append(sys.stderr)
+    with contextlib.ExitStack() as stack:
+        stack.callback(log.end)
+        stack.callback(_terminal.pop)
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("default")
+        for logger in ("", "py.warnings", *_LIBRARIES):
+            stack.enter_context(_only(handler, logging.getLogger(logger)))
+        warnings.showwarning = _log_warning  # catch_warnings puts the old one back
+        stack.enter_context(contextlib.redirect_stdout(log))
+        stack.enter_context(contextlib.redirect_stderr(log))
+        _enable()
+        LOG.info("%s", name)
+        yield
+
+
+def _log_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    where = "/".join(Path(filename).parts[-2:])  # not where this machine keeps its packages
+    logging.getLogger("py.warnings").warning("%s:%s: %s: %s", where, lineno, category.__name__, message)
+
+
+def _enable() -> None:
+    """Let the loggers speak that exist: Hydra's set-up of logging disables them."""
+    for name, logger in logging.root.manager.loggerDict.items():
+        if isinstance(logger, logging.Logger) and name.split(".")[0] in (*_LIBRARIES, "harness", "py"):
+            logger.disabled = False
+
+
+@contextlib.contextmanager
+def _only(handler: logging.Handler, logger: logging.Logger) -> Iterator[None]:
+    """Let a logger write to this handler alone."""
+    kept = logger.handlers, logger.level, logger.propagate
+    logger.handlers, logger.propagate = [handler], False
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.handlers, logger.propagate = kept[0], kept[2]
+        logger.setLevel(kept[1])
+
+
+def say(message: str) -> None:
+    """Print a line on the terminal (stderr) above a progress bar, and in the log where a trial runs."""
+    from tqdm import tqdm
+
+    message = redact(message)
+    if _terminal:
+        LOG.warning("%s", message)
+    tqdm.write(message, file=_terminal[0] if _terminal else sys.stderr)
+
+
+def prepare_process() -> None:
+    """Set what libraries read when they are imported: no chatter in the terminal, threads that sleep while they wait.
+
+    Spinning threads (the default of GNU OpenMP) make two processes on one machine several times slower than one.
+    """
+    for name, value in {
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "TRL_EXPERIMENTAL_SILENCE": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    }.items():
+        os.environ.setdefault(name, value)
+    warnings.filterwarnings("ignore", message=r"(?s).*is validated against ConfigStore schema")
+    for package in ("transformers", "trl", "peft", "accelerate", "huggingface_hub"):
+        warnings.filterwarnings("ignore", module=rf"{package}\b")

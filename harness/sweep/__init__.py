@@ -1,0 +1,1 @@
+"""The command: one trial, one study, Hydra, launchers."""

@@ -1,0 +1,371 @@
+"""What `plan=true` prints: the trials of a study by stage, their number and size, and what difference they can find."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from harness.config.checkpoint import checkpoint_dir
+from harness.config.machine import gpus
+from harness.config.schema import Engine, Precision, RunConfig, Tuning
+from harness.config.trial_id import config_label
+from harness.data.inputs import Tokens, num_steps, splits_of, tokens_of
+from harness.decide.simulate import detectable_before
+from harness.study.errors import UnreachableError, UsageError
+from harness.study.manifest import read_manifest
+from harness.study.selection import read_selection
+from harness.sweep.registration import identify, is_complete, study_dir
+from harness.sweep.request import Design
+from harness.train.memory import plan_of
+
+
+def print_plan(design: Design, warnings: Sequence[str], at_once: int = 1) -> None:
+    """Print the trials of a study, their number and their size; nothing is run."""
+    try:
+        splits_of(design.any)
+        unknown = ""
+        identify(design.any)
+    except UnreachableError as error:
+        unknown = str(error).splitlines()[0]
+    print(f"study {study_dir(design.base)}: {_count(design)} and the SFT base")
+    if unknown:
+        print(f"ids and sizes are not known here: {unknown}")
+    else:
+        print(_size_of_a_trial(design.any))
+    if not unknown:
+        print("\n".join(_cost(design, at_once)))
+    print(_findable(design))
+    if design.any.score.judge.model and not unknown:
+        print(_judging(design))
+    print(f"{'trial':14}{'stage':9}{'arm':14}{'seed':>5}  {'state':10}config")
+    for stage, trial in _trials(design):
+        name = "-" if unknown else identify(trial)
+        state = "-" if unknown else "complete" if is_complete(trial, tuple(trial.evaluate)) else "to run"
+        print(f"{name:14}{stage:9}{trial.method.name:14}{trial.seed:5}  {state:10}{config_label(trial)}")
+    for arm in design.tuned:
+        for seed in design.seeds:
+            print(f"{'-':14}{'confirm':9}{arm:14}{seed:5}  {'to run':10}the config that dev selects")
+    for warning in warnings:
+        print(f"warning: {warning}")
+
+
+def to_run(design: Design) -> tuple[int, int]:
+    """Count the trials of a design that are not complete: those that tune, and those that decide."""
+    missing = [stage for stage, trial in _trials(design) if not is_complete(trial, tuple(trial.evaluate))]
+    suggested = (design.any.search.trials or 0) * len(design.tuning_seeds) if design.suggests else 0
+    tune = missing.count("tune") + suggested * len(design.arms)
+    selected = {arm: found["selected"] for arm, found in _selection(design).get("arms", {}).items()}
+    chosen = {arm: [c for c in design.arms[arm] if config_label(c) == selected.get(arm)] for arm in design.tuned}
+    known = {arm: configs[0] for arm, configs in chosen.items() if configs}
+    left = [trial for trial in design.deciding(known, design.seeds) if not is_complete(trial, tuple(trial.evaluate))]
+    unknown = (len(design.tuned) - len(known)) * len(design.seeds)
+    return tune, missing.count("confirm") + len(left) + unknown
+
+
+def _selection(design: Design) -> dict[str, Any]:
+    try:
+        return read_selection(study_dir(design.base))
+    except (UsageError, ValueError):  # a damaged one is for the sweep to mend or to refuse
+        return {}
+
+
+def _cost(design: Design, at_once: int) -> Sequence[str]:
+    tune, confirm = to_run(design)
+    found = estimate(design, tune=tune, confirm=confirm, rate=machine_rate(design.any), at_once=at_once)
+    return lines(found, tune=tune, confirm=confirm, keep=design.any.keep)
+
+
+def refuse_what_does_not_fit(design: Design, at_once: int) -> None:
+    """Raise a UsageError where what is missing of a study does not fit on the disk."""
+    tune, confirm = to_run(design)
+    found = estimate(design, tune=tune, confirm=confirm, rate=1e9, at_once=at_once)  # seconds do not matter here
+    may_keep_less = bool(tune) and design.any.keep == "all"
+    refuse_full_disk(Path(design.any.results_dir), found.disk_bytes, may_keep_less=may_keep_less)
+
+
+def _findable(design: Design) -> str:
+    """Say what difference the study could find, before anything is trained."""
+    seeds = len(design.seeds)
+    try:
+        prompts = len(splits_of(design.any).golden_prompts)
+    except UnreachableError:
+        return "what difference the study could find is not known without its golden prompts"
+    least = 100 * detectable_before(seeds, prompts, alpha=design.base.decide.alpha)
+    level = "" if seeds > 1 else "; with one seed it compares two checkpoints and not the methods"
+    return (
+        f"with {seeds} seeds an arm and {prompts} golden prompts, a difference of about {least:.1f} points is found "
+        f"with 80% power (assumed spreads; python -m harness.calibrate has them and more){level}"
+    )
+
+
+def _judging(design: Design) -> str:
+    """Say how often the judge will be asked at most, and what that may cost."""
+    from harness.score.judge_endpoint import estimate
+    from harness.score.judge_protocol import load_template
+
+    config, splits = design.any, splits_of(design.any)
+    prompts = [(p, len(design.arms) * len(design.seeds)) for p in splits.golden_prompts]
+    if config.decide.metric in ("judge", "length_controlled"):
+        tuned = len(design.tuning(design.arms, design.tuning_seeds)) if design.tuned else 0
+        prompts += [(p, tuned) for p in splits.dev_prompts]
+    template = load_template(config.score.judge.template)
+    longest = "word " * (config.generate.max_new_tokens or 0)  # an answer that runs to its limit
+    asked = [
+        template.messages(prompt.prompt[-1]["content"], longest, longest)
+        for prompt, times in prompts
+        for _ in range(2 * times)
+    ]
+    most = estimate(config.score.judge, asked)
+    return f"judge {config.score.judge.model}: at most {most}, were every answer as long as it may be"
+
+
+def _trials(design: Design) -> list[tuple[str, RunConfig]]:
+    tuned = {arm: design.arms[arm] for arm in design.tuned}
+    others = {arm: configs[0] for arm, configs in design.arms.items() if arm not in tuned}
+    found = [("tune", trial) for trial in design.tuning(tuned, design.tuning_seeds)]
+    return found + [("confirm", trial) for trial in design.deciding(others, design.seeds)]
+
+
+def _count(design: Design) -> str:
+    sizes = {arm: design.any.search.trials or 0 if design.suggests else len(design.arms[arm]) for arm in design.tuned}
+    confirm = len(design.arms) * len(design.seeds)
+    if not sizes:
+        return f"{confirm} trials"
+    tune = sum(sizes.values()) * len(design.tuning_seeds)
+    shown = ", ".join(f"{arm} {size}" for arm, size in sizes.items())
+    at_most = "at most " if design.any.search.keep < 1 or design.suggests else ""
+    return (
+        f"{at_most}{tune} trials to tune ({shown} configs x {len(design.tuning_seeds)} seeds, on dev), "
+        f"{confirm} to confirm (1 config an arm x {len(design.seeds)} fresh seeds, on golden)"
+    )
+
+
+def _size_of_a_trial(trial: RunConfig) -> str:
+    """Say what one trial works through, and how long those took that are finished already."""
+    splits = splits_of(trial)
+    pairs = len(splits.train)
+    steps = num_steps(trial, pairs)
+    answers = {"dev": len(splits.dev_prompts), "golden": len(splits.golden_prompts)}
+    text = f"each trial: {pairs} pairs x {trial.train.epochs} epochs = {steps} steps of {trial.train.batch_size}; "
+    text += f"answers to {answers['dev']} dev and {answers['golden']} golden prompts"
+    found = [read_manifest(path.parent) for path in study_dir(trial).glob("trials/*/manifest.json")]
+    seconds = [sum(manifest["seconds"].values()) for manifest in found if manifest.get("status") == "complete"]
+    return text + (f"; finished ones took {fmean(seconds):.0f} s on average" if seconds else "")
+
+
+LOOP_OVER_PRODUCTS = {
+    Engine.paired: 1.6,
+    Engine.stock: 4.0,
+}  # measured on a CPU, benchmarks/cost.md: 1.5 to 1.7, 2.9 to 5
+_DECODING_SHARE = 0.4  # of the products' rate that a batch of answers reaches, token by token
+_STEP_SECONDS = (0.01, 0.004)  # Python's part of a micro-batch, and of each layer in it
+_AROUND_SECONDS = 1.0  # loading, scoring, tracking
+_LAUNCH_SECONDS = 15.0  # of `accelerate launch`: each process imports everything anew
+_PROCESS_BYTES = 700 * 2**20  # Python with torch, transformers and TRL
+_ANSWER_BYTES = 700  # the prompt, ids and scores of an answer, in three files; its text comes on top
+_TOKEN_BYTES = 5
+_STEP_BYTES = 700  # a row of train.jsonl, and of W&B's log
+_RUN_BYTES = 200_000  # manifest, config, log and W&B's own files
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The sizes of a base: weights in all, and inputs plus outputs of its linear layers, summed."""
+
+    parameters: int
+    linear_parameters: int
+    lora_sides: int
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a study takes from now on.
+
+    Attributes:
+        tune_seconds, confirm_seconds: of one trial of the stage.
+        trial_bytes: what a trial leaves on disk without its weights.
+        weight_bytes: the weights that it trains.
+        checkpoint_bytes: what its checkpoints need while it trains.
+        memory_bytes: of one trial's process, while it trains.
+        disk_bytes: of the study, at its largest.
+    """
+
+    tune_seconds: float
+    confirm_seconds: float
+    trial_bytes: int
+    weight_bytes: int
+    checkpoint_bytes: int
+    memory_bytes: int
+    disk_bytes: int
+
+
+def estimate(design: Design, *, tune: int, confirm: int, rate: float, at_once: int = 1) -> Estimate:
+    """Estimate a study of so many trials by stage.
+
+    Args:
+        design: the study's plan.
+        tune: trials that tune and are still to be run.
+        confirm: trials that decide and are still to be run.
+        rate: of this machine's matrix products, in FLOP/s.
+        at_once: trials that train beside each other.
+    """
+    if not tune + confirm:
+        return Estimate(0.0, 0.0, 0, 0, 0, 0, 0)
+    config = design.any
+    splits, size = splits_of(config), checkpoint_size(checkpoint_dir(config.model))
+    dev, golden = len(splits.dev_prompts), len(splits.golden_prompts)
+    training = train_seconds(config, tokens_of(config), size, rate)
+    answered = golden + (0 if design.tuned else dev)  # what a deciding trial answers
+    weights, checkpoint = _weight_bytes(config, size)
+    rows = len(splits.train) * (config.train.epochs or 1) // (config.train.batch_size or 1) * _STEP_BYTES
+    text = _ANSWER_BYTES + _TOKEN_BYTES * (config.generate.max_new_tokens or 0)
+    trial = rows + _RUN_BYTES + max(dev, answered) * text
+    kept = {"all": tune + confirm, "confirmed": confirm, "none": 0}[config.keep]
+    if config.generate.backend == "vllm":  # all are trained before the first one answers
+        kept = max(kept, tune, confirm)
+    return Estimate(
+        tune_seconds=training + answer_seconds(config, dev, size, rate),
+        confirm_seconds=training + answer_seconds(config, answered, size, rate),
+        trial_bytes=trial,
+        weight_bytes=weights,
+        checkpoint_bytes=checkpoint,
+        memory_bytes=config.accelerate.num_processes * memory_bytes(config, tokens_of(config), size),
+        disk_bytes=(tune + confirm + 1) * trial + kept * weights + at_once * checkpoint + 2 * (dev + golden) * text,
+    )
+
+
+def checkpoint_size(folder: Path) -> Checkpoint:
+    """Read a checkpoint's sizes from the headers of its safetensors files."""
+    parameters = linear = sides = 0
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        for name, about in header.items():
+            shape = about.get("shape", ()) if name != "__metadata__" else ()
+            parameters += math.prod(shape) if shape else 0
+            if len(shape) == 2 and not any(word in name for word in ("embed", "lm_head", "wte", "wpe")):
+                linear += math.prod(shape)
+                sides += sum(shape)
+    return Checkpoint(parameters, linear, sides)
+
+
+def train_seconds(config: RunConfig, tokens: Tokens, size: Checkpoint, rate: float) -> float:
+    """Estimate the training of one trial: its matrix products at this rate, and Python's part of each micro-batch."""
+    rows, train = tokens.train.rows, config.train
+    count = sum(len(row.prompt_ids) + len(row.chosen_ids) + len(row.rejected_ids) for row in rows)
+    passes = 6 if train.tuning is Tuning.full else 4  # frozen weights have no gradient of their own
+    flops = float(passes * size.parameters * count * (train.epochs or 1))
+    flops *= (4 / 3 if train.gradient_checkpointing else 1) / config.accelerate.num_processes
+    plan = plan_of(config, rows)
+    batches = len(plan.order) / plan.micro_batch_size / config.accelerate.num_processes
+    python = batches * (_STEP_SECONDS[0] + _STEP_SECONDS[1] * _layers(config))
+    launched = _LAUNCH_SECONDS if config.accelerate.num_processes > 1 else 0.0
+    return flops / rate * LOOP_OVER_PRODUCTS[train.engine] + python + launched
+
+
+def answer_seconds(config: RunConfig, prompts: int, size: Checkpoint, rate: float) -> float:
+    """Estimate the answers to so many prompts, were each as long as it may be; and what is around a trial."""
+    length = config.generate.max_new_tokens or 0
+    batches = -(-prompts // (config.generate.batch_size or 1))
+    python = batches * length * (_STEP_SECONDS[0] + _STEP_SECONDS[1] * _layers(config)) / 2  # forward only
+    return 2.0 * size.parameters * prompts * length / (rate * _DECODING_SHARE) + python + _AROUND_SECONDS
+
+
+def memory_bytes(config: RunConfig, tokens: Tokens, size: Checkpoint) -> int:
+    """Estimate the memory of a process that trains: weights, gradients, AdamW's state, activations, and Python."""
+    from transformers import AutoConfig
+
+    from harness.train.memory import activation_bytes, largest_micro_batch
+
+    model = AutoConfig.from_pretrained(checkpoint_dir(config.model), trust_remote_code=False)
+    itemsize = 2 if _may_use_bf16(config) else 4
+    held = {Tuning.full: 4.0, Tuning.lora: float(itemsize), Tuning.qlora: 0.6}[config.train.tuning] * size.parameters
+    trained = size.parameters if config.train.tuning is Tuning.full else config.train.lora_rank * size.lora_sides
+    shares = config.train.engine is Engine.paired and config.train.share_prefix
+    count = largest_micro_batch(tokens.train.rows, plan_of(config, tokens.train.rows), share_prefix=shares)
+    kept = activation_bytes(model, count, itemsize) / (_layers(config) if config.train.gradient_checkpointing else 1)
+    return int(held + 12 * trained + kept + _PROCESS_BYTES)
+
+
+def _may_use_bf16(config: RunConfig) -> bool:
+    """Guess the arithmetic without torch: asking CUDA would settle which GPUs this process sees."""
+    precision = config.train.precision
+    return precision is Precision.bf16 or (precision is Precision.auto and bool(gpus()))
+
+
+def _layers(config: RunConfig) -> int:
+    from transformers import AutoConfig
+
+    model = AutoConfig.from_pretrained(checkpoint_dir(config.model), trust_remote_code=False)
+    return int(model.get_text_config().num_hidden_layers)
+
+
+def _weight_bytes(config: RunConfig, size: Checkpoint) -> tuple[int, int]:
+    """Return the bytes of the weights that a trial saves, and of its checkpoints while it trains.
+
+    A checkpoint has the weights and AdamW's two states; the old one stands until the new one is written.
+    """
+    is_full = config.train.tuning is Tuning.full
+    weights = 4 * (size.parameters if is_full else config.train.lora_rank * size.lora_sides)
+    return weights, 2 * 3 * weights
+
+
+def refuse_full_disk(results: Path, needed: int, *, may_keep_less: bool) -> None:
+    """Raise a UsageError where a study would not fit on the disk, before it starts."""
+    place = next(folder for folder in [results.resolve(), *results.resolve().parents] if folder.is_dir())
+    free = shutil.disk_usage(place).free
+    if needed > free:
+        other = ", keep=confirmed (without the weights of trials that only tune)" if may_keep_less else ""
+        raise UsageError(
+            f"results_dir={results}: the study needs about {size_text(needed)} of disk, and {size_text(free)} are "
+            f"free; make room, give another results_dir{other} or fewer trials"
+        )
+
+
+def size_text(count: float) -> str:
+    """Write bytes as one reads them."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if count >= 10 or unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def time_text(seconds: float) -> str:
+    """Write seconds as one reads them."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def lines(found: Estimate, *, tune: int, confirm: int, keep: str) -> Sequence[str]:
+    """Return what `plan=true` prints of an estimate."""
+    total = tune * found.tune_seconds + confirm * found.confirm_seconds
+    stages = [("to tune", tune, found.tune_seconds), ("to confirm", confirm, found.confirm_seconds)]
+    each = ", ".join(f"{time_text(seconds)} a trial {name}" for name, count, seconds in stages if count)
+    return [
+        f"time: about {time_text(total)} of trials, one after the other, on a machine like this one"
+        + (f" ({each}, were all answers as long as they may be)" if each else ""),
+        f"memory: about {size_text(found.memory_bytes)} for a trial that trains",
+        f"disk: about {size_text(found.disk_bytes)} at most: {size_text(found.weight_bytes)} of weights and "
+        f"{size_text(found.trial_bytes)} of rows a trial (keep={keep}), {size_text(found.checkpoint_bytes)} of "
+        "checkpoints while one trains",
+    ]
+
+
+def machine_rate(config: RunConfig) -> float:
+    """Measure how fast matrices are multiplied where training will run, in FLOP/s."""
+    from harness.train.base import set_threads
+    from harness.train.memory import matmul_rate
+
+    set_threads(config)
+    text: Any = json.loads((checkpoint_dir(config.model) / "config.json").read_text())
+    text = text.get("text_config", text)
+    inner = int(text.get("hidden_size", 1024))
+    return matmul_rate(inner, int(text.get("intermediate_size") or 4 * inner), seconds=0.3, bf16=_may_use_bf16(config))

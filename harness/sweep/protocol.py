@@ -1,0 +1,308 @@
+"""The study as a whole: base -> tune on dev -> train what was selected with fresh seeds -> golden -> decide -> report.
+
+Knows nothing of Hydra: trials are launched through a function that the sweep passes in. Imports no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from harness.config.arms import ARMS
+from harness.config.schema import RunConfig
+from harness.config.trial_id import config_label
+from harness.data.records import Completion
+from harness.generate.vllm import answers_path, run_vllm, vllm_job
+from harness.score.available import scoring_of, study_scorers
+from harness.score.study_scores import blocking, score_study
+from harness.score.trial_scores import collect_scores
+from harness.study.errors import UsageError, is_outside, problem
+from harness.study.files import drop_temporaries, locked, locked_if_free, write_jsonl
+from harness.study.integrity import done_stages, drop_damaged, is_outdated
+from harness.study.log import say
+from harness.study.manifest import load_manifest, put_back_manifest, read_manifest
+from harness.study.outcome import Outcome, set_aside, standing_failure
+from harness.study.registration import read_study
+from harness.sweep.registration import identify, is_complete, study_dir, trial_dir
+from harness.sweep.request import Design, cost_trials
+from harness.sweep.tuning import tune
+from harness.track.tracker import track
+
+Launch = Callable[[Sequence[RunConfig]], list[Outcome]]
+
+
+@dataclass(frozen=True)
+class StudyResult:
+    """What a sweep ends with.
+
+    Attributes:
+        outcomes: of the SFT base and of all trials, those finished earlier included.
+        verdict: as in verdict.json; None where there is nothing to decide.
+        undecided: why there is no verdict.
+        report: path of report.html; None where the base could not be scored, so that there is nothing to report, and
+            where it could not be written.
+        launched: number of trials that this call ran.
+        is_comparison: True where several arms were asked for, so that a missing verdict is a failure.
+        stages: number of trials by stage: `base`, `tune`, `confirm`, `costs`.
+        problems: scorers that failed, by name.
+        unreported: why the report could not be written.
+    """
+
+    outcomes: list[Outcome]
+    verdict: dict[str, Any] | None
+    undecided: str
+    report: Path | None
+    launched: int
+    is_comparison: bool
+    stages: Mapping[str, int]
+    problems: list[str]
+    unreported: str = ""
+
+
+def run_study(design: Design, launch: Launch) -> StudyResult:
+    """Run what is missing of a study, then decide and report.
+
+    Args:
+        design: what to train.
+        launch: runs trials and returns how they ended, in the same order.
+    """
+    study = study_dir(design.base)
+    _drop_damaged(study)
+    runs = _Runs(launch, design, study)
+    verdict, undecided = None, ""
+    if runs.finish("base", [design.base]):
+        undecided = "the SFT base, which every arm is measured against, could not be scored"
+        return _result(runs, design, None, undecided)
+    selected = tune(design, study, lambda trials: runs.finish("tune", trials), lambda: runs.failed)
+    if selected is None and runs.problems:
+        undecided = f"{'; '.join(runs.problems)}: no config is selected, and golden is not looked at"
+    elif selected is None:
+        undecided = (
+            f"{runs.failed} of {runs.stages['tune']} tuning trials failed, so that no config is selected and golden is "
+            "not looked at; mend the cause (failure.json) and run the same command, with retry_failed=true where the "
+            "same error has come back"
+        )
+    else:
+        for seeds in _looks(design):
+            runs.finish("confirm", design.deciding(selected, seeds))
+            blocked = runs.blocking()
+            verdict, undecided = (None, blocked) if blocked else _decided(study)
+            if verdict and verdict["verdict"] != "inconclusive":
+                break
+        runs.finish("costs", cost_trials(design, selected) if verdict else [])
+    with locked(study):
+        collect_scores(study)
+        report, unreported = report_study(study)
+    if runs.launched and verdict and report:
+        _mirror(design.base, study, verdict)
+    return _result(runs, design, verdict, undecided, report=report, unreported=unreported)
+
+
+def _drop_damaged(study: Path) -> None:
+    """Delete what was damaged, or left half written, in trials that do not run; one that runs sees to itself.
+
+    Scorers of the whole study write into finished trials, under the study's lock.
+    """
+    with locked(study):
+        for folder in [study / "base", *study.glob("trials/*"), *study.glob("costs/*")]:
+            if folder.is_dir():
+                with locked_if_free(folder) as free:
+                    if free:
+                        drop_temporaries(folder)
+                        if put_back_manifest(folder):
+                            say(f"{folder}: manifest.json was lost or damaged and is put back from its twin")
+                        drop_damaged(folder, read_manifest(folder))
+
+
+def _looks(design: Design) -> list[Sequence[int]]:
+    """Return the seeds that there are at each look at golden."""
+    counts = design.any.decide.looks or [len(design.seeds)]
+    return [design.seeds[:count] for count in counts]
+
+
+def _result(
+    runs: _Runs,
+    design: Design,
+    verdict: dict[str, Any] | None,
+    undecided: str,
+    *,
+    report: Path | None = None,
+    unreported: str = "",
+) -> StudyResult:
+    outcomes = list(runs.ended.values())
+    found = (outcomes, verdict, undecided, report, len(runs.launched), len(design.arms) > 1, runs.stages)
+    return StudyResult(*found, problems=runs.problems, unreported=unreported)
+
+
+def _key(trial: RunConfig) -> tuple[str, str, int, str]:
+    return trial.method.name, config_label(trial), trial.seed, trial.cost_name or ""
+
+
+class _Runs:
+    """How trials ended, and which of them were launched, over the several launches of a study."""
+
+    def __init__(self, launch: Launch, design: Design, study: Path) -> None:
+        self._launch = launch
+        self._design, self._study = design, study
+        self.problems: list[str] = []
+        self.ended: dict[tuple[str, str, int, str], Outcome] = {}
+        self.launched: set[tuple[str, str, int, str]] = set()
+        self.stages: dict[str, int] = {}
+
+    @property
+    def failed(self) -> int:
+        """Number of trials that failed, and one more where a scorer did."""
+        return sum(outcome.status == "failed" for outcome in self.ended.values()) + bool(self.problems)
+
+    def finish(self, stage: str, trials: Sequence[RunConfig]) -> int:
+        """Launch the trials that are not complete, note how all of them ended, and return how many failed."""
+        trials = list({_key(trial): trial for trial in trials}.values())
+        missing = [trial for trial in trials if not is_complete(trial, tuple(trial.evaluate))]
+        stand = {} if self._design.base.retry_failed else dict(_standing(missing))
+        missing = [trial for trial in missing if _key(trial) not in stand]
+        for trial in missing:
+            set_aside(trial_dir(trial))
+        new: dict[tuple[str, str, int, str], Outcome] = {}
+        while missing:
+            new |= dict(zip(map(_key, missing), self._launch(missing), strict=True))
+            now = {_key(trial): new.get(_key(trial)) or finished(trial) for trial in trials if _key(trial) not in stand}
+            missing = [trial for trial in trials if _is_outdated(trial, now.get(_key(trial)))]
+        self.launched |= set(new)
+        before = len(self.ended)
+        new |= stand
+        self.ended |= {_key(trial): new.get(_key(trial)) or finished(trial) for trial in trials}
+        self.stages[stage] = self.stages.get(stage, 0) + len(self.ended) - before
+        if stage in ("tune", "confirm"):
+            self._score(["dev"] if stage == "tune" else ["golden"])
+        return sum(self.ended[_key(trial)].status == "failed" for trial in trials)
+
+    def _score(self, splits: Sequence[str]) -> None:
+        """Let the scorers of the whole study score what is new; dev only by those that select on it."""
+        registered = read_study(self._study / "study.yaml")
+        names = [str(registered["metric"])] if splits == ["dev"] else []
+        wanted = not names or names[0] in study_scorers(self._design.any.score)
+        scoring = scoring_of(self._design.any, splits, names) if wanted else None
+        if scoring is not None:
+            with locked(self._study):
+                try:
+                    self.problems = score_study(self._study, scoring)
+                except UsageError as error:
+                    self.problems = [f"{name}: {error}" for name in scoring.names]
+
+    def blocking(self) -> str:
+        """Say which scorers that the verdict needs have failed; empty where none has."""
+        registered = read_study(self._study / "study.yaml")
+        needed = [registered["metric"], *(guard["metric"] for guard in registered.get("guards") or ())]
+        return "; ".join(blocking(self.problems, needed))
+
+
+def _is_outdated(trial: RunConfig, outcome: Outcome | None) -> bool:
+    """Whether a trial that is finished has to train again, since another one of its seed has run out of memory."""
+    if outcome is None or outcome.status != "complete" or trial.cost_name:
+        return False
+    return is_outdated(study_dir(trial), trial.seed, read_manifest(trial_dir(trial)).get("micro_batch_size"))
+
+
+def _standing(trials: Sequence[RunConfig]) -> Iterator[tuple[tuple[str, str, int, str], Outcome]]:
+    """Yield how trials failed that are not run again unless that is asked for."""
+    for trial in trials:
+        if why := standing_failure(trial_dir(trial)):
+            about = (identify(trial), trial.method.name, config_label(trial), trial.seed)
+            ended = Outcome(*about, "failed", why, retries=False)
+            yield _key(trial), ended
+
+
+def finished(trial: RunConfig) -> Outcome:
+    """Read how a complete trial ended."""
+    facts = load_manifest(trial_dir(trial))
+    message = facts.get("divergence", "")
+    return Outcome(facts["trial_id"], trial.method.name, config_label(trial), trial.seed, facts["status"], message)
+
+
+def _decided(study: Path) -> tuple[dict[str, Any] | None, str]:
+    """Return the verdict, or None with the reason; a verdict on what the scores no longer say is taken away."""
+    from harness.decide.study import decide_study
+
+    with locked(study):
+        collect_scores(study)
+        try:
+            return decide_study(study), ""
+        except UsageError as error:
+            (study / "verdict.json").unlink(missing_ok=True)
+            return None, str(error)
+
+
+def _mirror(base: RunConfig, study: Path, verdict: dict[str, Any]) -> None:
+    """Log the study itself: the verdict as a summary, the figures and the report as pages."""
+    from harness.report.prompts import answers_table
+    from harness.report.study import read_study as read_all
+
+    with track(
+        base.tracking,
+        folder=study,
+        name=f"{study.name}-verdict",
+        group=study.name,
+        job_type="study",
+        tags=["study", verdict["verdict"], verdict["level"]],
+        config=read_study(study / "study.yaml"),
+    ) as tracker:
+        tracker.summarise({f"verdict/{key}": value for key, value in verdict.items()})
+        tracker.table("side_by_side", *answers_table(read_all(study)))
+        for figure in sorted((study / "figures").glob("*.svg")):
+            tracker.page(f"figures/{figure.stem}", figure)
+        tracker.page("report", study / "report.html")
+
+
+def report_study(study: Path) -> tuple[Path | None, str]:
+    """Write the report; return its path, or None with the reason: a verdict is told where no page can be written."""
+    from harness.report.page import render_report
+
+    try:
+        return render_report(study), ""
+    except Exception as error:
+        if isinstance(error, UsageError) or not is_outside(error):
+            raise
+        return None, problem(error)
+
+
+def answer_trials(trials: Sequence[RunConfig]) -> None:
+    """Answer the splits that trained trials of one study (or its base) still lack, all in one pass.
+
+    Args:
+        trials: configs with one base model and one decoding; those that diverged or failed are left out.
+
+    Raises:
+        RuntimeError: where vLLM's process fails, with the end of its error output.
+    """
+    from harness.data.inputs import splits_of, tokens_of
+    from harness.generate.answers import completion_of, prompt_ids, turns_of
+
+    work = [(folder, split) for trial in trials for folder, split in _lacking(trial)]
+    if not work:
+        return
+    chat, splits = tokens_of(trials[0]).chat, splits_of(trials[0])
+    prompts = {"dev": turns_of(splits.dev_prompts), "golden": turns_of(splits.golden_prompts)}
+    found: dict[tuple[Path, str], dict[str, Completion]] = {place: {} for place in work}
+    for turn in range(max(len(turns) for turns in prompts.values())):  # second turns need the answers to the first
+        asked = [(place, prompt) for place in work for prompt in (prompts[place[1]][turn : turn + 1] or [[]])[0]]
+        requests = [[str(place[0] / "adapter"), prompt_ids(chat, prompt, found[place])] for place, prompt in asked]
+        job = vllm_job(trials[0], sorted(chat.stop_ids)) | {"requests": requests}
+        for (place, prompt), answer in zip(asked, run_vllm(job, study_dir(trials[0])), strict=True):
+            found[place][prompt.prompt_id] = completion_of(chat, prompt, answer, place[1])
+    for (folder, split), answers in found.items():
+        write_jsonl(answers_path(folder, split), [asdict(answer) for answer in answers.values()])
+
+
+def _lacking(trial: RunConfig) -> list[tuple[Path, str]]:
+    """Return the trial's folder with each split that it has neither scored nor answered."""
+    folder = trial_dir(trial)
+    manifest = read_manifest(folder)
+    is_trained = "train" in manifest.get("done", []) and manifest["status"] != "diverged"
+    if not is_trained and ARMS[trial.method.name].trainer:
+        return []
+    done = done_stages(folder, manifest)
+    return [
+        (folder, split) for split in trial.evaluate if split not in done and not answers_path(folder, split).is_file()
+    ]

@@ -1,0 +1,238 @@
+"""Register a study before its first trial: study.yaml holds the question and all that must not change afterwards."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from harness.config.arms import ARMS
+from harness.config.checkpoint import contents_sha256
+from harness.config.schema import RunConfig
+from harness.config.trial_id import NOT_IN_RESULT, config_label, plain, trial_id
+from harness.data.inputs import prompt_rows, splits_of, tokens_of
+from harness.data.records import EvalPrompt
+from harness.data.splits import Splits
+from harness.score.available import allowed_scorers, registered_settings
+from harness.score.scorers import unchecked
+from harness.study.backup import put_back
+from harness.study.errors import UsageError
+from harness.study.files import digest, locked, to_jsonl, write_text
+from harness.study.integrity import SPLITS, done_stages
+from harness.study.log import say
+from harness.study.manifest import read_manifest
+from harness.study.registration import STUDY_HASH, contrast_of, merged, read_study, refuse_late_configs, write_study
+from harness.study.scores_csv import MAX_UNSCORED
+from harness.study.selection import golden_problem
+from harness.sweep.request import Design
+
+
+def fixed_parts(config: RunConfig) -> dict[str, Any]:
+    """Return what all trials of a study share and what its verdict depends on; a change makes another study."""
+    splits = splits_of(config)
+    data = {k: v for k, v in plain(config.data).items() if k not in ("path", "train", "dev", "golden", "revision")}
+    metric = config.decide.metric or default_metric(config, splits)
+    return {
+        "question": config.question,
+        "metric": metric,
+        "margin": config.decide.margin,
+        "alpha": config.decide.alpha,
+        "guards": plain(config.decide.guards),
+        "looks": list(config.decide.looks or []),
+        "search": plain(config.search),
+        "score": registered_settings(config, [metric, *(str(guard["metric"]) for guard in config.decide.guards)]),
+        "contents": contents_sha256(config, splits.facts),
+        "data": data,
+        "train": {key: value for key, value in plain(config.train).items() if key not in NOT_IN_RESULT},
+        "generate": plain(config.generate),
+    }
+
+
+def study_name(config: RunConfig) -> str:
+    """Return the study's name: the one given, or the model's with a hash of the question."""
+    if config.study is not None:
+        return config.study
+    return f"{Path(config.model.path).name}-{digest(fixed_parts(config))[:8]}"
+
+
+def register(design: Design, command: Sequence[str], *, warnings: Sequence[str]) -> dict[str, Any]:
+    """Write study.yaml and prompts.jsonl; where the study exists, refuse another question and add arms and seeds.
+
+    Args:
+        design: what this command trains.
+        command: the whole command line, for the report.
+        warnings: what the verdict must say of how the study was set up.
+
+    Raises:
+        UsageError: for another question than the registered one, one that the data cannot answer, or configs that
+            are added after golden was scored.
+    """
+    config = design.any
+    folder = Path(config.results_dir) / study_name(config)
+    fixed = fixed_parts(config)
+    path = folder / "study.yaml"
+    for name in put_back(folder):
+        say(f"{folder / name} was cut off or damaged and is put back from its twin")
+    if not path.is_file():
+        check_answerable(design, fixed)
+        tokens_of(config)  # what is wrong with tokenizer, template or lengths shows here, and not in the first trial
+    with locked(folder):
+        old = read_study(path) if path.is_file() else {}
+        if old:
+            _refuse_changes(path, old.get("fixed", {}), fixed)
+        study = _study(folder.name, design, fixed, old, command=shlex.join(command), warnings=warnings)
+        refuse_late_configs(path, old, study)
+        _write_prompts(folder / "prompts.jsonl", to_jsonl(prompt_rows(splits_of(config))))
+        if study != old:
+            write_study(path, study)
+    return study
+
+
+def _write_prompts(path: Path, text: str) -> None:
+    """Write what scorers need to know of the prompts, where it is not there as it should be."""
+    if not path.is_file() or path.read_bytes() != text.encode("utf-8", errors="backslashreplace"):
+        write_text(path, text)
+
+
+def _study(
+    name: str, design: Design, fixed: dict[str, Any], old: dict[str, Any], *, command: str, warnings: Sequence[str]
+) -> dict[str, Any]:
+    """Return the contents of study.yaml: what is registered already stays, arms, configs and seeds are added."""
+    config, labels = design.any, design.labels()
+    facts = splits_of(config).facts
+    arms = merged(old.get("arms", []), list(labels))
+    configs = dict(old.get("configs", {}))
+    seeds = dict(old.get("seeds", {}))
+    for arm, found in labels.items():
+        configs[arm] = merged(configs.get(arm, []), found)
+        seeds[arm] = merged(seeds.get(arm, []), list(design.seeds))
+    tuned = [arm for arm in arms if arm in old.get("tuned", []) or arm in design.tuned or len(configs[arm]) > 1]
+    study = {
+        "study": name,
+        "question": fixed["question"],
+        "arms": arms,
+        "contrast": old.get("contrast") or contrast_of(arms),
+        "configs": configs,
+        "seeds": seeds,
+        "tuned": tuned,
+        "tuning_seeds": merged(old.get("tuning_seeds", []), list(design.tuning_seeds) if tuned else []),
+        **{key: fixed[key] for key in ("metric", "margin", "alpha", "guards", "looks")},
+        "family": plain(config.family) if config.family.name else {},
+        "model": {
+            "path": config.model.path,
+            "revision": config.model.revision,
+            "base_sha256": fixed["contents"]["base"],
+        },
+        "data": facts,
+        "warnings": merged(old.get("warnings", []), [*facts.get("warnings", []), *warnings]),
+        "command": old.get("command") or command,
+        "created": old.get("created", datetime.now(UTC).isoformat(timespec="seconds")),
+        "fixed": fixed,
+        "fixed_sha256": digest(fixed),
+    }
+    return study | ({STUDY_HASH: old[STUDY_HASH]} if STUDY_HASH in old else {})
+
+
+def check_answerable(design: Design, fixed: dict[str, Any]) -> None:
+    """Raise a UsageError where the splits cannot be scored on the metric or a guard."""
+    splits = splits_of(design.any)
+    needed = [("decide.metric", "golden", fixed["metric"])]
+    needed += [("decide.guards", "golden", guard["metric"]) for guard in fixed["guards"]]
+    needed += [("decide.metric", "dev", fixed["metric"])] if design.tuned else []
+    for key, split, metric in needed:
+        allowed = scorers_of(design.any, splits, split)
+        if metric not in allowed:
+            why = "; configs are selected on dev" if split == "dev" else ""
+            raise UsageError(
+                f"{key}={metric}: {split} cannot be scored on it{why}; "
+                f"scorers that {split} allows: {', '.join(allowed) or 'none'}; "
+                f"`checks` need rows with checks, `preference_accuracy` rows with chosen and rejected"
+            )
+        if metric.startswith("ifeval"):
+            _check_instructions(splits.dev_prompts if split == "dev" else splits.golden_prompts, f"{key}={metric}")
+
+
+def _check_instructions(prompts: Sequence[EvalPrompt], key: str) -> None:
+    """Refuse instructions of which too many cannot be checked on this machine, before anything is trained."""
+    asked = [(p.about["instructions"], p.prompt[-1]["content"]) for p in prompts if p.about.get("instructions")]
+    lost = unchecked(asked)
+    if lost.total() > MAX_UNSCORED * len(asked):
+        reason, count = lost.most_common(1)[0]
+        raise UsageError(f"{key}: {count} of {len(asked)} prompts cannot be scored: {reason}; or leave these out")
+
+
+def _refuse_changes(path: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
+    before, after = _flat(old), _flat(new)
+    changes = [
+        f"  {key}: registered {before.get(key)}, now {after.get(key)}"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key)
+    ]
+    if changes:
+        raise UsageError(
+            f"{path}: this study was registered with another question; a verdict on a changed question means nothing\n"
+            + "\n".join(changes)
+            + "\nGive the new question a study of its own: study=NAME, or leave study= out"
+        )
+
+
+def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, item in value.items():
+        flat |= _flat(item, f"{prefix}{key}.") if isinstance(item, dict) else {f"{prefix}{key}": item}
+    return flat
+
+
+def study_dir(config: RunConfig) -> Path:
+    """Return the study's folder."""
+    return Path(config.results_dir) / str(config.study)
+
+
+def trial_dir(config: RunConfig) -> Path:
+    """Return the trial's folder; the SFT base has one of its own, and so have trials run for their cost."""
+    study = study_dir(config)
+    if config.cost_name:
+        return study / "costs" / config.cost_name
+    return study / "trials" / identify(config) if ARMS[config.method.name].trainer else study / "base"
+
+
+def is_complete(config: RunConfig, splits: tuple[str, ...] = SPLITS) -> bool:
+    """Return True where the trial's manifest says that all stages were done for this very config."""
+    manifest = read_manifest(trial_dir(config))
+    if manifest.get("trial_id") != identify(config):
+        return False
+    return {"score", *splits} <= done_stages(trial_dir(config), manifest)
+
+
+def refuse_golden(config: RunConfig, splits: Sequence[str]) -> None:
+    """Raise a UsageError where this run of its study must not be scored on golden."""
+    if "golden" in splits and ARMS[config.method.name].trainer:
+        problem = golden_problem(study_dir(config), config.method.name, config_label(config), config.seed)
+        if problem:
+            raise UsageError(problem)
+
+
+def identify(config: RunConfig) -> str:
+    """Return the config's trial id."""
+    return trial_id(config, contents_sha256(config, splits_of(config).facts))
+
+
+def scorers_of(config: RunConfig, splits: Splits, split: str) -> list[str]:
+    """Return the scorers that a split's rows allow, and those that the config sets up; the default one first."""
+    is_dev = split == "dev"
+    prompts, pairs = (splits.dev_prompts, splits.dev_pairs) if is_dev else (splits.golden_prompts, splits.golden_pairs)
+    return allowed_scorers(config, prompts, has_pairs=bool(pairs), split=split)
+
+
+def default_metric(config: RunConfig, splits: Splits) -> str:
+    """Return the metric that a golden set is decided on where none is given: checks, else pairs, else a judge."""
+    found = scorers_of(config, splits, "golden")
+    if found:
+        return found[0]
+    raise UsageError(
+        "data.golden: its rows have neither `checks` nor `chosen` and `rejected`, so that nothing can be scored; "
+        "add checks (see README, Golden sets), give held-out pairs, or set up a judge (score.judge.model) or a reward "
+        "model (score.reward_model.path); IFEval's instructions need pip install 'dpo-simpo-harness[lm-eval]'"
+    )

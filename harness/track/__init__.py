@@ -1,0 +1,1 @@
+"""Mirror runs and studies to a tracker: W&B, offline by default."""

@@ -1,0 +1,230 @@
+"""Seconds and peak memory of each stage of a trial, in the process that does the work."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import gc
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from harness.config.schema import RunConfig
+from harness.data.plan import BatchPlan, make_plan
+from harness.data.tokens import TokenPair
+from harness.study.errors import DoesNotFitError
+from harness.study.files import locked, write_json
+from harness.study.integrity import MICRO_BATCH_FILE, read_micro_batch, settled
+
+
+class Meter:
+    """Collect seconds and peak memory by stage.
+
+    On a CPU, memory is the peak of the process's resident set during the stage (Linux: the high-water mark is reset at
+    the stage's start; elsewhere only the peak since the process's start is known). On a GPU it is the peak of what
+    torch allocated there.
+    """
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.peak_memory_bytes: dict[str, int] = {}
+
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Measure what runs inside; a stage entered twice adds its seconds and keeps the larger peak."""
+        reset_peak_memory()
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] += time.perf_counter() - start
+            self.peak_memory_bytes[name] = max(self.peak_memory_bytes.get(name, 0), peak_memory_bytes())
+
+
+def settle_imports() -> None:
+    """Take what has been imported so far out of the collector's rounds; again where more was imported since.
+
+    With torch, transformers and TRL loaded, a full collection looks at a million objects for a quarter of a second. The
+    first trial of a process is the SFT base, which needs neither the trainers nor what they import while they run.
+    """
+    _settle(len(sys.modules))
+
+
+@functools.cache
+def _settle(num_modules: int) -> None:
+    """Freeze once for each number of loaded modules."""
+    gc.freeze()
+
+
+def reset_peak_memory() -> None:
+    """Give freed memory back to the system and start the high-water mark anew."""
+    gc.collect()
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        return
+    with contextlib.suppress(OSError, AttributeError):  # not Linux, or not glibc
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")  # 5: reset the peak resident set size, see proc(5)
+
+
+def peak_memory_bytes() -> int:
+    """Return the peak since the last reset."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+USABLE_SHARE = 0.6  # of the machine's memory, for activations; the rest is for weights, optimiser and the system
+
+
+def activation_bytes(model_config: Any, num_tokens: int, itemsize: int) -> int:
+    """Estimate what a forward pass over `num_tokens` keeps for the backward pass of a gated-MLP transformer.
+
+    A layer keeps about 8 tensors of the hidden size, keys and values twice, and 4 of the MLP's size, for each token.
+    """
+    text = model_config.get_text_config()
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    inner = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
+    kept = 8 * text.hidden_size + 4 * heads * head_dim + 4 * inner
+    return int(num_tokens * text.num_hidden_layers * kept * itemsize)
+
+
+def largest_micro_batch(rows: Sequence[TokenPair], plan: BatchPlan, *, share_prefix: bool) -> int:
+    """Return the number of tokens of the largest micro-batch."""
+    sizes = [
+        (1 if share_prefix else 2) * len(row.prompt_ids) + len(row.chosen_ids) + len(row.rejected_ids) for row in rows
+    ]
+    step = plan.micro_batch_size
+    return max(sum(sizes[i] for i in plan.order[start : start + step]) for start in range(0, len(plan.order), step))
+
+
+def needs_checkpointing(model: Any, rows: Sequence[TokenPair], plan: BatchPlan, *, share_prefix: bool) -> bool:
+    """Return True where the largest micro-batch does not fit: on a GPU into its memory, else into the machine's."""
+    import psutil
+    import torch
+
+    total = psutil.virtual_memory().total
+    if model.device.type == "cuda":
+        total = torch.cuda.get_device_properties(model.device).total_memory
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    tokens = largest_micro_batch(rows, plan, share_prefix=share_prefix)
+    return activation_bytes(model.config, tokens, model.dtype.itemsize) > USABLE_SHARE * total - weights
+
+
+def micro_batch_size(config: RunConfig) -> int:
+    """Return the micro-batch of a trial's study, in pairs for each process."""
+    asked = config.train.micro_batch_size
+    assert asked is not None, "the profile fills it"
+    return min(asked, settled(Path(config.results_dir) / str(config.study)) or asked)
+
+
+def note_seed(config: RunConfig, size: int) -> None:
+    """Note that a trial of this seed is about to train with a micro-batch that a study has settled for."""
+    study = Path(config.results_dir) / str(config.study)
+    if settled(study) is None:
+        return
+    with locked(study):
+        found = read_micro_batch(study)
+        found["seeds"][str(config.seed)] = min(size, found["seeds"].get(str(config.seed), size))
+        write_json(study / MICRO_BATCH_FILE, found)
+
+
+def halve(config: RunConfig, tried: int, *, about: dict[str, Any]) -> int:
+    """Settle for a smaller micro-batch than the one with which a trial ran out of memory; return it.
+
+    Args:
+        config: the trial.
+        tried: the micro-batch that did not fit.
+        about: what the study records of the trial and the device.
+
+    Raises:
+        DoesNotFitError: where none is smaller.
+    """
+    study = Path(config.results_dir) / str(config.study)
+    with locked(study):
+        known = settled(study)
+        if known is not None and known < tried:  # another trial was first
+            return known
+        smaller = smaller_than(config, tried)
+        found = read_micro_batch(study)
+        halved = [*found.get("halved", []), about | {"from": tried, "to": smaller}]
+        about_study = {"micro_batch_size": smaller, "asked": config.train.micro_batch_size}
+        write_json(study / MICRO_BATCH_FILE, about_study | {"seeds": found.get("seeds", {}), "halved": halved})
+    return smaller
+
+
+def smaller_than(config: RunConfig, tried: int) -> int:
+    """Return the next smaller micro-batch that makes up the same step.
+
+    Raises:
+        DoesNotFitError: where none is smaller.
+    """
+    batch, processes = config.train.batch_size, config.accelerate.num_processes
+    assert batch is not None, "the profile fills it"
+    smaller = next((size for size in range(tried // 2, 0, -1) if batch % (size * processes) == 0), 0)
+    if not smaller:
+        raise DoesNotFitError(
+            f"{config.model.path} does not fit: training it on pairs of up to data.max_length="
+            f"{config.data.max_length} tokens ran out of memory with train.micro_batch_size={tried}, and no "
+            f"smaller one divides the step; {_advice(config)}"
+        )
+    return smaller
+
+
+def _advice(config: RunConfig) -> str:
+    ways = [] if config.train.gradient_checkpointing else ["train.gradient_checkpointing=true"]
+    ways += ["train.tuning=lora"] if config.train.tuning.value == "full" else ["train.tuning=qlora"]
+    return f"try {', '.join(ways)}, or a smaller data.max_length"
+
+
+def plan_of(config: RunConfig, rows: Sequence[TokenPair], *, micro: int | None = None) -> BatchPlan:
+    """Return the batch plan of a config over its training rows: the arm and its keys do not enter it.
+
+    Args:
+        config: the trial.
+        rows: the training pairs.
+        micro: pairs that are computed at once; null takes those of the trial's study.
+    """
+    train = config.train
+    assert train.epochs is not None, "the profile fills it, and the batch size"
+    assert train.batch_size is not None
+    return make_plan(
+        len(rows),
+        epochs=train.epochs,
+        batch_size=train.batch_size,
+        micro_batch_size=micro or micro_batch_size(config),
+        seed=config.seed,
+        lengths=[row.length for row in rows] if train.group_lengths else (),
+    )
+
+
+def matmul_rate(inner: int, outer: int, *, rows: int = 512, seconds: float = 2.0, bf16: bool = False) -> float:
+    """Measure this machine's matrix products in FLOP/s, at shapes such as a layer's; on its GPU where it has one."""
+    import torch
+
+    is_gpu = torch.cuda.is_available()
+    kind: Any = {"device": "cuda" if is_gpu else "cpu", "dtype": torch.bfloat16 if bf16 else torch.float32}
+    a, b = torch.randn(rows, inner, **kind), torch.randn(inner, outer, **kind)
+    for _ in range(3):
+        a @ b
+    count, start = 0, time.perf_counter()
+    while time.perf_counter() - start < seconds:
+        a @ b
+        if is_gpu:
+            torch.cuda.synchronize()
+        count += 1
+    return 2.0 * rows * inner * outer * count / (time.perf_counter() - start)

@@ -1,0 +1,257 @@
+"""Train one trial with several processes by `accelerate launch`: DDP, FSDP or DeepSpeed ZeRO (`conf/accelerate/`).
+
+The trial's own process writes a job folder, starts the launcher and follows it; each process trains its share of the
+batch plan (`harness.train.trainers`), and the first one writes weights, steps and result. Processes die with their parent.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+from omegaconf import OmegaConf
+
+from harness.config.arms import ARMS
+from harness.config.schema import RunConfig
+from harness.config.trial_id import plain
+from harness.data.plan import BatchPlan
+from harness.study.errors import DivergedError, NoRoomError, WorkerDiedError, is_outside
+from harness.study.files import read_json, write_json
+from harness.study.log import trial_log
+from harness.study.text import redact
+from harness.train.memory import peak_memory_bytes
+from harness.train.run import TrainResult
+
+_POLL_SECONDS = 0.2
+_PR_SET_PDEATHSIG = 1  # prctl(2)
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None  # loaded before a fork needs it
+_LOG_CHARS = 200_000  # the end of each process's log: the trial's own must have room for what comes after
+_LAUNCHER = "HARNESS_LAUNCHER_PID"
+OnStep = Callable[[int, dict[str, Any]], None]
+
+
+def train_in_processes(
+    config: RunConfig, plan: BatchPlan, *, folder: Path, reference: Any, on_step: OnStep
+) -> TrainResult:
+    """Train one arm as `harness.train.run.train_arm` does, with `accelerate.num_processes` processes.
+
+    Args:
+        config: the trial.
+        plan: the order of the rows, of which each process takes its share.
+        folder: its folder; job files lie with the checkpoints and go with them.
+        reference: the base's log-probs, shape (num_rows, 2), or None.
+        on_step: called after each step, while the processes run.
+
+    Raises:
+        DivergedError: as in `train_arm`.
+        torch.OutOfMemoryError: where a process ran out of memory.
+        WorkerDiedError: where a process was killed.
+        RuntimeError: where a process failed otherwise; names it.
+    """
+    job = folder / "checkpoints" / "job"
+    shutil.rmtree(job, ignore_errors=True)
+    _write_job(job, config, plan, reference)
+    print(f"accelerate launch: {config.accelerate.num_processes} processes, {config.accelerate.distributed_type}")
+    with (job / "log.txt").open("wb") as log:
+        command = [sys.executable, "-m", "harness.train.processes", "launch", str(job)]
+        process = subprocess.Popen(
+            command,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            preexec_fn=_die_with_parent,  # noqa: PLW1509 - one call of the C library, loaded already
+        )
+    try:
+        seen = 0
+        while process.poll() is None:
+            time.sleep(_POLL_SECONDS)
+            seen = _pass_on(job, seen, on_step)
+        _pass_on(job, seen, on_step)
+    finally:
+        if process.poll() is None:
+            process.terminate()  # the launcher ends its processes
+            process.wait()
+        for path in [job / "log.txt", *sorted(job.glob("process-*/log.txt"))]:
+            print(path.read_text(errors="replace")[-_LOG_CHARS:])  # into the trial's own log
+    try:
+        return _read_result(job, process.returncode)
+    finally:
+        shutil.rmtree(job)
+
+
+def _write_job(job: Path, config: RunConfig, plan: BatchPlan, reference: Any) -> None:
+    from safetensors.torch import save_file
+
+    write_json(job / "config.json", plain(config))
+    write_json(job / "plan.json", {"micro_batch_size": plan.micro_batch_size, "sha256": plan.sha256})
+    if reference is not None:
+        save_file({"reference": reference.contiguous()}, job / "reference.safetensors")
+    accelerate = config.accelerate
+    settings: dict[str, Any] = {
+        "compute_environment": "LOCAL_MACHINE",
+        "distributed_type": accelerate.distributed_type,
+        "num_processes": accelerate.num_processes,
+        "num_machines": 1,
+        "machine_rank": 0,
+        "main_process_port": 0,  # a free one: several trials may run on one machine
+        "mixed_precision": "no",  # the trainer's own arguments say what runs in bf16
+        "use_cpu": False,
+    }
+    if accelerate.fsdp_config:
+        settings["fsdp_config"] = plain(accelerate.fsdp_config)
+    if accelerate.deepspeed_config:
+        steps = plan.batch_size // (plan.micro_batch_size * accelerate.num_processes)
+        settings["deepspeed_config"] = plain(accelerate.deepspeed_config) | {"gradient_accumulation_steps": steps}
+    (job / "accelerate.yaml").write_text(yaml.safe_dump(settings))
+
+
+def _pass_on(job: Path, seen: int, on_step: OnStep) -> int:
+    """Pass on the steps that were written since the last look; return how many there are."""
+    path = job / "steps.jsonl"
+    lines = path.read_text().split("\n")[:-1] if path.is_file() else []  # without a line that is not whole yet
+    for line in lines[seen:]:
+        row = json.loads(line)
+        on_step(row.pop("step"), row)
+    return len(lines)
+
+
+def _read_result(job: Path, status: int) -> TrainResult:
+    import torch
+
+    if (job / "result.json").is_file():
+        found = read_json(job / "result.json")
+        if "diverged" in found:
+            raise DivergedError(found["diverged"])
+        return TrainResult(**found)  # with the memory of all processes, which a parent cannot measure
+    errors = [read_json(path) for path in sorted(job.glob("error-*.json"))]
+    for error in errors:
+        if error["kind"] == "memory":
+            raise torch.OutOfMemoryError(f"process {error['process']}: {error['message']}")
+    for error in sorted(errors, key=lambda error: error["kind"] == "lost"):  # a lost neighbour is a consequence
+        kinds: dict[str, type[Exception]] = {"outside": OSError, "lost": WorkerDiedError}
+        raise kinds.get(error["kind"], RuntimeError)(f"process {error['process']}: {error['message']}")
+    said = [line for line in (job / "log.txt").read_text(errors="replace").splitlines() if re.search(r"\w", line)]
+    raise WorkerDiedError(f"accelerate launch ended with status {status} and without a result: {''.join(said[-1:])}")
+
+
+def launch(job: Path) -> None:
+    """Be `accelerate launch`; its processes are its children, and die with it."""
+    from accelerate.commands.launch import launch_command, launch_command_parser
+
+    os.environ[_LAUNCHER] = str(os.getpid())
+    config = read_config(job / "config.json")
+    threads = config.train.threads or max(1, len(os.sched_getaffinity(0)) // config.accelerate.num_processes)
+    arguments = ["--config_file", str(job / "accelerate.yaml"), "--num_cpu_threads_per_process", str(threads)]
+    arguments += ["-m", "harness.train.processes", "process", str(job)]
+    launch_command(launch_command_parser().parse_args(arguments))
+
+
+def run_process(job: Path) -> None:
+    """Be one of the processes: train its share; the first one writes what came out."""
+    _die_with_parent()
+    if os.getppid() != int(os.environ[_LAUNCHER]):  # it died while this process was importing
+        raise SystemExit(1)
+    rank = int(os.environ["RANK"])
+    with trial_log(job / f"process-{rank}", f"process {rank}"):
+        try:
+            found = _train_share(job, rank)
+        except DivergedError as error:  # in all processes, at the same step
+            found = {"diverged": str(error)}
+        except BaseException as error:
+            message = redact(f"{type(error).__name__}: {error}")
+            write_json(job / f"error-{rank}.json", {"process": rank, "message": message, "kind": _kind(error)})
+            traceback.print_exc()
+            raise SystemExit(1) from error
+    if rank == 0:
+        write_json(job / "result.json", found)
+
+
+def _kind(error: BaseException) -> str:
+    """Sort an error: `memory` for a smaller micro-batch to mend, `outside`, `lost` (a neighbour died), or `own`."""
+    if isinstance(error, NoRoomError):
+        return "memory"
+    is_lost = type(error).__name__ == "DistBackendError" or re.search(
+        r"gloo|nccl|[Cc]onnection (reset|closed)", str(error)
+    )
+    if is_lost:
+        return "lost"
+    return "outside" if is_outside(error) else "own"
+
+
+def _train_share(job: Path, rank: int) -> dict[str, Any]:
+    import torch
+    from accelerate.utils import gather_object
+    from safetensors.torch import load_file
+
+    from harness.config.machine import has_gpu
+    from harness.data.inputs import tokens_of
+    from harness.train.base import load_base, set_threads
+    from harness.train.memory import plan_of
+    from harness.train.run import train_arm
+
+    config = read_config(job / "config.json")
+    set_threads(config)
+    if has_gpu():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    tokens = tokens_of(config)
+    path = job / "reference.safetensors"
+    steps = (job / "steps.jsonl").open("w", encoding="utf-8") if rank == 0 else None
+
+    def on_step(step: int, logs: dict[str, Any]) -> None:
+        if steps is not None:
+            steps.write(json.dumps({"step": step, **logs}) + "\n")
+            steps.flush()
+
+    planned = read_json(job / "plan.json")  # not the study's: another trial may have made that smaller by now
+    plan = plan_of(config, tokens.train.rows, micro=planned["micro_batch_size"])
+    if plan.sha256 != planned["sha256"]:
+        raise RuntimeError("the training data have changed since the trial began: the batch plan is another one")
+    base = load_base(config, on_gpu=config.accelerate.distributed_type == "MULTI_GPU")  # else it is sharded from here
+    more = {"reference": load_file(path)["reference"]} if path.is_file() else {}
+    try:
+        result = train_arm(
+            config,
+            tokens.train.rows,
+            plan,
+            model=base,
+            chat=tokens.chat,
+            folder=job.parent.parent,
+            on_step=on_step,
+            **more,
+        )
+    except torch.OutOfMemoryError as error:
+        raise NoRoomError(str(error)) from error
+    return asdict(result) | {"peak_memory_bytes": sum(gather_object([peak_memory_bytes()]))}
+
+
+def read_config(path: Path) -> RunConfig:
+    """Read a config that `plain` wrote."""
+    values = read_json(path)
+    declared = OmegaConf.structured(RunConfig(method=ARMS[values["method"]["name"]].config()))
+    return cast(RunConfig, OmegaConf.to_object(OmegaConf.merge(declared, values)))
+
+
+def _die_with_parent() -> None:
+    """Ask Linux to be killed when the parent dies, however it dies; elsewhere its neighbours' end ends a process."""
+    if _LIBC is not None:
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    from harness.study.log import prepare_process
+
+    prepare_process()
+    {"launch": launch, "process": run_process}[sys.argv[1]](Path(sys.argv[2]))

@@ -1,0 +1,187 @@
+"""A trial's training stage: batch plan, reference, training in one process or several, and what is recorded of it.
+
+Where a GPU runs out of memory, the study's micro-batch is halved and the training begins again (`harness.train.memory`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from harness.config.arms import ARMS
+from harness.config.machine import processes_problem
+from harness.config.schema import Engine, Reference, RunConfig, Tuning
+from harness.data.inputs import Tokens
+from harness.data.plan import BatchPlan, expected_tokens_sha256, padding_share, trained_tokens
+from harness.study.errors import DivergedError, NoRoomError, UsageError
+from harness.study.log import say
+from harness.train.base import borrowed_base, release_base
+from harness.train.memory import halve, note_seed, plan_of, smaller_than
+
+if TYPE_CHECKING:
+    from harness.train.run import TrainResult
+
+
+OnStep = Callable[[int, dict[str, Any]], None]
+
+
+@dataclass
+class Trained:
+    """What the stage leaves for the manifest.
+
+    Attributes:
+        steps: one row a step; those before a divergence where it diverged.
+        facts: entries of the manifest.
+        warnings: what a reader must know of how it was trained.
+        peak_memory_bytes: as in `TrainResult`.
+    """
+
+    steps: list[dict[str, Any]] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    peak_memory_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class TrainStage:
+    """The stage of one trial.
+
+    Attributes:
+        config: the trial.
+        tokens: of its splits.
+        folder: of the trial.
+        base_sha256: of the base's weights.
+        on_step: called after each step.
+        clock: the trial's clock: a context manager for a stage's name.
+    """
+
+    config: RunConfig
+    tokens: Tokens
+    folder: Path
+    base_sha256: str
+    on_step: OnStep
+    clock: Callable[[str], AbstractContextManager[None]]
+
+    def run(self) -> Trained:
+        """Train, with a smaller micro-batch where it does not fit; the checkpoints stay, for the caller to delete.
+
+        Raises:
+            UsageError: where this machine cannot run the processes that are asked for.
+            DoesNotFitError: where not even the smallest micro-batch fits.
+        """
+        if problem := processes_problem(self.config.accelerate):
+            raise UsageError(problem)
+        micro = None
+        while True:
+            plan = plan_of(self.config, self.tokens.train.rows, micro=micro)
+            if not self.config.cost_name:
+                note_seed(self.config, plan.micro_batch_size)
+            found = Trained(facts=self._planned(plan))
+            if self._fits(plan, found):
+                return found
+            release_base()
+            gc.collect()
+            micro = self._halve(plan.micro_batch_size)
+
+    def _planned(self, plan: BatchPlan) -> dict[str, Any]:
+        rows = self.tokens.train.rows
+        return {
+            "batch_plan_sha256": plan.sha256,
+            "micro_batch_size": plan.micro_batch_size,
+            "expected_tokens_sha256": expected_tokens_sha256(rows, plan.order),
+            "padding_share": padding_share(rows, plan),
+        }
+
+    def _fits(self, plan: BatchPlan, found: Trained) -> bool:
+        """Train once and note what came out; False where memory ran out."""
+
+        def note(step: int, logs: dict[str, Any]) -> None:
+            found.steps.append({"step": step, **logs})
+            self.on_step(step, logs)
+
+        try:
+            result = (
+                self._in_processes(plan, note) if self.config.accelerate.num_processes > 1 else self._here(plan, note)
+            )
+        except DivergedError as error:
+            found.facts |= {"status": "diverged", "divergence": str(error)}
+            return True
+        except NoRoomError:
+            return False
+        found.steps, found.peak_memory_bytes = result.steps, result.peak_memory_bytes
+        found.facts |= result.facts | {"tokens": {"train": trained_tokens(self.tokens.train.rows, plan)}}
+        if result.why_padded:
+            found.warnings.append(f"the model is run padded, slower than packed: {result.why_padded}")
+        return True
+
+    def _here(self, plan: BatchPlan, on_step: OnStep) -> TrainResult:
+        from harness.train.run import train_arm
+
+        config, rows = self.config, self.tokens.train.rows
+        with borrowed_base(config, trains_all=config.train.tuning is Tuning.full) as base:
+            reference = self._reference(base) if self._needs_reference else None
+            more = {"model": base, "chat": self.tokens.chat, "folder": self.folder, "reference": reference}
+            with self.clock("train"), _no_room():
+                return train_arm(config, rows, plan, on_step=on_step, **more)
+
+    def _in_processes(self, plan: BatchPlan, on_step: OnStep) -> TrainResult:
+        from harness.train.processes import train_in_processes
+
+        reference = None
+        if self._needs_reference:
+            with borrowed_base(self.config) as base:
+                reference = self._reference(base)
+        release_base()  # the processes load it again, and need the memory
+        with self.clock("train"), _no_room():
+            return train_in_processes(self.config, plan, folder=self.folder, reference=reference, on_step=on_step)
+
+    @property
+    def _needs_reference(self) -> bool:
+        """Whether the arm needs the base's log-probs, and TRL's own engine does not compute them."""
+        train = self.config.train
+        is_trls = train.engine is Engine.stock or train.reference is not Reference.cached
+        return ARMS[self.config.method.name].uses_reference and not is_trls
+
+    def _reference(self, base: Any) -> Any:
+        from harness.train.reference import reference_logps
+
+        with self.clock("reference"):
+            return reference_logps(
+                self.tokens.train,
+                base,
+                base_sha256=self.base_sha256,
+                pad_id=self.tokens.chat.tokenizer.pad_token_id,
+                cache=Path(self.config.results_dir) / ".cache" / "reference",
+                share_prefix=self.config.train.share_prefix,
+            )
+
+    def _halve(self, tried: int) -> int | None:
+        """Make the micro-batch smaller: the study's, or that of a trial which is run for its cost alone."""
+        config = self.config
+        shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
+        if config.cost_name:
+            return smaller_than(config, tried)
+        about = {"trial_id": self.folder.name, "arm": config.method.name, "seed": config.seed}
+        smaller = halve(config, tried, about=about)
+        say(
+            f"{config.method.name} seed {config.seed} ran out of memory with {tried} pairs at once: trials of the "
+            f"study now train with {smaller}, and as many pairs a step as before"
+        )
+        return None
+
+
+@contextlib.contextmanager
+def _no_room() -> Iterator[None]:
+    """Tell memory that runs out in training, which a smaller micro-batch may mend, from all other."""
+    import torch
+
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise NoRoomError(str(error)) from error

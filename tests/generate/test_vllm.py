@@ -1,0 +1,154 @@
+"""All adapters of a study in one vLLM pass.
+
+vLLM needs a GPU, so the tests put a package of its name on the path that answers with transformers and PEFT: what is
+asked of it, by which adapter, and what becomes of its answers is real; its own engine is not run here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+import harness.config.compose
+import harness.sweep.problems
+from harness.config.compose import vllm_problem
+from harness.study.errors import UsageError
+from harness.study.files import read_json
+from harness.sweep.app import run_sweep
+from harness.sweep.problems import load_run
+from tests.conftest import SMALL
+
+STAND_IN = """
+import json, os, torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+from types import SimpleNamespace as Record
+
+SamplingParams = Record
+
+class LLM:
+    def __init__(self, **keys):
+        self.keys = keys
+        self.base = lambda: AutoModelForCausalLM.from_pretrained(keys["model"], dtype=keys["dtype"])
+
+    def generate(self, prompts, sampling, lora_request):
+        with open(os.environ["STAND_IN_LOG"], "a") as log:
+            log.write(json.dumps({**self.keys, "adapters": [r and r.path for r in lora_request]}) + "\\n")
+        if os.environ.get("STAND_IN_FAILS"):
+            raise RuntimeError("CUDA out of memory")
+        models, outputs = {}, []
+        for prompt, request in zip(prompts, lora_request, strict=True):
+            path = request and request.path
+            if path not in models:
+                models[path] = PeftModel.from_pretrained(self.base(), path) if path else self.base()
+            ids = torch.tensor([prompt["prompt_token_ids"]])
+            answer = models[path].generate(input_ids=ids, do_sample=False, max_new_tokens=sampling.max_tokens,
+                                           eos_token_id=sampling.stop_token_ids)[0, ids.shape[1]:].tolist()
+            outputs.append(Record(outputs=[Record(token_ids=answer)]))
+        return outputs
+"""
+REQUEST = """
+class LoRARequest:
+    def __init__(self, lora_name, lora_int_id, lora_path):
+        assert lora_int_id > 0
+        self.path = lora_path
+"""
+
+
+@pytest.fixture
+def log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Put the stand-in on the path of child processes, and let configs ask for it."""
+    package = tmp_path / "path" / "vllm"
+    (package / "lora").mkdir(parents=True)
+    (package / "__init__.py").write_text(STAND_IN)
+    (package / "lora" / "__init__.py").write_text("")
+    (package / "lora" / "request.py").write_text(REQUEST)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(package.parent), os.environ.get("PYTHONPATH", "")]))
+    monkeypatch.setenv("STAND_IN_LOG", str(tmp_path / "log"))
+    monkeypatch.setattr(harness.sweep.problems, "vllm_problem", lambda config: None)
+    return tmp_path / "log"
+
+
+def sweep(folder: Path, backend: str) -> Path:
+    keys = [
+        *SMALL,
+        "+method=simpo,dpo",
+        "seed=0,1",
+        "study=one",
+        f"results_dir={folder}",
+        f"generate.backend={backend}",
+    ]
+    run_sweep(keys)
+    return folder / "one"
+
+
+def test_all_adapters_are_answered_for_in_one_pass_with_the_same_scores(tmp_path: Path, log: Path) -> None:
+    by_vllm, plain = sweep(tmp_path / "vllm", "vllm"), sweep(tmp_path / "plain", "transformers")
+    calls = [json.loads(line) for line in log.read_text().splitlines()]
+    assert len(calls) == 2, "one for the base, one for all trials"
+    assert set(calls[0]["adapters"]) == {None}
+    trials = {str(path / "adapter") for path in (by_vllm / "trials").iterdir()}
+    assert set(calls[1]["adapters"]) == trials
+    assert len(trials) == 4
+    assert calls[1]["enable_lora"]
+    assert calls[1]["max_lora_rank"] == 16
+    assert calls[1]["generation_config"] == "vllm"
+    columns = ["arm", "config", "seed", "split", "prompt_id", "scorer", "score"]
+    first, second = (
+        pd.read_csv(folder / "scores.csv")[columns].sort_values(columns, ignore_index=True)
+        for folder in (by_vllm, plain)
+    )
+    pd.testing.assert_frame_equal(first, second, rtol=1e-4)
+    assert not list(by_vllm.rglob("answers-*")) + list(by_vllm.glob("vllm-*")), "what was exchanged is cleared away"
+
+
+def test_answers_are_asked_for_once(tmp_path: Path, log: Path) -> None:
+    for _ in range(2):
+        sweep(tmp_path, "vllm")
+    assert len(log.read_text().splitlines()) == 2
+
+
+def test_a_vllm_that_fails_fails_the_trials_and_keeps_what_was_trained(
+    tmp_path: Path, log: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sweep(tmp_path, "vllm")
+    for path in (tmp_path / "one" / "trials").iterdir():
+        (path / "completions.jsonl").unlink()
+    monkeypatch.setenv("STAND_IN_FAILS", "1")
+    (result,) = run_sweep(
+        [*SMALL, "+method=simpo,dpo", "seed=0,1", "study=one", f"results_dir={tmp_path}", "generate.backend=vllm"]
+    )
+    messages = [outcome.message for outcome in result.outcomes if outcome.status == "failed"]
+    assert len(messages) == 4
+    assert all("CUDA out of memory" in text and "generate.backend=transformers" in text for text in messages)
+    assert all("train" in read_json(path / "manifest.json")["done"] for path in (tmp_path / "one" / "trials").iterdir())
+
+
+def test_without_vllm_transformers_answers() -> None:
+    assert load_run(["+method=dpo"]).generate.backend == "transformers"
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ([], "too small for vLLM"),
+        (["train.tuning=full"], "train.tuning=full makes no adapters"),
+    ],
+)
+def test_vllm_is_refused_where_it_cannot_answer(keys: list[str], words: str) -> None:
+    with pytest.raises(UsageError, match=words) as caught:
+        load_run(["+method=dpo", "generate.backend=vllm", *keys])
+    assert "generate.backend=transformers" in str(caught.value)
+
+
+def test_vllm_needs_a_gpu_and_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load_run(["+method=dpo"])
+    config.model.path = "own"
+    assert "not installed" in str(vllm_problem(config))
+    monkeypatch.setattr(harness.config.compose, "find_spec", lambda name: object())
+    monkeypatch.setattr(Path, "exists", lambda self: False)
+    assert vllm_problem(config) == "no GPU is there"
