@@ -27,9 +27,10 @@ KILLS ?= 200
 faults: $(INSTALLED)            ## kill, damage, double and starve a small study, hundreds of times; every time it must end the same
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults --kills $(KILLS) --work $$(mktemp -d)/faults
 
-lint: $(INSTALLED)            ## format, lint and types
+lint: $(INSTALLED)            ## format, lint, order of imports and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/lint-imports
 	$(BIN)/mypy
 
 base: $(INSTALLED)            ## build the embedded study's base and data again, in minutes, from a seed

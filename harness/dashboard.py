@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from harness.report.dashboard import render_dashboard
+from harness.report.dashboard import render_dashboard, serve
 from harness.study.errors import UsageError, in_one_sentence
 
 
@@ -27,8 +27,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     try:
         if options.serve:
-            from harness.report.dashboard import serve
-
             return serve(options.results, options.port)
         print(render_dashboard(options.results))
     except UsageError as error:

@@ -1,8 +1,10 @@
-"""The shape of the code: one library, one home; arrows point one way; what decides needs no torch."""
+"""The shape of the code: one library, one home; imports go downwards; deciding needs neither torch nor Hydra."""
 
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,37 +12,28 @@ import pytest
 import harness
 
 PACKAGE = Path(harness.__file__).parent
+ROOT = Path(__file__).resolve().parents[1]
 FILES = {str(path.relative_to(PACKAGE)): path for path in sorted(PACKAGE.rglob("*.py"))}
 
 HOMES = {
-    "trl": {"trainers.py", "engine.py", "head.py", "embedded/build.py", "bench/stock.py"},
-    "hydra": {"composer.py", "config.py", "overrides.py", "plugins.py", "raylauncher.py", "sweep.py", "sweeper.py"},
-    "ray": {"raylauncher.py"},
-    "submitit": {"slurmqueue.py"},
-    "optuna": {"search.py"},
-    "wandb": {"tracking.py", "publish.py"},
-    "wandb_workspaces": {"publish.py"},
-    "matplotlib": {"figures.py", "forest.py", "gridplots.py", "promptplots.py"},
+    "trl": {"train", "embedded", "bench"},
+    "matplotlib": {"report"},
+    "wandb": {"track"},
+    "wandb_workspaces": {"track"},
+    "ray": {"sweep"},
+    "submitit": {"sweep"},
+    "optuna": {"sweep"},
+    "openai": {"score"},
+    "lm_eval": {"score"},
 }
-TORCH_FREE = [
-    "records.py",
-    "stats.py",
-    "scores_file.py",
-    "identity.py",
-    "decide.py",
-    "study.py",
-    "report.py",
-    "figures.py",
-    "dashboard.py",
-]
+MAX_FILES = 12  # of a package, beside __init__.py and __main__.py
+MAX_PACKAGES = 12
 
 
-def imports(path: Path, *, at_import: bool = False) -> set[str]:
-    """Return the modules that a file imports, anywhere in it or only while it is itself imported."""
+def imports(path: Path) -> set[str]:
+    """Return the modules that a file imports, anywhere in it."""
     found = set()
-    tree = ast.parse(path.read_text())
-    nodes = tree.body if at_import else ast.walk(tree)
-    for node in nodes:
+    for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
@@ -49,22 +42,58 @@ def imports(path: Path, *, at_import: bool = False) -> set[str]:
 
 
 @pytest.mark.parametrize("library", HOMES)
-def test_a_library_has_one_home(library: str) -> None:
-    users = {name for name, path in FILES.items() if any(m.split(".")[0] == library for m in imports(path))}
+def test_a_library_is_imported_in_one_package(library: str) -> None:
+    users = {Path(name).parts[0] for name, path in FILES.items() if library in {m.split(".")[0] for m in imports(path)}}
     assert users == HOMES[library]
 
 
-@pytest.mark.parametrize("name", TORCH_FREE)
-def test_what_decides_and_reports_never_mentions_torch(name: str) -> None:
-    reached, todo = set(), {name}
-    while todo:
-        current = todo.pop()
-        reached.add(current)
-        for module in imports(FILES[current], at_import=True):
-            assert module.split(".")[0] not in ("torch", "transformers", "trl", "peft"), f"{current} imports {module}"
-            local = module.removeprefix("harness.").replace(".", "/") + ".py"
-            if module.startswith("harness.") and local in FILES and local not in reached:
-                todo.add(local)
+def linted(root: Path) -> subprocess.CompletedProcess[str]:
+    """Run import-linter over a checkout."""
+    command = [Path(sys.executable).with_name("lint-imports"), "--no-cache", root / "pyproject.toml"]
+    return subprocess.run(command, cwd=root, capture_output=True, text=True, check=False, env={"PYTHONPATH": str(root)})
+
+
+@pytest.mark.parametrize(
+    ("module", "planted", "broken"),
+    [
+        ("data/plan.py", "from harness.train import losses", "stages in the order of the data"),
+        ("score/answers.py", "from harness.decide import stats", "stages in the order of the data"),
+        ("decide/stats.py", "import torch", "deciding and reporting need neither torch nor Hydra"),
+        ("data/records.py", "from harness.data import splits", "no circles"),
+        ("config/keys.py", "def later():\n    from harness.data import plan", "stages in the order of the data"),
+    ],
+)
+def test_a_planted_import_against_the_order_breaks_a_contract(
+    tmp_path: Path, module: str, planted: str, broken: str
+) -> None:
+    (tmp_path / "pyproject.toml").write_text((ROOT / "pyproject.toml").read_text())
+    for name, path in FILES.items():
+        copy = tmp_path / "harness" / name
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_text(path.read_text() + (f"\n{planted}\n" if name == module else ""))
+    ran = linted(tmp_path)
+    assert ran.returncode == 1, ran.stdout + ran.stderr
+    assert f"{broken} BROKEN" in ran.stdout
+
+
+def test_the_contracts_hold_as_the_code_stands() -> None:
+    ran = linted(ROOT)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+
+
+def test_deciding_loads_few_modules_and_neither_hydra_nor_torch() -> None:
+    code = "import harness.decide, sys; print(*sys.modules)"
+    modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert not {"torch", "transformers", "trl", "hydra", "omegaconf"} & set(modules)
+    assert sum(name.split(".")[0] == "harness" for name in modules) <= 20
+
+
+def test_packages_stay_small_and_few() -> None:
+    packages = {path.parent for path in FILES.values() if path.parent != PACKAGE}
+    assert len(packages) <= MAX_PACKAGES
+    for package in packages:
+        files = {path.name for path in package.glob("*.py")} - {"__init__.py", "__main__.py"}
+        assert len(files) <= MAX_FILES, f"{package.name} has {len(files)} files"
 
 
 def test_nobody_but_the_table_of_arms_compares_an_arms_name() -> None:
@@ -76,14 +105,4 @@ def test_nobody_but_the_table_of_arms_compares_an_arms_name() -> None:
 
 
 def test_there_is_no_drawer_for_odds_and_ends() -> None:
-    assert not {"utils.py", "common.py", "helpers.py", "base.py"} & {Path(name).name for name in FILES}
-
-
-def test_files_and_functions_stay_small() -> None:
-    for name, path in FILES.items():
-        text = path.read_text()
-        assert text.count("\n") <= 300, f"{name} has {text.count(chr(10))} lines"
-        for node in ast.walk(ast.parse(text)):
-            if isinstance(node, ast.FunctionDef):
-                size = (node.end_lineno or 0) - node.lineno + 1
-                assert size <= 50, f"{name}: {node.name} has {size} lines"
+    assert not {"utils.py", "common.py", "helpers.py"} & {Path(name).name for name in FILES}

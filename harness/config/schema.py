@@ -24,8 +24,8 @@ class JudgeConfig:
     Attributes:
         model: the name that the endpoint knows it by; pin a dated one.
         base_url: of the endpoint; null is the client's own default (api.openai.com, or OPENAI_BASE_URL).
-        api_key_env: name of the environment variable that holds the key (see `harness.score.judge_endpoint` for which may); an
-            endpoint without keys needs none.
+        api_key_env: name of the environment variable that holds the key (`harness.score.judge_endpoint` lists the
+            allowed names); an endpoint without keys needs none.
         template: a name in `conf/judge/`, or a file of that form.
         structured: see `Structured`.
         max_tokens, temperature: of its answer.

@@ -145,7 +145,6 @@ _FORMS: tuple[tuple[frozenset[str], Callable[[Row, bool], list[GoldenPrompt]]], 
     (frozenset({"instruction", "dataset"}), _alpaca_eval),
 )
 
-Row = Mapping[str, Any]
 
 PAIR_FORMS = (
     "TRL standard: `prompt`, `chosen`, `rejected` as text (without `prompt`: the common beginning is the prompt)",

@@ -344,7 +344,7 @@ def refuse_leaks(rows: Mapping[str, Sequence[ParsedRow]], paths: Mapping[str, st
     number = len({leak.row.prompt_id for _, leak in leaks})
     raise UsageError(
         f"data.golden={paths['golden']}: {number} golden {'prompt occurs' if number == 1 else 'prompts occur'} in the "
-        f"data that models are trained or selected on; allowed: none. The first {min(_SHOWN_LEAKS, len(leaks))}:{lines}\n"
+        f"data that models are trained or selected on; allowed: none. First {min(_SHOWN_LEAKS, len(leaks))}:{lines}\n"
         "Remove them from data.train and data.dev, or from data.golden; or give one file as data.path: it is split by "
         "prompt."
     )

@@ -1,6 +1,6 @@
 """Simulate studies and put them through the decision rule: how often it errs, and what it can find.
 
-Y[arm, seed, prompt] = 1/2 ± D/2 + prompt + arm-by-prompt + run + noise: the layout that `harness.decide.stats` estimates.
+Y[arm, seed, prompt] = 1/2 ± D/2 + prompt + arm-by-prompt + run + noise: the layout of `harness.decide.stats`.
 """
 
 from __future__ import annotations
@@ -190,5 +190,5 @@ def halves(values: np.ndarray, setting: Setting, *, most: int = 200) -> tuple[in
 
 
 def detectable_before(seeds: int, prompts: int, *, alpha: float) -> float:
-    """Return the difference that a study can find with 80% power, under the assumptions of `harness.decide.simulate`."""
+    """Return the difference that a study can find with 80% power, under this module's assumptions."""
     return components_of(Setting(seeds=(seeds, seeds), prompts=prompts)).detectable(alpha)

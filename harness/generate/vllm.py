@@ -37,10 +37,12 @@ def drop_answers(folder: Path, split: str = "*") -> None:
 
 
 def answers_path(folder: Path, split: str) -> Path:
+    """Return the file in which vLLM leaves a split's answers."""
     return folder / f"answers-{split}.jsonl"
 
 
 def vllm_job(config: RunConfig, stop_ids: list[int]) -> dict[str, Any]:
+    """Return the work file of the vLLM process: model, dtype, adapters' rank and decoding."""
     from harness.config.checkpoint import checkpoint_dir
     from harness.train.base import uses_bf16
 
@@ -60,6 +62,7 @@ def vllm_job(config: RunConfig, stop_ids: list[int]) -> dict[str, Any]:
 
 
 def run_vllm(job: dict[str, Any], scratch: Path) -> list[list[int]]:
+    """Run the vLLM process on a work file, and return the token ids of each answer."""
     given, answered = scratch / "vllm-work.json", scratch / "vllm-answers.json"
     write_json(given, job)
     command = [sys.executable, "-m", "harness.generate.vllm", str(given), str(answered)]

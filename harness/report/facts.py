@@ -20,7 +20,7 @@ _FIRST = ("path", "rows", "pairs", "prompts", "sha256")
 
 
 def identity_of(study: Study) -> Mapping[str, Any]:
-    """Return what `harness.study.identity` says of the data that the arms consumed: status, reasons and hashes by seed."""
+    """Return whether the arms consumed identical data: status, reasons and hashes by seed."""
     from harness.study.identity import data_identity
 
     try:

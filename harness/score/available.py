@@ -74,7 +74,7 @@ def unknown_scorer(name: str, score: ScoreConfig) -> str:
 
 
 def run_names(score: ScoreConfig, names: Sequence[str] = ()) -> list[str]:
-    """Return what `harness.score.study_scores` is to run: all that is set up, or what was asked for with what that needs."""
+    """Return the study-level scorers to run: all configured ones, or the requested ones and their prerequisites."""
     wanted = list(names) or study_scorers(score)
     own = {scorer_name(path): path for path in [*score.scorers, *names] if is_file(path)}
     found = []

@@ -36,7 +36,7 @@ class Judge:
     def __init__(self, config: ScoreConfig, cache: Path) -> None:
         self.template: Template = load_template(config.judge.template)
         self.budget = Budget(config.judge, config.max_cost_usd)
-        self.endpoint = Endpoint(config.judge, self.template, Cache(cache / "judge.sqlite"), self.budget)
+        self.endpoint = Endpoint(config.judge, self.template.schema, Cache(cache / "judge.sqlite"), self.budget)
 
     def compare(self, comparisons: Sequence[Comparison]) -> list[Judgement]:
         """Judge in both orders."""

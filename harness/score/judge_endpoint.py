@@ -21,7 +21,6 @@ from tqdm import tqdm
 
 from harness.config.schema import JudgeConfig, Structured
 from harness.data.records import Message
-from harness.score.judge_protocol import Template
 from harness.study.errors import UsageError
 from harness.study.files import digest
 from harness.study.text import one_line, redact
@@ -42,7 +41,7 @@ class Endpoint:
 
     Args:
         config: which model, where, and how it is asked.
-        template: for the schema of its replies.
+        schema: response format that holds a reply to one of the verdicts, see `Template.schema`.
         cache: of replies.
         budget: counts what is used, and ends it.
 
@@ -50,11 +49,11 @@ class Endpoint:
         UsageError: where the client is not installed, no model is named, or the key is missing or no judge's.
     """
 
-    def __init__(self, config: JudgeConfig, template: Template, cache: Cache, budget: Budget) -> None:
+    def __init__(self, config: JudgeConfig, schema: dict[str, Any], cache: Cache, budget: Budget) -> None:
         self.config = config
         self._cache, self._budget = cache, budget
         self._client = _client(config)
-        self._schema = None if config.structured is Structured.never else template.schema
+        self._schema = None if config.structured is Structured.never else schema
         self._limit_key = "max_tokens"
         self._lock = threading.Lock()
         self._failures = 0

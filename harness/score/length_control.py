@@ -1,6 +1,6 @@
 """The scorer `length_controlled`: the preferences of the judge or the reward model, at no difference of length.
 
-Each run has its own regression (`harness.score.length_control`); the score of a prompt is its jackknife value, so that the
+Each run has its own regression; the score of a prompt is its jackknife value, so that the
 decision rule sees the win rate's own uncertainty. Such values may lie outside of [0, 1]; their mean is the win rate.
 """
 

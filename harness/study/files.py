@@ -176,6 +176,7 @@ def mapping(value: Any) -> dict[str, Any]:
 
 
 def strings(value: Any) -> list[str]:
+    """Return a list of texts from a file that others wrote, and anything else as an empty one."""
     return [str(item) for item in value] if isinstance(value, list | tuple) else []
 
 

@@ -60,9 +60,10 @@ class _Log(io.TextIOBase):
 
 @contextlib.contextmanager
 def trial_log(folder: Path, name: str) -> Iterator[None]:
-    """Send prints, warnings and log messages (information and worse) to `folder/log.txt`; another run adds to it."""
-    import transformers.utils.logging  # noqa: F401 - sets up its logger when it is first imported, so not after this
+    """Send prints, warnings and log messages (information and worse) to `folder/log.txt`; another run adds to it.
 
+    A library whose log is wanted must have been imported before: transformers sets up its logger at its first import.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     log = _Log(folder / "log.txt")
     handler = logging.StreamHandler(log)

@@ -103,6 +103,7 @@ def read_study(path: Path) -> dict[str, Any]:
 
 
 def merged(old: Sequence[Any], new: Sequence[Any]) -> list[Any]:
+    """Return both lists in one, each item once."""
     return list(dict.fromkeys([*old, *new]))
 
 

@@ -1,1 +1,1 @@
-"""The command: one trial, one study, Hydra, launchers."""
+"""The command: one trial, one study, Hydra, launchers, W&B."""

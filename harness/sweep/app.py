@@ -1,6 +1,6 @@
 """The main job: `python -m harness.sweep +method=simpo,dpo` trains, generates, scores, decides and reports.
 
-A Hydra application whose sweeper (`harness.sweep.sweeper`) plans and runs the study; here are its commands and its jobs.
+A Hydra application. Its sweeper (`harness.sweep.sweeper`) plans and runs the study; this file has its jobs.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ from harness.study.outcome import SPLIT_PREFIX, STEP, Outcome, describe, end_log
 from harness.sweep.problems import find_warnings
 from harness.sweep.registration import identify, is_complete, refuse_golden, study_dir, trial_dir
 from harness.track.tracker import Tracker, track
-from harness.train.base import borrowed_base, borrowed_policy, set_threads
+from harness.train.base import borrowed_base, borrowed_policy, import_logging_libraries, set_threads
 from harness.train.checkpoints import drop_broken
 from harness.train.memory import Meter, settle_imports
 from harness.train.stage import TrainStage
@@ -59,6 +59,7 @@ def run_trial(config: RunConfig, splits: tuple[str, ...] = SPLITS) -> Outcome:
         try:
             trial = _Trial(config, folder, about, splits)
             refuse_golden(config, splits)
+            import_logging_libraries()
             with trial_log(folder, f"trial {about['trial_id']}"):
                 trial.run(splits)
         except (KeyboardInterrupt, SystemExit, GeneratorExit):

@@ -6,6 +6,7 @@ A trial resets the model, not the process: adapters are taken out, patches remov
 from __future__ import annotations
 
 import contextlib
+import importlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,11 @@ from typing import Any
 from harness.config.checkpoint import checkpoint_dir
 from harness.config.machine import has_gpu
 from harness.config.schema import Precision, RunConfig, Tuning
+
+
+def import_logging_libraries() -> None:
+    """Import what sets up a logger at its first import, so that `trial_log` can redirect it."""
+    importlib.import_module("transformers.utils.logging")
 
 
 def set_threads(config: RunConfig) -> None:

@@ -1,7 +1,7 @@
 """Train one trial with several processes by `accelerate launch`: DDP, FSDP or DeepSpeed ZeRO (`conf/accelerate/`).
 
 The trial's own process writes a job folder, starts the launcher and follows it; each process trains its share of the
-batch plan (`harness.train.trainers`), and the first one writes weights, steps and result. Processes die with their parent.
+batch plan (`harness.train.trainers`); the first one writes weights, steps and result. Processes die with their parent.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from harness.study.errors import DivergedError, NoRoomError, WorkerDiedError, is
 from harness.study.files import read_json, write_json
 from harness.study.log import trial_log
 from harness.study.text import redact
+from harness.train.base import import_logging_libraries
 from harness.train.memory import peak_memory_bytes
 from harness.train.run import TrainResult
 
@@ -165,6 +166,7 @@ def run_process(job: Path) -> None:
     if os.getppid() != int(os.environ[_LAUNCHER]):  # it died while this process was importing
         raise SystemExit(1)
     rank = int(os.environ["RANK"])
+    import_logging_libraries()
     with trial_log(job / f"process-{rank}", f"process {rank}"):
         try:
             found = _train_share(job, rank)

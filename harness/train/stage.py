@@ -1,6 +1,6 @@
 """A trial's training stage: batch plan, reference, training in one process or several, and what is recorded of it.
 
-Where a GPU runs out of memory, the study's micro-batch is halved and the training begins again (`harness.train.memory`).
+If a GPU runs out of memory, the study's micro-batch is halved and training restarts (`harness.train.memory`).
 """
 
 from __future__ import annotations

@@ -92,7 +92,7 @@ def ask(server: JudgeServer, comparisons: list[Comparison], folder: Path, **keys
     """Judge comparisons; the judgements, the budget."""
     config = JudgeConfig(model="fake", base_url=server.url, **{"timeout_seconds": 5.0, "max_retries": 2, **keys})
     budget = Budget(config, keys.pop("limit", None))
-    endpoint = Endpoint(config, ALPACA, Cache(folder / "cache.sqlite"), budget)
+    endpoint = Endpoint(config, ALPACA.schema, Cache(folder / "cache.sqlite"), budget)
     return compare_all(comparisons, ALPACA, endpoint), budget
 
 
@@ -306,7 +306,9 @@ class TestCost:
         with judge_server(prefers(longer)) as server:
             config.base_url = server.url
             budget = Budget(config, 2.0)
-            judgements = compare_all(pairs, ALPACA, Endpoint(config, ALPACA, Cache(tmp_path / "cache.sqlite"), budget))
+            judgements = compare_all(
+                pairs, ALPACA, Endpoint(config, ALPACA.schema, Cache(tmp_path / "cache.sqlite"), budget)
+            )
         spent = budget.spent.cost(config)
         assert 0 < spent <= 2.0
         assert any(j.score == 1.0 for j in judgements)

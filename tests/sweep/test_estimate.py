@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from harness.config.paths import embedded_dir as embedded_dir
+from harness.config.paths import embedded_dir
 from harness.study.errors import UsageError
 from harness.study.manifest import read_manifest
 from harness.sweep.app import run_sweep

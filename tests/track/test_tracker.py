@@ -16,7 +16,6 @@ from wandb.proto import wandb_internal_pb2
 
 from harness.config.schema import TrackingConfig
 from harness.study.files import read_json
-from harness.track import tracker as tracking
 from harness.track.tracker import NoTracker, WandbTracker, track
 from tests.conftest import SMALL, overriding
 from tests.servers.wandb import KEY, wandb_server
@@ -57,7 +56,7 @@ def about(folder: Path, name: str = "dpo-s0") -> dict:
 
 @pytest.fixture(autouse=True)
 def nothing_has_failed(monkeypatch) -> None:
-    monkeypatch.setattr(tracking, "_failed_modes", set())
+    monkeypatch.setattr("harness.track.tracker._failed_modes", set())
 
 
 OFFLINE = TrackingConfig(backend="wandb", mode="offline")
@@ -141,7 +140,7 @@ def test_online_without_an_account_falls_back_to_offline(tmp_path: Path, monkeyp
 def test_a_server_that_never_answers_costs_one_wait_and_the_runs_are_offline(
     tmp_path: Path, monkeypatch, capsys
 ) -> None:
-    monkeypatch.setattr(tracking, "INIT_TIMEOUT_SECONDS", 2)
+    monkeypatch.setattr("harness.track.tracker.INIT_TIMEOUT_SECONDS", 2)
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     monkeypatch.setenv("HOME", str(tmp_path))
     seconds = []
@@ -166,10 +165,10 @@ def test_a_server_that_never_answers_costs_one_wait_and_the_runs_are_offline(
 # A trial and its SFT base in one process, as a user starts them, with shorter waits and the time at which it was done.
 TRIAL = """
 import sys, time
-from harness.track import tracker as tracking
+from harness.track import tracker
 from harness.sweep.app import run_single
 
-tracking.INIT_TIMEOUT_SECONDS, tracking.WAIT_SECONDS = 3, 3
+tracker.INIT_TIMEOUT_SECONDS, tracker.WAIT_SECONDS = 3, 3
 status = run_single(sys.argv[2:])
 open(sys.argv[1], "w").write(str(time.time()))
 sys.exit(status)
