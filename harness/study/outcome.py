@@ -1,7 +1,7 @@
 """How a trial failed: what failure.json holds, and whether the sweep's command tries again by itself. Imports no torch.
 
-Errors of the outside world (`harness.study.errors`) never stand: the same command runs the trial again. Since no list of
-those is complete, an error of any other kind stands only once the same error has come back in a second run of the
+Errors of the outside world (`harness.study.errors`) never stand: the same command runs the trial again. No list of
+those is complete, so an error of any other kind stands only once the same error has come back in a second run of the
 command; then it is told until `retry_failed=true` asks for another attempt.
 """
 

@@ -9,7 +9,8 @@ from dataclasses import replace
 
 import pytest
 
-import harness.sweep
+import harness.sweep.__main__
+import harness.sweep.app
 from harness.config.arms import ARMS
 from harness.config.paths import CONF
 from harness.config.paths import embedded_dir as study_dir

@@ -24,6 +24,7 @@ from harness.report import page as report
 from harness.report import tables as frames
 from harness.report import words as cautions
 from harness.report import words as wording
+from harness.report.__main__ import main
 from harness.report.facts import cost_table, phrase
 from harness.report.prompts import side_by_side
 from harness.report.study import read_study
@@ -623,7 +624,7 @@ def test_the_same_study_gives_the_same_bytes_without_torch(folder, tmp_path):
         capture_output=True,
         text=True,
         env={"PYTHONHASHSEED": "7", "PATH": ""},
-        cwd=Path(report.__file__).parents[1],
+        cwd=Path(report.__file__).parents[2],
         check=False,
     )
     assert done.returncode == 0, done.stderr
@@ -640,7 +641,7 @@ def test_the_same_study_gives_the_same_bytes_without_torch(folder, tmp_path):
 @pytest.mark.parametrize("name", ["absent", "empty", "."])
 def test_a_wrong_folder_is_a_usage_error_with_status_2(tmp_path, capsys, name):
     (tmp_path / "empty").mkdir()
-    assert report.main([str(tmp_path / name)]) == 2
+    assert main([str(tmp_path / name)]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.startswith("harness.report: ")
@@ -651,7 +652,7 @@ def test_a_wrong_folder_is_a_usage_error_with_status_2(tmp_path, capsys, name):
 def test_a_folder_that_cannot_be_written_is_said_with_status_1(folder, capsys):
     shutil.rmtree(folder / "figures", ignore_errors=True)
     write_text(folder / "figures", "a file where the folder should be")
-    assert report.main([str(folder)]) == 1
+    assert main([str(folder)]) == 1
     assert "cannot write the report" in capsys.readouterr().err
 
 

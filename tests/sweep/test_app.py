@@ -13,7 +13,6 @@ import pytest
 import torch
 import yaml
 
-import harness.train
 import harness.train.reference
 from harness.decide.study import decide_study
 from harness.report.page import render_report
@@ -254,7 +253,7 @@ def test_a_failed_trial_is_named_kept_apart_and_run_again_where_that_is_asked_fo
             raise RuntimeError("an odd model")
         return real(config, *args, **kwargs)
 
-    monkeypatch.setattr(harness.train, "train_arm", fail)
+    monkeypatch.setattr("harness.train.run.train_arm", fail)
     failed = sweep(tmp_path, "seed=0", "study=s")
     assert print_result(failed) == 1
     said = capsys.readouterr().out
@@ -297,7 +296,7 @@ def test_what_came_from_outside_the_training_is_tried_again_by_the_same_command(
             raise error
         return real(config, *args, **kwargs)
 
-    monkeypatch.setattr(harness.train, "train_arm", fail)
+    monkeypatch.setattr("harness.train.run.train_arm", fail)
     assert print_result(sweep(tmp_path, "seed=0", "study=s")) == 1
     monkeypatch.undo()
     again = sweep(tmp_path, "seed=0", "study=s")

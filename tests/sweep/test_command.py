@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-import harness.sweep
+import harness.sweep.app
 import harness.sweep.sweeper
 from harness.config.paths import embedded_dir as study_dir
 from harness.sweep.problems import load_run
@@ -103,7 +103,7 @@ def refused(tmp_path, monkeypatch, capsys):
     def run(module: str, overrides: list[str], *, untouched: bool = True) -> str:
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(harness.sweep.sweeper, "run_study", no_trial)
-        monkeypatch.setattr(harness.sweep, "run_trial", no_trial)
+        monkeypatch.setattr(harness.sweep.app, "run_trial", no_trial)
         monkeypatch.setattr(sys, "argv", [module, *overrides])
         before = sorted(tmp_path.rglob("*"))
         with pytest.raises(SystemExit) as stop:

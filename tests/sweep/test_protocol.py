@@ -12,7 +12,6 @@ import torch
 import yaml
 
 import harness.generate.heldout
-import harness.sweep
 import harness.sweep.trial
 import harness.train.base
 import harness.train.logps

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import yaml
 
-import harness.sweep
+import harness.sweep.app
 from harness.decide.study import decide_study
 from harness.study.errors import UsageError
 from harness.study.files import read_json, read_jsonl

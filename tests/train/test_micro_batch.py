@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-import harness.train
+import harness.train.run
 from harness.config.schema import RunConfig
 from harness.study.errors import DivergedError
 from harness.study.files import read_json, read_jsonl
@@ -117,7 +117,7 @@ def test_an_arm_that_diverged_is_not_trained_again_for_the_other_ones_memory(
             raise DivergedError("loss is nan at step 1")
         return real(config, *args, **kwargs)
 
-    monkeypatch.setattr(harness.train, "train_arm", diverge)
+    monkeypatch.setattr("harness.train.run.train_arm", diverge)
     memory(2, arm="dpo")
     (result,) = run_sweep(given)
     assert sorted(outcome.status for outcome in result.outcomes) == ["complete", "complete", "diverged"]
