@@ -18,6 +18,7 @@ from typing import Any
 import psutil
 
 from harness.config.schema import AccelerateConfig
+from harness.study.manifest import Provenance
 
 
 def workers_here(processes: int = 1) -> int:
@@ -99,7 +100,7 @@ _PACKAGES = [
 
 
 @lru_cache
-def provenance() -> dict[str, Any]:
+def provenance() -> Provenance:
     """Return `versions`, `commit` (None outside a checkout) and `hardware` of this process."""
     return {"versions": _versions(), "commit": _commit(), "hardware": _hardware()}
 

@@ -17,11 +17,11 @@ from harness.config.arms import ARMS
 from harness.decide.rule import verdict
 from harness.decide.scores_file import read_scores
 from harness.study.backup import write_twice
+from harness.study.decision import edge_warnings, golden_problem
 from harness.study.errors import UsageError
 from harness.study.files import digest, read_jsonl, write_json
 from harness.study.identity import data_identity
-from harness.study.registration import contrast_of, facts_warnings, read_study
-from harness.study.selection import edge_warnings, golden_problem
+from harness.study.registration import Registration, contrast_of, facts_warnings, read_study
 
 __all__ = ["decide_study", "verdict"]
 
@@ -41,7 +41,7 @@ def decide_study(study: Path) -> dict[str, Any]:
     return result
 
 
-def decision(study: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, list[int]]]:
+def decision(study: Path) -> tuple[dict[str, Any], Registration, dict[str, list[int]]]:
     """Return what the rule says of a study's scores, its registration, and the seeds that decide; write nothing.
 
     Raises:

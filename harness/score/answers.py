@@ -14,7 +14,7 @@ from harness.data.records import Message
 from harness.score.scorers import Rows
 from harness.study.errors import UsageError
 from harness.study.files import read_jsonl, write_jsonl
-from harness.study.manifest import load_manifest
+from harness.study.manifest import Manifest, load_manifest
 
 Key = tuple[str, str]  # split, prompt_id
 _FILE = "preferences.jsonl"
@@ -44,7 +44,7 @@ class Run:
     """One run's folder, manifest and answers; the SFT base is one as well."""
 
     folder: Path
-    manifest: dict[str, Any]
+    manifest: Manifest
     answers: Mapping[Key, str]
 
     @property

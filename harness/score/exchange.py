@@ -25,8 +25,8 @@ from harness.score.trial_scores import completion_flags
 from harness.study.errors import UsageError
 from harness.study.files import digest, file_sha256, write_jsonl
 from harness.study.integrity import fingerprints
-from harness.study.manifest import write_manifest
-from harness.study.registration import contrast_of, write_study
+from harness.study.manifest import Manifest, write_manifest
+from harness.study.registration import Guard, contrast_of, write_study
 from harness.study.scores_csv import SCORE_COLUMNS
 
 FORMS = (
@@ -287,8 +287,16 @@ def _register(
     question: Question,
     command: str,
 ) -> None:
-    rule = {"metric": question.metric, "margin": question.margin, "alpha": question.alpha, "guards": [], "looks": []}
-    fixed = {**rule, "golden": facts["sha256"]}
+    guards: list[Guard] = []
+    looks: list[int] = []
+    fixed = {
+        "metric": question.metric,
+        "margin": question.margin,
+        "alpha": question.alpha,
+        "guards": guards,
+        "looks": looks,
+        "golden": facts["sha256"],
+    }
     write_study(
         study / "study.yaml",
         {
@@ -300,7 +308,11 @@ def _register(
             "seeds": {arm: [seed for name, seed in runs if name == arm] for arm in arms},
             "tuned": [],
             "tuning_seeds": [],
-            **rule,
+            "metric": question.metric,
+            "margin": question.margin,
+            "alpha": question.alpha,
+            "guards": guards,
+            "looks": looks,
             "family": {},
             "model": {"path": GIVEN, "revision": None, "base_sha256": ""},
             "data": {"golden": facts},
@@ -333,7 +345,18 @@ def _write_run(
     write_jsonl(folder / "completions.jsonl", rows)
     write_jsonl(folder / "pairs.jsonl", [])
     write_jsonl(folder / "scores.jsonl", [])
-    about = {"trial_id": folder.name, "arm": arm, "config": CONFIG if arm != "sft" else "base", "seed": seed}
-    stages: dict[str, Any] = {"status": "complete", "flags": [], "done": ["golden", "score"], "warnings": []}
-    source = {"base_sha256": "", "source": {"sha256": file_sha256(Path(path))}}
-    write_manifest(folder, {**about, **stages, **source, "seconds": {}, "files": fingerprints(folder, {})})
+    manifest: Manifest = {
+        "trial_id": folder.name,
+        "arm": arm,
+        "config": CONFIG if arm != "sft" else "base",
+        "seed": seed,
+        "status": "complete",
+        "flags": [],
+        "done": ["golden", "score"],
+        "warnings": [],
+        "base_sha256": "",
+        "source": {"sha256": file_sha256(Path(path))},
+        "seconds": {},
+        "files": fingerprints(folder, {}),
+    }
+    write_manifest(folder, manifest)

@@ -18,6 +18,7 @@ from harness.config.schema import LengthControlConfig, ScoreConfig
 from harness.score.answers import Preference, Stored, read_preferences
 from harness.study.errors import UsageError
 from harness.study.files import write_json
+from harness.study.manifest import Manifest
 
 FACTS = "length_controlled.json"
 SOURCES = ("judge", "reward_model")
@@ -51,8 +52,8 @@ def control_runs(stored: Stored, config: ScoreConfig, cache: Path) -> dict[Path,
     return found
 
 
-def _facts(manifest: dict[str, Any], fitted: LengthControlled) -> dict[str, Any]:
-    about = {key: manifest[key] for key in ("arm", "config", "seed")}
+def _facts(manifest: Manifest, fitted: LengthControlled) -> dict[str, Any]:
+    about = {"arm": manifest["arm"], "config": manifest["config"], "seed": manifest["seed"]}
     rates = {"win_rate": fitted.win_rate, "raw": fitted.raw, "longer": fitted.longer}
     return {**about, **rates, "problems": fitted.problems()}
 

@@ -82,7 +82,7 @@ def _task_files(config: BenchmarkConfig) -> list[list[str]]:
 def _is_done(folder: Path, settings: str) -> bool:
     path = folder / _FILE
     try:
-        first = next(iter(read_jsonl(path)), {}) if path.is_file() else {}
+        first: dict[str, Any] = next(iter(read_jsonl(path)), {}) if path.is_file() else {}
     except ValueError:
         return False
     return bool(first.get("settings") == settings)

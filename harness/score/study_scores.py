@@ -27,7 +27,7 @@ from harness.study.errors import UsageError
 from harness.study.files import locked, read_jsonl, write_json
 from harness.study.integrity import done_stages
 from harness.study.manifest import load_manifest
-from harness.study.registration import read_study
+from harness.study.registration import Registration, read_study
 from harness.study.scores_csv import MAX_UNSCORED
 
 
@@ -181,7 +181,7 @@ def _refuse_unknown(names: Sequence[str]) -> None:
         raise UsageError(f"unknown scorer {', '.join(unknown)}; allowed: {', '.join(known)}, or a Python file of yours")
 
 
-def _refuse_change(registered: dict[str, Any], config: ScoreConfig, names: Sequence[str]) -> None:
+def _refuse_change(registered: Registration, config: ScoreConfig, names: Sequence[str]) -> None:
     """Refuse other settings for a scorer that decides than those that were registered."""
     fixed = registered.get("fixed", {}).get("score") or {}
     judge = fixed.get("judge")
@@ -211,7 +211,7 @@ def _scoring(study: Path, settings: Settings, names: Sequence[str]) -> Scoring:
     return Scoring(settings.score, names, splits, study.parent / ".cache", model)
 
 
-def _score_trials(study: Path, names: Sequence[str], registered: dict[str, Any]) -> None:
+def _score_trials(study: Path, names: Sequence[str], registered: Registration) -> None:
     base, command = study / "base", registered.get("command", "python -m harness.sweep ...")
     try:
         prompts = list(read_jsonl(study / "prompts.jsonl"))

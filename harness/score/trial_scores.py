@@ -14,7 +14,7 @@ from typing import Any
 from harness.score.scorers import SCORERS, Rows, Score, TrialOutputs, score_checks
 from harness.study.files import read_jsonl, write_jsonl, write_text
 from harness.study.integrity import fingerprint
-from harness.study.manifest import load_manifest, write_manifest
+from harness.study.manifest import Manifest, load_manifest, write_manifest
 from harness.study.scores_csv import SCORE_COLUMNS
 
 
@@ -64,7 +64,7 @@ def replace_scores(folder: Path, name: str, scores: Sequence[Score], prompts: Ro
 
 def _replace(
     folder: Path,
-    manifest: dict[str, Any],
+    manifest: Manifest,
     names: Sequence[str],
     new: Sequence[tuple[str, Score]],
     prompts: Rows,
@@ -116,7 +116,7 @@ def outputs_of(folder: Path, prompts: Rows) -> TrialOutputs:
 
 
 def _score_row(
-    manifest: dict[str, Any], scorer: str, score: Score, cluster: str | None, answer: dict[str, Any] | None, flag: str
+    manifest: Manifest, scorer: str, score: Score, cluster: str | None, answer: dict[str, Any] | None, flag: str
 ) -> dict[str, Any]:
     return {
         "arm": manifest["arm"],

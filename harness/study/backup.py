@@ -7,12 +7,10 @@ otherwise was changed by somebody, and is refused.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from harness.study.errors import UsageError
-from harness.study.files import file_sha256, write_text
+from harness.study.files import FileRecord, file_sha256, write_text
 
 _JUDGED = "study.yaml"  # holds a hash of itself: `harness.sweep.registration` refuses a change of it
 NAMES = (_JUDGED, "selection.json", "ledger.jsonl")
@@ -51,11 +49,13 @@ def put_back(study: Path) -> list[str]:
     return mended
 
 
-def put_back_known(path: Path, known: Mapping[str, Any]) -> None:
+def put_back_known(path: Path, known: FileRecord | None) -> None:
     """Put back a file whose hash is known, where it is not that file any more and its twin is."""
     twin = twin_of(path)
-    is_there = path.is_file() and file_sha256(path) == known.get("sha256")
-    if known and not is_there and twin.is_file() and file_sha256(twin) == known["sha256"]:
+    if known is None:
+        return
+    is_there = path.is_file() and file_sha256(path) == known["sha256"]
+    if not is_there and twin.is_file() and file_sha256(twin) == known["sha256"]:
         write_text(path, twin.read_text(encoding="utf-8"))
 
 

@@ -12,9 +12,16 @@ import re
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import yaml
+
+
+class FileRecord(TypedDict):
+    """A file as its stage left it: size and SHA-256 (hex)."""
+
+    bytes: int
+    sha256: str
 
 
 def digest(value: Any) -> str:
@@ -96,17 +103,17 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path}: not readable as JSON ({error}); delete it and run the same command again") from error
 
 
-def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Write one JSON object a line."""
     write_text(path, to_jsonl(rows))
 
 
-def to_jsonl(rows: Iterable[dict[str, Any]]) -> str:
+def to_jsonl(rows: Iterable[Mapping[str, Any]]) -> str:
     """Return the text of one JSON object a line."""
     return "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
 
 
-def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
+def read_jsonl(path: Path) -> Iterator[Any]:
     """Read one JSON object a line; a broken line is a ValueError that names file and line."""
     with path.open(encoding="utf-8") as file:
         for number, line in enumerate(file, start=1):

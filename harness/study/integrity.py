@@ -7,10 +7,11 @@ import shutil
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from harness.study.backup import put_back_known
-from harness.study.files import file_sha256, read_json, read_jsonl
+from harness.study.files import FileRecord, file_sha256, read_json, read_jsonl
+from harness.study.manifest import Manifest
 
 # Scores may be made again, with more scorers, at any time: whoever writes them notes their hash anew (`harness.score`).
 _ROWS = ("config.yaml", "train.jsonl", "completions.jsonl", "pairs.jsonl", "scores.jsonl")
@@ -21,7 +22,7 @@ WEIGHTS = ("adapter", "model")
 READ_BYTES = 2**30
 
 
-def fingerprints(folder: Path, known: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def fingerprints(folder: Path, known: Mapping[str, FileRecord]) -> dict[str, FileRecord]:
     """Return `{path in the folder: {bytes, sha256}}`; weights that are known with the same size are not read again."""
     found = {}
     paths = [folder / name for name in _ROWS] + [p for name in WEIGHTS for p in sorted((folder / name).rglob("*"))]
@@ -29,18 +30,17 @@ def fingerprints(folder: Path, known: Mapping[str, Any]) -> dict[str, dict[str, 
         if not path.is_file():
             continue
         name = path.relative_to(folder).as_posix()
-        old = known.get(name, {})
-        is_known = name.partition("/")[0] in WEIGHTS and old.get("bytes") == path.stat().st_size
-        found[name] = dict(old) if is_known else fingerprint(path)
+        old = known.get(name) if name.partition("/")[0] in WEIGHTS else None
+        found[name] = old if old and old["bytes"] == path.stat().st_size else fingerprint(path)
     return found
 
 
-def fingerprint(path: Path) -> dict[str, Any]:
+def fingerprint(path: Path) -> FileRecord:
     """Return a file's size and SHA-256."""
     return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
 
 
-def changed_files(folder: Path, known: Mapping[str, Any], *, read_bytes: float = READ_BYTES) -> set[str]:
+def changed_files(folder: Path, known: Mapping[str, FileRecord], *, read_bytes: float = READ_BYTES) -> set[str]:
     """Return which files are gone or are not what they were; those above `read_bytes` are compared by size alone."""
     return {n for n, file in known.items() if leads_out(n) or not _is_same(folder / n, file, read_bytes)}
 
@@ -50,7 +50,7 @@ def leads_out(name: str) -> bool:
     return Path(name).is_absolute() or ".." in Path(name).parts
 
 
-def _is_same(path: Path, file: Mapping[str, Any], read_bytes: float) -> bool:
+def _is_same(path: Path, file: FileRecord, read_bytes: float) -> bool:
     if not path.is_file():
         return False
     about = path.stat()
@@ -69,7 +69,7 @@ def _sha256(path: Path, state: tuple[int, ...]) -> str:
 _FILES = {"dev": ("completions.jsonl", "pairs.jsonl"), "golden": ("completions.jsonl", "pairs.jsonl")}
 
 
-def done_stages(folder: Path, manifest: dict[str, Any], *, read_bytes: float = READ_BYTES) -> set[str]:
+def done_stages(folder: Path, manifest: Manifest, *, read_bytes: float = READ_BYTES) -> set[str]:
     """Return the stages that need not run again; a file that was deleted or damaged takes its stage with it.
 
     Args:
@@ -100,12 +100,12 @@ def done_stages(folder: Path, manifest: dict[str, Any], *, read_bytes: float = R
     return done
 
 
-def _has_larger_micro_batch(folder: Path, manifest: dict[str, Any]) -> bool:
+def _has_larger_micro_batch(folder: Path, manifest: Manifest) -> bool:
     """Whether a trial was trained with a larger micro-batch than others of its seed since."""
     return is_outdated(folder.parent.parent, manifest.get("seed"), manifest.get("micro_batch_size"))
 
 
-def resume_stages(folder: Path, manifest: dict[str, Any]) -> list[str]:
+def resume_stages(folder: Path, manifest: Manifest) -> list[str]:
     """Return the stages that need not run again, and delete damaged files, so that no stage reads them.
 
     Whatever is left to do may need the weights: they are hashed, however large.
@@ -115,13 +115,13 @@ def resume_stages(folder: Path, manifest: dict[str, Any]) -> list[str]:
     return sorted(done)
 
 
-def drop_damaged(folder: Path, manifest: dict[str, Any]) -> None:
+def drop_damaged(folder: Path, manifest: Manifest) -> None:
     """Delete a trial's damaged files of rows: no stage may read half of one, and each is made again.
 
     All but the log of the training, which only training would make again: it is put back from its twin.
     """
     known = manifest.get("files", {})
-    put_back_known(folder / "train.jsonl", known.get("train.jsonl", {}))
+    put_back_known(folder / "train.jsonl", known.get("train.jsonl"))
     changed = changed_files(folder, known)
     for path in folder.glob("*.jsonl"):
         if path.name in changed or not (path.name in known or _is_whole(path)):
@@ -141,10 +141,10 @@ def _is_whole(path: Path) -> bool:
         return False
 
 
-DELETED = "weights_deleted"  # in the manifest: the policy that deleted them
+DELETED: Final = "weights_deleted"  # in the manifest: the policy that deleted them
 
 
-def without_weights(manifest: Mapping[str, Any], policy: str) -> dict[str, Any]:
+def without_weights(manifest: Manifest, policy: str) -> Manifest:
     """Return the entries of a manifest that change where its weights are given up.
 
     They are written before the weights are deleted: a kill in between leaves weights too many, not a trial that looks
@@ -152,10 +152,10 @@ def without_weights(manifest: Mapping[str, Any], policy: str) -> dict[str, Any]:
     """
     files = manifest.get("files", {})
     kept = {name: about for name, about in files.items() if name.partition("/")[0] not in WEIGHTS}
-    return {"files": kept, DELETED: policy}
+    return {"files": kept, "weights_deleted": policy}
 
 
-def delete_weights(folder: Path, manifest: Mapping[str, Any]) -> None:
+def delete_weights(folder: Path, manifest: Manifest) -> None:
     """Delete the weights that the manifest says are deleted."""
     if manifest.get(DELETED):
         for name in WEIGHTS:

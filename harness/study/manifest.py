@@ -7,28 +7,100 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from harness.study.backup import twin_of, write_twice
 from harness.study.errors import UsageError
-from harness.study.files import digest, read_json, to_json, write_text
+from harness.study.files import FileRecord, digest, read_json, to_json, write_text
 
 FILE, _HASH = "manifest.json", "sha256"
 
 
-def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
+class Provenance(TypedDict):
+    """What a trial ran on: versions of the packages, commit (None outside a checkout), hardware."""
+
+    versions: dict[str, str]
+    commit: str | None
+    hardware: dict[str, Any]
+
+
+class Manifest(TypedDict, total=False):
+    """manifest.json of a trial; each stage adds its keys, and an empty mapping stands for a trial without one.
+
+    Attributes:
+        trial_id, arm, config, seed: the trial.
+        status: `running`, `complete` or `diverged`, the last with `divergence`.
+        flags: `diverged` or `collapsed`.
+        done: the finished stages: `train`, `dev`, `golden`, `score`.
+        method, engine, reference: settings of the training.
+        versions, commit, hardware: of the process that trained.
+        seconds, peak_memory_bytes: by stage.
+        tokens: `train` and `generated`.
+        base_sha256, data_sha256, batch_plan_sha256: of the base's weights, of token ids and masks, of the batch plan.
+        consumed_tokens_sha256, expected_tokens_sha256: of the token ids that the trainer read, and of the plan's.
+        pairs: number of pairs by split; `dropped_pairs`: number by split and reason.
+        padding_share: of all positions.
+        packed, why_padded: whether sequences were packed, and why not.
+        files: each file by its name in the trial's folder.
+        degenerate: shares of degenerate answers by split and kind.
+        weights_deleted: the policy that deleted the weights (`keep`).
+        source: file of the answers where another tool generated them.
+        sha256: the seal.
+    """
+
+    trial_id: str
+    arm: str
+    config: str
+    seed: int
+    status: str
+    divergence: str
+    flags: list[str]
+    done: list[str]
+    method: dict[str, Any]
+    engine: str
+    reference: str
+    versions: dict[str, str]
+    commit: str | None
+    hardware: dict[str, Any]
+    warnings: list[str]
+    seconds: dict[str, float]
+    peak_memory_bytes: dict[str, int]
+    tokens: dict[str, int]
+    created: str
+    base_sha256: str
+    data_sha256: str
+    batch_plan_sha256: str
+    consumed_tokens_sha256: str
+    expected_tokens_sha256: str
+    pairs: dict[str, int]
+    dropped_pairs: dict[str, dict[str, int]]
+    label_noise: dict[str, Any]
+    micro_batch_size: int
+    padding_share: float
+    parameters: dict[str, int]
+    packed: bool
+    why_padded: str
+    files: dict[str, FileRecord]
+    degenerate: dict[str, dict[str, float]]
+    weights_deleted: str
+    source: dict[str, str]
+    sha256: str
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write a trial's manifest and its twin, with their hash."""
     parts = {key: value for key, value in manifest.items() if key != _HASH}
     write_twice(folder / FILE, to_json(parts | {_HASH: digest(parts)}))
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: Path) -> Manifest:
     """Return a trial's manifest, without its hash; empty where neither copy is as it was written: it runs again."""
-    found = _as_written(folder / FILE) or _as_written(twin_of(folder / FILE)) or {}
-    return {key: value for key, value in found.items() if key != _HASH}
+    found = _as_written(folder / FILE) or _as_written(twin_of(folder / FILE)) or Manifest()
+    found.pop("sha256", None)
+    return found
 
 
-def load_manifest(folder: Path) -> dict[str, Any]:
+def load_manifest(folder: Path) -> Manifest:
     """Return the manifest of a trial that is there.
 
     Raises:
@@ -65,9 +137,9 @@ def has_hash(manifest: Mapping[str, Any]) -> bool:
     return _HASH in manifest
 
 
-def _as_written(path: Path) -> dict[str, Any] | None:
+def _as_written(path: Path) -> Manifest | None:
     try:
-        manifest = read_json(path) if path.is_file() else {}
+        manifest: Manifest = read_json(path) if path.is_file() else {}
     except (ValueError, OSError):  # cut off, or damaged
         return None
     return manifest if manifest and is_as_written(manifest) else None

@@ -15,23 +15,55 @@ import traceback
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from harness.study.errors import is_outside, meaning
 from harness.study.files import Reader, read_json, write_json
+from harness.study.rows import TrialName
 from harness.study.text import redact
 
 FAILURE_FILE = "failure.json"
 EARLIER = "earlier_failure.json"  # of the last run of the command that left one; kept to compare with
+
+
+class Failure(TypedDict, total=False):
+    """failure.json: how a trial failed; an empty mapping stands for no failure.
+
+    Attributes:
+        trial_id, arm, config, seed: the trial.
+        stage: `load`, `reference`, `train`, `generate`, `heldout` or `score`.
+        error, message: class and text of the exception, with advice.
+        outside: whether the outside world is the cause.
+        retries: whether the same command runs the trial again.
+        created: UTC, ISO 8601.
+    """
+
+    trial_id: str
+    arm: str
+    config: str
+    seed: int
+    stage: str
+    error: str
+    message: str
+    outside: bool
+    retries: bool
+    traceback: str
+    created: str
+
+
 _FULL_BYTES = 16 * 2**20  # with less, an error of whatever kind is most likely a file that could not be written
 
 
-def describe(error: BaseException, stage: str, about: dict[str, Any], folder: Path) -> dict[str, Any]:
+def describe(error: BaseException, stage: str, about: TrialName, folder: Path) -> Failure:
     """Return what failure.json holds.
 
     `outside`: whether the outside world is the cause; `retries`: whether the same command runs the trial again.
     """
-    failure = {"stage": stage, "error": type(error).__name__, "message": redact(error) + _advice(error, stage)}
+    failure: Failure = {
+        "stage": stage,
+        "error": type(error).__name__,
+        "message": redact(error) + _advice(error, stage),
+    }
     outside = is_outside(error) or _is_full(folder)
     return {
         **about,
@@ -58,25 +90,26 @@ def _is_full(folder: Path) -> bool:
         return True
 
 
-def _is_same(failure: dict[str, Any], earlier: dict[str, Any]) -> bool:
+def _is_same(failure: Failure, earlier: Failure) -> bool:
     """Return whether two failures are alike but for numbers, addresses and paths."""
-    return all(_words(failure[key]) == _words(earlier.get(key)) for key in ("stage", "error", "message"))
+    said, before = ((one.get("stage"), one.get("error"), one.get("message")) for one in (failure, earlier))
+    return [_words(text) for text in said] == [_words(text) for text in before]
 
 
-def _words(text: object) -> list[str]:
+def _words(text: str | None) -> list[str]:
     return [word for word in str(text).split() if not re.search(r"[\d/]", word)]
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> Failure:
     """Read a failure; empty where there is none, or it was cut off: the trial runs again."""
     try:
         failure = read_json(path)
     except (OSError, ValueError):
         return {}
-    return failure if isinstance(failure, dict) else {}
+    return Failure(**failure) if isinstance(failure, dict) else {}
 
 
-def write_failure(folder: Path, failure: dict[str, Any]) -> None:
+def write_failure(folder: Path, failure: Failure) -> None:
     """Write failure.json; where that is impossible, too, the trial runs again without it."""
     with contextlib.suppress(OSError, MemoryError):
         write_json(folder / FAILURE_FILE, failure)
@@ -106,7 +139,7 @@ def standing_failure(folder: Path) -> str:
     return "" if failure.get("retries", True) else _sentence(failure)
 
 
-def _sentence(failure: dict[str, Any]) -> str:
+def _sentence(failure: Failure) -> str:
     return f"{failure.get('stage')}: {failure.get('error')}: {failure.get('message')}"
 
 

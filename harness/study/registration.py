@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NotRequired, TypedDict, cast
 
 import yaml
 
@@ -13,6 +13,59 @@ from harness.study.errors import UsageError
 from harness.study.files import digest, locked, read_json
 
 STUDY_HASH = "sha256"
+
+
+class Guard(TypedDict):
+    """A second metric on which the winner must not be worse by `margin`."""
+
+    metric: str
+    margin: float
+
+
+class RegisteredModel(TypedDict):
+    """The SFT base; `revision` is None for a folder, `base_sha256` is of the weights."""
+
+    path: str
+    revision: str | None
+    base_sha256: str
+
+
+class Registration(TypedDict):
+    """study.yaml: the question, registered before the first trial. Arms, configs and seeds may be added.
+
+    Attributes:
+        contrast: the two arms of the difference, first minus second; empty with one arm.
+        configs: labels of the configs by arm; seeds: of the confirmation, by arm.
+        tuned: arms whose config is selected on dev, with `tuning_seeds`.
+        looks: numbers of seeds at which golden is looked at; empty for one look with all seeds.
+        family: `name` and `value` of this study in a family of studies; empty outside one.
+        data: facts of the splits, with hashes.
+        fixed: all that must not change; `fixed_sha256`: its hash.
+        sha256: the seal.
+    """
+
+    study: str
+    question: str
+    arms: list[str]
+    contrast: list[str]
+    configs: dict[str, list[str]]
+    seeds: dict[str, list[int]]
+    tuned: list[str]
+    tuning_seeds: list[int]
+    metric: str
+    margin: float
+    alpha: float
+    guards: list[Guard]
+    looks: list[int]
+    family: dict[str, Any]
+    model: RegisteredModel
+    data: dict[str, Any]
+    warnings: list[str]
+    command: str
+    created: str
+    fixed: dict[str, Any]
+    fixed_sha256: str
+    sha256: NotRequired[str]
 
 
 def add_configs(folder: Path, labels: Mapping[str, Sequence[str]]) -> None:
@@ -25,29 +78,31 @@ def add_configs(folder: Path, labels: Mapping[str, Sequence[str]]) -> None:
     with locked(folder):
         old = read_study(path)
         configs = {arm: merged(old["configs"].get(arm, []), found) for arm, found in labels.items()}
-        study = old | {"configs": old["configs"] | configs}
+        study: Registration = {**old, "configs": old["configs"] | configs}
         refuse_late_configs(path, old, study)
         if study != old:
             write_study(path, study)
 
 
-def write_study(path: Path, study: dict[str, Any]) -> None:
+def write_study(path: Path, study: Registration) -> None:
     """Write study.yaml with the hash of its contents, so that a change by hand shows."""
     parts = {key: value for key, value in study.items() if key != STUDY_HASH}
     text = yaml.safe_dump(parts | {STUDY_HASH: digest(parts)}, sort_keys=False, allow_unicode=True)
     write_twice(path, text)
 
 
-def refuse_late_configs(path: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+def refuse_late_configs(path: Path, old: Registration | None, new: Registration) -> None:
     """Refuse configs and tuning seeds that are added once golden was scored: what is selected then has seen it."""
+    if old is None:
+        return
     added = {
         f"{arm} {label}": None
         for arm, labels in new["configs"].items()
         for label in labels
-        if old.get("configs", {}).get(arm) and label not in old["configs"][arm]
+        if old["configs"].get(arm) and label not in old["configs"][arm]
     }
-    added |= {f"tuning seed {seed}": None for seed in new["tuning_seeds"] if seed not in old.get("tuning_seeds", [])}
-    if old and added and _has_golden_scores(path.parent):
+    added |= {f"tuning seed {seed}": None for seed in new["tuning_seeds"] if seed not in old["tuning_seeds"]}
+    if added and _has_golden_scores(path.parent):
         raise UsageError(
             f"{path}: golden was scored in this study already, and this command adds {', '.join(added)}; a selection "
             "that comes after a look at golden is worth nothing: give it a study of its own, study=NAME"
@@ -74,7 +129,7 @@ def contrast_of(arms: Sequence[str]) -> list[str]:
     return ordered[:2] if len(ordered) > 1 else []
 
 
-def read_study(path: Path) -> dict[str, Any]:
+def read_study(path: Path) -> Registration:
     """Read study.yaml.
 
     Raises:
@@ -99,7 +154,7 @@ def read_study(path: Path) -> dict[str, Any]:
             f"{path}: was changed after it was registered; a verdict on a changed question means nothing: put the file "
             "back as it was, or register the new question as a study of its own, study=NAME"
         )
-    return cast(dict[str, Any], study)
+    return cast(Registration, study)
 
 
 def merged(old: Sequence[Any], new: Sequence[Any]) -> list[Any]:

@@ -14,21 +14,9 @@ from typing import Any
 
 import pandas as pd
 
-SCORE_COLUMNS = (
-    "arm",
-    "config",
-    "seed",
-    "split",
-    "prompt_id",
-    "scorer",
-    "score",
-    "cluster",
-    "tokens",
-    "chars",
-    "unscored_reason",
-    "stage",
-    "flag",
-)
+from harness.study.rows import ScoreRow
+
+SCORE_COLUMNS = tuple(ScoreRow.__annotations__)
 
 _STARTS = re.compile(r"'*[=+\-@\t\r]")
 _ESCAPED = re.compile(r"'+[=+\-@\t\r]")

@@ -13,7 +13,7 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, Unpack
 
 import yaml
 
@@ -28,11 +28,12 @@ from harness.score.scorers import SCORERS
 from harness.score.trial_scores import completion_flags, score_trial
 from harness.study.backup import write_twice
 from harness.study.errors import DivergedError
-from harness.study.files import locked, read_jsonl, to_jsonl, write_jsonl, write_text
+from harness.study.files import FileRecord, locked, read_jsonl, to_jsonl, write_jsonl, write_text
 from harness.study.integrity import DELETED, SPLITS, delete_weights, fingerprints, resume_stages, without_weights
 from harness.study.log import LOG, say, trial_log
-from harness.study.manifest import load_manifest, read_manifest, write_manifest
+from harness.study.manifest import Manifest, load_manifest, read_manifest, write_manifest
 from harness.study.outcome import SPLIT_PREFIX, STEP, Outcome, describe, end_log, forget, note_step, write_failure
+from harness.study.rows import TrialName
 from harness.sweep.problems import find_warnings
 from harness.sweep.registration import identify, is_complete, refuse_golden, study_dir, trial_dir
 from harness.track.tracker import Tracker, track
@@ -50,8 +51,12 @@ def run_trial(config: RunConfig, splits: tuple[str, ...] = SPLITS) -> Outcome:
         splits: which splits are answered and scored; a config that was not selected never sees `golden`.
     """
     folder = trial_dir(config)
-    about: dict[str, Any] = {"trial_id": identify(config), "arm": config.method.name}
-    about |= {"config": config_label(config), "seed": config.seed}
+    about: TrialName = {
+        "trial_id": identify(config),
+        "arm": config.method.name,
+        "config": config_label(config),
+        "seed": config.seed,
+    }
     with locked(folder):
         if is_complete(config, splits):
             return Outcome(**about, status=read_manifest(folder)["status"])
@@ -81,7 +86,7 @@ def _now() -> str:
 class _Trial:
     """The state of a running trial: its manifest, its clock and the stage that it is in."""
 
-    def __init__(self, config: RunConfig, folder: Path, about: dict[str, Any], splits: tuple[str, ...]) -> None:
+    def __init__(self, config: RunConfig, folder: Path, about: TrialName, splits: tuple[str, ...]) -> None:
         from harness.config.machine import provenance
 
         self.config, self.folder, self.stage = config, folder, "load"
@@ -95,7 +100,7 @@ class _Trial:
             found["done"] = resume_stages(folder, found)
             if found.pop(DELETED, None) and not {"score", *splits} <= set(found["done"]):
                 found["done"] = []  # what is missing needs weights that are gone: they are trained again
-        self.manifest: dict[str, Any] = found or {
+        self.manifest: Manifest = found or {
             **about,
             "status": "running",
             "flags": [],
@@ -247,10 +252,10 @@ class _Trial:
             yield
         self._save()
 
-    def _files(self) -> dict[str, Any]:
+    def _files(self) -> dict[str, FileRecord]:
         return fingerprints(self.folder, self.manifest.get("files", {}))
 
-    def _save(self, **facts: Any) -> None:
+    def _save(self, **facts: Unpack[Manifest]) -> None:
         self.manifest["seconds"] |= dict(self.meter.seconds)
         self.manifest["peak_memory_bytes"] |= self.meter.peak_memory_bytes
         self.manifest |= facts

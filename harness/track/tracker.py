@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Protocol
@@ -165,7 +165,7 @@ def track(
     group: str,
     job_type: str,
     tags: Sequence[str],
-    config: dict[str, Any],
+    config: Mapping[str, Any],
 ) -> Iterator[Tracker]:
     """Open one run and close it whatever happens; an exception inside marks the run as failed and goes on up.
 

@@ -36,10 +36,11 @@ def test_what_libraries_say_is_in_the_log_and_not_on_the_terminal(tmp_path: Path
 def test_a_library_that_is_first_imported_by_a_trial_speaks_into_its_log_too(tmp_path: Path) -> None:
     code = (
         "import sys, logging, pathlib\n"
-        "from harness.study.log import prepare_process\n"
-        "from harness.study.log import trial_log\n"
+        "from harness.study.log import prepare_process, trial_log\n"
+        "from harness.train.base import import_logging_libraries\n"
         "prepare_process()\n"
         "assert 'transformers' not in sys.modules\n"
+        "import_logging_libraries()\n"
         f"with trial_log(pathlib.Path({str(tmp_path)!r}), 'trial abc'):\n"
         "    import transformers.utils.logging\n"
         "    transformers.utils.logging.get_logger('transformers.trainer').warning('beware')\n"

@@ -17,8 +17,8 @@ from harness.report.page import render_report
 from harness.report.search import tried_configs
 from harness.report.study import COMPLETE, Study, Trial, read_study
 from harness.report.tables import trial_table
+from harness.study.decision import edge_warnings
 from harness.study.files import write_json
-from harness.study.selection import edge_warnings
 from harness.sweep import terminal
 from harness.sweep.problems import compose_run
 from harness.sweep.registration import trial_dir

@@ -12,10 +12,10 @@ import yaml
 
 import harness.sweep.app
 from harness.decide.study import decide_study
+from harness.study.decision import edge_warnings, golden_problem, read_selection
 from harness.study.errors import UsageError
 from harness.study.files import read_json, read_jsonl
 from harness.study.registration import read_study
-from harness.study.selection import edge_warnings, golden_problem, read_selection
 from harness.sweep.app import run_sweep
 from harness.sweep.protocol import StudyResult
 from harness.sweep.tuning import dev_means, select

@@ -1,0 +1,188 @@
+"""A study's decisions: selection.json (configs), ledger.jsonl (looks at golden), verdict.json; who may see golden."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NotRequired, TypedDict
+
+from harness.study.errors import UsageError
+from harness.study.files import read_json
+from harness.study.registration import read_study
+
+SELECTION_FILE = "selection.json"
+LEDGER_FILE = "ledger.jsonl"
+VERDICT_FILE = "verdict.json"
+_SHOWN = 10  # values of a grid that a warning lists
+
+
+class SelectedArm(TypedDict):
+    """The selected config of one arm, and by config its mean dev score and its number of tuning seeds."""
+
+    selected: str
+    dev_means: dict[str, float]
+    seeds: dict[str, int]
+
+
+class Selection(TypedDict, total=False):
+    """selection.json; an empty mapping where nothing is selected yet."""
+
+    metric: str
+    tuning_seeds: list[int]
+    arms: dict[str, SelectedArm]
+    selected_at: str
+
+
+class Look(TypedDict):
+    """One row of ledger.jsonl: a look at golden with these runs; `sha256` is the hash of the first three."""
+
+    contrast: list[str]
+    seeds: dict[str, list[int]]
+    configs: dict[str, list[str]]
+    sha256: str
+    looked_at: str
+
+
+class GuardResult(TypedDict):
+    """A guard's one-sided test of the arm `of`: passed where the lower bound of its difference is above -margin."""
+
+    metric: str
+    margin: float
+    of: str
+    difference: float
+    lower_bound: float
+    passed: bool
+
+
+class RegisteredLook(TypedDict):
+    """The look that decided, where looks were registered: seeds per arm, all looks, and alpha over all of them."""
+
+    seeds: int
+    registered: list[int]
+    alpha: float
+
+
+class Verdict(TypedDict):
+    """verdict.json (DESIGN, sections 2 and 5).
+
+    Attributes:
+        verdict: `tie`, `inconclusive`, `trade-off`, or the arm that won.
+        level: `method`, or `checkpoint` where an arm has one seed.
+        difference: first arm's mean minus the second's, in [-1, 1].
+        ci95, ci90: its intervals at 1 - alpha and 1 - 2 alpha, lower and upper end.
+        beyond_margin: whether the winner's whole interval lies beyond the margin.
+        seed_variance, prompt_variance: variance of the difference by source.
+        minimum_detectable_difference: at these numbers of seeds and prompts.
+        to_settle: `seeds` or `prompts` that would detect the margin, None where they cannot; None unless inconclusive.
+        configs: label by arm. n_seeds, n_unscored, means: by arm. run_means: by arm and seed.
+        base_mean: of the SFT base on the metric, where it was scored.
+        look: where looks were registered.
+    """
+
+    verdict: str
+    level: str
+    difference: float
+    ci95: list[float]
+    ci90: list[float]
+    beyond_margin: bool
+    seed_variance: float
+    prompt_variance: float
+    minimum_detectable_difference: float
+    to_settle: dict[str, int | None] | None
+    metric: str
+    arms: list[str]
+    margin: float
+    alpha: float
+    configs: dict[str, str]
+    n_prompts: int
+    n_clusters: int
+    n_seeds: dict[str, int]
+    n_unscored: dict[str, int]
+    means: dict[str, float]
+    run_means: dict[str, dict[str, float]]
+    guards: list[GuardResult]
+    warnings: list[str]
+    reason: str
+    base_mean: NotRequired[float]
+    look: NotRequired[RegisteredLook]
+
+
+def read_selection(study: Path) -> Selection:
+    """Return the contents of selection.json; empty where nothing is selected yet.
+
+    Raises:
+        UsageError: where it is damaged: golden may have been looked at, so that it cannot simply be made again.
+    """
+    path = study / SELECTION_FILE
+    if not path.is_file():
+        return {}
+    try:
+        found: Selection = read_json(path)
+    except ValueError as error:
+        raise UsageError(
+            f"{error}; it says which configs were selected before golden was looked at: put it back as it was"
+        ) from error
+    return found
+
+
+def golden_problem(study: Path, arm: str, label: str, seed: int) -> str | None:
+    """Say why a run of a study must not be scored on golden, or None where it may."""
+    path = study / "study.yaml"
+    registered = read_study(path) if path.is_file() else None
+    if registered is None or arm not in registered.get("tuned", []):
+        return None
+    if seed in registered["tuning_seeds"]:
+        return (
+            f"seed={seed}: {study.name} selects its configs with this seed, so that golden would see its luck again; "
+            f"golden is for fresh seeds: {', '.join(map(str, registered['seeds'][arm]))}"
+        )
+    chosen = read_selection(study).get("arms", {}).get(arm)
+    if chosen is None:
+        return f"{study.name}: no config of {arm} is selected yet; golden is scored for selected configs only"
+    if label != chosen["selected"]:
+        return (
+            f"{arm} {label}: {study.name} has selected {chosen['selected']} on dev, and golden is scored for "
+            "selected configs only; give another config a study of its own: study=NAME"
+        )
+    return None
+
+
+def edge_warnings(configs: Sequence[str], selected: str) -> list[str]:
+    """Say which values of the selected config are the smallest or largest that were tried, and what to try next.
+
+    Args:
+        configs: labels of all configs of one arm, as `harness.config.trial_id.config_label` writes them.
+        selected: the label of the one that was selected.
+    """
+    tried: dict[str, set[float]] = {}
+    for label in configs:
+        for key, value in _values(label).items():
+            tried.setdefault(key, set()).add(value)
+    warnings = []
+    for key, value in _values(selected).items():
+        values = sorted(tried.get(key, ()))
+        if len(values) > 1 and value in (values[0], values[-1]):
+            end = "smallest" if value == values[0] else "largest"
+            some = f"{len(values)} values from {values[0]:g} to {values[-1]:g}"
+            shown = some if len(values) > _SHOWN else ", ".join(f"{v:g}" for v in values)
+            beyond = " and ".join(f"{v:g}" for v in _beyond(values if value == values[-1] else values[::-1]))
+            more = f"try {beyond} too" if beyond else "it cannot be lower"
+            warnings.append(
+                f"{key}={value:g} was selected and is the {end} that was tried ({shown}): the best may lie beyond "
+                f"the grid; {more}, in a new study"
+            )
+    return warnings
+
+
+def _beyond(values: Sequence[float]) -> list[float]:
+    """Return the next two values at the end of a grid: in equal ratios, or in equal steps where a zero is in it."""
+    last, before = values[-1], values[-2]
+    if min(values) > 0:
+        found = [last * (last / before) ** n for n in (1, 2)]
+    else:
+        found = [last + n * (last - before) for n in (1, 2)]
+    return [value for value in found if value >= 0]
+
+
+def _values(label: str) -> dict[str, float]:
+    return {key: float(value) for key, _, value in (part.partition("=") for part in label.split(",")) if value}
