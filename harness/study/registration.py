@@ -13,6 +13,8 @@ from harness.study.errors import UsageError
 from harness.study.files import digest, locked, read_json
 
 STUDY_HASH = "sha256"
+MARGIN = 0.05  # the smallest difference that matters, where a user gives none
+ALPHA = 0.05  # error rate of the decision
 
 
 class Guard(TypedDict):
