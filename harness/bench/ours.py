@@ -18,22 +18,23 @@ def main() -> None:
     """Train the trials in the file, one after the other; nothing is generated."""
     from harness.study.files import read_json, read_jsonl
     from harness.study.log import prepare_process
+    from harness.sweep.design import single_trial
     from harness.sweep.problems import load_run
-    from harness.sweep.registration import trial_dir
-    from harness.sweep.trial import run_trial
+    from harness.sweep.stages import run_trial
+    from harness.sweep.trial import Context
 
     prepare_process()
     for module in ("wandb", "harness.train.trainers", "harness.train.reference"):
         importlib.import_module(module)  # once in a worker: not time around a trial
-    trials = []
+    trials, context = [], Context()
     for overrides in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):
-        config = load_run(overrides)
+        trial = single_trial(load_run(overrides), splits=())
         began = time.perf_counter()
-        outcome = run_trial(config, ())
+        outcome = run_trial(trial, context)
         if outcome.status != "complete":
             raise SystemExit(f"{outcome.status}: {outcome.message}")
-        manifest = read_json(trial_dir(config) / "manifest.json")
-        steps = read_jsonl(trial_dir(config) / "train.jsonl")
+        manifest = read_json(trial.folder / "manifest.json")
+        steps = read_jsonl(trial.folder / "train.jsonl")
         trials.append(
             {
                 "seconds": manifest["seconds"],

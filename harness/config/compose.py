@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Mapping
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -82,3 +83,9 @@ def register_schemas() -> None:
     for path in sorted(SWEEPS.glob("*.yaml")):
         node = cast(DictConfig, OmegaConf.load(path))
         store.store(group="sweep", name=path.stem, node=node, package="_global_", provider="sweeps/")
+
+
+def config_from(values: Mapping[str, Any]) -> RunConfig:
+    """Return the config that `plain` turned into JSON values."""
+    declared = OmegaConf.structured(RunConfig(method=ARMS[values["method"]["name"]].config()))
+    return cast(RunConfig, OmegaConf.to_object(OmegaConf.merge(declared, dict(values))))

@@ -21,28 +21,27 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from harness.config.keys import TRAINED, close_match, find_declared, shown, unknown_key, value_problem
+from harness.config.launchers import LAUNCHERS
 from harness.config.paths import CONF
 from harness.config.search import interval_problem, is_interval
 from harness.study.errors import UsageError
 
-# What each shipped preset needs: the package, and our extra that installs it.
-LAUNCHERS = {
-    "joblib": ("hydra_plugins.hydra_joblib_launcher", "launchers"),
-    "submitit_local": ("hydra_plugins.hydra_submitit_launcher", "launchers"),
-    "submitit_slurm": ("hydra_plugins.hydra_submitit_launcher", "launchers"),
-    "ray": ("ray", "ray"),
-}
 AXES = "method, arms.ARM.KEY, method.KEY and seed"
 
 
-def check_overrides(overrides: list[str]) -> None:
-    """Raise a UsageError that lists every override which names an unknown key or a value that is not allowed."""
+def check_overrides(overrides: list[str]) -> list[Override]:
+    """Return the parsed overrides.
+
+    Raises:
+        UsageError: lists every override with an unknown key or a value that is not allowed.
+    """
     parsed = parse(overrides)
     arms = selected_arms(parsed)
     problems = [*_repeated(parsed), *(message for override in parsed for message in _problems(override, arms))]
     if not arms:
         problems.append(f"no method: add +method=simpo,dpo (arms: {', '.join(TRAINED)}) or +sweep=NAME")
     _refuse(problems)
+    return parsed
 
 
 def _refuse(problems: list[str]) -> None:
@@ -61,7 +60,7 @@ def _several(override: Override) -> str | None:
         return "harness.train runs one trial; give one value, or use harness.sweep"
     if key.startswith("arms."):
         return f"harness.train runs one arm; write method.{key.split('.', 2)[-1]}=... instead"
-    if key in ("sweep", "seeds", "plan") or _is_hydra(key):
+    if key in ("sweep", "seeds", "plan") or is_hydra(key):
         return f"{key} belongs to harness.sweep; harness.train runs one trial"
     if key == "method" and not override.is_add():
         return f"write +method={override.value()}"
@@ -143,11 +142,13 @@ def preset_arms(name: str) -> dict[str, dict[str, Any]]:
     return preset.get("arms", {})
 
 
-def _is_hydra(key: str) -> bool:
+def is_hydra(key: str) -> bool:
+    """Return whether a key configures Hydra, such as its launcher."""
     return key == "hydra" or key.startswith(("hydra.", "hydra/"))
 
 
-def _is_axis(key: str) -> bool:
+def is_axis(key: str) -> bool:
+    """Return whether a key may have several values in a sweep."""
     return key == "seed" or key.startswith(("method.", "arms."))
 
 
@@ -156,7 +157,7 @@ def _form_problem(override: Override, arms: list[str]) -> str | None:
     key = override.key_or_group
     if override.type is OverrideType.DEL:
         return "a key cannot be taken away; give it another value, or leave it out to take the default"
-    if _is_hydra(key):
+    if is_hydra(key):
         return _hydra_problem(override)
     return _plus_problem(override) or _arm_problem(key, arms) or _axis_problem(override)
 
@@ -172,7 +173,7 @@ def _plus_problem(override: Override) -> str | None:
 
 def _axis_problem(override: Override) -> str | None:
     key, line = override.key_or_group, str(override.input_line)
-    if override.is_sweep_override() and not _is_axis(key) and key not in ("method", "sweep"):
+    if override.is_sweep_override() and not is_axis(key) and key not in ("method", "sweep"):
         quote = f"; {_quote(key, line.partition('=')[2])}" if " " in line else ""
         return f"only {AXES} may have several values; all else is equal for all trials of a study{quote}"
     return None
@@ -204,23 +205,23 @@ def _launcher_problem(name: str) -> str | None:
     shipped = {path.stem for path in (CONF / "hydra" / "launcher").glob("*.yaml")}
     if name not in found | shipped:
         return f"no such launcher; known: {', '.join(sorted(found | shipped))}; a Hydra plugin adds others"
-    module, extra = LAUNCHERS.get(name, ("", ""))
-    if module and importlib.util.find_spec(module) is None:
-        return f"not installed; pip install 'dpo-simpo-harness[{extra}]'"
+    row = LAUNCHERS.get(name)
+    if row and row.module and importlib.util.find_spec(row.module) is None:
+        return f"not installed; pip install 'dpo-simpo-harness[{row.extra}]'"
     return None
 
 
 def _problems(override: Override, arms: list[str]) -> Iterator[str]:
     key, line = override.key_or_group, override.input_line
     form = _form_problem(override, arms)
-    if form or _is_hydra(key):
+    if form or is_hydra(key):
         yield from [f"{line}: {form}"] if form else []
         return
     values = values_of(override)
     if key in ("method", "tracking", "accelerate", "sweep"):
         yield from _group_problems(key, values)
         return
-    if _is_axis(key):
+    if is_axis(key):
         flat = [item for value in values for item in (value if isinstance(value, list) else [value])]
         if None in flat:
             yield f"{key}=null: must not be null; leave it out to take the default"

@@ -300,13 +300,10 @@ class FamilyConfig:
     Attributes:
         key: such as `data.label_noise`.
         values: its values.
-        name, value: of the family, and of this study in it; set by the sweep.
     """
 
     key: str | None = None
     values: list[float] = field(default_factory=list, metadata={"distinct": True, "may_be_empty": True})
-    name: str | None = None
-    value: float | None = None
 
 
 @dataclass
@@ -357,9 +354,6 @@ class RunConfig:
         allow_unequal_budgets: let one arm have more configs to select from than another; the verdict then warns.
         keep: whose weights stay on disk: of all trials, of those that decide (`confirmed`), or of none once scored.
         retry_failed: run trials again whose error came back when they ran a second time; the others run again anyway.
-        cost_name: set by the sweep for a trial that is run for its cost alone: its folder under `costs/`.
-        evaluate: the splits that a trial answers; the sweep leaves `golden` out until a config is selected, and both
-            where vLLM answers for all trials at once.
     """
 
     method: MethodConfig = field(default_factory=MethodConfig)
@@ -386,9 +380,4 @@ class RunConfig:
     measure_costs: bool = False
     keep: str = bounded("all", choices=("all", "confirmed", "none"))
     retry_failed: bool = False
-    cost_name: str | None = None
     allow_unequal_budgets: bool = False
-    evaluate: list[str] = field(
-        default_factory=lambda: ["dev", "golden"],
-        metadata={"choices": ("dev", "golden"), "distinct": True, "may_be_empty": True},
-    )

@@ -1,7 +1,7 @@
 """Answer for all adapters of a study in one pass of vLLM, where it is installed and a GPU is there.
 
-Runs in a process of its own (`python -m harness.multilora WORK.json`), so that the GPU's memory is free again when the
-trials go on. Output: `answers-SPLIT.jsonl` in each trial's folder, which the trial's own stage then takes up.
+Runs in a process of its own (`python -m harness.generate.vllm WORK.json ANSWERS.json`), which frees the GPU's memory
+before the trials go on. Output: `answers-SPLIT.jsonl` in each trial's folder, which the trial's own stage reads.
 
 The call of vLLM itself has not been run by the harness's authors, who had no GPU; the tests run everything around it.
 """
@@ -12,12 +12,15 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from harness.config.schema import RunConfig
 from harness.data.records import Completion, EvalPrompt
-from harness.study.files import read_json, read_jsonl, write_json
+from harness.data.splits import Splits
+from harness.data.tokens import ChatFormat
+from harness.study.files import read_json, read_jsonl, write_json, write_jsonl
 
 _LAST_WORDS = 2000  # characters of vLLM's error output that are shown
 _MAX_LORAS = 8  # adapters on the GPU at once; the others wait in vLLM's queue
@@ -102,6 +105,35 @@ def _answers(job: dict[str, Any]) -> Iterator[list[int]]:
     )
     for output in outputs:
         yield list(output.outputs[0].token_ids)
+
+
+def answer_folders(
+    work: Sequence[tuple[Path, str]], config: RunConfig, chat: ChatFormat, splits: Splits, scratch: Path
+) -> None:
+    """Answer splits with the adapters in trial folders, all in one pass; leaves `answers-SPLIT.jsonl` in each folder.
+
+    Args:
+        work: trial folders, each with a split.
+        config: of any of the trials: they share base model and decoding.
+        chat: format of the prompts.
+        splits: the prompts.
+        scratch: folder for the files of vLLM's process.
+
+    Raises:
+        RuntimeError: if vLLM's process fails, with the end of its error output.
+    """
+    from harness.generate.answers import completion_of, prompt_ids, turns_of  # loads torch
+
+    prompts = {"dev": turns_of(splits.dev_prompts), "golden": turns_of(splits.golden_prompts)}
+    found: dict[tuple[Path, str], dict[str, Completion]] = {place: {} for place in work}
+    for turn in range(max(len(turns) for turns in prompts.values())):  # second turns need the answers to the first
+        asked = [(place, prompt) for place in work for prompt in (prompts[place[1]][turn : turn + 1] or [[]])[0]]
+        requests = [[str(place[0] / "adapter"), prompt_ids(chat, prompt, found[place])] for place, prompt in asked]
+        job = vllm_job(config, sorted(chat.stop_ids)) | {"requests": requests}
+        for (place, prompt), answer in zip(asked, run_vllm(job, scratch), strict=True):
+            found[place][prompt.prompt_id] = completion_of(chat, prompt, answer, place[1])
+    for (folder, split), answers in found.items():
+        write_jsonl(answers_path(folder, split), [asdict(answer) for answer in answers.values()])
 
 
 if __name__ == "__main__":

@@ -7,8 +7,7 @@ import sys
 
 from harness.study.errors import UsageError, in_one_sentence
 from harness.study.text import redact
-from harness.sweep.app import run_sweep
-from harness.sweep.terminal import print_result
+from harness.sweep.app import print_result, run_sweep
 
 
 @in_one_sentence("harness.sweep")

@@ -1,92 +1,124 @@
 """The main job: `python -m harness.sweep +method=simpo,dpo` trains, generates, scores, decides and reports.
 
-A Hydra application. Its sweeper (`harness.sweep.sweeper`) plans and runs the study; this file has its jobs.
+Hydra stands at this edge alone: the command line is composed here once, and trials get finished configs.
 """
 
 from __future__ import annotations
 
-import importlib
 import os
 import sys
-import types
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 
 import hydra
-from hydra.core.config_store import ConfigStore
-from hydra.core.hydra_config import HydraConfig
-from hydra.core.plugins import Plugins
+from hydra import compose, initialize_config_dir
+from hydra._internal.callbacks import Callbacks
+from hydra.core.global_hydra import GlobalHydra
+from hydra.types import HydraContext
 from omegaconf import DictConfig
 
 from harness.config.compose import register_schemas
+from harness.config.launchers import LAUNCHERS
+from harness.config.machine import job_problem, processes_problem
 from harness.config.overrides import check_overrides, check_single, explain
 from harness.config.paths import CONF
+from harness.decide.lines import table_lines, verdict_line, warning_lines
 from harness.study.errors import UsageError
 from harness.study.log import prepare_process
-from harness.study.text import redact
-from harness.sweep.launchers import RayLauncher, take_places
-from harness.sweep.problems import compose_run, find_warnings, resolve
-from harness.sweep.protocol import StudyResult
-from harness.sweep.registration import refuse_golden
-from harness.sweep.request import Design, hydra_arguments
-from harness.sweep.sweeper import PairedSweeper, folder_name, register_design
-from harness.sweep.trial import run_trial
+from harness.study.outcome import Outcome
+from harness.study.text import redact, visible
+from harness.sweep.design import Composer, Design, designs_of, expand, shared_overrides, warnings_of
+from harness.sweep.estimate import print_plan, refuse_what_does_not_fit
+from harness.sweep.launch import Launching
+from harness.sweep.problems import compose_run, find_warnings
+from harness.sweep.protocol import StudyResult, report_study, run_study
+from harness.sweep.registration import folder_name, register
+from harness.sweep.stages import run_trial
+from harness.sweep.trial import Context
 
 # What Hydra answers by itself: help, the composed config, shell completion.
 _HYDRA_FLAGS = ("--help", "-h", "--hydra-help", "--cfg", "-c", "--info", "-i", "--shell-completion", "-sc", "--version")
 
 
-def run_job(composed: DictConfig) -> dict[str, Any]:
-    """Run one trial as a Hydra job, in whatever process the launcher chose; what it raises is kept by launchers."""
-    prepare_process()
-    try:
-        return _run_job(composed)
-    except Exception as error:
-        if (message := redact(error)) == str(error):
-            raise
-        raise RuntimeError(f"{type(error).__name__}: {message}") from None
-
-
-def _run_job(composed: DictConfig) -> dict[str, Any]:
-    config = resolve(composed)
-    launcher = str(HydraConfig.get().launcher.get("_target_", "")).rpartition(".")[2]
-    take_places(launcher, config.accelerate.num_processes)
-    return asdict(run_trial(config, tuple(config.evaluate)))
-
-
 def run_sweep(arguments: Sequence[str]) -> list[StudyResult]:
-    """Run the main job on command-line arguments and return its results (none for `plan=true` and `--help`).
+    """Run the main job on command-line arguments and return a result per study (none for `plan=true` and `--help`).
 
     Raises:
         UsageError: for wrong usage, before anything is loaded.
     """
     prepare_process()
     register_schemas()
-    register_plugins()
-    PairedSweeper.typed = tuple(arguments)
-    asks_hydra = any(argument.split("=")[0] in _HYDRA_FLAGS for argument in arguments)
-    if not asks_hydra:
-        _check_options(arguments, allowed=("--multirun", "-m"))
-        check_overrides([argument for argument in arguments if not argument.startswith("-")])
-        arguments = ["--multirun", *hydra_arguments(arguments)]
-    result: list[StudyResult] = []
-    application = hydra.main(version_base="1.3", config_path=str(CONF), config_name="sweep")(run_job)
-    argv, sys.argv = sys.argv, [sys.argv[0], *arguments]
-    PairedSweeper.on_result = staticmethod(result.append)
+    if any(argument.split("=")[0] in _HYDRA_FLAGS for argument in arguments):
+        _answer_as_hydra(arguments)
+        return []
+    _check_options(arguments, allowed=("--multirun", "-m"))
+    parsed = check_overrides([argument for argument in arguments if not argument.startswith("-")])
+    with _context() as context, initialize_config_dir(config_dir=str(CONF), version_base="1.3", job_name="harness"):
+        with explain():
+            master = compose("sweep", shared_overrides(parsed), return_hydra_config=True)
+        designs = list(designs_of(expand(parsed, master), master, Composer(), folder_name))
+        warnings = [warnings_of(design) for design in designs]
+        launching = Launching(master, _hydra_context(master), context)
+        if master.plan:
+            for design, found in zip(designs, warnings, strict=True):
+                print_plan(design, found, launching.kind.at_once(design.any.accelerate.num_processes))
+            return []
+        for design in designs:
+            _refuse_what_cannot_run(design, launching)
+        for design, found in zip(designs, warnings, strict=True):
+            register(design, ["harness.sweep", *arguments], warnings=found)
+        results = [run_study(design, launching.run) for design in designs]
+        if len(results) > 1:
+            _report_again(results)
+        return results
+
+
+@contextmanager
+def _context() -> Iterator[Context]:
+    context = Context()
     try:
-        os.environ["HYDRA_FULL_ERROR"] = "1"  # let errors through to us: Hydra would print them and exit with 1
+        yield context
+    finally:
+        context.slots.release()
+
+
+def _hydra_context(master: DictConfig) -> HydraContext:
+    return HydraContext(config_loader=GlobalHydra.instance().config_loader(), callbacks=Callbacks(master))
+
+
+def _answer_as_hydra(arguments: Sequence[str]) -> None:
+    """Let Hydra answer its own options: `--help`, `--cfg job`, shell completion."""
+    application = hydra.main(version_base="1.3", config_path=str(CONF), config_name="sweep")(lambda config: None)
+    argv, sys.argv = sys.argv, [sys.argv[0], *arguments]
+    try:
+        os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach us: Hydra would print them and exit with 1
         with explain():
             application()
     finally:
         sys.argv = argv
-    return result
 
 
 def _check_options(arguments: Sequence[str], *, allowed: Sequence[str] = ()) -> None:
     for argument in arguments:
         if argument.startswith("-") and argument not in allowed:
             raise UsageError(f"{argument}: unknown option; write KEY=VALUE, and see --help for the keys")
+
+
+def _refuse_what_cannot_run(design: Design, launching: Launching) -> None:
+    """Refuse a study for which this machine or the cluster's jobs have too little disk or too few devices."""
+    accelerate = design.any.accelerate
+    refuse_what_does_not_fit(design, launching.kind.at_once(accelerate.num_processes))
+    problem = "" if launching.kind.is_elsewhere else processes_problem(accelerate)
+    if problem := problem or job_problem(launching.requested, accelerate):
+        raise UsageError(problem)
+
+
+def _report_again(results: Sequence[StudyResult]) -> None:
+    """Render the reports of a family once more: the first ones were made before the later studies."""
+    for result in results:
+        if result.report:
+            report_study(result.report.parent)
 
 
 def run_single(arguments: Sequence[str]) -> int:
@@ -100,47 +132,60 @@ def run_single(arguments: Sequence[str]) -> int:
         check_single([*arguments])
         check_overrides([*arguments])
         config = compose_run([*arguments])
-        config = replace(config, study=folder_name(config))
         shared = [item for item in arguments if not item.lstrip("+").startswith(("method", "arms.", "seed="))]
-        base = replace(compose_run([*shared, "+method=sft", "seed=0"]), study=config.study)
-        arm = config.method.name
-        design = Design(base, {arm: [config]}, {arm: {}}, [config.seed], [], lambda *_: config, config.evaluate)
-        register_design(design, ["harness.train", *arguments], find_warnings(config))
-        refuse_golden(config, config.evaluate)
+        base = compose_run([*shared, "+method=sft", "seed=0"])
+        design = Design(base, {config.method.name: [config]}, {config.method.name: {}}, [config.seed], [])
+        design = design.in_study(folder_name(config))
+        register(design, ["harness.train", *arguments], warnings=find_warnings(config))
+        trial = design.trial(config, config.seed, design.base.splits)
+        trial = replace(trial, config=replace(trial.config, study=design.base_config.study))
+        trial.refuse_golden()
     except UsageError as error:
         print(f"harness.train: {redact(error)}", file=sys.stderr)
         return 2
-    take_places("BasicLauncher", config.accelerate.num_processes)
-    outcome = run_trial(base, tuple(config.evaluate))
-    if outcome.status != "failed":
-        outcome = run_trial(config, tuple(config.evaluate))
+    with _context() as context:
+        context.slots.take(LAUNCHERS["basic"], config.accelerate.num_processes)
+        outcome = run_trial(design.base, context)
+        if outcome.status != "failed":
+            outcome = run_trial(trial, context)
     print(f"{outcome.arm} {outcome.config} seed {outcome.seed}: {outcome.status} {outcome.message}")
     return 1 if outcome.status == "failed" else 0
 
 
-_PLUGINS = {"harness_sweeper": PairedSweeper, "harness_launcher": RayLauncher}
+def print_result(result: StudyResult) -> int:
+    """Print the table, the warnings and the verdict; return the exit status: 1 if a trial failed."""
+    failed = [outcome for outcome in result.outcomes if outcome.status == "failed"]
+    verdict = result.verdict
+    if verdict:
+        print("\n".join(["", *table_lines(verdict), *warning_lines(verdict)]))
+    for outcome in failed:
+        print(f"failed: {_name(outcome)}: {visible(redact(outcome.message))}")
+    for problem in result.problems:
+        print(f"scorer failed: {visible(redact(problem))}")
+    if failed:
+        print(f"{len(failed)} of {len(result.outcomes)} trials failed; the rest is kept: {_again(failed)}")
+    stages = ", ".join(f"{stage} {count}" for stage, count in result.stages.items() if count)
+    print(f"trials run now: {result.launched}, complete before: {len(result.outcomes) - result.launched} ({stages})")
+    if verdict:
+        print(f"\n{verdict_line(verdict)}")
+    else:
+        print(f"\nno verdict: {redact(result.undecided)}")
+    if result.report:
+        print(f"report: {result.report}")
+    if result.unreported:
+        print(f"no report: {visible(result.unreported)}")
+    is_missing = bool(result.unreported) or (result.is_comparison and not verdict)
+    return 1 if failed or result.problems or is_missing else 0
 
 
-@dataclass
-class SweeperConfig:
-    """Selects the sweeper in Hydra's config."""
+def _again(failed: Sequence[Outcome]) -> str:
+    """Return which command runs failed trials again."""
+    standing = sum(not outcome.retries for outcome in failed)
+    if not standing:
+        return "mend the cause, and the same command runs them again"
+    which = "them" if standing == len(failed) else f"all of them, and without it {len(failed) - standing},"
+    return f"the same command with retry_failed=true runs {which} again"
 
-    _target_: str = "hydra_plugins.harness_sweeper.PairedSweeper"
 
-
-def register_plugins() -> None:
-    """Put the classes where Hydra looks, and the sweeper's config into its store."""
-    try:
-        parent = importlib.import_module("hydra_plugins")
-    except ImportError:
-        parent = sys.modules["hydra_plugins"] = types.ModuleType("hydra_plugins")
-        parent.__path__ = []
-    for name, plugin in _PLUGINS.items():
-        alias = f"hydra_plugins.{name}"
-        module = types.ModuleType(alias)
-        setattr(module, plugin.__name__, plugin)
-        sys.modules[alias] = module
-        setattr(parent, name, module)
-        plugin.__module__ = alias
-        Plugins.instance().register(plugin)
-    ConfigStore.instance().store(group="hydra/sweeper", name="paired", node=SweeperConfig, provider="harness")
+def _name(outcome: Outcome) -> str:
+    return f"{outcome.arm} {outcome.config} seed {outcome.seed} ({outcome.trial_id})"

@@ -17,37 +17,39 @@ from harness.config.schema import Engine, Precision, RunConfig, Tuning
 from harness.config.trial_id import config_label
 from harness.data.inputs import Tokens, num_steps, splits_of, tokens_of
 from harness.decide.simulate import detectable_before
-from harness.study.decision import Selection, read_selection
 from harness.study.errors import UnreachableError, UsageError
 from harness.study.manifest import read_manifest
-from harness.sweep.registration import identify, is_complete, study_dir
-from harness.sweep.request import Design
+from harness.study.selection import read_selection
+from harness.sweep.design import Design, ordered
+from harness.sweep.trial import Trial
 from harness.train.memory import plan_of
 
 
 def print_plan(design: Design, warnings: Sequence[str], at_once: int = 1) -> None:
     """Print the trials of a study, their number and their size; nothing is run."""
+    unknown = ""
     try:
-        splits_of(design.any)
-        unknown = ""
-        identify(design.any)
+        design.contents()
     except UnreachableError as error:
         unknown = str(error).splitlines()[0]
-    print(f"study {study_dir(design.base)}: {_count(design)} and the SFT base")
+    print(f"study {design.study}: {_count(design)} and the SFT base")
     if unknown:
         print(f"ids and sizes are not known here: {unknown}")
     else:
-        print(_size_of_a_trial(design.any))
+        print(_size_of_a_trial(design))
     if not unknown:
         print("\n".join(_cost(design, at_once)))
     print(_findable(design))
     if design.any.score.judge.model and not unknown:
         print(_judging(design))
     print(f"{'trial':14}{'stage':9}{'arm':14}{'seed':>5}  {'state':10}config")
-    for stage, trial in _trials(design):
-        name = "-" if unknown else identify(trial)
-        state = "-" if unknown else "complete" if is_complete(trial, tuple(trial.evaluate)) else "to run"
-        print(f"{name:14}{stage:9}{trial.method.name:14}{trial.seed:5}  {state:10}{config_label(trial)}")
+    if unknown:
+        for stage, config, seed in _planned(design):
+            print(f"{'-':14}{stage:9}{config.method.name:14}{seed:5}  {'-':10}{config_label(config)}")
+    else:
+        for stage, trial in _trials(design):
+            state = "complete" if trial.is_complete() else "to run"
+            print(f"{trial.trial_id:14}{stage:9}{trial.arm:14}{trial.seed:5}  {state:10}{trial.label}")
     for arm in design.tuned:
         for seed in design.seeds:
             print(f"{'-':14}{'confirm':9}{arm:14}{seed:5}  {'to run':10}the config that dev selects")
@@ -57,20 +59,20 @@ def print_plan(design: Design, warnings: Sequence[str], at_once: int = 1) -> Non
 
 def to_run(design: Design) -> tuple[int, int]:
     """Count the trials of a design that are not complete: those that tune, and those that decide."""
-    missing = [stage for stage, trial in _trials(design) if not is_complete(trial, tuple(trial.evaluate))]
+    missing = [stage for stage, trial in _trials(design) if not trial.is_complete()]
     suggested = (design.any.search.trials or 0) * len(design.tuning_seeds) if design.suggests else 0
     tune = missing.count("tune") + suggested * len(design.arms)
     selected = {arm: found["selected"] for arm, found in _selection(design).get("arms", {}).items()}
     chosen = {arm: [c for c in design.arms[arm] if config_label(c) == selected.get(arm)] for arm in design.tuned}
     known = {arm: configs[0] for arm, configs in chosen.items() if configs}
-    left = [trial for trial in design.deciding(known, design.seeds) if not is_complete(trial, tuple(trial.evaluate))]
+    left = [trial for trial in design.deciding(known, design.seeds) if not trial.is_complete()]
     unknown = (len(design.tuned) - len(known)) * len(design.seeds)
     return tune, missing.count("confirm") + len(left) + unknown
 
 
-def _selection(design: Design) -> Selection:
+def _selection(design: Design) -> dict[str, Any]:
     try:
-        return read_selection(study_dir(design.base))
+        return read_selection(design.study)
     except (UsageError, ValueError):  # a damaged one is for the sweep to mend or to refuse
         return {}
 
@@ -96,7 +98,7 @@ def _findable(design: Design) -> str:
         prompts = len(splits_of(design.any).golden_prompts)
     except UnreachableError:
         return "what difference the study could find is not known without its golden prompts"
-    least = 100 * detectable_before(seeds, prompts, alpha=design.base.decide.alpha)
+    least = 100 * detectable_before(seeds, prompts, alpha=design.base_config.decide.alpha)
     level = "" if seeds > 1 else "; with one seed it compares two checkpoints and not the methods"
     return (
         f"with {seeds} seeds an arm and {prompts} golden prompts, a difference of about {least:.1f} points is found "
@@ -112,7 +114,7 @@ def _judging(design: Design) -> str:
     config, splits = design.any, splits_of(design.any)
     prompts = [(p, len(design.arms) * len(design.seeds)) for p in splits.golden_prompts]
     if config.decide.metric in ("judge", "length_controlled"):
-        tuned = len(design.tuning(design.arms, design.tuning_seeds)) if design.tuned else 0
+        tuned = len(ordered(design.arms, design.tuning_seeds)) if design.tuned else 0
         prompts += [(p, tuned) for p in splits.dev_prompts]
     template = load_template(config.score.judge.template)
     longest = "word " * (config.generate.max_new_tokens or 0)  # an answer that runs to its limit
@@ -125,11 +127,20 @@ def _judging(design: Design) -> str:
     return f"judge {config.score.judge.model}: at most {most}, were every answer as long as it may be"
 
 
-def _trials(design: Design) -> list[tuple[str, RunConfig]]:
+def _trials(design: Design) -> list[tuple[str, Trial]]:
+    """Return the trials that are known before anything is selected, with their stage."""
     tuned = {arm: design.arms[arm] for arm in design.tuned}
     others = {arm: configs[0] for arm, configs in design.arms.items() if arm not in tuned}
     found = [("tune", trial) for trial in design.tuning(tuned, design.tuning_seeds)]
     return found + [("confirm", trial) for trial in design.deciding(others, design.seeds)]
+
+
+def _planned(design: Design) -> list[tuple[str, RunConfig, int]]:
+    """Return stage, config and seed of the same trials; needs no hash of what a Hub id names."""
+    tuned = {arm: design.arms[arm] for arm in design.tuned}
+    others = {arm: configs[:1] for arm, configs in design.arms.items() if arm not in tuned}
+    found = [("tune", config, seed) for config, seed in ordered(tuned, design.tuning_seeds)]
+    return found + [("confirm", config, seed) for config, seed in ordered(others, design.seeds)]
 
 
 def _count(design: Design) -> str:
@@ -146,15 +157,16 @@ def _count(design: Design) -> str:
     )
 
 
-def _size_of_a_trial(trial: RunConfig) -> str:
+def _size_of_a_trial(design: Design) -> str:
     """Say what one trial works through, and how long those took that are finished already."""
+    trial = design.any
     splits = splits_of(trial)
     pairs = len(splits.train)
     steps = num_steps(trial, pairs)
     answers = {"dev": len(splits.dev_prompts), "golden": len(splits.golden_prompts)}
     text = f"each trial: {pairs} pairs x {trial.train.epochs} epochs = {steps} steps of {trial.train.batch_size}; "
     text += f"answers to {answers['dev']} dev and {answers['golden']} golden prompts"
-    found = [read_manifest(path.parent) for path in study_dir(trial).glob("trials/*/manifest.json")]
+    found = [read_manifest(path.parent) for path in design.study.glob("trials/*/manifest.json")]
     seconds = [sum(manifest["seconds"].values()) for manifest in found if manifest.get("status") == "complete"]
     return text + (f"; finished ones took {fmean(seconds):.0f} s on average" if seconds else "")
 

@@ -1,7 +1,7 @@
-"""A Hydra launcher that runs each trial as a Ray task, on this machine or on a cluster that is there. Knows ray.
+"""How trials get their devices: a Hydra launcher for Ray, and slots (GPUs or cores) on this machine.
 
-Own code, since the published plugin (hydra-ray-launcher 1.2.2) asks for cloudpickle below 3 and joblib for 3 or above,
-and since there a worker that dies takes the whole sweep with it.
+The Ray launcher is our own: the published plugin (hydra-ray-launcher 1.2.2) needs cloudpickle below 3, joblib
+needs 3 or above, and a worker that dies there ends the whole sweep.
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ from typing import Any, TextIO
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.singleton import Singleton
 from hydra.core.utils import JobReturn, JobStatus, run_job, setup_globals
-from hydra.plugins.launcher import Launcher
+from hydra.plugins.launcher import Launcher as HydraLauncher
 from omegaconf import DictConfig, open_dict
 
+from harness.config.launchers import Launcher
 from harness.config.machine import gpus
 from harness.study.errors import UsageError
 
 
-class RayLauncher(Launcher):
+class RayLauncher(HydraLauncher):
     """Run trials as Ray tasks.
 
     Args:
@@ -120,55 +121,63 @@ def _result(ray: Any, job: Any) -> JobReturn:
 
 
 _POLL_SECONDS = 0.5
-_held: list[TextIO] = []
 
 
-def take_places(launcher: str, count: int = 1) -> list[str]:
-    """Take GPUs, or cores, for a trial where several may run on this machine; keep them until the process ends.
+class Slots:
+    """The GPUs or cores that this process holds, each by a lock on a file that the kernel frees with the process."""
 
-    Must run before CUDA is initialised. A place is a lock on a file, which the kernel frees however the process ends.
-    Slurm and Ray hand out places of their own, of which at most `count` are used. On CPUs only submitit's local
-    workers, all started at once, wait for their turn: joblib bounds its workers and their threads itself.
+    def __init__(self) -> None:
+        self._held: list[TextIO] = []
 
-    Args:
-        launcher: name of the launcher's class.
-        count: how many a trial needs.
+    def take(self, launcher: Launcher, count: int = 1) -> list[str]:
+        """Take GPUs or cores for a trial if several trials may run on this machine; keep them for later trials.
 
-    Returns:
-        The names of the places; empty where none are to be taken.
-    """
-    if launcher in ("SlurmLauncher", "RayLauncher"):
-        if len(gpus()) > count:  # more than asked for: one process would spread over all of them
-            os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus()[:count])
-        return []
-    if _held or not (launcher == "LocalLauncher" or len(gpus()) > 1):
-        return []
-    names = gpus() or tuple(f"core-{number}" for number in range(len(os.sched_getaffinity(0))))
-    places = _wait_for(names, min(count, len(names)))
-    if gpus():
-        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(places)
-    elif count == 1:
-        os.environ["OMP_NUM_THREADS"] = "1"
-    return places
+        Must run before CUDA is initialised. Slurm and Ray hand out devices of their own; at most `count` are used. On
+        CPUs only submitit's local workers, all started at once, wait for a slot: joblib bounds its workers itself.
 
+        Args:
+            launcher: the launcher that runs the trial.
+            count: devices per trial.
 
-def _wait_for(names: tuple[str, ...], count: int) -> list[str]:
-    """Lock `count` of the places; while there are too few, none is kept, so that nobody waits for a half."""
-    folder = Path(tempfile.gettempdir()) / f"harness-places-{os.getuid()}"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    while True:
-        taken: dict[str, TextIO] = {}
-        for name in names:
-            file: TextIO = (folder / name.replace("/", "_")).open("w")
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+        Returns:
+            The names of the slots; empty if none are needed.
+        """
+        if launcher.is_elsewhere:
+            if len(gpus()) > count:  # more than requested: one process would spread over all of them
+                os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus()[:count])
+            return []
+        if self._held or not (launcher.one_process_each or len(gpus()) > 1):
+            return []
+        names = gpus() or tuple(f"core-{number}" for number in range(len(os.sched_getaffinity(0))))
+        slots = self._wait_for(names, min(count, len(names)))
+        if gpus():
+            os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(slots)
+        elif count == 1:
+            os.environ["OMP_NUM_THREADS"] = "1"
+        return slots
+
+    def release(self) -> None:
+        """Give all slots back."""
+        while self._held:
+            self._held.pop().close()
+
+    def _wait_for(self, names: tuple[str, ...], count: int) -> list[str]:
+        """Lock all `count` slots or none, so that two trials cannot deadlock with half each."""
+        folder = Path(tempfile.gettempdir()) / f"harness-places-{os.getuid()}"
+        folder.mkdir(mode=0o700, exist_ok=True)
+        while True:
+            taken: dict[str, TextIO] = {}
+            for name in names:
+                file: TextIO = (folder / name.replace("/", "_")).open("w")
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except OSError:
+                    file.close()
+                    continue
+                taken[name] = file
+                if len(taken) == count:
+                    self._held.extend(taken.values())
+                    return list(taken)
+            for file in taken.values():
                 file.close()
-                continue
-            taken[name] = file
-            if len(taken) == count:
-                _held.extend(taken.values())
-                return list(taken)
-        for file in taken.values():
-            file.close()
-        time.sleep(_POLL_SECONDS * random.uniform(0.5, 1.5))  # two that wait for the same places must not keep step
+            time.sleep(_POLL_SECONDS * random.uniform(0.5, 1.5))  # two waiting processes must not keep step

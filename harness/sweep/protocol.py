@@ -6,31 +6,28 @@ Knows nothing of Hydra: trials are launched through a function that the sweep pa
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from harness.config.arms import ARMS
 from harness.config.schema import RunConfig
-from harness.config.trial_id import config_label
-from harness.data.records import Completion
-from harness.generate.vllm import answers_path, run_vllm, vllm_job
+from harness.decide.study import decide_study
 from harness.score.available import scoring_of, study_scorers
 from harness.score.study_scores import blocking, score_study
 from harness.score.trial_scores import collect_scores
 from harness.study.errors import UsageError, is_outside, problem
-from harness.study.files import drop_temporaries, locked, locked_if_free, write_jsonl
-from harness.study.integrity import done_stages, drop_damaged, is_outdated
+from harness.study.files import drop_temporaries, locked, locked_if_free
+from harness.study.integrity import drop_damaged, is_outdated
 from harness.study.log import say
-from harness.study.manifest import load_manifest, put_back_manifest, read_manifest
+from harness.study.manifest import put_back_manifest, read_manifest
 from harness.study.outcome import Outcome, set_aside, standing_failure
 from harness.study.registration import read_study
-from harness.sweep.registration import identify, is_complete, study_dir, trial_dir
-from harness.sweep.request import Design, cost_trials
+from harness.sweep.design import Design
+from harness.sweep.trial import Trial
 from harness.sweep.tuning import tune
 from harness.track.tracker import track
 
-Launch = Callable[[Sequence[RunConfig]], list[Outcome]]
+Launch = Callable[[Sequence[Trial]], list[Outcome]]
 
 
 @dataclass(frozen=True)
@@ -68,7 +65,7 @@ def run_study(design: Design, launch: Launch) -> StudyResult:
         design: what to train.
         launch: runs trials and returns how they ended, in the same order.
     """
-    study = study_dir(design.base)
+    study = design.study
     _drop_damaged(study)
     runs = _Runs(launch, design, study)
     verdict, undecided = None, ""
@@ -91,12 +88,12 @@ def run_study(design: Design, launch: Launch) -> StudyResult:
             verdict, undecided = (None, blocked) if blocked else _decided(study)
             if verdict and verdict["verdict"] != "inconclusive":
                 break
-        runs.finish("costs", cost_trials(design, selected) if verdict else [])
+        runs.finish("costs", design.cost_trials(selected) if verdict else [])
     with locked(study):
         collect_scores(study)
         report, unreported = report_study(study)
     if runs.launched and verdict and report:
-        _mirror(design.base, study, verdict)
+        _mirror(design.base_config, study, verdict)
     return _result(runs, design, verdict, undecided, report=report, unreported=unreported)
 
 
@@ -136,10 +133,6 @@ def _result(
     return StudyResult(*found, problems=runs.problems, unreported=unreported)
 
 
-def _key(trial: RunConfig) -> tuple[str, str, int, str]:
-    return trial.method.name, config_label(trial), trial.seed, trial.cost_name or ""
-
-
 class _Runs:
     """How trials ended, and which of them were launched, over the several launches of a study."""
 
@@ -147,8 +140,8 @@ class _Runs:
         self._launch = launch
         self._design, self._study = design, study
         self.problems: list[str] = []
-        self.ended: dict[tuple[str, str, int, str], Outcome] = {}
-        self.launched: set[tuple[str, str, int, str]] = set()
+        self.ended: dict[Path, Outcome] = {}
+        self.launched: set[Path] = set()
         self.stages: dict[str, int] = {}
 
     @property
@@ -156,27 +149,29 @@ class _Runs:
         """Number of trials that failed, and one more where a scorer did."""
         return sum(outcome.status == "failed" for outcome in self.ended.values()) + bool(self.problems)
 
-    def finish(self, stage: str, trials: Sequence[RunConfig]) -> int:
+    def finish(self, stage: str, trials: Sequence[Trial]) -> int:
         """Launch the trials that are not complete, note how all of them ended, and return how many failed."""
-        trials = list({_key(trial): trial for trial in trials}.values())
-        missing = [trial for trial in trials if not is_complete(trial, tuple(trial.evaluate))]
-        stand = {} if self._design.base.retry_failed else dict(_standing(missing))
-        missing = [trial for trial in missing if _key(trial) not in stand]
+        trials = list({trial.folder: trial for trial in trials}.values())
+        missing = [trial for trial in trials if not trial.is_complete()]
+        stand = {} if self._design.base_config.retry_failed else dict(_standing(missing))
+        missing = [trial for trial in missing if trial.folder not in stand]
         for trial in missing:
-            set_aside(trial_dir(trial))
-        new: dict[tuple[str, str, int, str], Outcome] = {}
+            set_aside(trial.folder)
+        new: dict[Path, Outcome] = {}
         while missing:
-            new |= dict(zip(map(_key, missing), self._launch(missing), strict=True))
-            now = {_key(trial): new.get(_key(trial)) or finished(trial) for trial in trials if _key(trial) not in stand}
-            missing = [trial for trial in trials if _is_outdated(trial, now.get(_key(trial)))]
+            new |= dict(zip([trial.folder for trial in missing], self._launch(missing), strict=True))
+            now = {
+                trial.folder: new.get(trial.folder) or trial.finished() for trial in trials if trial.folder not in stand
+            }
+            missing = [trial for trial in trials if _is_outdated(trial, now.get(trial.folder))]
         self.launched |= set(new)
         before = len(self.ended)
         new |= stand
-        self.ended |= {_key(trial): new.get(_key(trial)) or finished(trial) for trial in trials}
+        self.ended |= {trial.folder: new.get(trial.folder) or trial.finished() for trial in trials}
         self.stages[stage] = self.stages.get(stage, 0) + len(self.ended) - before
         if stage in ("tune", "confirm"):
             self._score(["dev"] if stage == "tune" else ["golden"])
-        return sum(self.ended[_key(trial)].status == "failed" for trial in trials)
+        return sum(self.ended[trial.folder].status == "failed" for trial in trials)
 
     def _score(self, splits: Sequence[str]) -> None:
         """Let the scorers of the whole study score what is new; dev only by those that select on it."""
@@ -198,33 +193,22 @@ class _Runs:
         return "; ".join(blocking(self.problems, needed))
 
 
-def _is_outdated(trial: RunConfig, outcome: Outcome | None) -> bool:
+def _is_outdated(trial: Trial, outcome: Outcome | None) -> bool:
     """Whether a trial that is finished has to train again, since another one of its seed has run out of memory."""
     if outcome is None or outcome.status != "complete" or trial.cost_name:
         return False
-    return is_outdated(study_dir(trial), trial.seed, read_manifest(trial_dir(trial)).get("micro_batch_size"))
+    return is_outdated(trial.study, trial.seed, read_manifest(trial.folder).get("micro_batch_size"))
 
 
-def _standing(trials: Sequence[RunConfig]) -> Iterator[tuple[tuple[str, str, int, str], Outcome]]:
+def _standing(trials: Sequence[Trial]) -> Iterator[tuple[Path, Outcome]]:
     """Yield how trials failed that are not run again unless that is asked for."""
     for trial in trials:
-        if why := standing_failure(trial_dir(trial)):
-            about = (identify(trial), trial.method.name, config_label(trial), trial.seed)
-            ended = Outcome(*about, "failed", why, retries=False)
-            yield _key(trial), ended
-
-
-def finished(trial: RunConfig) -> Outcome:
-    """Read how a complete trial ended."""
-    facts = load_manifest(trial_dir(trial))
-    message = facts.get("divergence", "")
-    return Outcome(facts["trial_id"], trial.method.name, config_label(trial), trial.seed, facts["status"], message)
+        if why := standing_failure(trial.folder):
+            yield trial.folder, trial.outcome("failed", why, retries=False)
 
 
 def _decided(study: Path) -> tuple[dict[str, Any] | None, str]:
     """Return the verdict, or None with the reason; a verdict on what the scores no longer say is taken away."""
-    from harness.decide.study import decide_study
-
     with locked(study):
         collect_scores(study)
         try:
@@ -236,8 +220,8 @@ def _decided(study: Path) -> tuple[dict[str, Any] | None, str]:
 
 def _mirror(base: RunConfig, study: Path, verdict: dict[str, Any]) -> None:
     """Log the study itself: the verdict as a summary, the figures and the report as pages."""
-    from harness.report.prompts import answers_table
-    from harness.report.study import read_study as read_all
+    from harness.report.prompts import answers_table  # loads matplotlib
+    from harness.report.study import read_study as read_for_report
 
     with track(
         base.tracking,
@@ -249,7 +233,7 @@ def _mirror(base: RunConfig, study: Path, verdict: dict[str, Any]) -> None:
         config=read_study(study / "study.yaml"),
     ) as tracker:
         tracker.summarise({f"verdict/{key}": value for key, value in verdict.items()})
-        tracker.table("side_by_side", *answers_table(read_all(study)))
+        tracker.table("side_by_side", *answers_table(read_for_report(study)))
         for figure in sorted((study / "figures").glob("*.svg")):
             tracker.page(f"figures/{figure.stem}", figure)
         tracker.page("report", study / "report.html")
@@ -257,7 +241,7 @@ def _mirror(base: RunConfig, study: Path, verdict: dict[str, Any]) -> None:
 
 def report_study(study: Path) -> tuple[Path | None, str]:
     """Write the report; return its path, or None with the reason: a verdict is told where no page can be written."""
-    from harness.report.page import render_report
+    from harness.report.page import render_report  # loads matplotlib
 
     try:
         return render_report(study), ""
@@ -265,44 +249,3 @@ def report_study(study: Path) -> tuple[Path | None, str]:
         if isinstance(error, UsageError) or not is_outside(error):
             raise
         return None, problem(error)
-
-
-def answer_trials(trials: Sequence[RunConfig]) -> None:
-    """Answer the splits that trained trials of one study (or its base) still lack, all in one pass.
-
-    Args:
-        trials: configs with one base model and one decoding; those that diverged or failed are left out.
-
-    Raises:
-        RuntimeError: where vLLM's process fails, with the end of its error output.
-    """
-    from harness.data.inputs import splits_of, tokens_of
-    from harness.generate.answers import completion_of, prompt_ids, turns_of
-
-    work = [(folder, split) for trial in trials for folder, split in _lacking(trial)]
-    if not work:
-        return
-    chat, splits = tokens_of(trials[0]).chat, splits_of(trials[0])
-    prompts = {"dev": turns_of(splits.dev_prompts), "golden": turns_of(splits.golden_prompts)}
-    found: dict[tuple[Path, str], dict[str, Completion]] = {place: {} for place in work}
-    for turn in range(max(len(turns) for turns in prompts.values())):  # second turns need the answers to the first
-        asked = [(place, prompt) for place in work for prompt in (prompts[place[1]][turn : turn + 1] or [[]])[0]]
-        requests = [[str(place[0] / "adapter"), prompt_ids(chat, prompt, found[place])] for place, prompt in asked]
-        job = vllm_job(trials[0], sorted(chat.stop_ids)) | {"requests": requests}
-        for (place, prompt), answer in zip(asked, run_vllm(job, study_dir(trials[0])), strict=True):
-            found[place][prompt.prompt_id] = completion_of(chat, prompt, answer, place[1])
-    for (folder, split), answers in found.items():
-        write_jsonl(answers_path(folder, split), [asdict(answer) for answer in answers.values()])
-
-
-def _lacking(trial: RunConfig) -> list[tuple[Path, str]]:
-    """Return the trial's folder with each split that it has neither scored nor answered."""
-    folder = trial_dir(trial)
-    manifest = read_manifest(folder)
-    is_trained = "train" in manifest.get("done", []) and manifest["status"] != "diverged"
-    if not is_trained and ARMS[trial.method.name].trainer:
-        return []
-    done = done_stages(folder, manifest)
-    return [
-        (folder, split) for split in trial.evaluate if split not in done and not answers_path(folder, split).is_file()
-    ]

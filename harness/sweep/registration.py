@@ -2,31 +2,29 @@
 
 from __future__ import annotations
 
+import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from harness.config.arms import ARMS
 from harness.config.checkpoint import contents_sha256
 from harness.config.schema import RunConfig
-from harness.config.trial_id import NOT_IN_RESULT, config_label, plain, trial_id
+from harness.config.trial_id import NOT_IN_RESULT, plain
 from harness.data.inputs import prompt_rows, splits_of, tokens_of
 from harness.data.records import EvalPrompt
 from harness.data.splits import Splits
 from harness.score.available import allowed_scorers, registered_settings
 from harness.score.scorers import unchecked
 from harness.study.backup import put_back
-from harness.study.decision import golden_problem
-from harness.study.errors import UsageError
+from harness.study.errors import UnreachableError, UsageError
 from harness.study.files import digest, locked, to_jsonl, write_text
-from harness.study.integrity import SPLITS, done_stages
 from harness.study.log import say
-from harness.study.manifest import read_manifest
-from harness.study.registration import Registration, contrast_of, merged, read_study, refuse_late_configs, write_study
+from harness.study.registration import STUDY_HASH, contrast_of, merged, read_study, refuse_late_configs, write_study
 from harness.study.scores_csv import MAX_UNSCORED
-from harness.sweep.request import Design
+from harness.sweep.design import Design
 
 
 def fixed_parts(config: RunConfig) -> dict[str, Any]:
@@ -57,7 +55,34 @@ def study_name(config: RunConfig) -> str:
     return f"{Path(config.model.path).name}-{digest(fixed_parts(config))[:8]}"
 
 
-def register(design: Design, command: Sequence[str], *, warnings: Sequence[str]) -> Registration:
+def folder_name(config: RunConfig) -> str:
+    """Return the name of a config's study as a folder.
+
+    A plan of a model or data set that cannot be fetched here goes without the hash of the question.
+    """
+    try:
+        name = study_name(config)
+    except UnreachableError:
+        if not config.plan:
+            raise
+        name = Path(config.model.path).name
+    return re.sub(r"[^A-Za-z0-9_.-]+", "-", name)[-200:].lstrip(".-")
+
+
+def register(design: Design, command: Sequence[str], *, warnings: Sequence[str]) -> dict[str, Any]:
+    """Register a study, see `_register`; a folder that cannot be written to is a UsageError."""
+    try:
+        return _register(design, ["python", "-m", *command], warnings=warnings)
+    except OSError as error:
+        results = design.base_config.results_dir
+        if not str(error.filename).startswith(str(Path(results))):
+            raise
+        raise UsageError(
+            f"results_dir={results}: {error.filename} cannot be written ({error.strerror}); give a folder that can"
+        ) from error
+
+
+def _register(design: Design, command: Sequence[str], *, warnings: Sequence[str]) -> dict[str, Any]:
     """Write study.yaml and prompts.jsonl; where the study exists, refuse another question and add arms and seeds.
 
     Args:
@@ -70,7 +95,7 @@ def register(design: Design, command: Sequence[str], *, warnings: Sequence[str])
             are added after golden was scored.
     """
     config = design.any
-    folder = Path(config.results_dir) / study_name(config)
+    folder = design.study
     fixed = fixed_parts(config)
     path = folder / "study.yaml"
     for name in put_back(folder):
@@ -79,10 +104,10 @@ def register(design: Design, command: Sequence[str], *, warnings: Sequence[str])
         check_answerable(design, fixed)
         tokens_of(config)  # what is wrong with tokenizer, template or lengths shows here, and not in the first trial
     with locked(folder):
-        old = read_study(path) if path.is_file() else None
+        old = read_study(path) if path.is_file() else {}
         if old:
-            _refuse_changes(path, old["fixed"], fixed)
-        study = _study(folder.name, design, fixed, old or {}, command=shlex.join(command), warnings=warnings)
+            _refuse_changes(path, old.get("fixed", {}), fixed)
+        study = _study(folder.name, design, fixed, old, command=shlex.join(command), warnings=warnings)
         refuse_late_configs(path, old, study)
         _write_prompts(folder / "prompts.jsonl", to_jsonl(prompt_rows(splits_of(config))))
         if study != old:
@@ -97,8 +122,8 @@ def _write_prompts(path: Path, text: str) -> None:
 
 
 def _study(
-    name: str, design: Design, fixed: dict[str, Any], old: Mapping[str, Any], *, command: str, warnings: Sequence[str]
-) -> Registration:
+    name: str, design: Design, fixed: dict[str, Any], old: dict[str, Any], *, command: str, warnings: Sequence[str]
+) -> dict[str, Any]:
     """Return the contents of study.yaml: what is registered already stays, arms, configs and seeds are added."""
     config, labels = design.any, design.labels()
     facts = splits_of(config).facts
@@ -109,7 +134,7 @@ def _study(
         configs[arm] = merged(configs.get(arm, []), found)
         seeds[arm] = merged(seeds.get(arm, []), list(design.seeds))
     tuned = [arm for arm in arms if arm in old.get("tuned", []) or arm in design.tuned or len(configs[arm]) > 1]
-    study: Registration = {
+    study = {
         "study": name,
         "question": fixed["question"],
         "arms": arms,
@@ -118,12 +143,8 @@ def _study(
         "seeds": seeds,
         "tuned": tuned,
         "tuning_seeds": merged(old.get("tuning_seeds", []), list(design.tuning_seeds) if tuned else []),
-        "metric": fixed["metric"],
-        "margin": fixed["margin"],
-        "alpha": fixed["alpha"],
-        "guards": fixed["guards"],
-        "looks": fixed["looks"],
-        "family": plain(config.family) if config.family.name else {},
+        **{key: fixed[key] for key in ("metric", "margin", "alpha", "guards", "looks")},
+        "family": _family(design),
         "model": {
             "path": config.model.path,
             "revision": config.model.revision,
@@ -136,9 +157,11 @@ def _study(
         "fixed": fixed,
         "fixed_sha256": digest(fixed),
     }
-    if "sha256" in old:
-        study["sha256"] = old["sha256"]
-    return study
+    return study | ({STUDY_HASH: old[STUDY_HASH]} if STUDY_HASH in old else {})
+
+
+def _family(design: Design) -> dict[str, Any]:
+    return asdict(design.family) if design.family else {}
 
 
 def check_answerable(design: Design, fixed: dict[str, Any]) -> None:
@@ -189,40 +212,6 @@ def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, item in value.items():
         flat |= _flat(item, f"{prefix}{key}.") if isinstance(item, dict) else {f"{prefix}{key}": item}
     return flat
-
-
-def study_dir(config: RunConfig) -> Path:
-    """Return the study's folder."""
-    return Path(config.results_dir) / str(config.study)
-
-
-def trial_dir(config: RunConfig) -> Path:
-    """Return the trial's folder; the SFT base has one of its own, and so have trials run for their cost."""
-    study = study_dir(config)
-    if config.cost_name:
-        return study / "costs" / config.cost_name
-    return study / "trials" / identify(config) if ARMS[config.method.name].trainer else study / "base"
-
-
-def is_complete(config: RunConfig, splits: tuple[str, ...] = SPLITS) -> bool:
-    """Return True where the trial's manifest says that all stages were done for this very config."""
-    manifest = read_manifest(trial_dir(config))
-    if manifest.get("trial_id") != identify(config):
-        return False
-    return {"score", *splits} <= done_stages(trial_dir(config), manifest)
-
-
-def refuse_golden(config: RunConfig, splits: Sequence[str]) -> None:
-    """Raise a UsageError where this run of its study must not be scored on golden."""
-    if "golden" in splits and ARMS[config.method.name].trainer:
-        problem = golden_problem(study_dir(config), config.method.name, config_label(config), config.seed)
-        if problem:
-            raise UsageError(problem)
-
-
-def identify(config: RunConfig) -> str:
-    """Return the config's trial id."""
-    return trial_id(config, contents_sha256(config, splits_of(config).facts))
 
 
 def scorers_of(config: RunConfig, splits: Splits, split: str) -> list[str]:

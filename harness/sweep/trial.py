@@ -1,272 +1,115 @@
-"""One trial from its config to its scores: train -> generate -> held-out log-probs -> score.
-
-A stage that the manifest names as done is not run again; a killed trial goes on where it was.
-"""
+"""A trial as the sweep assigns it (config, identity, folder, splits), and the context of a process that runs trials."""
 
 from __future__ import annotations
 
-import contextlib
-import importlib
-import shutil
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict
-from datetime import UTC, datetime
+from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import fmean
-from typing import Any, Unpack
-
-import yaml
+from typing import Any
 
 from harness.config.arms import ARMS
-from harness.config.checkpoint import contents_sha256
+from harness.config.compose import config_from
 from harness.config.schema import RunConfig
 from harness.config.trial_id import config_label, plain
-from harness.data.inputs import Tokens, num_steps, prompt_rows, splits_of, tokens_of
-from harness.generate.heldout import heldout_rows
-from harness.generate.vllm import drop_answers, stored_answers
-from harness.score.scorers import SCORERS
-from harness.score.trial_scores import completion_flags, score_trial
-from harness.study.backup import write_twice
-from harness.study.errors import DivergedError
-from harness.study.files import FileRecord, locked, read_jsonl, to_jsonl, write_jsonl, write_text
-from harness.study.integrity import DELETED, SPLITS, delete_weights, fingerprints, resume_stages, without_weights
-from harness.study.log import LOG, say, trial_log
-from harness.study.manifest import Manifest, load_manifest, read_manifest, write_manifest
-from harness.study.outcome import SPLIT_PREFIX, STEP, Outcome, describe, end_log, forget, note_step, write_failure
-from harness.study.rows import TrialName
-from harness.sweep.problems import find_warnings
-from harness.sweep.registration import identify, is_complete, refuse_golden, study_dir, trial_dir
-from harness.track.tracker import Tracker, track
-from harness.train.base import borrowed_base, borrowed_policy, import_logging_libraries, set_threads
-from harness.train.checkpoints import drop_broken
-from harness.train.memory import Meter, settle_imports
-from harness.train.stage import TrainStage
+from harness.study.errors import UsageError
+from harness.study.files import read_json, write_json
+from harness.study.integrity import done_stages
+from harness.study.manifest import load_manifest, read_manifest
+from harness.study.outcome import Outcome
+from harness.study.selection import golden_problem
+from harness.sweep.launchers import Slots
 
 
-def run_trial(config: RunConfig, splits: tuple[str, ...] = SPLITS) -> Outcome:
-    """Run what is missing of a trial; an error is written to failure.json and returned, never raised.
+@dataclass
+class Context:
+    """State that trials of one process share: made by the driver of a sweep, or by a worker process, and passed down.
 
-    Args:
-        config: the trial.
-        splits: which splits are answered and scored; a config that was not selected never sees `golden`.
+    Attributes:
+        slots: the GPUs or cores that this process holds.
     """
-    folder = trial_dir(config)
-    about: TrialName = {
-        "trial_id": identify(config),
-        "arm": config.method.name,
-        "config": config_label(config),
-        "seed": config.seed,
-    }
-    with locked(folder):
-        if is_complete(config, splits):
-            return Outcome(**about, status=read_manifest(folder)["status"])
-        trial: _Trial | None = None
-        try:
-            trial = _Trial(config, folder, about, splits)
-            refuse_golden(config, splits)
-            import_logging_libraries()
-            with trial_log(folder, f"trial {about['trial_id']}"):
-                trial.run(splits)
-        except (KeyboardInterrupt, SystemExit, GeneratorExit):
-            raise
-        except BaseException as error:  # a library in Rust that panics (no more threads) raises no Exception
-            failure = describe(error, trial.stage if trial else "load", about, folder)
-            write_failure(folder, failure)
-            message = f"{failure['stage']}: {failure['error']}: {failure['message']}"
-            return Outcome(**about, status="failed", message=message, retries=failure["retries"])
-        forget(folder)
-        status = trial.manifest["status"]
-        return Outcome(**about, status=status, message=trial.manifest.get("divergence", ""))
+
+    slots: Slots = field(default_factory=Slots)
 
 
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
+@dataclass(frozen=True)
+class Trial:
+    """One training run, or the SFT base, with what the sweep decides about it.
+
+    Attributes:
+        config: with its seed; `study` is the study's name, and no default is open.
+        trial_id: hash of what determines the result; computed once, when the study is designed.
+        folder: where its files are.
+        splits: the splits that it answers and scores; a config that is not selected never answers `golden`.
+        cost_name: name of a trial that is run for its cost alone.
+    """
+
+    config: RunConfig
+    trial_id: str
+    folder: Path
+    splits: tuple[str, ...]
+    cost_name: str | None = None
+
+    @property
+    def study(self) -> Path:
+        """The study's folder."""
+        return study_dir(self.config)
+
+    @property
+    def arm(self) -> str:
+        """The arm's name; `sft` for the base."""
+        return self.config.method.name
+
+    @property
+    def seed(self) -> int:
+        """Seed of the LoRA initialisation and of the order of the data."""
+        return self.config.seed
+
+    @property
+    def label(self) -> str:
+        """The config's hyperparameters in short."""
+        return config_label(self.config)
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether a trainer runs: the base is only answered and scored."""
+        return ARMS[self.arm].trainer is not None
+
+    def is_complete(self) -> bool:
+        """Return whether the manifest has all stages of this very config, and their files are as they were."""
+        manifest = read_manifest(self.folder)
+        if manifest.get("trial_id") != self.trial_id:
+            return False
+        return {"score", *self.splits} <= done_stages(self.folder, manifest)
+
+    def refuse_golden(self) -> None:
+        """Raise a UsageError if this run of its study must not be scored on golden."""
+        if "golden" in self.splits and self.is_trained:
+            problem = golden_problem(self.study, self.arm, self.label, self.seed)
+            if problem:
+                raise UsageError(problem)
+
+    def outcome(self, status: str, message: str = "", *, retries: bool = True) -> Outcome:
+        """Return how this trial ended."""
+        return Outcome(self.trial_id, self.arm, self.label, self.seed, status, message, retries=retries)
+
+    def finished(self) -> Outcome:
+        """Read how this trial ended; it is complete."""
+        facts = load_manifest(self.folder)
+        return self.outcome(facts["status"], facts.get("divergence", ""))
 
 
-class _Trial:
-    """The state of a running trial: its manifest, its clock and the stage that it is in."""
-
-    def __init__(self, config: RunConfig, folder: Path, about: TrialName, splits: tuple[str, ...]) -> None:
-        from harness.config.machine import provenance
-
-        self.config, self.folder, self.stage = config, folder, "load"
-        self.meter = Meter()
-        found = read_manifest(folder)
-        if not found and (folder / "manifest.json").is_file():
-            say(f"both copies of {folder / 'manifest.json'} are damaged or were changed: the trial runs again")
-        if found.get("trial_id") != about["trial_id"]:
-            found = {}
-        else:
-            found["done"] = resume_stages(folder, found)
-            if found.pop(DELETED, None) and not {"score", *splits} <= set(found["done"]):
-                found["done"] = []  # what is missing needs weights that are gone: they are trained again
-        self.manifest: Manifest = found or {
-            **about,
-            "status": "running",
-            "flags": [],
-            "done": [],
-            "method": plain(config.method),
-            "engine": config.train.engine.value,
-            "reference": config.train.reference.value,
-            **provenance(),
-            "warnings": [],
-            "seconds": {},
-            "peak_memory_bytes": {},
-            "tokens": {},
-            "created": _now(),
-        }
-        self.meter.seconds.update(self.manifest["seconds"])  # what an earlier, interrupted run spent counts too
-        self._policy: Any = None
-        self._lent = contextlib.ExitStack()
-
-    def run(self, splits: tuple[str, ...]) -> None:
-        """Run the missing stages in order, mirrored to the tracker."""
-        config, about = self.config, self.manifest
-        set_threads(config)
-        write_text(self.folder / "config.yaml", yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True))
-        with track(
-            config.tracking,
-            folder=study_dir(config),
-            name=f"{about['arm']}-{about['config']}-s{about['seed']}",
-            group=str(config.study),
-            job_type=about["arm"],
-            tags=[about["arm"], about["engine"], config.train.tuning.value],
-            config=plain(config) | {"trial_id": about["trial_id"]},
-        ) as tracker:
-            with self._stage("load"):
-                tokens = tokens_of(config)
-                self._describe_data(tokens)
-                if ARMS[config.method.name].trainer:
-                    importlib.import_module(
-                        "harness.train.trainers"
-                    )  # once in a process: no part of what training takes
-            settle_imports()
-            if ARMS[config.method.name].trainer and "train" not in about["done"]:
-                self._train(tokens, tracker)
-            with self._lent:
-                for split in splits:
-                    if split not in self.manifest["done"]:
-                        self._evaluate(tokens, split)
-            self._score(tracker)
-        if drops_weights(config, splits):
-            self._save(**without_weights(self.manifest, config.keep))
-        delete_weights(self.folder, self.manifest)
-
-    def _describe_data(self, tokens: Tokens) -> None:
-        facts = splits_of(self.config).facts
-        self.manifest |= {
-            "base_sha256": contents_sha256(self.config, facts)["base"],
-            "data_sha256": tokens.train.sha256,
-            "pairs": {"train": len(tokens.train.rows), "dev": len(tokens.dev.rows), "golden": len(tokens.golden.rows)},
-            "dropped_pairs": {split: getattr(tokens, split).dropped for split in ("train", "dev", "golden")},
-            "label_noise": facts.get("label_noise", {}),
-            "warnings": find_warnings(self.config),
-        }
-
-    def _train(self, tokens: Tokens, tracker: Tracker) -> None:
-        end_log(self.folder)
-        drop_broken(self.folder / "checkpoints")
-        drop_answers(self.folder)  # and scores, of weights that are trained anew
-        for name in ("scores.jsonl", "preferences.jsonl", "benchmarks.jsonl"):
-            (self.folder / name).unlink(missing_ok=True)
-        total = num_steps(self.config, len(tokens.train.rows))
-
-        def on_step(step: int, logs: dict[str, Any]) -> None:
-            note_step(self.folder, step, total, logs.get("loss"))
-            tracker.log({STEP: step} | {f"train/{key}": value for key, value in logs.items()})
-
-        base_sha256 = self.manifest["base_sha256"]
-        found = TrainStage(self.config, tokens, self.folder, base_sha256, on_step, self._stage).run()
-        write_twice(self.folder / "train.jsonl", to_jsonl(found.steps))
-        end_log(self.folder)
-        self.manifest["warnings"] += found.warnings
-        peak = self.meter.peak_memory_bytes
-        peak["train"] = max(peak.get("train", 0), found.peak_memory_bytes)
-        self._save(**found.facts, done=[*self.manifest["done"], "train"], files=fingerprints(self.folder, {}))
-        shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
-
-    def _evaluate(self, tokens: Tokens, split: str) -> None:
-        """Answer the prompts of a split and take the log-probs of its pairs; a diverged policy has neither."""
-        if self.manifest["status"] != "diverged":
-            try:
-                self._answer(tokens, split)
-            except DivergedError as error:
-                self._save(status="diverged", divergence=str(error))
-        self._save(done=[*self.manifest["done"], split], files=self._files())
-
-    def _answer(self, tokens: Tokens, split: str) -> None:
-        from harness.generate.answers import generate_completions
-
-        config, splits = self.config, splits_of(self.config)
-        prompts = splits.dev_prompts if split == "dev" else splits.golden_prompts
-        rows = tokens.dev.rows if split == "dev" else tokens.golden.rows
-        with self._stage("generate"):
-            policy = self._borrow_policy()
-            completions = stored_answers(self.folder, split, prompts) or generate_completions(
-                policy, tokens.chat, prompts, split=split, decoding=config.generate
-            )
-        flagged = [asdict(c) | {"flags": completion_flags(c.completion, ended=c.ended)} for c in completions]
-        with self._stage("heldout"):
-            pairs = heldout_rows(config, policy, rows, split, base=study_dir(config) / "base") if rows else []
-        for name, new in (("completions.jsonl", flagged), ("pairs.jsonl", pairs)):
-            path = self.folder / name
-            old = [row for row in read_jsonl(path) if row["split"] != split] if path.is_file() else []
-            write_jsonl(path, old + new)
-        drop_answers(self.folder, split)
-        generated = self.manifest["tokens"].get("generated", 0) + sum(c.tokens for c in completions)
-        self._save(tokens=self.manifest["tokens"] | {"generated": generated})
-
-    def _borrow_policy(self) -> Any:
-        """Return what answers, the same for all splits; it is given back at the end of the run."""
-        if self._policy is None:
-            trained = ARMS[self.config.method.name].trainer
-            lent = borrowed_policy(self.config, self.folder) if trained else borrowed_base(self.config)
-            self._policy = self._lent.enter_context(lent)
-        return self._policy
-
-    def _score(self, tracker: Tracker) -> None:
-        """Score what is stored, and mirror the means and the completions."""
-        base = study_dir(self.config) / "base" if ARMS[self.config.method.name].trainer else None
-        with self._stage("score"):
-            rows = score_trial(self.folder, prompt_rows(splits_of(self.config)), tuple(SCORERS), base=base)
-            self.manifest = load_manifest(self.folder)  # score_trial has added flags to it
-        status = "diverged" if self.manifest["status"] == "diverged" else "complete"
-        self._save(status=status, done=sorted({*self.manifest["done"], "score"}), files=self._files())
-        scores: dict[str, list[float]] = {}
-        for row in rows:
-            if row["score"] is not None:
-                scores.setdefault(f"{SPLIT_PREFIX[row['split']]}/{row['scorer']}", []).append(row["score"])
-        steps = num_steps(self.config, self.manifest["pairs"]["train"]) if "train" in self.manifest["done"] else 0
-        tracker.log({STEP: steps} | {name: fmean(values) for name, values in scores.items()})
-        tracker.summarise({"status": status})
-        path = self.folder / "completions.jsonl"
-        answers = list(read_jsonl(path)) if path.is_file() else []
-        columns = ("split", "prompt_id", "prompt", "completion", "tokens", "ended")
-        tracker.table("completions", columns, [[row[column] for column in columns] for row in answers])
-
-    @contextlib.contextmanager
-    def _stage(self, name: str) -> Iterator[None]:
-        self.stage = name
-        LOG.info("%s", name)
-        with self.meter.stage(name):
-            yield
-        self._save()
-
-    def _files(self) -> dict[str, FileRecord]:
-        return fingerprints(self.folder, self.manifest.get("files", {}))
-
-    def _save(self, **facts: Unpack[Manifest]) -> None:
-        self.manifest["seconds"] |= dict(self.meter.seconds)
-        self.manifest["peak_memory_bytes"] |= self.meter.peak_memory_bytes
-        self.manifest |= facts
-        write_manifest(self.folder, self.manifest)
+def study_dir(config: RunConfig) -> Path:
+    """Return the folder of a study whose name is known."""
+    return Path(config.results_dir) / str(config.study)
 
 
-def drops_weights(config: RunConfig, answered: Sequence[str]) -> bool:
-    """Whether a trial that has answered these splits, and is scored, gives up its weights."""
-    if config.cost_name:  # it was run for its seconds
-        return True
-    if config.keep == "all" or not ARMS[config.method.name].trainer:
-        return False
-    decides = "golden" in answered
-    return bool(answered) and (config.keep == "none" or not decides)
+def write_trial(path: Path, trial: Trial) -> None:
+    """Write a trial for a worker process."""
+    about: dict[str, Any] = {"config": plain(trial.config), "trial_id": trial.trial_id, "folder": str(trial.folder)}
+    write_json(path, about | {"splits": list(trial.splits), "cost_name": trial.cost_name})
+
+
+def read_trial(path: Path) -> Trial:
+    """Read what `write_trial` wrote."""
+    found = read_json(path)
+    config, folder = config_from(found["config"]), Path(found["folder"])
+    return Trial(config, found["trial_id"], folder, tuple(found["splits"]), found["cost_name"])

@@ -19,12 +19,11 @@ import traceback
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import yaml
-from omegaconf import OmegaConf
 
-from harness.config.arms import ARMS
+from harness.config.compose import config_from
 from harness.config.schema import RunConfig
 from harness.config.trial_id import plain
 from harness.data.plan import BatchPlan
@@ -153,7 +152,7 @@ def launch(job: Path) -> None:
     from accelerate.commands.launch import launch_command, launch_command_parser
 
     os.environ[_LAUNCHER] = str(os.getpid())
-    config = read_config(job / "config.json")
+    config = config_from(read_json(job / "config.json"))
     threads = config.train.threads or max(1, len(os.sched_getaffinity(0)) // config.accelerate.num_processes)
     arguments = ["--config_file", str(job / "accelerate.yaml"), "--num_cpu_threads_per_process", str(threads)]
     arguments += ["-m", "harness.train.processes", "process", str(job)]
@@ -204,7 +203,7 @@ def _train_share(job: Path, rank: int) -> dict[str, Any]:
     from harness.train.memory import plan_of
     from harness.train.run import train_arm
 
-    config = read_config(job / "config.json")
+    config = config_from(read_json(job / "config.json"))
     set_threads(config)
     if has_gpu():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -237,13 +236,6 @@ def _train_share(job: Path, rank: int) -> dict[str, Any]:
     except torch.OutOfMemoryError as error:
         raise NoRoomError(str(error)) from error
     return asdict(result) | {"peak_memory_bytes": sum(gather_object([peak_memory_bytes()]))}
-
-
-def read_config(path: Path) -> RunConfig:
-    """Read a config that `plain` wrote."""
-    values = read_json(path)
-    declared = OmegaConf.structured(RunConfig(method=ARMS[values["method"]["name"]].config()))
-    return cast(RunConfig, OmegaConf.to_object(OmegaConf.merge(declared, values)))
 
 
 def _die_with_parent() -> None:

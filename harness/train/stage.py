@@ -68,8 +68,11 @@ class TrainStage:
     on_step: OnStep
     clock: Callable[[str], AbstractContextManager[None]]
 
-    def run(self) -> Trained:
+    def run(self, *, is_cost_trial: bool = False) -> Trained:
         """Train, with a smaller micro-batch where it does not fit; the checkpoints stay, for the caller to delete.
+
+        Args:
+            is_cost_trial: whether the trial is run for its cost alone: its micro-batch is not the study's.
 
         Raises:
             UsageError: where this machine cannot run the processes that are asked for.
@@ -80,14 +83,14 @@ class TrainStage:
         micro = None
         while True:
             plan = plan_of(self.config, self.tokens.train.rows, micro=micro)
-            if not self.config.cost_name:
+            if not is_cost_trial:
                 note_seed(self.config, plan.micro_batch_size)
             found = Trained(facts=self._planned(plan))
             if self._fits(plan, found):
                 return found
             release_base()
             gc.collect()
-            micro = self._halve(plan.micro_batch_size)
+            micro = self._halve(plan.micro_batch_size, is_cost_trial=is_cost_trial)
 
     def _planned(self, plan: BatchPlan) -> dict[str, Any]:
         rows = self.tokens.train.rows
@@ -161,11 +164,11 @@ class TrainStage:
                 share_prefix=self.config.train.share_prefix,
             )
 
-    def _halve(self, tried: int) -> int | None:
+    def _halve(self, tried: int, *, is_cost_trial: bool) -> int | None:
         """Make the micro-batch smaller: the study's, or that of a trial which is run for its cost alone."""
         config = self.config
         shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
-        if config.cost_name:
+        if is_cost_trial:
             return smaller_than(config, tried)
         about = {"trial_id": self.folder.name, "arm": config.method.name, "seed": config.seed}
         smaller = halve(config, tried, about=about)

@@ -1,0 +1,243 @@
+"""Launch trials: one by one in this process, or as jobs of a Hydra launcher, each handed its trial as a JSON file.
+
+Input: trials -> output: how they ended, in the same order. A job whose worker died is launched again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.utils import JobReturn
+from hydra.plugins.launcher import Launcher as HydraLauncher
+from hydra.types import HydraContext
+from hydra.utils import instantiate
+from omegaconf import DictConfig, open_dict
+from tqdm import tqdm
+
+from harness.config.launchers import launcher_of
+from harness.data.inputs import splits_of, tokens_of
+from harness.generate.vllm import answers_path
+from harness.study.errors import UsageError
+from harness.study.integrity import done_stages
+from harness.study.log import prepare_process
+from harness.study.manifest import read_manifest
+from harness.study.outcome import Outcome, own_failure, standing_failure
+from harness.study.text import one_line, redact
+from harness.sweep.stages import run_trial
+from harness.sweep.trial import Context, Trial, read_trial, write_trial
+
+POLL_SECONDS = 1.0
+_RELAUNCHES = 2
+_JOB = "job"  # conf/job.yaml
+
+
+class Launching:
+    """Runs trials through the launcher of a composed config.
+
+    Attributes:
+        kind: the launcher's row in the table of launchers.
+    """
+
+    def __init__(self, master: DictConfig, hydra: HydraContext, context: Context) -> None:
+        target = str(master.hydra.launcher._target_)
+        self.kind, self._context = launcher_of(target), context
+        self._hydra: HydraLauncher | None = None
+        if not self.kind.in_process:
+            self._hydra = _hydra_launcher(master, hydra)
+        if self.kind.has_queue:
+            importlib.import_module("harness.sweep.slurm_queue").watch_queue()
+
+    @property
+    def requested(self) -> dict[str, Any]:
+        """The resources that the launcher requests of a cluster; empty if it requests none."""
+        return getattr(self._hydra, "params", {}) or getattr(self._hydra, "resources", {})
+
+    def run(self, trials: Sequence[Trial]) -> list[Outcome]:
+        """Run trials; if vLLM answers, all are trained first and then answered for in one pass."""
+        with show_progress(trials):
+            if trials[0].config.generate.backend == "vllm":
+                trained = self._run([replace(trial, splits=()) for trial in trials])
+                try:
+                    self._answer(trials)
+                except RuntimeError as error:
+                    why = f"generate: {error}"
+                    return [replace(x, status="failed", message=why) if x.status == "complete" else x for x in trained]
+            return self._run(trials)
+
+    def _answer(self, trials: Sequence[Trial]) -> None:
+        """Answer the missing splits of trained trials in one pass of vLLM.
+
+        Raises:
+            RuntimeError: if vLLM's process fails, with the end of its error output.
+        """
+        from harness.generate.vllm import answer_folders  # loads torch
+
+        work = [(trial.folder, split) for trial in trials for split in _unanswered(trial)]
+        if work:
+            first = trials[0]
+            answer_folders(work, first.config, tokens_of(first.config).chat, splits_of(first.config), first.study)
+
+    def _run(self, trials: Sequence[Trial]) -> list[Outcome]:
+        if self._hydra is None:
+            return [self._run_here(trial) for trial in trials]
+        size = self.kind.batch(len(trials), trials[0].config.accelerate.num_processes)
+        return [
+            outcome
+            for start in range(0, len(trials), size)
+            for outcome in self._run_as_jobs(trials[start : start + size], self._hydra)
+        ]
+
+    def _run_here(self, trial: Trial) -> Outcome:
+        self._context.slots.take(self.kind, trial.config.accelerate.num_processes)
+        try:
+            return run_trial(trial, self._context)
+        except Exception as error:
+            return _failed(trial, error)
+
+    def _run_as_jobs(self, trials: Sequence[Trial], launcher: HydraLauncher) -> list[Outcome]:
+        """Launch jobs; if the launcher gives up because a worker died, launch the incomplete trials again.
+
+        A job that still runs holds its trial's lock: its second launch waits for it, and finds the trial complete.
+        """
+        problem = ""
+        with _trial_files(trials) as files:
+            for _ in range(1 + _RELAUNCHES):
+                left = [n for n, trial in enumerate(trials) if _is_left(trial)]
+                jobs = [[f"trial={_quoted(files[n])}"] for n in left]
+                try:
+                    returns: Sequence[JobReturn] = launcher.launch(jobs, initial_job_idx=0)
+                except UsageError:
+                    raise
+                except Exception as error:  # each launcher has its own errors for a worker that died
+                    problem = f"{type(error).__name__}: {one_line(str(error), 300)}"
+                    continue
+                ended = dict(zip(left, returns, strict=True))
+                return [
+                    _outcome_of(trial, ended[n]) if n in ended else _ended_before(trial, problem)
+                    for n, trial in enumerate(trials)
+                ]
+        return [_ended_before(trial, problem) for trial in trials]
+
+
+def _unanswered(trial: Trial) -> list[str]:
+    """Return the splits that a trained trial (or the base) has neither scored nor answered."""
+    manifest = read_manifest(trial.folder)
+    has_policy = "train" in manifest.get("done", []) and manifest["status"] != "diverged"
+    if not has_policy and trial.is_trained:
+        return []
+    done = done_stages(trial.folder, manifest)
+    return [split for split in trial.splits if split not in done and not answers_path(trial.folder, split).is_file()]
+
+
+def _hydra_launcher(master: DictConfig, hydra: HydraContext) -> HydraLauncher:
+    """Make the configured launcher; its jobs are composed from conf/job.yaml and run `run_job`."""
+    launcher: HydraLauncher = instantiate(master.hydra.launcher)
+    config = master.copy()
+    with open_dict(config):
+        config.hydra.job.config_name = _JOB
+    launcher.setup(hydra_context=hydra, task_function=run_job, config=config)
+    HydraConfig.instance().set_config(config)
+    return launcher
+
+
+def run_job(job: DictConfig) -> dict[str, Any]:
+    """Run one trial in a worker process of a launcher; launchers keep what it raises."""
+    prepare_process()
+    try:
+        trial, context = read_trial(Path(job.trial)), worker_context()
+        kind = launcher_of(str(HydraConfig.get().launcher._target_))
+        context.slots.take(kind, trial.config.accelerate.num_processes)
+        return asdict(run_trial(trial, context))
+    except Exception as error:
+        if (message := redact(error)) == str(error):
+            raise
+        raise RuntimeError(f"{type(error).__name__}: {message}") from None
+
+
+@cache
+def worker_context() -> Context:
+    """Return the context of a worker process, which serves one job after the other.
+
+    The one state that a module keeps: launchers hand a worker nothing but jobs, and it must load the base once, not
+    once per trial. The process of the sweep never calls this.
+    """
+    return Context()
+
+
+@contextlib.contextmanager
+def _trial_files(trials: Sequence[Trial]) -> Iterator[list[Path]]:
+    """Write each trial for its worker, and delete the files afterwards."""
+    paths = [trial.study.resolve() / ".jobs" / f"{trial.folder.name}.json" for trial in trials]
+    for path, trial in zip(paths, trials, strict=True):
+        write_trial(path, trial)
+    try:
+        yield paths
+    finally:
+        for path in paths:
+            path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            paths[0].parent.rmdir()
+
+
+def _quoted(path: Path) -> str:
+    """Write a path as a quoted value of Hydra's grammar."""
+    text = str(path).replace("'", "\\'")
+    return f"'{text}'"
+
+
+def _is_left(trial: Trial) -> bool:
+    """Return whether a trial is launched: it is incomplete, and has not failed by an error of its own."""
+    return not trial.is_complete() and not own_failure(trial.folder)
+
+
+def _outcome_of(trial: Trial, job: JobReturn) -> Outcome:
+    """Return how a job ended; one that died before it could write failure.json has failed, too."""
+    try:
+        return Outcome(**job.return_value)  # raises what the job raised
+    except Exception as error:
+        return _failed(trial, error)
+
+
+def _failed(trial: Trial, error: Exception) -> Outcome:
+    return trial.outcome("failed", f"{type(error).__name__}: {error}")
+
+
+def _ended_before(trial: Trial, problem: str) -> Outcome:
+    """Return how a trial ended in an earlier launch; without a trace it was lost with its worker."""
+    if trial.is_complete():
+        return trial.finished()
+    if why := own_failure(trial.folder):
+        return trial.outcome("failed", why, retries=not standing_failure(trial.folder))
+    return trial.outcome("failed", f"worker: {problem}")
+
+
+@contextlib.contextmanager
+def show_progress(trials: Sequence[Trial]) -> Iterator[None]:
+    """Show a bar of complete trials, read from their folders, whichever process or machine runs them."""
+    done = threading.Event()
+    with tqdm(total=len(trials), desc="trials", delay=2, unit="trial", leave=False) as bar:
+
+        def watch() -> None:
+            left = [(trial, trial.folder / "manifest.json") for trial in trials]
+            while not done.wait(POLL_SECONDS):
+                # Of hundreds of trials only those are looked into that have begun and were not complete before.
+                left = [(trial, path) for trial, path in left if not (path.exists() and trial.is_complete())]
+                complete = len(trials) - len(left)
+                if complete > bar.n:  # refreshing for its own sake fills a log with lines
+                    bar.update(complete - bar.n)
+
+        thread = threading.Thread(target=watch, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()

@@ -1,0 +1,261 @@
+"""Run one trial from its config to its scores: train -> generate -> held-out log-probs -> score.
+
+A stage that the manifest names as done is not run again; a killed trial resumes at the first missing stage.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict
+from datetime import UTC, datetime
+from statistics import fmean
+from typing import Any
+
+import yaml
+
+from harness.config.checkpoint import contents_sha256
+from harness.config.machine import provenance
+from harness.config.trial_id import plain
+from harness.data.inputs import Tokens, num_steps, prompt_rows, splits_of, tokens_of
+from harness.generate.heldout import heldout_rows
+from harness.generate.vllm import drop_answers, stored_answers
+from harness.score.scorers import SCORERS
+from harness.score.trial_scores import completion_flags, score_trial
+from harness.study.backup import write_twice
+from harness.study.errors import DivergedError
+from harness.study.files import locked, read_jsonl, to_jsonl, write_jsonl, write_text
+from harness.study.integrity import DELETED, delete_weights, fingerprints, resume_stages, without_weights
+from harness.study.log import LOG, say, trial_log
+from harness.study.manifest import load_manifest, read_manifest, write_manifest
+from harness.study.outcome import SPLIT_PREFIX, STEP, Outcome, describe, end_log, forget, note_step, write_failure
+from harness.sweep.problems import find_warnings
+from harness.sweep.trial import Context, Trial
+from harness.track.tracker import Tracker, track
+from harness.train.base import borrowed_base, borrowed_policy, import_logging_libraries, set_threads
+from harness.train.checkpoints import drop_broken
+from harness.train.memory import Meter, settle_imports
+from harness.train.stage import TrainStage
+
+
+def run_trial(trial: Trial, context: Context) -> Outcome:
+    """Run the missing stages of a trial; an error is written to failure.json and returned, never raised."""
+    with locked(trial.folder):
+        if trial.is_complete():
+            return trial.finished()
+        running: _Running | None = None
+        try:
+            running = _Running(trial, context)
+            trial.refuse_golden()
+            import_logging_libraries()
+            with trial_log(trial.folder, f"trial {trial.trial_id}"):
+                running.run()
+        except (KeyboardInterrupt, SystemExit, GeneratorExit):
+            raise
+        except BaseException as error:  # a library in Rust that panics (no more threads) raises no Exception
+            about = {"trial_id": trial.trial_id, "arm": trial.arm, "config": trial.label, "seed": trial.seed}
+            failure = describe(error, running.stage if running else "load", about, trial.folder)
+            write_failure(trial.folder, failure)
+            message = f"{failure['stage']}: {failure['error']}: {failure['message']}"
+            return trial.outcome("failed", message, retries=failure["retries"])
+        forget(trial.folder)
+        return trial.outcome(running.manifest["status"], running.manifest.get("divergence", ""))
+
+
+class _Running:
+    """The state of a running trial: its manifest, its clock and the current stage."""
+
+    def __init__(self, trial: Trial, context: Context) -> None:
+        self.trial, self.context = trial, context
+        self.config, self.folder, self.stage = trial.config, trial.folder, "load"
+        self.meter = Meter()
+        self.manifest = self._stored_manifest() or self._new_manifest()
+        self.meter.seconds.update(self.manifest["seconds"])  # an earlier, interrupted run counts too
+        self._policy: Any = None
+        self._lent = contextlib.ExitStack()
+
+    def _stored_manifest(self) -> dict[str, Any]:
+        """Read how far an earlier run came; empty if nothing of it can be used."""
+        found = read_manifest(self.folder)
+        if not found and (self.folder / "manifest.json").is_file():
+            say(f"both copies of {self.folder / 'manifest.json'} are damaged or were changed: the trial runs again")
+        if found.get("trial_id") != self.trial.trial_id:
+            return {}
+        found["done"] = resume_stages(self.folder, found)
+        if found.pop(DELETED, None) and not {"score", *self.trial.splits} <= set(found["done"]):
+            found["done"] = []  # the missing stages need weights that are deleted: they are trained again
+        return found
+
+    def _new_manifest(self) -> dict[str, Any]:
+        trial, config = self.trial, self.config
+        return {
+            "trial_id": trial.trial_id,
+            "arm": trial.arm,
+            "config": trial.label,
+            "seed": trial.seed,
+            "status": "running",
+            "flags": [],
+            "done": [],
+            "method": plain(config.method),
+            "engine": config.train.engine.value,
+            "reference": config.train.reference.value,
+            **provenance(),
+            "warnings": [],
+            "seconds": {},
+            "peak_memory_bytes": {},
+            "tokens": {},
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+
+    def run(self) -> None:
+        """Run the missing stages in order, mirrored to the tracker."""
+        config, about = self.config, self.manifest
+        set_threads(config)
+        write_text(self.folder / "config.yaml", yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True))
+        with track(
+            config.tracking,
+            folder=self.trial.study,
+            name=f"{about['arm']}-{about['config']}-s{about['seed']}",
+            group=str(config.study),
+            job_type=about["arm"],
+            tags=[about["arm"], about["engine"], config.train.tuning.value],
+            config=plain(config) | {"trial_id": about["trial_id"]},
+        ) as tracker:
+            with self._stage("load"):
+                tokens = tokens_of(config)
+                self._describe_data(tokens)
+                if self.trial.is_trained:  # imported once per process: no part of the training's seconds
+                    importlib.import_module("harness.train.trainers")
+            settle_imports()
+            if self.trial.is_trained and "train" not in about["done"]:
+                self._train(tokens, tracker)
+            with self._lent:
+                for split in self.trial.splits:
+                    if split not in self.manifest["done"]:
+                        self._evaluate(tokens, split)
+            self._score(tracker)
+        if drops_weights(self.trial):
+            self._save(**without_weights(self.manifest, config.keep))
+        delete_weights(self.folder, self.manifest)
+
+    def _describe_data(self, tokens: Tokens) -> None:
+        facts = splits_of(self.config).facts
+        self.manifest |= {
+            "base_sha256": contents_sha256(self.config, facts)["base"],
+            "data_sha256": tokens.train.sha256,
+            "pairs": {"train": len(tokens.train.rows), "dev": len(tokens.dev.rows), "golden": len(tokens.golden.rows)},
+            "dropped_pairs": {split: getattr(tokens, split).dropped for split in ("train", "dev", "golden")},
+            "label_noise": facts.get("label_noise", {}),
+            "warnings": find_warnings(self.config),
+        }
+
+    def _train(self, tokens: Tokens, tracker: Tracker) -> None:
+        end_log(self.folder)
+        drop_broken(self.folder / "checkpoints")
+        drop_answers(self.folder)  # and scores, of weights that are trained anew
+        for name in ("scores.jsonl", "preferences.jsonl", "benchmarks.jsonl"):
+            (self.folder / name).unlink(missing_ok=True)
+        total = num_steps(self.config, len(tokens.train.rows))
+
+        def on_step(step: int, logs: dict[str, Any]) -> None:
+            note_step(self.folder, step, total, logs.get("loss"))
+            tracker.log({STEP: step} | {f"train/{key}": value for key, value in logs.items()})
+
+        base_sha256 = self.manifest["base_sha256"]
+        stage = TrainStage(self.config, tokens, self.folder, base_sha256, on_step, self._stage)
+        found = stage.run(is_cost_trial=bool(self.trial.cost_name))
+        write_twice(self.folder / "train.jsonl", to_jsonl(found.steps))
+        end_log(self.folder)
+        self.manifest["warnings"] += found.warnings
+        peak = self.meter.peak_memory_bytes
+        peak["train"] = max(peak.get("train", 0), found.peak_memory_bytes)
+        self._save(**found.facts, done=[*self.manifest["done"], "train"], files=fingerprints(self.folder, {}))
+        shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
+
+    def _evaluate(self, tokens: Tokens, split: str) -> None:
+        """Answer the prompts of a split and take the log-probs of its pairs; a diverged policy has neither."""
+        if self.manifest["status"] != "diverged":
+            try:
+                self._answer(tokens, split)
+            except DivergedError as error:
+                self._save(status="diverged", divergence=str(error))
+        self._save(done=[*self.manifest["done"], split], files=self._files())
+
+    def _answer(self, tokens: Tokens, split: str) -> None:
+        from harness.generate.answers import generate_completions  # loads torch
+
+        config, splits = self.config, splits_of(self.config)
+        prompts = splits.dev_prompts if split == "dev" else splits.golden_prompts
+        rows = tokens.dev.rows if split == "dev" else tokens.golden.rows
+        with self._stage("generate"):
+            policy = self._borrow_policy()
+            completions = stored_answers(self.folder, split, prompts) or generate_completions(
+                policy, tokens.chat, prompts, split=split, decoding=config.generate
+            )
+        flagged = [asdict(c) | {"flags": completion_flags(c.completion, ended=c.ended)} for c in completions]
+        with self._stage("heldout"):
+            pairs = heldout_rows(config, policy, rows, split, base=self.trial.study / "base") if rows else []
+        for name, new in (("completions.jsonl", flagged), ("pairs.jsonl", pairs)):
+            path = self.folder / name
+            old = [row for row in read_jsonl(path) if row["split"] != split] if path.is_file() else []
+            write_jsonl(path, old + new)
+        drop_answers(self.folder, split)
+        generated = self.manifest["tokens"].get("generated", 0) + sum(c.tokens for c in completions)
+        self._save(tokens=self.manifest["tokens"] | {"generated": generated})
+
+    def _borrow_policy(self) -> Any:
+        """Return what answers, the same for all splits; it is given back at the end of the run."""
+        if self._policy is None:
+            is_trained = self.trial.is_trained
+            lent = borrowed_policy(self.config, self.folder) if is_trained else borrowed_base(self.config)
+            self._policy = self._lent.enter_context(lent)
+        return self._policy
+
+    def _score(self, tracker: Tracker) -> None:
+        """Score what is stored, and mirror the means and the completions."""
+        base = self.trial.study / "base" if self.trial.is_trained else None
+        with self._stage("score"):
+            rows = score_trial(self.folder, prompt_rows(splits_of(self.config)), tuple(SCORERS), base=base)
+            self.manifest = load_manifest(self.folder)  # score_trial has added flags to it
+        status = "diverged" if self.manifest["status"] == "diverged" else "complete"
+        self._save(status=status, done=sorted({*self.manifest["done"], "score"}), files=self._files())
+        scores: dict[str, list[float]] = {}
+        for row in rows:
+            if row["score"] is not None:
+                scores.setdefault(f"{SPLIT_PREFIX[row['split']]}/{row['scorer']}", []).append(row["score"])
+        steps = num_steps(self.config, self.manifest["pairs"]["train"]) if "train" in self.manifest["done"] else 0
+        tracker.log({STEP: steps} | {name: fmean(values) for name, values in scores.items()})
+        tracker.summarise({"status": status})
+        path = self.folder / "completions.jsonl"
+        answers = list(read_jsonl(path)) if path.is_file() else []
+        columns = ("split", "prompt_id", "prompt", "completion", "tokens", "ended")
+        tracker.table("completions", columns, [[row[column] for column in columns] for row in answers])
+
+    @contextlib.contextmanager
+    def _stage(self, name: str) -> Iterator[None]:
+        self.stage = name
+        LOG.info("%s", name)
+        with self.meter.stage(name):
+            yield
+        self._save()
+
+    def _files(self) -> dict[str, Any]:
+        return fingerprints(self.folder, self.manifest.get("files", {}))
+
+    def _save(self, **facts: Any) -> None:
+        self.manifest["seconds"] |= dict(self.meter.seconds)
+        self.manifest["peak_memory_bytes"] |= self.meter.peak_memory_bytes
+        self.manifest |= facts
+        write_manifest(self.folder, self.manifest)
+
+
+def drops_weights(trial: Trial) -> bool:
+    """Return whether a scored trial gives up its weights (`keep=`)."""
+    if trial.cost_name:  # it was run for its seconds
+        return True
+    if trial.config.keep == "all" or not trial.is_trained:
+        return False
+    decides = "golden" in trial.splits
+    return bool(trial.splits) and (trial.config.keep == "none" or not decides)
