@@ -38,9 +38,10 @@ from harness.data.tokens import TokenisedPairs, TokenPair
 # `_reset` and `_checksums`, by which a lent base is given back, and `_probed`, what is known of whether a model packs.
 from harness.generate import answers as generate_module
 from harness.study.files import read_json, write_jsonl
+from harness.sweep.design import single_trial
 from harness.sweep.problems import load_run
-from harness.sweep.registration import trial_dir
-from harness.sweep.trial import run_trial
+from harness.sweep.stages import run_trial
+from harness.sweep.trial import Context
 from harness.train import run as train_module
 from harness.train.adapter import adapter_config
 from harness.train.base import _checksums, _reset
@@ -411,8 +412,8 @@ class TrialRan:
 def train_once(arm: str, overrides: Sequence[str]) -> TrialRan:
     """Run one trial of a study, as the sweep does: train and record, without answering a prompt."""
     config = run_config(arm, *overrides)
-    outcome = run_trial(config, ())
-    folder = trial_dir(config)
+    trial = single_trial(config, splits=())
+    outcome, folder = run_trial(trial, Context()), trial.folder
     manifest, halved = folder / "manifest.json", Path(config.results_dir) / str(config.study) / "micro_batch.json"
     found = [read_json(path) if path.is_file() else {} for path in (manifest, halved)]
     return TrialRan(outcome.status, outcome.message, *found)

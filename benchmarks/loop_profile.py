@@ -16,8 +16,10 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from harness.bench.runs import Bench, needed_flops
+from harness.sweep.design import single_trial
 from harness.sweep.problems import load_run
-from harness.sweep.trial import run_trial
+from harness.sweep.stages import run_trial
+from harness.sweep.trial import Context
 from harness.train.memory import matmul_rate
 
 PAIRS = 32
@@ -49,7 +51,7 @@ def main() -> None:
         trial = load_run([*bench.trial("simpo"), *bench.keys, *more])
         rate = matmul_rate(*sizes(bench))
         with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiled:
-            outcome = run_trial(trial, ())
+            outcome = run_trial(single_trial(trial, splits=()), Context())
         assert outcome.status == "complete", outcome.message
         needed = needed_flops(config_of(bench), bench.rows, lora_rank=trial.train.lora_rank)
     spent: dict[str, float] = defaultdict(float)

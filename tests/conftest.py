@@ -53,6 +53,15 @@ def tiny_model(config_class: Any = None, model_class: Any = None, **more: Any) -
     return (model_class or LlamaForCausalLM)(config).eval()
 
 
+def run_one(config: Any, splits: tuple[str, ...]) -> Any:
+    """Run one config as a trial that answers these splits, in a context of its own."""
+    from harness.sweep.design import single_trial
+    from harness.sweep.stages import run_trial
+    from harness.sweep.trial import Context
+
+    return run_trial(single_trial(config, splits), Context())
+
+
 @pytest.fixture
 def shared() -> Path:
     """The folder of real data and models; tests that need it say so when it is not there."""

@@ -25,6 +25,7 @@ from harness.config.overrides import check_overrides, check_single, explain
 from harness.config.paths import CONF
 from harness.decide.lines import table_lines, verdict_line, warning_lines
 from harness.study.errors import UsageError
+from harness.study.integrity import SPLITS
 from harness.study.log import prepare_process
 from harness.study.outcome import Outcome
 from harness.study.text import redact, visible
@@ -39,6 +40,13 @@ from harness.sweep.trial import Context
 
 # What Hydra answers by itself: help, the composed config, shell completion.
 _HYDRA_FLAGS = ("--help", "-h", "--hydra-help", "--cfg", "-c", "--info", "-i", "--shell-completion", "-sc", "--version")
+
+
+_DEV_ONLY = "--dev-only"
+_TRAIN_HELP = f"""Train, generate and score one trial.
+
+Example: python -m harness.train +method=dpo seed=1
+{_DEV_ONLY}: answer dev alone, so that golden stays unseen; for tuning by W&B agents (sweeps/agents/)."""
 
 
 def run_sweep(arguments: Sequence[str]) -> list[StudyResult]:
@@ -59,7 +67,7 @@ def run_sweep(arguments: Sequence[str]) -> list[StudyResult]:
             master = compose("sweep", shared_overrides(parsed), return_hydra_config=True)
         designs = list(designs_of(expand(parsed, master), master, Composer(), folder_name))
         warnings = [warnings_of(design) for design in designs]
-        launching = Launching(master, _hydra_context(master), context)
+        launching = Launching.configured(master, _hydra_context(master), context)
         if master.plan:
             for design, found in zip(designs, warnings, strict=True):
                 print_plan(design, found, launching.kind.at_once(design.any.accelerate.num_processes))
@@ -125,27 +133,29 @@ def run_single(arguments: Sequence[str]) -> int:
     """Run one trial (and the SFT base, which it needs): the body of `python -m harness.train`."""
     prepare_process()
     if {"--help", "-h"} & set(arguments):
-        print("Train, generate and score one trial.\n\nExample: python -m harness.train +method=dpo seed=1")
+        print(_TRAIN_HELP)
         return 0
     try:
-        _check_options(arguments)
-        check_single([*arguments])
-        check_overrides([*arguments])
-        config = compose_run([*arguments])
-        shared = [item for item in arguments if not item.lstrip("+").startswith(("method", "arms.", "seed="))]
-        base = compose_run([*shared, "+method=sft", "seed=0"])
-        design = Design(base, {config.method.name: [config]}, {config.method.name: {}}, [config.seed], [])
+        _check_options(arguments, allowed=(_DEV_ONLY,))
+        overrides = [argument for argument in arguments if argument != _DEV_ONLY]
+        splits = ("dev",) if _DEV_ONLY in arguments else SPLITS
+        check_single(overrides)
+        check_overrides(overrides)
+        config = compose_run(overrides)
+        shared = [item for item in overrides if not item.lstrip("+").startswith(("method", "arms.", "seed="))]
+        base_config = compose_run([*shared, "+method=sft", "seed=0"])
+        design = Design(base_config, {config.method.name: [config]}, {config.method.name: {}}, [config.seed], [])
         design = design.in_study(folder_name(config))
         register(design, ["harness.train", *arguments], warnings=find_warnings(config))
-        trial = design.trial(config, config.seed, design.base.splits)
-        trial = replace(trial, config=replace(trial.config, study=design.base_config.study))
+        base = replace(design.base, splits=splits)
+        trial = design.trial(design.any, config.seed, splits)
         trial.refuse_golden()
     except UsageError as error:
         print(f"harness.train: {redact(error)}", file=sys.stderr)
         return 2
     with _context() as context:
         context.slots.take(LAUNCHERS["basic"], config.accelerate.num_processes)
-        outcome = run_trial(design.base, context)
+        outcome = run_trial(base, context)
         if outcome.status != "failed":
             outcome = run_trial(trial, context)
     print(f"{outcome.arm} {outcome.config} seed {outcome.seed}: {outcome.status} {outcome.message}")

@@ -17,9 +17,9 @@ from harness.config.schema import Engine, Precision, RunConfig, Tuning
 from harness.config.trial_id import config_label
 from harness.data.inputs import Tokens, num_steps, splits_of, tokens_of
 from harness.decide.simulate import detectable_before
+from harness.study.decision import Selection, read_selection
 from harness.study.errors import UnreachableError, UsageError
 from harness.study.manifest import read_manifest
-from harness.study.selection import read_selection
 from harness.sweep.design import Design, ordered
 from harness.sweep.trial import Trial
 from harness.train.memory import plan_of
@@ -70,7 +70,7 @@ def to_run(design: Design) -> tuple[int, int]:
     return tune, missing.count("confirm") + len(left) + unknown
 
 
-def _selection(design: Design) -> dict[str, Any]:
+def _selection(design: Design) -> Selection:
     try:
         return read_selection(design.study)
     except (UsageError, ValueError):  # a damaged one is for the sweep to mend or to refuse

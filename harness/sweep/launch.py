@@ -22,7 +22,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, open_dict
 from tqdm import tqdm
 
-from harness.config.launchers import launcher_of
+from harness.config.launchers import Launcher, launcher_of
 from harness.data.inputs import splits_of, tokens_of
 from harness.generate.vllm import answers_path
 from harness.study.errors import UsageError
@@ -40,20 +40,22 @@ _JOB = "job"  # conf/job.yaml
 
 
 class Launching:
-    """Runs trials through the launcher of a composed config.
+    """Runs trials in this process, or through a launcher of Hydra.
 
     Attributes:
         kind: the launcher's row in the table of launchers.
     """
 
-    def __init__(self, master: DictConfig, hydra: HydraContext, context: Context) -> None:
-        target = str(master.hydra.launcher._target_)
-        self.kind, self._context = launcher_of(target), context
-        self._hydra: HydraLauncher | None = None
-        if not self.kind.in_process:
-            self._hydra = _hydra_launcher(master, hydra)
-        if self.kind.has_queue:
+    def __init__(self, kind: Launcher, launcher: HydraLauncher | None, context: Context) -> None:
+        self.kind, self._hydra, self._context = kind, launcher, context
+        if kind.has_queue:
             importlib.import_module("harness.sweep.slurm_queue").watch_queue()
+
+    @classmethod
+    def configured(cls, master: DictConfig, hydra: HydraContext, context: Context) -> Launching:
+        """Return the launching of a composed config (`hydra/launcher=...`)."""
+        kind = launcher_of(str(master.hydra.launcher._target_))
+        return cls(kind, None if kind.in_process else _hydra_launcher(master, hydra), context)
 
     @property
     def requested(self) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,7 +22,7 @@ from harness.study.backup import put_back
 from harness.study.errors import UnreachableError, UsageError
 from harness.study.files import digest, locked, to_jsonl, write_text
 from harness.study.log import say
-from harness.study.registration import STUDY_HASH, contrast_of, merged, read_study, refuse_late_configs, write_study
+from harness.study.registration import Registration, contrast_of, merged, read_study, refuse_late_configs, write_study
 from harness.study.scores_csv import MAX_UNSCORED
 from harness.sweep.design import Design
 
@@ -69,7 +69,7 @@ def folder_name(config: RunConfig) -> str:
     return re.sub(r"[^A-Za-z0-9_.-]+", "-", name)[-200:].lstrip(".-")
 
 
-def register(design: Design, command: Sequence[str], *, warnings: Sequence[str]) -> dict[str, Any]:
+def register(design: Design, command: Sequence[str], *, warnings: Sequence[str]) -> Registration:
     """Register a study, see `_register`; a folder that cannot be written to is a UsageError."""
     try:
         return _register(design, ["python", "-m", *command], warnings=warnings)
@@ -82,7 +82,7 @@ def register(design: Design, command: Sequence[str], *, warnings: Sequence[str])
         ) from error
 
 
-def _register(design: Design, command: Sequence[str], *, warnings: Sequence[str]) -> dict[str, Any]:
+def _register(design: Design, command: Sequence[str], *, warnings: Sequence[str]) -> Registration:
     """Write study.yaml and prompts.jsonl; where the study exists, refuse another question and add arms and seeds.
 
     Args:
@@ -104,10 +104,10 @@ def _register(design: Design, command: Sequence[str], *, warnings: Sequence[str]
         check_answerable(design, fixed)
         tokens_of(config)  # what is wrong with tokenizer, template or lengths shows here, and not in the first trial
     with locked(folder):
-        old = read_study(path) if path.is_file() else {}
+        old = read_study(path) if path.is_file() else None
         if old:
-            _refuse_changes(path, old.get("fixed", {}), fixed)
-        study = _study(folder.name, design, fixed, old, command=shlex.join(command), warnings=warnings)
+            _refuse_changes(path, old["fixed"], fixed)
+        study = _study(folder.name, design, fixed, old or {}, command=shlex.join(command), warnings=warnings)
         refuse_late_configs(path, old, study)
         _write_prompts(folder / "prompts.jsonl", to_jsonl(prompt_rows(splits_of(config))))
         if study != old:
@@ -122,8 +122,8 @@ def _write_prompts(path: Path, text: str) -> None:
 
 
 def _study(
-    name: str, design: Design, fixed: dict[str, Any], old: dict[str, Any], *, command: str, warnings: Sequence[str]
-) -> dict[str, Any]:
+    name: str, design: Design, fixed: dict[str, Any], old: Mapping[str, Any], *, command: str, warnings: Sequence[str]
+) -> Registration:
     """Return the contents of study.yaml: what is registered already stays, arms, configs and seeds are added."""
     config, labels = design.any, design.labels()
     facts = splits_of(config).facts
@@ -134,7 +134,7 @@ def _study(
         configs[arm] = merged(configs.get(arm, []), found)
         seeds[arm] = merged(seeds.get(arm, []), list(design.seeds))
     tuned = [arm for arm in arms if arm in old.get("tuned", []) or arm in design.tuned or len(configs[arm]) > 1]
-    study = {
+    study: Registration = {
         "study": name,
         "question": fixed["question"],
         "arms": arms,
@@ -143,7 +143,11 @@ def _study(
         "seeds": seeds,
         "tuned": tuned,
         "tuning_seeds": merged(old.get("tuning_seeds", []), list(design.tuning_seeds) if tuned else []),
-        **{key: fixed[key] for key in ("metric", "margin", "alpha", "guards", "looks")},
+        "metric": fixed["metric"],
+        "margin": fixed["margin"],
+        "alpha": fixed["alpha"],
+        "guards": fixed["guards"],
+        "looks": fixed["looks"],
         "family": _family(design),
         "model": {
             "path": config.model.path,
@@ -157,7 +161,9 @@ def _study(
         "fixed": fixed,
         "fixed_sha256": digest(fixed),
     }
-    return study | ({STUDY_HASH: old[STUDY_HASH]} if STUDY_HASH in old else {})
+    if "sha256" in old:
+        study["sha256"] = old["sha256"]
+    return study
 
 
 def _family(design: Design) -> dict[str, Any]:

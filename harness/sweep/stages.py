@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from datetime import UTC, datetime
 from statistics import fmean
-from typing import Any
+from typing import Any, Unpack
 
 import yaml
 
@@ -26,10 +26,10 @@ from harness.score.scorers import SCORERS
 from harness.score.trial_scores import completion_flags, score_trial
 from harness.study.backup import write_twice
 from harness.study.errors import DivergedError
-from harness.study.files import locked, read_jsonl, to_jsonl, write_jsonl, write_text
+from harness.study.files import FileRecord, locked, read_jsonl, to_jsonl, write_jsonl, write_text
 from harness.study.integrity import DELETED, delete_weights, fingerprints, resume_stages, without_weights
 from harness.study.log import LOG, say, trial_log
-from harness.study.manifest import load_manifest, read_manifest, write_manifest
+from harness.study.manifest import Manifest, load_manifest, read_manifest, write_manifest
 from harness.study.outcome import SPLIT_PREFIX, STEP, Outcome, describe, end_log, forget, note_step, write_failure
 from harness.sweep.problems import find_warnings
 from harness.sweep.trial import Context, Trial
@@ -55,8 +55,7 @@ def run_trial(trial: Trial, context: Context) -> Outcome:
         except (KeyboardInterrupt, SystemExit, GeneratorExit):
             raise
         except BaseException as error:  # a library in Rust that panics (no more threads) raises no Exception
-            about = {"trial_id": trial.trial_id, "arm": trial.arm, "config": trial.label, "seed": trial.seed}
-            failure = describe(error, running.stage if running else "load", about, trial.folder)
+            failure = describe(error, running.stage if running else "load", trial.name, trial.folder)
             write_failure(trial.folder, failure)
             message = f"{failure['stage']}: {failure['error']}: {failure['message']}"
             return trial.outcome("failed", message, retries=failure["retries"])
@@ -76,7 +75,7 @@ class _Running:
         self._policy: Any = None
         self._lent = contextlib.ExitStack()
 
-    def _stored_manifest(self) -> dict[str, Any]:
+    def _stored_manifest(self) -> Manifest:
         """Read how far an earlier run came; empty if nothing of it can be used."""
         found = read_manifest(self.folder)
         if not found and (self.folder / "manifest.json").is_file():
@@ -88,13 +87,10 @@ class _Running:
             found["done"] = []  # the missing stages need weights that are deleted: they are trained again
         return found
 
-    def _new_manifest(self) -> dict[str, Any]:
+    def _new_manifest(self) -> Manifest:
         trial, config = self.trial, self.config
         return {
-            "trial_id": trial.trial_id,
-            "arm": trial.arm,
-            "config": trial.label,
-            "seed": trial.seed,
+            **trial.name,
             "status": "running",
             "flags": [],
             "done": [],
@@ -241,10 +237,10 @@ class _Running:
             yield
         self._save()
 
-    def _files(self) -> dict[str, Any]:
+    def _files(self) -> dict[str, FileRecord]:
         return fingerprints(self.folder, self.manifest.get("files", {}))
 
-    def _save(self, **facts: Any) -> None:
+    def _save(self, **facts: Unpack[Manifest]) -> None:
         self.manifest["seconds"] |= dict(self.meter.seconds)
         self.manifest["peak_memory_bytes"] |= self.meter.peak_memory_bytes
         self.manifest |= facts

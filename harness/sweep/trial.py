@@ -10,12 +10,13 @@ from harness.config.arms import ARMS
 from harness.config.compose import config_from
 from harness.config.schema import RunConfig
 from harness.config.trial_id import config_label, plain
+from harness.study.decision import golden_problem
 from harness.study.errors import UsageError
 from harness.study.files import read_json, write_json
 from harness.study.integrity import done_stages
 from harness.study.manifest import load_manifest, read_manifest
 from harness.study.outcome import Outcome
-from harness.study.selection import golden_problem
+from harness.study.rows import TrialName
 from harness.sweep.launchers import Slots
 
 
@@ -69,6 +70,11 @@ class Trial:
         return config_label(self.config)
 
     @property
+    def name(self) -> TrialName:
+        """What names this trial in its files."""
+        return {"trial_id": self.trial_id, "arm": self.arm, "config": self.label, "seed": self.seed}
+
+    @property
     def is_trained(self) -> bool:
         """Whether a trainer runs: the base is only answered and scored."""
         return ARMS[self.arm].trainer is not None
@@ -89,7 +95,7 @@ class Trial:
 
     def outcome(self, status: str, message: str = "", *, retries: bool = True) -> Outcome:
         """Return how this trial ended."""
-        return Outcome(self.trial_id, self.arm, self.label, self.seed, status, message, retries=retries)
+        return Outcome(**self.name, status=status, message=message, retries=retries)
 
     def finished(self) -> Outcome:
         """Read how this trial ended; it is complete."""

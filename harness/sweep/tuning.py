@@ -17,10 +17,10 @@ from harness.config.search import Params, Space, is_interval, rounded
 from harness.config.trial_id import config_label
 from harness.score.trial_scores import collect_scores
 from harness.study.backup import write_twice
+from harness.study.decision import SELECTION_FILE, read_selection
 from harness.study.errors import UsageError
 from harness.study.files import locked
 from harness.study.registration import add_configs, read_study
-from harness.study.selection import SELECTION_FILE, read_selection
 from harness.sweep.design import Design
 from harness.sweep.trial import Trial
 

@@ -88,10 +88,6 @@ REFUSED = {
     ),
     "no seeds": (["+method=dpo", "seeds=[]"], ["seeds=[]", "one or more different whole numbers"]),
     "equal seeds": (["+method=dpo", "seeds=[1,1]"], ["seeds=[1,1]", "one or more different"]),
-    "splits that do not exist": (
-        ["+method=dpo", "evaluate=[foo]"],
-        ["evaluate=[foo]", "one or more different words", "allowed: dev, golden"],
-    ),
     "a study outside of the results": (["+method=dpo", "study=../x"], ["study=../x", "no `/`"]),
     "a study without a name": (["+method=dpo", "study="], ["study=", "name of a folder"]),
     "a file for the results": (["+method=dpo", f"results_dir={__file__}"], ["results_dir=", "not a folder"]),

@@ -8,12 +8,10 @@ import pytest
 
 from harness.study.errors import UsageError
 from harness.study.manifest import read_manifest
-from harness.sweep.app import run_sweep
+from harness.sweep.app import print_result, run_sweep
 from harness.sweep.problems import compose_run, load_run
-from harness.sweep.terminal import print_result
-from harness.sweep.trial import run_trial
 from harness.verify import verify_study
-from tests.conftest import SMALL
+from tests.conftest import SMALL, run_one
 
 STUDY = [
     *SMALL, "+method=simpo,dpo", "study=s", "arms.dpo.beta=0.05,0.1", "arms.simpo.beta=2,3", "tuning_seeds=[7]", "seed=1",
@@ -81,8 +79,8 @@ def test_benchmarks_need_weights_and_say_so() -> None:
 
 def test_a_trial_by_hand_keeps_what_it_is_told_to(tmp_path: Path) -> None:
     given = [*SMALL, "study=s", f"results_dir={tmp_path}"]
-    run_trial(compose_run([*given, "+method=sft", "seed=0"]), ("dev",))
-    assert run_trial(compose_run([*given, "+method=dpo", "seed=1", "keep=none"]), ("dev",)).status == "complete"
+    run_one(compose_run([*given, "+method=sft", "seed=0"]), ("dev",))
+    assert run_one(compose_run([*given, "+method=dpo", "seed=1", "keep=none"]), ("dev",)).status == "complete"
     folder = next((tmp_path / "s" / "trials").iterdir())
     assert not (folder / "adapter").exists()
     assert read_manifest(folder)["weights_deleted"] == "none"

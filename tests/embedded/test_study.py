@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from harness.decide.scores_file import read_scores
+from harness.sweep.design import single_trial
 from harness.sweep.problems import compose_run
-from harness.sweep.registration import trial_dir
-from harness.sweep.trial import run_trial
+from tests.conftest import run_one
 
 ARMS = ("simpo", "dpo")
 
@@ -30,8 +30,8 @@ def golden_mean(results: Path, arm: str, *overrides: str) -> float:
             *overrides,
         ]
     )
-    assert run_trial(config, ("golden",)).status == "complete"
-    scores = read_scores(trial_dir(config) / "scores.jsonl")
+    assert run_one(config, ("golden",)).status == "complete"
+    scores = read_scores(single_trial(config).folder / "scores.jsonl")
     golden = scores[(scores["split"] == "golden") & (scores["scorer"] == "checks")]
     assert len(golden) == 300
     return float(golden["score"].mean())

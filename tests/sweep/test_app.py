@@ -22,9 +22,8 @@ from harness.study.files import read_json, read_jsonl
 from harness.study.identity import data_identity
 from harness.study.manifest import read_manifest, write_manifest
 from harness.study.scores_csv import SCORE_COLUMNS
-from harness.sweep.app import run_single, run_sweep
+from harness.sweep.app import print_result, run_single, run_sweep
 from harness.sweep.protocol import StudyResult
-from harness.sweep.terminal import print_result
 from harness.train.base import load_base
 from tests.conftest import SMALL, overriding
 

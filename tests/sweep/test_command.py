@@ -12,7 +12,6 @@ import pytest
 import yaml
 
 import harness.sweep.app
-import harness.sweep.sweeper
 from harness.config.paths import embedded_dir as study_dir
 from harness.sweep.problems import load_run
 from tests.conftest import SMALL
@@ -24,12 +23,9 @@ REFUSED = {
     "a list where one value is meant": ([*BOTH, "study=[a]"], ["study=[a]", "must be a text"]),
     "one number for a list": ([*BOTH, "seeds=3"], ["seeds=3", "one or more different whole numbers", "such as [0,1]"]),
     "text in a list of numbers": ([*BOTH, "seeds=[a]"], ["seeds=[a]", "whole numbers", ">= 0"]),
-    "a split named twice": ([*BOTH, "evaluate=[dev,dev]"], ["evaluate=[dev,dev]", "one or more different", "golden"]),
-    "a name for a list": ([*BOTH, "evaluate=dev"], ["evaluate=dev", "allowed: dev, golden", "such as [dev]"]),
-    "no dev to select on": (
-        [*BOTH, "evaluate=[golden]", "method.beta=1,2"],
-        ["evaluate=[golden]", "simpo has 2 configs", "selected on dev"],
-    ),
+    "splits, which the sweep decides": ([*BOTH, "evaluate=[dev]"], ["evaluate", "no such key"]),
+    "a folder of costs, which the sweep decides": ([*BOTH, "cost_name=x"], ["cost_name", "no such key"]),
+    "a family's name, which the sweep decides": ([*BOTH, "family.name=x"], ["family.name", "no such key"]),
     "a guard that is no mapping": ([*BOTH, "decide.guards=[3]"], ["decide.guards=[3]", "{metric: NAME, margin:"]),
     "a guard on a list": (
         [*BOTH, "decide.guards=[{metric: [checks], margin: 0.1}]"],
@@ -102,7 +98,7 @@ def refused(tmp_path, monkeypatch, capsys):
 
     def run(module: str, overrides: list[str], *, untouched: bool = True) -> str:
         monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(harness.sweep.sweeper, "run_study", no_trial)
+        monkeypatch.setattr(harness.sweep.app, "run_study", no_trial)
         monkeypatch.setattr(harness.sweep.app, "run_trial", no_trial)
         monkeypatch.setattr(sys, "argv", [module, *overrides])
         before = sorted(tmp_path.rglob("*"))
@@ -270,7 +266,7 @@ def test_the_real_command_refuses_without_torch(command: list[str], message: str
 
 @pytest.mark.slow
 def test_one_trial_registers_its_own_command_and_answers_what_is_asked(tmp_path: Path) -> None:
-    arguments = ["+method=dpo", "seed=1", *SMALL, f"results_dir={tmp_path}", "study=one", "evaluate=[dev]"]
+    arguments = ["+method=dpo", "seed=1", *SMALL, f"results_dir={tmp_path}", "study=one", "--dev-only"]
     assert harness.sweep.app.run_single(arguments) == 0
     command = yaml.safe_load((tmp_path / "one" / "study.yaml").read_text())["command"]
     assert command.startswith("python -m harness.train +method=dpo seed=1 ")
@@ -281,8 +277,7 @@ def test_one_trial_registers_its_own_command_and_answers_what_is_asked(tmp_path:
 
 @pytest.mark.slow
 def test_a_sweep_registers_the_command_as_typed(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(harness.sweep.sweeper, "run_study", lambda design, launch: None)
-    monkeypatch.setattr(harness.sweep.sweeper.PairedSweeper, "on_result", staticmethod(lambda result: None))
+    monkeypatch.setattr(harness.sweep.app, "run_study", lambda design, launch: None)
     arguments = [*BOTH, *SMALL, f"results_dir={tmp_path}", "study=s", "seed=0,1", "method.beta=1", "question='a, b'"]
     harness.sweep.app.run_sweep(arguments)
     command = yaml.safe_load((tmp_path / "s" / "study.yaml").read_text())["command"]

@@ -12,11 +12,10 @@ import torch
 from harness.config.paths import embedded_dir
 from harness.study.errors import UsageError
 from harness.study.manifest import read_manifest
-from harness.sweep.app import run_sweep
+from harness.sweep.app import print_result, run_sweep
 from harness.sweep.estimate import checkpoint_size, size_text, time_text, to_run
+from harness.sweep.launch import Launching
 from harness.sweep.problems import load_run
-from harness.sweep.sweeper import PairedSweeper
-from harness.sweep.terminal import print_result
 from harness.train.base import load_base
 from tests.conftest import SMALL, overriding
 
@@ -112,7 +111,7 @@ def test_nothing_asks_cuda_before_a_trial_has_taken_its_place(tmp_path: Path, mo
     def stop(*_):
         raise StopError
 
-    monkeypatch.setattr(PairedSweeper, "_launch", stop)
+    monkeypatch.setattr(Launching, "run", stop)
     with pytest.raises(StopError):
         run_sweep(study(tmp_path / "results"))
     assert asked == []

@@ -18,13 +18,16 @@ from types import SimpleNamespace
 import pytest
 
 from harness.config import machine as devices
+from harness.config.launchers import LAUNCHERS
 from harness.config.overrides import check_overrides
 from harness.config.schema import AccelerateConfig
 from harness.study.errors import UsageError
 from harness.sweep.app import run_sweep
+from harness.sweep.design import single_trial
+from harness.sweep.launch import Launching
 from harness.sweep.launchers import RayLauncher
 from harness.sweep.problems import compose_run
-from harness.sweep.sweeper import PairedSweeper
+from harness.sweep.trial import Context
 from tests.conftest import SMALL, overriding
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -156,9 +159,7 @@ class Dies:
 
 def outcomes(launcher: Dies, tmp_path: Path) -> list:
     trial = compose_run([*SMALL, f"results_dir={tmp_path}", "+method=dpo", "seed=0"])
-    sweeper = PairedSweeper()
-    sweeper.launcher = launcher
-    return sweeper._survive([replace(trial, study="s")], [["+method=dpo"]])
+    return Launching(LAUNCHERS["joblib"], launcher, Context()).run([single_trial(replace(trial, study="s"))])
 
 
 JOBS = {

@@ -89,9 +89,8 @@ def test_a_wandb_agent_runs_one_trial_that_golden_stays_closed_to(arm: str) -> N
     check_overrides(arguments)
     config = compose_run(arguments)
     assert config.method.name == arm
-    assert config.evaluate == ["dev"]
     assert config.tracking.mode == "online"
-    assert sweep["command"] == ["${env}", "${interpreter}", "-m", "${program}", "${args_no_hyphens}"]
+    assert sweep["command"] == ["${env}", "${interpreter}", "-m", "${program}", "--dev-only", "${args_no_hyphens}"]
 
 
 def test_both_wandb_sweeps_have_the_same_budget() -> None:

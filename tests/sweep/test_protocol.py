@@ -17,9 +17,8 @@ import harness.train.base
 import harness.train.logps
 from harness.study.errors import UsageError
 from harness.study.files import read_json
-from harness.sweep.app import run_sweep
+from harness.sweep.app import print_result, run_sweep
 from harness.sweep.protocol import StudyResult
-from harness.sweep.terminal import print_result
 from tests.conftest import SMALL, overriding
 
 pytestmark = pytest.mark.slow

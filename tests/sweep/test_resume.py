@@ -19,11 +19,10 @@ from harness.study.backup import write_twice
 from harness.study.files import drop_temporaries, write_json
 from harness.study.integrity import done_stages, drop_damaged, fingerprints, resume_stages
 from harness.study.manifest import read_manifest
+from harness.sweep.design import single_trial
 from harness.sweep.problems import compose_run
-from harness.sweep.registration import trial_dir
-from harness.sweep.trial import run_trial
 from harness.train.checkpoints import last_checkpoint
-from tests.conftest import overriding
+from tests.conftest import overriding, run_one
 from tests.train.test_run import configure, train
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -37,7 +36,7 @@ def test_steps_before_the_last_checkpoint_are_not_trained_again(
     """Killed by -9 after the checkpoint at step k of n, the trial runs n - k steps more, and no other."""
     pairs, micro = f"data.max_train_pairs={4 * STEPS}", f"train.micro_batch_size={4 // ACCUMULATED}"
     overrides = overriding(small, pairs, micro, "train.checkpoint_steps=4", "+method=simpo", "seed=1", "study=s")
-    folder = trial_dir(compose_run(overrides))
+    folder = single_trial(compose_run(overrides)).folder
     kept = kill_after_a_checkpoint([sys.executable, "-m", "harness.train", *overrides], folder)
 
     trained = []
@@ -48,7 +47,7 @@ def test_steps_before_the_last_checkpoint_are_not_trained_again(
         lambda self, *given, **more: trained.append(self.state.global_step) or real(self, *given, **more),
     )
     config = replace(compose_run(overrides), study="s")
-    assert run_trial(config, ("golden",)).status == "complete"
+    assert run_one(config, ("golden",)).status == "complete"
     assert trained == [step for step in range(kept, STEPS) for _ in range(ACCUMULATED)]  # steps done before each one
     manifest = read_manifest(folder)
     assert manifest["consumed_tokens_sha256"] == manifest["expected_tokens_sha256"]

@@ -9,9 +9,8 @@ import pytest
 
 from harness.study.errors import UsageError
 from harness.study.files import read_json, write_jsonl
-from harness.sweep.app import run_sweep
+from harness.sweep.app import print_result, run_sweep
 from harness.sweep.protocol import StudyResult
-from harness.sweep.terminal import print_result
 from tests.score.test_lm_eval import settings as benchmark_settings
 from tests.score.test_lm_eval import tasks
 from tests.servers.judge import judge_server, prefers, texts
@@ -85,15 +84,15 @@ def test_an_answer_that_is_the_same_for_every_prompt_loses_whatever_the_judge_sa
 ) -> None:
     """A null model: one text that the judge always prefers, given to all prompts by every SimPO policy."""
     import harness.generate.answers
-    from harness.sweep.trial import _Trial
+    import harness.sweep.stages
 
     real = harness.generate.answers.generate_completions
     arms: list[str] = []
-    answer = _Trial._answer
+    run_trial = harness.sweep.stages.run_trial
 
-    def noted(self, tokens, split):
-        arms.append(self.config.method.name)
-        return answer(self, tokens, split)
+    def noted(trial, context):
+        arms.append(trial.arm)
+        return run_trial(trial, context)
 
     def null_model(model, chat, prompts, *, split, decoding):
         from dataclasses import replace
@@ -101,7 +100,7 @@ def test_an_answer_that_is_the_same_for_every_prompt_loses_whatever_the_judge_sa
         found = real(model, chat, prompts, split=split, decoding=decoding)
         return [replace(one, completion="Choose me!") for one in found] if arms[-1] == "simpo" else found
 
-    monkeypatch.setattr(_Trial, "_answer", noted)
+    monkeypatch.setattr("harness.sweep.launch.run_trial", noted)
     monkeypatch.setattr(harness.generate.answers, "generate_completions", null_model)
     golden = tmp_path / "golden.jsonl"
     write_jsonl(golden, [{"prompt": f"Sort the letters {chr(97 + i % 20)}c{chr(98 + i // 20)}a"} for i in range(40)])

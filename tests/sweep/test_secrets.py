@@ -173,9 +173,9 @@ def test_an_address_with_a_password_is_refused_since_configs_are_written(tmp_pat
 def test_what_a_job_raises_has_no_secret_in_it_whichever_launcher_keeps_it(monkeypatch) -> None:
     monkeypatch.setenv("HF_TOKEN", secret := secrets.token_hex(20))
     monkeypatch.setattr(
-        "harness.sweep.app.resolve", lambda composed: (_ for _ in ()).throw(OSError(f"refused {secret}"))
+        "harness.sweep.launch.read_trial", lambda path: (_ for _ in ()).throw(OSError(f"refused {secret}"))
     )
     with pytest.raises(RuntimeError) as raised:
-        run_job(OmegaConf.create({}))
+        run_job(OmegaConf.create({"trial": "x.json"}))
     assert "".join(traceback.format_exception(raised.value)).count(secret) == 0
     assert str(raised.value) == "OSError: refused ***"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import sys
 import time
 from dataclasses import replace
@@ -12,6 +13,7 @@ from types import ModuleType, SimpleNamespace
 import pandas as pd
 import pytest
 
+from harness.config.launchers import LAUNCHERS
 from harness.report.facts import facts
 from harness.report.page import render_report
 from harness.report.search import tried_configs
@@ -19,10 +21,10 @@ from harness.report.study import COMPLETE, Study, Trial, read_study
 from harness.report.tables import trial_table
 from harness.study.decision import edge_warnings
 from harness.study.files import write_json
-from harness.sweep import terminal
+from harness.sweep import launch
+from harness.sweep.design import single_trial
 from harness.sweep.problems import compose_run
-from harness.sweep.registration import trial_dir
-from harness.sweep.sweeper import PairedSweeper
+from harness.sweep.trial import Context
 from harness.train.memory import settle_imports
 from tests.conftest import SMALL
 from tests.study_fixture import build_study
@@ -30,11 +32,11 @@ from tests.study_fixture import build_study
 
 def trials(tmp_path: Path, count: int) -> list:
     trial = compose_run([*SMALL, f"results_dir={tmp_path}", "+method=dpo", "seed=0"])
-    return [replace(trial, study="s", seed=seed) for seed in range(count)]
+    return [single_trial(replace(trial, study="s", seed=seed)) for seed in range(count)]
 
 
-class BasicLauncher:
-    """Hydra's launcher in this process, as far as the sweeper knows it; notes how many jobs it gets at once."""
+class SomeLauncher:
+    """A launcher of Hydra's, as far as the sweep knows it; notes how many jobs it gets at once."""
 
     def __init__(self) -> None:
         self.sizes: list[int] = []
@@ -45,24 +47,24 @@ class BasicLauncher:
         return [SimpleNamespace(return_value=outcome) for _ in jobs]
 
 
-def test_jobs_in_this_process_are_launched_one_by_one(tmp_path: Path) -> None:
-    """Hydra keeps what it composed for every job of a launch: 1,400 objects a trial."""
-    sweeper, asked = PairedSweeper(), trials(tmp_path, 3)
-    sweeper.launcher = BasicLauncher()
-    sweeper.composer = SimpleNamespace(overrides=lambda trial: ["+method=dpo"])
-    assert [found.status for found in sweeper._run(asked)] == ["complete"] * 3
-    assert sweeper.launcher.sizes == [1, 1, 1]
+def test_a_launcher_that_starts_a_process_for_every_job_at_once_gets_few_at_once(tmp_path: Path) -> None:
+    """Hydra keeps what it composed for every job of a launch, and each waiting process takes memory."""
+    few, most = SomeLauncher(), 4 * len(os.sched_getaffinity(0))
+    launching = launch.Launching(LAUNCHERS["submitit_local"], few, Context())
+    found = launching.run(trials(tmp_path, 2 * most + 1))
+    assert [outcome.status for outcome in found] == ["complete"] * (2 * most + 1)
+    assert few.sizes == [most, most, 1]
 
 
 def test_the_progress_bar_asks_only_trials_that_have_begun_and_are_not_known_to_be_complete(
     tmp_path: Path, monkeypatch
 ) -> None:
     begun, never = trials(tmp_path, 2)
-    write_json(trial_dir(begun) / "manifest.json", {})
+    write_json(begun.folder / "manifest.json", {})
     asked: list[int] = []
-    monkeypatch.setattr(terminal, "is_complete", lambda trial, splits: asked.append(trial.seed) or len(asked) > 1)
-    monkeypatch.setattr(terminal, "POLL_SECONDS", 0.01)
-    with terminal.show_progress([begun, never]):
+    monkeypatch.setattr(launch.Trial, "is_complete", lambda trial: asked.append(trial.seed) or len(asked) > 1)
+    monkeypatch.setattr(launch, "POLL_SECONDS", 0.01)
+    with launch.show_progress([begun, never]):
         time.sleep(0.5)
     assert asked == [begun.seed] * 2
 

@@ -18,12 +18,11 @@ from harness.study.files import read_json, read_jsonl
 from harness.study.identity import data_identity
 from harness.study.manifest import read_manifest
 from harness.sweep.app import run_sweep
+from harness.sweep.design import single_trial
 from harness.sweep.problems import compose_run
-from harness.sweep.registration import is_complete, trial_dir
-from harness.sweep.trial import run_trial
 from harness.train import trainers as consumption
 from harness.verify import _trial, verify_study
-from tests.conftest import SMALL, overriding
+from tests.conftest import SMALL, overriding, run_one
 
 
 @pytest.fixture
@@ -50,7 +49,7 @@ def memory(monkeypatch):
 @pytest.fixture
 def trial(tmp_path: Path):
     given = [*SMALL, "train.batch_size=8", "train.micro_batch_size=8", "study=s", f"results_dir={tmp_path}"]
-    assert run_trial(compose_run([*given, "+method=sft", "seed=0"]), ("dev",)).status == "complete"
+    assert run_one(compose_run([*given, "+method=sft", "seed=0"]), ("dev",)).status == "complete"
 
     def make(arm: str, *more: str) -> RunConfig:
         return compose_run([*given, f"+method={arm}", "seed=1", *more])
@@ -61,25 +60,25 @@ def trial(tmp_path: Path):
 def test_both_arms_train_with_the_micro_batch_that_fits_and_as_many_pairs_a_step(memory, trial, tmp_path: Path) -> None:
     """DPO is finished when SimPO runs out of memory: it is trained again, since a study has one batch plan."""
     dpo, simpo = trial("dpo"), trial("simpo")
-    assert run_trial(dpo, ("dev",)).status == "complete"
-    before = read_manifest(trial_dir(dpo))
+    assert run_one(dpo, ("dev",)).status == "complete"
+    before = read_manifest(single_trial(dpo).folder)
     assert before["micro_batch_size"] == 8
     memory(3)
-    outcome = run_trial(simpo, ("dev",))
+    outcome = run_one(simpo, ("dev",))
     assert outcome.status == "complete", outcome.message
-    assert not is_complete(dpo, ("dev",)), "its batch plan is not the study's any more"
+    assert not single_trial(dpo, ("dev",)).is_complete(), "its batch plan is not the study's any more"
     assert data_identity(tmp_path / "s")["status"] == "not proved"
     found = [
         problem for folder in (tmp_path / "s" / "trials").iterdir() for problem in _trial(tmp_path / "s", folder, {})
     ]
     assert "it was trained with a micro-batch of 8, and another trial of its seed with a smaller one" in found
-    assert run_trial(dpo, ("dev",)).status == "complete"
-    after, other = read_manifest(trial_dir(dpo)), read_manifest(trial_dir(simpo))
+    assert run_one(dpo, ("dev",)).status == "complete"
+    after, other = read_manifest(single_trial(dpo).folder), read_manifest(single_trial(simpo).folder)
     assert after["micro_batch_size"] == other["micro_batch_size"] == 2
     assert after["batch_plan_sha256"] == other["batch_plan_sha256"] != before["batch_plan_sha256"]
     assert after["consumed_tokens_sha256"] == before["consumed_tokens_sha256"], "the steps hold the same pairs"
     assert data_identity(tmp_path / "s")["status"] == "proved"
-    assert len(list(read_jsonl(trial_dir(dpo) / "train.jsonl"))) == 2, "16 pairs in steps of 8"
+    assert len(list(read_jsonl(single_trial(dpo).folder / "train.jsonl"))) == 2, "16 pairs in steps of 8"
     settled = read_json(tmp_path / "s" / "micro_batch.json")
     assert (settled["asked"], settled["micro_batch_size"], settled["seeds"]) == (8, 2, {"1": 2})
     assert [(row["arm"], row["from"], row["to"]) for row in settled["halved"]] == [("simpo", 8, 4), ("simpo", 4, 2)]
@@ -140,20 +139,20 @@ def test_a_trial_that_is_run_for_its_cost_changes_nothing_of_the_study(memory, t
 
 def test_a_smaller_micro_batch_gives_the_same_steps(memory, trial, tmp_path: Path) -> None:
     whole = trial("simpo")
-    assert run_trial(whole, ("dev",)).status == "complete"
-    expected = list(read_jsonl(trial_dir(whole) / "train.jsonl"))
+    assert run_one(whole, ("dev",)).status == "complete"
+    expected = list(read_jsonl(single_trial(whole).folder / "train.jsonl"))
     memory(4)
     halved = trial("simpo", "study=halved")
-    assert run_trial(trial("sft", "study=halved"), ("dev",)).status == "complete"
-    assert run_trial(halved, ("dev",)).status == "complete"
-    found = list(read_jsonl(trial_dir(halved) / "train.jsonl"))
+    assert run_one(trial("sft", "study=halved"), ("dev",)).status == "complete"
+    assert run_one(halved, ("dev",)).status == "complete"
+    found = list(read_jsonl(single_trial(halved).folder / "train.jsonl"))
     for key in ("loss", "grad_norm"):
         assert [row[key] for row in found] == pytest.approx([row[key] for row in expected], rel=1e-5)
 
 
 def test_a_model_that_does_not_fit_at_all_fails_by_name_with_what_to_do(memory, trial) -> None:
     memory(0)
-    outcome = run_trial(trial("dpo"), ("dev",))
+    outcome = run_one(trial("dpo"), ("dev",))
     assert outcome.status == "failed"
     for words in (
         "DoesNotFitError: embedded does not fit",
@@ -169,7 +168,7 @@ def test_out_of_memory_elsewhere_fails_by_name_with_what_to_do(trial, monkeypatc
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
     monkeypatch.setattr("harness.generate.answers.generate_completions", run_out)
-    outcome = run_trial(trial("simpo"), ("dev",))
+    outcome = run_one(trial("simpo"), ("dev",))
     assert outcome.status == "failed"
     assert "generate: OutOfMemoryError: CUDA out of memory" in outcome.message
     assert "a smaller generate.batch_size" in outcome.message

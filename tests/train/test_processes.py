@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from harness.config import machine as devices
+from harness.config.compose import config_from
 from harness.config.schema import RunConfig
 from harness.config.trial_id import plain
 from harness.data.inputs import tokens_of
@@ -25,13 +26,12 @@ from harness.data.plan import BatchPlan, share_of
 from harness.study.errors import DivergedError, UsageError, WorkerDiedError
 from harness.study.files import read_json, write_json
 from harness.sweep.problems import compose_run, load_run
-from harness.sweep.trial import run_trial
 from harness.train.base import borrowed_base
 from harness.train.memory import plan_of
-from harness.train.processes import read_config, train_in_processes
+from harness.train.processes import train_in_processes
 from harness.train.reference import reference_logps
 from harness.train.run import TrainResult, train_arm
-from tests.conftest import SMALL, overriding, training_overrides
+from tests.conftest import SMALL, overriding, run_one, training_overrides
 
 ROOT = Path(__file__).resolve().parents[2]
 STEP = ["train.batch_size=8", "train.micro_batch_size=2", "method.learning_rate=2e-4"]
@@ -126,7 +126,7 @@ def test_a_killed_run_of_two_processes_leaves_none_behind_and_goes_on_where_it_w
     """kill -9 of the trial's process after a checkpoint; then the same trial in one process finishes it."""
     more = ["train.micro_batch_size=2", "data.max_train_pairs=64", "train.checkpoint_steps=1", "study=s"]
     given = overriding(SMALL, *more, "generate.max_new_tokens=4", f"results_dir={tmp_path / 'results'}")
-    assert run_trial(compose_run([*given, "+method=sft", "seed=0"]), ("dev",)).status == "complete"
+    assert run_one(compose_run([*given, "+method=sft", "seed=0"]), ("dev",)).status == "complete"
     trial = [*given, "+method=simpo", "seed=1"]
     command = [sys.executable, "-m", "harness.train", *trial, "accelerate=ddp"]
     child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -143,7 +143,7 @@ def test_a_killed_run_of_two_processes_leaves_none_behind_and_goes_on_where_it_w
         time.sleep(0.1)
     place = next(folder.iterdir())
     assert not (place / "adapter").exists(), "it was killed too late to show anything"
-    outcome = run_trial(compose_run(trial), ("dev",))
+    outcome = run_one(compose_run(trial), ("dev",))
     assert outcome.status == "complete", outcome.message
     manifest = read_json(place / "manifest.json")
     assert manifest["consumed_tokens_sha256"] == manifest["expected_tokens_sha256"]
@@ -155,7 +155,7 @@ def test_processes_that_are_starting_die_with_their_trial(tmp_path: Path) -> Non
     """kill -9 while the launcher imports, before any process has trained."""
     more = ["train.micro_batch_size=2", "study=s", f"results_dir={tmp_path / 'results'}"]
     given = overriding(SMALL, *more)
-    assert run_trial(compose_run([*given, "+method=sft", "seed=0"]), ("dev",)).status == "complete"
+    assert run_one(compose_run([*given, "+method=sft", "seed=0"]), ("dev",)).status == "complete"
     command = [sys.executable, "-m", "harness.train", *given, "+method=simpo", "seed=1", "accelerate=ddp"]
     child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     folder, deadline = tmp_path / "results" / "s" / "trials", time.monotonic() + 120
@@ -252,7 +252,7 @@ def test_a_config_survives_the_way_to_the_processes(tmp_path: Path) -> None:
             ]
         )
         write_json(tmp_path / "config.json", plain(config))
-        assert read_config(tmp_path / "config.json") == config
+        assert config_from(read_json(tmp_path / "config.json")) == config
 
 
 REFUSED = {
@@ -294,8 +294,8 @@ def test_what_this_machine_cannot_do_is_said_before_training(monkeypatch) -> Non
 
 
 def test_the_number_of_processes_is_no_part_of_a_trials_identity() -> None:
-    from harness.sweep.registration import identify
+    from harness.sweep.design import single_trial
 
     one = load_run(["+method=dpo", "train.micro_batch_size=2"])
     two = load_run(["+method=dpo", "train.micro_batch_size=2", "accelerate=ddp"])
-    assert identify(one) == identify(two)
+    assert single_trial(one).trial_id == single_trial(two).trial_id

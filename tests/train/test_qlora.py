@@ -88,13 +88,13 @@ def test_reference_log_probs_of_the_whole_base_are_not_taken_for_those_of_the_qu
 
 @pytest.mark.slow
 def test_a_trial_answers_with_the_base_that_it_was_trained_on(tmp_path: Path) -> None:
-    from harness.sweep.trial import run_trial
+    from tests.conftest import run_one
 
     results = f"results_dir={tmp_path / 'results'}"
     given = [*SMALL, "train.tuning=qlora", "study=s", results]
-    assert run_trial(compose_run([*given, "+method=sft", "seed=0"]), ("dev",)).status == "complete"
+    assert run_one(compose_run([*given, "+method=sft", "seed=0"]), ("dev",)).status == "complete"
     config = compose_run([*given, "+method=simpo", "seed=1"])
-    outcome = run_trial(config, ("dev",))
+    outcome = run_one(config, ("dev",))
     assert outcome.status == "complete", outcome.message
     folder = next((tmp_path / "results" / "s" / "trials").iterdir())
     assert read_manifest(folder)["parameters"]["trainable"] > 0

@@ -2,32 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Iterator
 
 import pytest
 from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
-from omegaconf import open_dict
 
 from harness.config.compose import register_schemas
+from harness.config.overrides import check_overrides
 from harness.config.paths import CONF
-from harness.config.schema import FamilyConfig
 from harness.study.errors import UsageError
+from harness.sweep.design import Composer, designs_of, expand, shared_overrides
 from harness.sweep.problems import compose_run
-from harness.sweep.request import Composer
 
 COMMON = ["study=s", "train.batch_size=8", "data.max_train_pairs=16"]
 
 
 @pytest.fixture
-def composer() -> Composer:
+def composer() -> Iterator[Composer]:
     register_schemas()
     with initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
-        config = compose("sweep", return_hydra_config=True)
-        with open_dict(config.hydra):
-            config.hydra.sweep.dir = "."
-        loader = GlobalHydra.instance().config_loader()
-    return Composer(loader, config)
+        yield Composer()
 
 
 PARAMS = [
@@ -45,7 +39,6 @@ def test_a_config_is_the_one_that_hydra_composes(arm: str, params: dict, compose
     typed = [f"method.{key}={value}" for key, value in params.items()]
     found = composer.compose([*COMMON, f"+method={arm}"], params)
     assert found == compose_run([*COMMON, f"+method={arm}", *typed])
-    assert composer.overrides(found) == [*COMMON, f"+method={arm}", *typed]
 
 
 BAD = [("dpo", {"beta": "two"}), ("dpo", {"gamma_beta_ratio": 0.5}), ("dpo", {"beta": -1.0}), ("simpo", {"bet": 1})]
@@ -71,7 +64,12 @@ def test_the_problems_of_all_configs_are_told_at_once(composer: Composer) -> Non
 @pytest.mark.parametrize("varied", ["generate.temperature", "data.label_noise", "train.weight_decay"])
 def test_each_study_of_a_family_keeps_its_own_value(varied: str, composer: Composer) -> None:
     """Regression: all studies of a family over a key of `generate` were launched with the last value."""
-    studies = [composer.compose([*COMMON, "+method=dpo", f"{varied}={value}"], {"beta": 0.1}) for value in (0.1, 0.3)]
-    for study, value in zip(studies, (0.1, 0.3), strict=True):
-        of_a_trial = replace(study, seed=5, study="x", evaluate=["dev"], family=FamilyConfig(key=varied, value=value))
-        assert f"{varied}={value}" in composer.overrides(of_a_trial)
+    arguments = ["+method=dpo", "seed=5", f"family.key={varied}", "family.values=[0.1,0.3]"]
+    parsed = check_overrides(arguments)
+    master = compose("sweep", shared_overrides(parsed), return_hydra_config=True)
+    designs = designs_of(expand(parsed, master), master, composer, lambda config: "s")
+    section, key = varied.split(".")
+    assert [(d.study.name, getattr(getattr(d.any, section), key)) for d in designs] == [
+        (f"s-{key}-0.1", 0.1),
+        (f"s-{key}-0.3", 0.3),
+    ]
