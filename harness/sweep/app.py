@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 import hydra
-from hydra import compose, initialize_config_dir
+from hydra import compose
 from hydra._internal.callbacks import Callbacks
 from hydra.core.global_hydra import GlobalHydra
 from hydra.types import HydraContext
@@ -32,7 +32,7 @@ from harness.study.text import redact, visible
 from harness.sweep.design import Composer, Design, designs_of, expand, shared_overrides, warnings_of
 from harness.sweep.estimate import print_plan, refuse_what_does_not_fit
 from harness.sweep.launch import Launching
-from harness.sweep.problems import compose_run, find_warnings
+from harness.sweep.problems import compose_run, composing, find_warnings
 from harness.sweep.protocol import StudyResult, report_study, run_study
 from harness.sweep.registration import folder_name, register
 from harness.sweep.stages import run_trial
@@ -56,13 +56,12 @@ def run_sweep(arguments: Sequence[str]) -> list[StudyResult]:
         UsageError: for wrong usage, before anything is loaded.
     """
     prepare_process()
-    register_schemas()
     if any(argument.split("=")[0] in _HYDRA_FLAGS for argument in arguments):
         _answer_as_hydra(arguments)
         return []
     _check_options(arguments, allowed=("--multirun", "-m"))
     parsed = check_overrides([argument for argument in arguments if not argument.startswith("-")])
-    with _context() as context, initialize_config_dir(config_dir=str(CONF), version_base="1.3", job_name="harness"):
+    with _context() as context, composing():
         with explain():
             master = compose("sweep", shared_overrides(parsed), return_hydra_config=True)
         designs = list(designs_of(expand(parsed, master), master, Composer(), folder_name))
@@ -97,6 +96,7 @@ def _hydra_context(master: DictConfig) -> HydraContext:
 
 def _answer_as_hydra(arguments: Sequence[str]) -> None:
     """Let Hydra answer its own options: `--help`, `--cfg job`, shell completion."""
+    register_schemas()
     application = hydra.main(version_base="1.3", config_path=str(CONF), config_name="sweep")(lambda config: None)
     argv, sys.argv = sys.argv, [sys.argv[0], *arguments]
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import re
@@ -11,12 +12,14 @@ from pathlib import Path
 from typing import Any, cast
 
 from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from harness.config.arms import ARMS, DPOMarginConfig, SimPOConfig
 from harness.config.checkpoint import checkpoint_problems, is_utf8
-from harness.config.compose import profile_name, register_schemas, vllm_problem
+from harness.config.compose import fill_from_profile, profile_name, register_schemas, vllm_problem
 from harness.config.keys import declared_keys, shown, value_problem
+from harness.config.overrides import check_overrides, explain
 from harness.config.paths import CONF
 from harness.config.schema import EMBEDDED, GUARD, Engine, Reference, RunConfig, Tuning
 from harness.score.available import known_scorers, run_names, score_problems, unknown_scorer
@@ -194,26 +197,30 @@ def _data_problems(config: RunConfig) -> Iterator[str]:
 
 def load_run(overrides: list[str]) -> RunConfig:
     """Compose one run from the command line's overrides; what `harness.sweep` would refuse is a UsageError."""
-    from harness.config.overrides import check_overrides  # it reads this module
-
     check_overrides(overrides)
     return compose_run(overrides)
 
 
 def compose_run(overrides: list[str]) -> RunConfig:
-    """Compose and validate one run; the overrides themselves are taken to be checked."""
-    from harness.config.overrides import explain
-
-    register_schemas()
-    with initialize_config_dir(config_dir=str(CONF), version_base="1.3"), explain():
+    """Compose and validate one run; the overrides themselves have been checked."""
+    with composing(), explain():
         composed = compose("sweep", overrides=overrides)
     return resolve(composed)
 
 
+@contextlib.contextmanager
+def composing() -> Iterator[None]:
+    """Make `conf/` known to Hydra, unless it is already."""
+    if GlobalHydra.instance().is_initialized():
+        yield
+        return
+    register_schemas()
+    with initialize_config_dir(config_dir=str(CONF), version_base="1.3", job_name="harness"):
+        yield
+
+
 def resolve(composed: DictConfig) -> RunConfig:
     """Turn a composed config into a `RunConfig` with no open default left, or raise a `UsageError`."""
-    from harness.config.compose import fill_from_profile  # these read this module
-
     composed = copy.deepcopy(composed)
     with open_dict(composed):
         composed.pop("hydra", None)

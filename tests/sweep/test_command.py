@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
 import subprocess
@@ -103,7 +104,7 @@ def refused(tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", [module, *overrides])
         before = sorted(tmp_path.rglob("*"))
         with pytest.raises(SystemExit) as stop:
-            sys.modules[module].main()
+            importlib.import_module(f"{module}.__main__").main()
         said = capsys.readouterr().err
         assert stop.value.code == 2, said
         assert said.startswith(f"{module}: ")

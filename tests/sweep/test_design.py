@@ -5,22 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from hydra import compose, initialize_config_dir
+from hydra import compose
 
-from harness.config.compose import register_schemas
 from harness.config.overrides import check_overrides
-from harness.config.paths import CONF
 from harness.study.errors import UsageError
 from harness.sweep.design import Composer, designs_of, expand, shared_overrides
-from harness.sweep.problems import compose_run
+from harness.sweep.problems import compose_run, composing
 
 COMMON = ["study=s", "train.batch_size=8", "data.max_train_pairs=16"]
 
 
 @pytest.fixture
 def composer() -> Iterator[Composer]:
-    register_schemas()
-    with initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
+    with composing():
         yield Composer()
 
 

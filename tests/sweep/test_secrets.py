@@ -21,7 +21,8 @@ from omegaconf import OmegaConf
 from harness.config.schema import JudgeConfig
 from harness.study.errors import UsageError
 from harness.study.files import read_json
-from harness.sweep.app import run_job, run_sweep
+from harness.sweep.app import run_sweep
+from harness.sweep.launch import run_job
 from tests.conftest import SMALL, overriding
 from tests.servers.judge import judge_server, prefers
 
