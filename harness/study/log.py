@@ -15,7 +15,7 @@ from typing import Any, TextIO
 
 from harness.study.text import redact
 
-LOG = logging.getLogger("harness.sweep.trial")
+LOG = logging.getLogger("harness.trial")
 MAX_BYTES = 5_000_000  # a library that repeats itself must not fill the disk
 _FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 # These configure loggers of their own, which do not pass on to the root.

@@ -102,7 +102,7 @@ def test_a_real_trial_leaves_one_line_on_the_terminal_and_its_stages_in_the_log(
     results = Path(next(item for item in small if item.startswith("results_dir=")).partition("=")[2])
     log = next(results.glob("*/trials/*/log.txt")).read_text()
     for stage in ("load", "reference", "train", "generate", "score"):
-        assert f"harness.sweep.trial: {stage}" in log
+        assert f"harness.trial: {stage}" in log
     assert "transformers.trainer: ***** Running training *****" in log
 
 

@@ -131,7 +131,7 @@ def test_the_same_command_again_trains_nothing_and_changes_nothing(finished) -> 
     result, study = finished
     before = {path: path.read_bytes() for path in study.rglob("*") if path.is_file()}
     code = (
-        "import sys\nfrom harness.sweep import run_sweep\n"
+        "import sys\nfrom harness.sweep.app import run_sweep\n"
         f"result = run_sweep({['+method=simpo,dpo', *SMALL, f'results_dir={study.parent}', 'seed=0,1', 'study=small']!r})\n"
         "print(result[0].launched, 'torch' in sys.modules)\n"
     )

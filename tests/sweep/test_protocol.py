@@ -12,7 +12,7 @@ import torch
 import yaml
 
 import harness.generate.heldout
-import harness.sweep.trial
+import harness.sweep.stages
 import harness.train.base
 import harness.train.logps
 from harness.study.errors import UsageError
@@ -66,7 +66,7 @@ def test_a_policy_with_log_probs_that_are_not_finite_diverged(tmp_path: Path, mo
                 next(iter(policy.parameters())).fill_(float("nan"))
         return real(config, policy, rows, split, base=base)
 
-    monkeypatch.setattr(harness.sweep.trial, "heldout_rows", broken)
+    monkeypatch.setattr(harness.sweep.stages, "heldout_rows", broken)
     pairs = [f"data.{split}={_embedded() / split}.jsonl" for split in ("train", "dev")]
     result = sweep(tmp_path, "seed=0", "study=s", *pairs, f"data.golden={_golden_with_pairs(tmp_path)}")
     assert print_result(result) == 0
@@ -101,7 +101,7 @@ def test_no_file_says_where_this_machine_keeps_the_package(tmp_path: Path, monke
     registered = yaml.safe_load((tmp_path / "results" / "s" / "study.yaml").read_text())
     assert registered["data"]["golden"]["path"] == "embedded:golden.jsonl"
     assert registered["command"].startswith("python -m harness.sweep +method=simpo,dpo data.max_train_pairs=16 ")
-    package = str(Path(harness.sweep.trial.__file__).parent.parent).encode()
+    package = str(Path(harness.sweep.stages.__file__).parent.parent).encode()
     files = [path for path in (tmp_path / "results").rglob("*") if path.is_file()]
     assert any(path.suffix == ".wandb" for path in files)
     assert [path.name for path in files if package in path.read_bytes()] == []
@@ -132,14 +132,14 @@ def test_a_base_that_fails_is_named_with_its_reason_and_exits_with_1(tmp_path: P
 
 def test_an_arm_that_fails_before_it_has_a_manifest_keeps_its_reason(tmp_path: Path, monkeypatch, capsys) -> None:
     """The first stage of a trial is loading; an error there leaves failure.json and no manifest."""
-    real = harness.sweep.trial.tokens_of
+    real = harness.sweep.stages.tokens_of
 
     def lost(config):
         if config.method.name == "dpo":
             raise OSError("the disk is gone")
         return real(config)
 
-    monkeypatch.setattr(harness.sweep.trial, "tokens_of", lost)
+    monkeypatch.setattr(harness.sweep.stages, "tokens_of", lost)
     result = sweep(tmp_path, "seed=0", "study=s")
     assert print_result(result) == 1
     said = capsys.readouterr().out

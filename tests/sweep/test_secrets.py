@@ -38,7 +38,7 @@ import os, pathlib, sys
 
 if sys.argv[:1] == ["-m"]:
     import json, logging, warnings
-    import harness.train, harness.sweep.trial, harness.study.log
+    import harness.train, harness.sweep.stages, harness.study.log
 
     train_arm = harness.train.run.train_arm
 
@@ -48,7 +48,7 @@ if sys.argv[:1] == ["-m"]:
         return train_arm(*args, **more)
 
     harness.train.run.train_arm = train_and_talk
-    real = harness.sweep.trial.score_trial
+    real = harness.sweep.stages.score_trial
 
     def score_trial(folder, *args, **more):
         secret = os.environ
@@ -62,7 +62,7 @@ if sys.argv[:1] == ["-m"]:
             raise RuntimeError(f"refused: {secret['OPENAI_API_KEY']}, {secret['DATABASE_PASSWORD']}")
         return real(folder, *args, **more)
 
-    harness.sweep.trial.score_trial = score_trial
+    harness.sweep.stages.score_trial = score_trial
 """
 
 

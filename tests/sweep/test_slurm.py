@@ -30,7 +30,7 @@ STUDY = overriding(
     "train.micro_batch_size=2",
 )
 THROUGH_SLURM = ["hydra/launcher=submitit_slurm", "hydra.launcher.timeout_min=5"]
-BEGINS_TO_TRAIN = "INFO harness.sweep.trial: train\n"  # in a trial's log.txt
+BEGINS_TO_TRAIN = "INFO harness.trial: train\n"  # in a trial's log.txt
 
 
 def start(results: Path, *more: str, environment: dict[str, str] | None = None) -> subprocess.Popen[str]:

@@ -273,16 +273,16 @@ def test_optuna_suggests_equally_many_configs_for_each_arm_and_the_same_ones_aga
 
 @pytest.mark.slow
 def test_a_tuning_trial_that_fails_stops_before_golden(tmp_path: Path, monkeypatch) -> None:
-    import harness.sweep.trial
+    import harness.sweep.stages
 
-    real = harness.sweep.trial.splits_of
+    real = harness.sweep.stages.splits_of
 
     def lost(config):
         if config.method.learning_rate == 3e-4 and config.method.name == "dpo":
             raise OSError("the disk is gone")
         return real(config)
 
-    monkeypatch.setattr(harness.sweep.trial, "splits_of", lost)
+    monkeypatch.setattr(harness.sweep.stages, "splits_of", lost)
     (result,) = sweep(tmp_path, *GRID, "study=s")
     assert result.verdict is None
     assert "2 of 12 tuning trials failed" in result.undecided
