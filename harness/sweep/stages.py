@@ -174,17 +174,14 @@ class _Running:
 
     def _evaluate(self, tokens: Tokens, split: str) -> None:
         """Answer the prompts of a split and take the log-probs of its pairs; a diverged policy has neither."""
-        generated = 0
         if self.manifest["status"] != "diverged":
             try:
-                generated = self._answer(tokens, split)
+                self._answer(tokens, split)
             except DivergedError as error:
                 self.manifest |= {"status": "diverged", "divergence": str(error)}
-        spent = self.manifest["tokens"] | {"generated": self.manifest["tokens"].get("generated", 0) + generated}
-        self._save(tokens=spent, done=[*self.manifest["done"], split], files=self._files())
+        self._save(done=[*self.manifest["done"], split], files=self._files())
 
-    def _answer(self, tokens: Tokens, split: str) -> int:
-        """Write the rows of a split and return the number of generated tokens."""
+    def _answer(self, tokens: Tokens, split: str) -> None:
         from harness.generate.answers import generate_completions  # loads torch
 
         config, splits = self.config, splits_of(self.config)
@@ -203,7 +200,8 @@ class _Running:
             old = [row for row in read_jsonl(path) if row["split"] != split] if path.is_file() else []
             self.hashes.note(path, write_jsonl(path, old + new))
         drop_answers(self.folder, split)
-        return sum(c.tokens for c in completions)
+        spent = self.manifest["tokens"]
+        spent["generated"] = spent.get("generated", 0) + sum(c.tokens for c in completions)
 
     def _borrow_policy(self) -> Any:
         """Return what answers, the same for all splits; it is given back at the end of the run."""
