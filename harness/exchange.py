@@ -17,7 +17,7 @@ from harness.score.trial_scores import trial_folders
 from harness.study.errors import UsageError, in_one_sentence
 from harness.study.files import read_jsonl, write_text
 from harness.study.manifest import load_manifest
-from harness.study.scores_csv import to_csv
+from harness.study.scores_csv import write_scores
 from harness.study.text import one_line
 
 _RUN = re.compile(r"([a-z_]+)(?::(\d+))?=(.+)")
@@ -90,7 +90,7 @@ def _export(options: argparse.Namespace) -> str:
 def _annotations(options: argparse.Namespace) -> str:
     runs = {place: Path(path) for place, path in _runs(options.runs).items()}
     scores = annotation_scores(runs)
-    write_text(options.out, to_csv(scores))
+    write_scores(options.out, scores)
     arms = ",".join(dict.fromkeys(arm for arm, _ in runs))
     return f"{options.out}\nNow: python -m harness.decide {options.out} --metric win_rate --arms {arms}"
 

@@ -1,4 +1,4 @@
-"""What of a study can be trusted: files against their hashes, scores against answers, verdict against scores.
+"""Check a study: missing, changed and foreign files, outdated scores, a verdict that the scores do not give.
 
 Command: `python -m harness.verify results/STUDY`. Changes nothing. Imports no torch.
 """
@@ -6,8 +6,6 @@ Command: `python -m harness.verify results/STUDY`. Changes nothing. Imports no t
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence, Set
@@ -21,14 +19,15 @@ from harness.decide.study import decision
 from harness.report.words import plural
 from harness.score.exchange import GIVEN
 from harness.score.trial_scores import scores_again
-from harness.study.backup import NAMES, is_twin
+from harness.study.backup import NAMES, equals_backup
+from harness.study.decision import VERDICT_FILE
 from harness.study.errors import UsageError, in_one_sentence
-from harness.study.files import Reader, file_sha256
-from harness.study.identity import data_identity
+from harness.study.files import SEAL, Reader, file_sha256
 from harness.study.integrity import WEIGHTS, is_outdated, leads_out
-from harness.study.manifest import has_hash, is_as_written, read_manifest
-from harness.study.registration import read_study
-from harness.study.scores_csv import original, read_csv, to_csv
+from harness.study.manifest import FILE as MANIFEST_FILE
+from harness.study.manifest import Manifest, data_identity, is_as_written, read_manifest
+from harness.study.registration import Registration, read_study
+from harness.study.scores_csv import SCORES_FILE, read_scores_csv, written_and_read
 from harness.study.text import one_line
 
 _TRIAL_FILES = {
@@ -48,10 +47,10 @@ _FINISHED = ("complete", "diverged")
 
 
 def verify_study(study: Path) -> list[str]:
-    """Return what cannot be trusted, a sentence each; empty where everything is as the sweep left it.
+    """Return one sentence per problem; empty for a study as the sweep left it.
 
     Raises:
-        UsageError: the folder is not a study.
+        UsageError: where the folder is not a study.
     """
     if not (study / "study.yaml").is_file():
         raise UsageError(f"{study}: no study.yaml; give a folder that harness.sweep wrote")
@@ -59,66 +58,66 @@ def verify_study(study: Path) -> list[str]:
         registered = read_study(study / "study.yaml")
     except UsageError as error:
         return [str(error)]
-    problems = list(_foreign(study, _STUDY_FILES, _STUDY_FOLDERS))
+    problems = list(_foreign_entries(study, _STUDY_FILES, _STUDY_FOLDERS))
     problems += [
         f"trials/{path.name} is foreign: no stage writes it" for path in study.glob("trials/*") if path.is_file()
     ]
-    problems += [f"{name} is not what its second copy says" for name in NAMES if not is_twin(study / name)]
+    problems += [f"{name} differs from its backup copy" for name in NAMES if not equals_backup(study / name)]
     folders = [path for path in [study / "base", *sorted((study / "trials").glob("*"))] if path.is_dir()]
     for folder in [*folders, *sorted(path for path in study.glob("costs/*") if path.is_dir())]:
-        problems += [f"{folder.relative_to(study)}: {problem}" for problem in _trial(study, folder, registered)]
-    problems += _runs(study, registered)
-    if registered.get("model", {}).get("path") != GIVEN:
+        problems += [f"{folder.relative_to(study)}: {text}" for text in _trial_problems(study, folder, registered)]
+    problems += _run_problems(study, registered)
+    if registered["model"]["path"] != GIVEN:
         problems += [f"identical data: {reason}" for reason in data_identity(study)["reasons"]]
-    return [*problems, *_scores(study, folders), *_verdict(study)]
+    return [*problems, *_score_problems(study, folders), *_verdict_problems(study)]
 
 
-def _trial(study: Path, folder: Path, registered: Mapping[str, Any]) -> Iterator[str]:
+def _trial_problems(study: Path, folder: Path, registered: Registration) -> Iterator[str]:
     reader = Reader(study)
-    manifest = reader.mapping(folder / "manifest.json")
+    stored = reader.mapping(folder / MANIFEST_FILE)
     yield from reader.problems
-    if not manifest:
+    if not stored:
         yield "foreign or unfinished: it has no manifest; the sweep's command finishes it, if it is one of its trials"
         return
-    if not is_as_written(manifest):
-        yield "manifest.json was changed: what it says is not believed, and its files are not checked"
+    if not is_as_written(stored):
+        yield "manifest.json was changed: its content is not believed, and its files are not checked"
         return
-    if not has_hash(manifest):
-        yield "manifest.json holds no hash of itself (an older version wrote it, or somebody took it out)"
+    if SEAL not in stored:
+        yield "manifest.json holds no hash of itself: somebody took it out"
+    manifest = read_manifest(folder)
     if folder.parent.name == "trials" and folder.name != manifest.get("trial_id"):
         yield f"the folder was renamed: its manifest is of trial {manifest.get('trial_id')}"
-    if manifest.get("base_sha256") != (base := registered.get("model", {}).get("base_sha256")):
-        found = manifest.get("base_sha256")
-        yield f"it started from another base ({_short(found)}) than the registered one ({_short(base)})"
+    if (found := manifest.get("base_sha256")) != (base := registered["model"]["base_sha256"]):
+        yield f"it started from another base ({str(found)[:12]}) than the registered one ({base[:12]})"
     if manifest.get("status") not in _FINISHED:
         yield f"it is {manifest.get('status')}: run the sweep's command again"
     if is_outdated(study, manifest.get("seed"), size := manifest.get("micro_batch_size")):
         yield f"it was trained with a micro-batch of {size}, and another trial of its seed with a smaller one"
-    yield from _config(reader.mapping(folder / "config.yaml"), manifest, registered)
-    yield from _files(folder, manifest)
+    yield from _config_problems(reader.mapping(folder / "config.yaml"), manifest, registered)
+    yield from _file_problems(folder, manifest)
 
 
-def _runs(study: Path, registered: Mapping[str, Any]) -> Iterator[str]:
-    """Compare which runs there are with those that study.yaml registered."""
-    configs, seeds = registered.get("configs", {}), registered.get("seeds", {})
-    tuning = registered.get("tuning_seeds", [])
+def _run_problems(study: Path, registered: Registration) -> Iterator[str]:
+    """Compare the runs in the folder with those that study.yaml registered."""
     found = set()
     for folder in sorted(path for path in (study / "trials").glob("*") if path.is_dir()):
         run = read_manifest(folder)
-        arm, config, seed = run.get("arm"), run.get("config"), run.get("seed")
+        if not run:
+            continue
+        arm, config, seed = run["arm"], run["config"], run["seed"]
         found.add((arm, seed))
-        if run and (config not in configs.get(arm, []) or seed not in [*seeds.get(arm, []), *tuning]):
+        seeds = [*registered["seeds"].get(arm, []), *registered["tuning_seeds"]]
+        if config not in registered["configs"].get(arm, []) or seed not in seeds:
             yield f"trials/{folder.name}: {arm} {config} seed {seed} is foreign: study.yaml did not register it"
-    looks = registered.get("looks") or []
-    for arm, registered_seeds in seeds.items():
-        begun = registered_seeds[: min(looks, default=len(registered_seeds))]
+    for arm, registered_seeds in registered["seeds"].items():
+        begun = registered_seeds[: min(registered["looks"], default=len(registered_seeds))]
         missing = [str(seed) for seed in begun if (arm, seed) not in found]
-        if missing and (study / "verdict.json").is_file():
+        if missing and (study / VERDICT_FILE).is_file():
             yield f"{arm}: there is no trial of the registered seed {', '.join(missing)}"
 
 
-def _config(config: Mapping[str, Any], manifest: Mapping[str, Any], registered: Mapping[str, Any]) -> Iterator[str]:
-    """Compare a trial's id with what its config and the registered files give; adopted answers have no config."""
+def _config_problems(config: Mapping[str, Any], manifest: Manifest, registered: Registration) -> Iterator[str]:
+    """Compare a trial's id with that of its config and the registered data; adopted answers have no config."""
     if not config:
         return
     try:
@@ -130,33 +129,33 @@ def _config(config: Mapping[str, Any], manifest: Mapping[str, Any], registered: 
         yield f"config.yaml and the study's data give trial {found}, the manifest {manifest.get('trial_id')}"
 
 
-def _files(folder: Path, manifest: Mapping[str, Any]) -> Iterator[str]:
+def _file_problems(folder: Path, manifest: Manifest) -> Iterator[str]:
     known = manifest.get("files", {})
     if not known and manifest.get("status") in _FINISHED:
-        yield "no hashes are recorded (an older version wrote it): its files cannot be checked"
-    for name, file in known.items():
+        yield "no hashes are recorded: its files cannot be checked"
+    for name, record in known.items():
         path = folder / name
         if leads_out(name):
             yield f"manifest.json names {one_line(name, 200)}, which is not in the folder: it is not read"
         elif not path.is_file():
             yield f"{name} is missing"
-        elif file_sha256(path) != file["sha256"]:
+        elif file_sha256(path) != record["sha256"]:
             yield f"{name} was changed"
-    yield from _foreign(folder, _TRIAL_FILES, _TRIAL_FOLDERS)
+    yield from _foreign_entries(folder, _TRIAL_FILES, _TRIAL_FOLDERS)
     weights = [path for name in WEIGHTS for path in (folder / name).rglob("*") if path.is_file()]
     for path in weights if known else ():
         if (name := path.relative_to(folder).as_posix()) not in known:
             yield f"{name} is foreign: no stage writes it"
 
 
-def _foreign(folder: Path, files: Set[str], folders: Set[str]) -> Iterator[str]:
+def _foreign_entries(folder: Path, files: Set[str], folders: Set[str]) -> Iterator[str]:
     for path in sorted(folder.iterdir()):
         if path.name not in (folders if path.is_dir() else files):
             yield f"{path.name} is foreign: no stage writes it"
 
 
-def _scores(study: Path, folders: Sequence[Path]) -> Iterator[str]:
-    """Compare the scores of checks with what the answers give now, and scores.csv with the trials' scores."""
+def _score_problems(study: Path, folders: Sequence[Path]) -> Iterator[str]:
+    """Score the stored answers again and compare; then compare scores.csv with the trials' scores."""
     reader = Reader(study)
     prompts = reader.rows(study / "prompts.jsonl")
     stored: list[dict[str, Any]] = []
@@ -168,75 +167,57 @@ def _scores(study: Path, folders: Sequence[Path]) -> Iterator[str]:
         except (OSError, ValueError, KeyError, TypeError, UsageError) as error:
             yield f"{folder.relative_to(study)}: its answers cannot be scored again ({type(error).__name__}: {error})"
             continue
-        now = {_key(row): row["score"] for row in rows}
+        now = {(row["split"], row["prompt_id"], row["scorer"]): row["score"] for row in rows}
         stale = sum(now.get(key, "absent") != score for key, score in again.items())
         if rows and stale:
             yield f"{folder.relative_to(study)}: {stale} of {len(again)} scores are not those of its answers: stale"
     yield from reader.problems
-    yield from _table(study, stored)
+    yield from _csv_problems(study / SCORES_FILE, stored)
 
 
-def _table(study: Path, stored: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    path = study / "scores.csv"
+def _csv_problems(path: Path, stored: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     if not path.is_file():
         yield from ["scores.csv is missing"] if stored else []
         return
     try:
-        found = read_csv(path)
+        found = read_scores_csv(path)
     except ValueError as error:
         yield f"scores.csv: {error}"
         return
-    expected = pd.DataFrame(list(stored)).reindex(columns=found.columns)
-    lines = [[original(cell) for cell in line] for line in _cells(to_csv(expected))]
-    if lines != found.astype(str).to_numpy().tolist():
+    expected = written_and_read(pd.DataFrame(list(stored)).reindex(columns=found.columns))
+    if not expected.equals(found):
         yield "scores.csv is not what the trials' scores.jsonl say: stale, or changed"
 
 
-def _cells(text: str) -> list[list[str]]:
-    return list(csv.reader(io.StringIO(text, newline="")))[1:]
-
-
-def _verdict(study: Path) -> Iterator[str]:
-    """Decide again in memory and compare."""
+def _verdict_problems(study: Path) -> Iterator[str]:
+    """Decide again in memory and compare with verdict.json."""
     reader = Reader(study)
-    stored = reader.mapping(study / "verdict.json")
+    stored = reader.mapping(study / VERDICT_FILE)
     yield from reader.problems
     if not stored:
         return
     try:
-        again = decision(study)[0]
+        decided = decision(study)[0]
     except UsageError as error:
         yield f"verdict.json: the scores cannot be decided on now: {error}"
         return
-    again = json.loads(json.dumps(again))
-    warned = stored.pop("warnings", None) or ()  # with what the ledger adds, which a second look would change
+    again: dict[str, Any] = json.loads(json.dumps(decided))
+    warned = stored.pop("warnings", None) or ()  # also holds the ledger's warnings, which a second look would change
     lacking = [text for text in again.pop("warnings") if text not in warned]
     if lacking:
-        yield f"verdict.json: lacks the warning {_shown(lacking[0])}: stale, or changed"
+        yield f"verdict.json: lacks the warning {one_line(lacking[0], 200)}: stale, or changed"
     for key in dict.fromkeys([*again, *stored]):
-        was, now = _shown(stored.get(key)), _shown(again.get(key))
         if stored.get(key) != again.get(key):
+            was, now = one_line(stored.get(key), 200), one_line(again.get(key), 200)
             yield f"verdict.json: {key} is {was}, and the scores give {now}: stale, or changed"
-
-
-def _shown(value: Any) -> str:
-    return one_line(str(value), 200)
-
-
-def _key(row: Mapping[str, Any]) -> tuple[Any, ...]:
-    return row["split"], row["prompt_id"], row["scorer"]
-
-
-def _short(sha256: Any) -> str:
-    return str(sha256)[:12]
 
 
 @in_one_sentence("harness.verify")
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; exit status 1 where something cannot be trusted."""
+    """Run the command; exit status 1 where the study has a problem."""
     parser = argparse.ArgumentParser(
         prog="python -m harness.verify",
-        description="Say what of a study cannot be trusted: missing, changed, foreign files; stale scores and verdict.",
+        description="Check a study: missing, changed and foreign files; outdated scores and verdict.",
         epilog="Example: python -m harness.verify results/my-study",
     )
     parser.add_argument("study", type=Path, help="a folder under results/ that harness.sweep wrote")

@@ -153,10 +153,10 @@ def test_a_run_that_nobody_registered_is_foreign_and_a_registered_one_that_is_go
 
 
 @pytest.mark.parametrize("name", ["ledger.jsonl", "selection.json"])
-def test_what_was_looked_at_and_selected_must_be_what_the_second_copy_says(name: str, study: Path) -> None:
+def test_what_was_looked_at_and_selected_must_equal_the_backup_copy(name: str, study: Path) -> None:
     for change in (lambda path: path.write_text(path.read_text() + " "), Path.unlink):
         change(study / name)
-        assert any(problem.startswith(f"{name} is not what its second copy says") for problem in verify_study(study))
+        assert any(problem.startswith(f"{name} differs from its backup copy") for problem in verify_study(study))
 
 
 def test_a_verdict_without_one_of_its_warnings_is_named(study: Path) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from harness.study.errors import UsageError
-from harness.study.scores_csv import read_csv, read_jsonl
+from harness.study.scores_csv import read_scores_csv, read_scores_jsonl
 
 REQUIRED = ("arm", "seed", "score")
 DEFAULTS = {"config": "", "split": "golden", "scorer": "score", "unscored_reason": "", "stage": "", "flag": ""}
@@ -33,7 +33,7 @@ def read_scores(path: Path) -> pd.DataFrame:
         UsageError: for a missing, unreadable or truncated file, or an unknown suffix.
     """
     readers: dict[str, Callable[[Path], pd.DataFrame]]
-    readers = {".csv": read_csv, ".parquet": pd.read_parquet, ".jsonl": read_jsonl}
+    readers = {".csv": read_scores_csv, ".parquet": pd.read_parquet, ".jsonl": read_scores_jsonl}
     if not path.is_file():
         raise UsageError(f"{path}: no such file; give a scores file (.csv, .parquet, .jsonl) or a folder of results/")
     if path.suffix not in readers:

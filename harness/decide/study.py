@@ -5,7 +5,6 @@ Command: `python -m harness.decide results/STUDY | SCORES_FILE`. Imports no torc
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,11 +15,10 @@ import pandas as pd
 from harness.config.arms import ARMS
 from harness.decide.rule import verdict
 from harness.decide.scores_file import read_scores
-from harness.study.backup import write_twice
-from harness.study.decision import edge_warnings, golden_problem
+from harness.study.decision import VERDICT_FILE, Look, edge_warnings, golden_problem, read_looks, write_looks
 from harness.study.errors import UsageError
-from harness.study.files import digest, read_jsonl, write_json
-from harness.study.identity import data_identity
+from harness.study.files import digest, write_json
+from harness.study.manifest import data_identity
 from harness.study.registration import Registration, contrast_of, facts_warnings, read_study
 
 __all__ = ["decide_study", "verdict"]
@@ -37,7 +35,7 @@ def decide_study(study: Path) -> dict[str, Any]:
     """
     result, registered, seeds = decision(study)
     result["warnings"] = [*enter_look(study, registered, result["arms"], seeds), *result["warnings"]]
-    write_json(study / "verdict.json", result)
+    write_json(study / VERDICT_FILE, result)
     return result
 
 
@@ -150,9 +148,6 @@ def _plan_warnings(
     return warnings
 
 
-LEDGER_FILE = "ledger.jsonl"
-
-
 def enter_look(
     study: Path, registered: Mapping[str, Any], contrast: list[str], seeds: Mapping[str, list[int]]
 ) -> list[str]:
@@ -170,15 +165,14 @@ def enter_look(
     Raises:
         UsageError: where the ledger is damaged.
     """
-    runs = {
-        "contrast": contrast,
-        "seeds": {arm: sorted(seeds[arm]) for arm in contrast},
-        "configs": {arm: sorted(registered.get("configs", {}).get(arm, [])) for arm in contrast},
-    }
-    looks = _looks(study)
-    if not any(look["sha256"] == digest(runs) for look in looks):
-        looks.append(runs | {"sha256": digest(runs), "looked_at": datetime.now(UTC).isoformat(timespec="seconds")})
-        write_twice(study / LEDGER_FILE, "".join(json.dumps(look, ensure_ascii=False) + "\n" for look in looks))
+    by_arm = {arm: sorted(seeds[arm]) for arm in contrast}
+    configs = {arm: sorted(registered.get("configs", {}).get(arm, [])) for arm in contrast}
+    sha256 = digest({"contrast": contrast, "seeds": by_arm, "configs": configs})
+    looks = read_looks(study)
+    if not any(look["sha256"] == sha256 for look in looks):
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        looks.append(Look(contrast=contrast, seeds=by_arm, configs=configs, sha256=sha256, looked_at=now))
+        write_looks(study, looks)
     planned = registered.get("looks") or []
     surplus = [look for look in looks if {len(found) for found in look["seeds"].values()} - set(planned)]
     if len(surplus) + (len(surplus) < len(looks)) < 2:
@@ -188,18 +182,6 @@ def enter_look(
         f"golden was looked at {len(looks)} times with other runs ({history}): a rule that is applied again as runs "
         "are added finds a winner more often than alpha says; believe a winner only after a new study with fresh seeds"
     ]
-
-
-def _looks(study: Path) -> list[dict[str, Any]]:
-    path = study / LEDGER_FILE
-    if not path.is_file():
-        return []
-    try:
-        return list(read_jsonl(path))
-    except ValueError as error:
-        raise UsageError(
-            f"{error}; it counts the looks at golden: put it back as it was, nothing else mends it"
-        ) from error
 
 
 def _shown(look: Mapping[str, Any]) -> str:

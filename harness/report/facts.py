@@ -21,7 +21,7 @@ _FIRST = ("path", "rows", "pairs", "prompts", "sha256")
 
 def identity_of(study: Study) -> Mapping[str, Any]:
     """Return whether the arms consumed identical data: status, reasons and hashes by seed."""
-    from harness.study.identity import data_identity
+    from harness.study.manifest import data_identity
 
     try:
         return mapping(data_identity(study.folder))

@@ -17,7 +17,7 @@ from harness.config.arms import BASE
 from harness.study.errors import UsageError
 from harness.study.files import Reader, mapping, strings
 from harness.study.manifest import is_as_written
-from harness.study.scores_csv import SCORE_COLUMNS, original
+from harness.study.scores_csv import SCORE_COLUMNS, read_scores_csv
 
 _MARKERS = ("study.yaml", "trials", "scores.csv", "verdict.json")
 _NUMERIC = ("seed", "score", "tokens", "chars")
@@ -238,9 +238,7 @@ def _read_scores(reader: Reader, folder: Path) -> pd.DataFrame:
     frame = pd.DataFrame()
     if path.exists():
         try:
-            # Every column as text, so that an arm may be called "NA" and a prompt "007".
-            frame = pd.read_csv(path, dtype=str, keep_default_na=False, encoding_errors="backslashreplace")
-            frame = frame.map(original)
+            frame = read_scores_csv(path)
             if missing := {"arm", "split", "scorer", "score"} - set(frame.columns):
                 frame = pd.DataFrame()
                 raise ValueError(f"it lacks the columns {', '.join(sorted(missing))}")

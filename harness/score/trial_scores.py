@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from harness.score.scorers import SCORERS, Rows, Score, TrialOutputs, score_checks
-from harness.study.files import read_jsonl, write_jsonl, write_text
-from harness.study.integrity import fingerprint
+from harness.study.files import read_jsonl, write_jsonl
 from harness.study.manifest import Manifest, load_manifest, write_manifest
-from harness.study.scores_csv import SCORE_COLUMNS
+from harness.study.scores_csv import SCORES_FILE, write_scores
 
 
 def score_trial(folder: Path, prompts: Rows, scorers: Sequence[str], *, base: Path | None) -> Rows:
@@ -40,7 +39,6 @@ def score_trial(folder: Path, prompts: Rows, scorers: Sequence[str], *, base: Pa
     warnings = cut_off_warnings(manifest["degenerate"], _shares(before)) if base is not None else []
     warnings += unchanged_warnings(outputs.completions, before.completions) if base is not None else []
     manifest["warnings"] = list(dict.fromkeys([*manifest["warnings"], *warnings]))
-    write_manifest(folder, manifest)
     new = [(name, score) for name in scorers for score in SCORERS[name](scored)]
     return _replace(folder, manifest, scorers, new, prompts)
 
@@ -78,11 +76,10 @@ def _replace(
     for name, score in new:
         key = (score.split, score.prompt_id)
         rows.append(_score_row(manifest, name, score, clusters.get(key), answers.get(key), flag))
-    path = folder / "scores.jsonl"
-    write_jsonl(path, rows)
-    if manifest.get("files"):  # a kill before this line: the scores are made again
-        manifest["files"][path.name] = fingerprint(path)
-        write_manifest(folder, manifest)
+    record = write_jsonl(folder / "scores.jsonl", rows)
+    if manifest.get("files"):  # a kill before the manifest is written: the scores are made again
+        manifest["files"]["scores.jsonl"] = record
+    write_manifest(folder, manifest)
     return rows
 
 
@@ -146,14 +143,9 @@ def collect_scores(study: Path) -> Path:
 
     Dev rows are of the stage `select`, golden rows of the stage `confirm`.
     """
-    import pandas as pd
-
-    from harness.study.scores_csv import to_csv
-
     rows = [row for folder in trial_folders(study) for row in _rows(folder / "scores.jsonl")]
-    path = study / "scores.csv"
-    write_text(path, to_csv(pd.DataFrame(rows, columns=list(SCORE_COLUMNS))))
-    return path
+    write_scores(study / SCORES_FILE, rows)
+    return study / SCORES_FILE
 
 
 # A unit of up to 40 characters, several times in a row. Bounded, so that hostile text cannot make it slow. An answer

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NotRequired, TypedDict
 
+from harness.study.backup import write_twice
 from harness.study.errors import UsageError
-from harness.study.files import read_json
+from harness.study.files import read_json, read_jsonl, to_json, to_jsonl
 from harness.study.registration import read_study
 
 SELECTION_FILE = "selection.json"
@@ -108,10 +109,10 @@ class Verdict(TypedDict):
 
 
 def read_selection(study: Path) -> Selection:
-    """Return the contents of selection.json; empty where nothing is selected yet.
+    """Return the contents of selection.json; empty before a selection.
 
     Raises:
-        UsageError: where it is damaged: golden may have been looked at, so that it cannot simply be made again.
+        UsageError: where it is damaged. It cannot simply be made again: golden may have been looked at.
     """
     path = study / SELECTION_FILE
     if not path.is_file():
@@ -125,11 +126,37 @@ def read_selection(study: Path) -> Selection:
     return found
 
 
+def write_selection(study: Path, selection: Selection) -> None:
+    """Write selection.json and its backup copy."""
+    write_twice(study / SELECTION_FILE, to_json(selection))
+
+
+def read_looks(study: Path) -> list[Look]:
+    """Return the rows of ledger.jsonl, the looks log; empty before the first look.
+
+    Raises:
+        UsageError: where it is damaged.
+    """
+    path = study / LEDGER_FILE
+    if not path.is_file():
+        return []
+    try:
+        return list(read_jsonl(path))
+    except ValueError as error:
+        raise UsageError(
+            f"{error}; it counts the looks at golden: put it back as it was, nothing else mends it"
+        ) from error
+
+
+def write_looks(study: Path, looks: Sequence[Look]) -> None:
+    """Write ledger.jsonl and its backup copy."""
+    write_twice(study / LEDGER_FILE, to_jsonl(looks))
+
+
 def golden_problem(study: Path, arm: str, label: str, seed: int) -> str | None:
-    """Say why a run of a study must not be scored on golden, or None where it may."""
+    """Return why a run must not be scored on golden, or None where it may."""
     path = study / "study.yaml"
-    registered = read_study(path) if path.is_file() else None
-    if registered is None or arm not in registered.get("tuned", []):
+    if not path.is_file() or arm not in (registered := read_study(path)).get("tuned", []):
         return None
     if seed in registered["tuning_seeds"]:
         return (
@@ -148,24 +175,24 @@ def golden_problem(study: Path, arm: str, label: str, seed: int) -> str | None:
 
 
 def edge_warnings(configs: Sequence[str], selected: str) -> list[str]:
-    """Say which values of the selected config are the smallest or largest that were tried, and what to try next.
+    """Return one warning per value of the selected config at an end of its grid, with the next values to try.
 
     Args:
         configs: labels of all configs of one arm, as `harness.config.trial_id.config_label` writes them.
-        selected: the label of the one that was selected.
+        selected: the label of the selected config.
     """
     tried: dict[str, set[float]] = {}
     for label in configs:
-        for key, value in _values(label).items():
+        for key, value in _label_values(label).items():
             tried.setdefault(key, set()).add(value)
     warnings = []
-    for key, value in _values(selected).items():
+    for key, value in _label_values(selected).items():
         values = sorted(tried.get(key, ()))
         if len(values) > 1 and value in (values[0], values[-1]):
             end = "smallest" if value == values[0] else "largest"
             some = f"{len(values)} values from {values[0]:g} to {values[-1]:g}"
             shown = some if len(values) > _SHOWN else ", ".join(f"{v:g}" for v in values)
-            beyond = " and ".join(f"{v:g}" for v in _beyond(values if value == values[-1] else values[::-1]))
+            beyond = " and ".join(f"{v:g}" for v in _next_values(values if value == values[-1] else values[::-1]))
             more = f"try {beyond} too" if beyond else "it cannot be lower"
             warnings.append(
                 f"{key}={value:g} was selected and is the {end} that was tried ({shown}): the best may lie beyond "
@@ -174,7 +201,7 @@ def edge_warnings(configs: Sequence[str], selected: str) -> list[str]:
     return warnings
 
 
-def _beyond(values: Sequence[float]) -> list[float]:
+def _next_values(values: Sequence[float]) -> list[float]:
     """Return the next two values at the end of a grid: in equal ratios, or in equal steps where a zero is in it."""
     last, before = values[-1], values[-2]
     if min(values) > 0:
@@ -184,5 +211,5 @@ def _beyond(values: Sequence[float]) -> list[float]:
     return [value for value in found if value >= 0]
 
 
-def _values(label: str) -> dict[str, float]:
+def _label_values(label: str) -> dict[str, float]:
     return {key: float(value) for key, _, value in (part.partition("=") for part in label.split(",")) if value}

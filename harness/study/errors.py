@@ -1,6 +1,6 @@
-"""The outside world as errors show it: full disks, limits, no memory, dead workers. Imports no torch.
+"""Exceptions of the harness, and the test for errors of the outside world: full disk, limits, memory, dead workers.
 
-Compiled libraries report it in classes of their own, so that texts and the errors that led to one are looked at, too.
+Compiled libraries raise their own classes for these: the texts of an error and of its causes count, too.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class UsageError(ValueError):
 
 
 class UnreachableError(UsageError):
-    """A model or data set on the Hub that cannot be fetched from here: a plan can do without, a run cannot."""
+    """A model or data set on the Hub that cannot be fetched from here: a plan works without it, a run does not."""
 
 
 class DivergedError(RuntimeError):
@@ -41,7 +41,7 @@ class DoesNotFitError(RuntimeError):
 
 
 _CLASSES = (OSError, MemoryError, EOFError, BrokenExecutor, UsageError, WorkerDiedError)
-_NAMES = ("OutOfMemoryError", "SafetensorError")  # torch's and safetensors', which this module does without
+_NAMES = ("OutOfMemoryError", "SafetensorError")  # of torch and safetensors, which are not imported here
 _NUMBERS = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.ENOENT, errno.EACCES, errno.EPERM),
     *(errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.EBUSY, errno.ENOLCK, errno.ENODEV, errno.ENXIO),
@@ -50,7 +50,7 @@ _NUMBERS = (
 _NOT_WRITTEN = "a file could not be written whole (full disk, quota or file-size limit)"
 _NOT_READ = "a file is cut off or damaged"
 _NO_MEMORY = "this machine has too little memory"
-_TEXTS = {  # of libraries that do not pass on the system's own words, with what they mean
+_TEXTS = {  # messages of libraries that hide the system's message -> explanation
     "unexpected pos": _NOT_WRITTEN,
     "iostream error": _NOT_WRITTEN,
     "PytorchStreamWriter": _NOT_WRITTEN,
@@ -68,12 +68,14 @@ _SYSTEM_ERROR = re.compile(r"\bos error \d+|\[[Ee]rrno \d+\]")  # as Rust and Py
 
 
 def is_outside(error: BaseException) -> bool:
-    """Return whether an error, or one that led to it, comes from the outside world and not from the training."""
-    return any(isinstance(part, _CLASSES) or _is_named(part) or _says_so(str(part)) for part in _parts(error))
+    """Return whether an error or one of its causes comes from the outside world, and not from the training."""
+    return any(
+        isinstance(part, _CLASSES) or _is_named(part) or _has_known_text(str(part)) for part in _with_causes(error)
+    )
 
 
-def _parts(error: BaseException) -> Iterator[BaseException]:
-    """Yield an error, those that it was raised from or after, and the members of groups."""
+def _with_causes(error: BaseException) -> Iterator[BaseException]:
+    """Yield an error, its causes and contexts, and the members of groups."""
     todo: list[BaseException | None] = [error]
     seen: set[int] = set()
     while todo:
@@ -91,19 +93,19 @@ def _is_named(error: BaseException) -> bool:
     return any(kind.__name__ in _NAMES for kind in type(error).__mro__)
 
 
-def _says_so(message: str) -> bool:
+def _has_known_text(message: str) -> bool:
     words = (*_TEXTS, *map(os.strerror, _NUMBERS))
     return bool(_SYSTEM_ERROR.search(message)) or any(word in message for word in words)
 
 
 def meaning(error: BaseException) -> str:
-    """Say what a library's own words mean; empty where they speak for themselves."""
+    """Explain a library's message in plain words; empty for messages without an explanation."""
     return next((means for text, means in _TEXTS.items() if text in str(error)), "")
 
 
 @contextlib.contextmanager
 def in_one_sentence(command: str) -> Iterator[None]:
-    """Tell an error of the outside world in one sentence and exit with 1; a usage error passes."""
+    """Print an error of the outside world as one sentence and exit with status 1; other errors pass."""
     try:
         yield
     except UsageError:
@@ -116,7 +118,7 @@ def in_one_sentence(command: str) -> Iterator[None]:
 
 
 def problem(error: BaseException) -> str:
-    """Say what stopped a command, and what to do."""
+    """Return one sentence: which error stopped a command, and what to do."""
     means = f"; {meaning(error)}" if meaning(error) else ""
     what = f"{type(error).__name__}: {redact(error)}{means}"
     return f"{what}; what is done is kept: mend the cause and run the same command again"

@@ -1,4 +1,4 @@
-"""Reads a folder's files as far as they can be read, and keeps a note on what cannot."""
+"""Files on disk: atomic writes, hashes, seals, locks, and a tolerant reader of folders that may be damaged."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ import json
 import math
 import os
 import re
+import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias, TypedDict
 
 import yaml
+
+SEAL = "sha256"
 
 Json: TypeAlias = "bool | int | float | str | Sequence[Json] | Mapping[str, Json] | None"  # as read from a file
 
@@ -26,7 +29,7 @@ class FileRecord(TypedDict):
     sha256: str
 
 
-def digest(value: Any) -> str:
+def digest(value: object) -> str:
     """Return the SHA-256 (hex) of a JSON value; the order of keys does not matter, that of lists does."""
     text = json.dumps(value, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
@@ -36,6 +39,27 @@ def file_sha256(path: Path) -> str:
     """Return the SHA-256 (hex) of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def seal(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a mapping with its seal as the last item: the hash of all other items, so that a later change shows."""
+    parts = unsealed(content)
+    return parts | {SEAL: digest(parts)}
+
+
+def is_sealed(content: Mapping[str, Any]) -> bool:
+    """Return whether the seal of a mapping holds; False where it has none."""
+    return content.get(SEAL) == digest(unsealed(content))
+
+
+def is_broken(content: Mapping[str, Any]) -> bool:
+    """Return whether a mapping has a seal that does not hold: it was changed after it was written."""
+    return SEAL in content and not is_sealed(content)
+
+
+def unsealed(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a mapping without its seal."""
+    return {key: value for key, value in content.items() if key != SEAL}
 
 
 @contextlib.contextmanager
@@ -52,7 +76,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def locked_if_free(folder: Path) -> Iterator[bool]:
-    """Lock a folder that is there, where nobody works on it; yield whether it is locked."""
+    """Lock an existing folder unless another process holds its lock; yield whether it is locked now."""
     with (folder / ".lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -62,13 +86,21 @@ def locked_if_free(folder: Path) -> Iterator[bool]:
         yield True
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a text file so that it is complete or absent, whatever happens meanwhile."""
+def write_text(path: Path, text: str) -> FileRecord:
+    """Write a text file atomically and durably: it is complete or absent, even after a crash of the machine.
+
+    A lone surrogate, which UTF-8 cannot hold, is written as its escape. Raises the audit event `harness.write`.
+
+    Raises:
+        OSError: with the file's name, where it cannot be written.
+    """
+    sys.audit("harness.write", str(path))
+    content = text.encode("utf-8", "backslashreplace")
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
-            file.write(text)
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         Path(temporary).chmod(0o644)
@@ -76,47 +108,56 @@ def write_text(path: Path, text: str) -> None:
     except BaseException as error:
         Path(temporary).unlink(missing_ok=True)
         if isinstance(error, OSError):
-            error.filename = str(path)  # a write that fails names no file by itself
+            error.filename = str(path)  # the system's error names no file
         raise
+    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
 def drop_temporaries(folder: Path) -> None:
-    """Delete what `write_text` left of files that it was killed in; nobody may write into the folder meanwhile."""
+    """Delete the temporary files of killed `write_text` calls; no process may write into the folder meanwhile."""
     for path in folder.glob(".*.*"):
         if re.fullmatch(r"\..+\.[a-z0-9_]{8}", path.name) and path.is_file():
             path.unlink()
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write indented JSON; NaN is refused, since it does not survive other readers."""
-    write_text(path, to_json(value))
+def write_json(path: Path, value: object) -> FileRecord:
+    """Write indented JSON; NaN is refused, since other readers do not accept it."""
+    return write_text(path, to_json(value))
 
 
-def to_json(value: Any) -> str:
+def to_json(value: object) -> str:
     """Return the text of an indented JSON file."""
     return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file; a truncated one is a ValueError that names the file."""
+    """Read a JSON file.
+
+    Raises:
+        ValueError: with the file's name, where it is truncated or damaged.
+    """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path}: not readable as JSON ({error}); delete it and run the same command again") from error
 
 
-def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write one JSON object a line."""
-    write_text(path, to_jsonl(rows))
+def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> FileRecord:
+    """Write one JSON object per line."""
+    return write_text(path, to_jsonl(rows))
 
 
 def to_jsonl(rows: Iterable[Mapping[str, Any]]) -> str:
-    """Return the text of one JSON object a line."""
+    """Return the text of a JSONL file."""
     return "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
 
 
 def read_jsonl(path: Path) -> Iterator[Any]:
-    """Read one JSON object a line; a broken line is a ValueError that names file and line."""
+    """Yield the JSON value of each line.
+
+    Raises:
+        ValueError: with file and line, at a broken line.
+    """
     with path.open(encoding="utf-8") as file:
         for number, line in enumerate(file, start=1):
             try:
@@ -126,17 +167,17 @@ def read_jsonl(path: Path) -> Iterator[Any]:
 
 
 class Reader:
-    """What is read of one folder.
+    """Reads the files of one folder as far as possible.
 
     Attributes:
-        problems: what could not be read, one sentence each.
+        problems: one sentence per file that could not be read.
     """
 
     def __init__(self, study: Path) -> None:
         self.study = study
         self.problems: list[str] = []
 
-    def note(self, path: Path, error: object) -> None:
+    def note(self, path: Path, error: Exception | str) -> None:
         """Add a problem."""
         where = path.relative_to(self.study)
         self.problems.append(f"{where} cannot be read: {str(error).removeprefix(f'{path}: ')}")
@@ -151,7 +192,7 @@ class Reader:
             self.note(path, error)
             return {}
         if isinstance(value, dict):
-            return _writable(value)
+            return _without_surrogates(value)
         self.note(path, f"a mapping is expected, not {type(value).__name__}")
         return {}
 
@@ -164,38 +205,43 @@ class Reader:
             for row in read_jsonl(path):
                 if not isinstance(row, dict):
                     raise ValueError(f"row {len(rows) + 1} is not a mapping")
-                rows.append(_writable(row))
+                rows.append(_without_surrogates(row))
         except (OSError, ValueError) as error:
             self.note(path, f"{error}; the {len(rows)} rows before it are shown")
         return rows
 
 
-def _writable(value: Any) -> Any:
+def _without_surrogates(value: Any) -> Any:
     """Return a JSON value with lone surrogates as escapes: JSON allows them, UTF-8 (and so pandas) does not."""
     if isinstance(value, str):
         return value.encode("utf-8", "backslashreplace").decode()
     if isinstance(value, dict):
-        return {_writable(key): _writable(item) for key, item in value.items()}
-    return [_writable(item) for item in value] if isinstance(value, list) else value
+        return {_without_surrogates(key): _without_surrogates(item) for key, item in value.items()}
+    return [_without_surrogates(item) for item in value] if isinstance(value, list) else value
 
 
-def mapping(value: Any) -> dict[str, Any]:
-    """Return a mapping from a file that others wrote as it is, and anything else as an empty one."""
+def mapping(value: object) -> dict[str, Any]:
+    """Return a mapping from an untrusted file unchanged, and any other value as an empty one."""
     return dict(value) if isinstance(value, Mapping) else {}
 
 
-def strings(value: Any) -> list[str]:
-    """Return a list of texts from a file that others wrote, and anything else as an empty one."""
+def strings(value: object) -> list[str]:
+    """Return a list from an untrusted file as texts, and any other value as an empty list."""
     return [str(item) for item in value] if isinstance(value, list | tuple) else []
 
 
-def number(value: Any) -> float | None:
-    """Return a finite number, or None for anything else that a file may hold."""
-    usable = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return float(value) if usable else None
+def number(value: object) -> float | None:
+    """Return a finite number from an untrusted file, and None for any other value."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        found = float(value)
+    except OverflowError:
+        return None
+    return found if math.isfinite(found) else None
 
 
-def bounds(value: Any) -> tuple[float, float] | None:
-    """Return the two ends of an interval, or None where there is none."""
+def bounds(value: object) -> tuple[float, float] | None:
+    """Return the two ends of an interval from an untrusted file, and None for any other value."""
     ends = [number(end) for end in value] if isinstance(value, list | tuple) else []
     return (ends[0], ends[1]) if len(ends) == 2 and ends[0] is not None and ends[1] is not None else None

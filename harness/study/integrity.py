@@ -1,135 +1,190 @@
-"""What a trial's files were when their stage had ended: size and SHA-256, kept in its manifest."""
+"""Integrity of a trial's files: their size and SHA-256 in its manifest, and the stages that these leave done.
+
+Also micro_batch.json, the micro-batch that a study settled for: a trial trained with a larger one is outdated.
+"""
 
 from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Mapping
-from functools import cache
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypedDict
 
-from harness.study.backup import put_back_known
 from harness.study.files import FileRecord, file_sha256, read_json, read_jsonl
 from harness.study.manifest import Manifest
 
-# Scores may be made again, with more scorers, at any time: whoever writes them notes their hash anew (`harness.score`).
-_ROWS = ("config.yaml", "train.jsonl", "completions.jsonl", "pairs.jsonl", "scores.jsonl")
+SPLITS = ("dev", "golden")
 WEIGHTS = ("adapter", "model")
+MICRO_BATCH_FILE = "micro_batch.json"
+DELETED: Final = "weights_deleted"  # in the manifest: the policy that deleted the weights
 
-# What nobody will read again is hashed up to this size, and beyond it compared by size: an adapter takes a tenth of a
-# second, the full weights of a 7B model half a minute a trial. `python -m harness.verify` hashes everything.
+# Scores may be made again, with more scorers, at any time: each writer of them records their hash anew.
+_ROW_FILES = ("config.yaml", "train.jsonl", "completions.jsonl", "pairs.jsonl", "scores.jsonl")
+_SPLIT_FILES = ("completions.jsonl", "pairs.jsonl")
+
+# Files that no stage reads again are hashed up to this size, and compared by size beyond it: an adapter takes a tenth
+# of a second, the full weights of a 7B model half a minute per trial. `python -m harness.verify` hashes everything.
 READ_BYTES = 2**30
 
 
-def fingerprints(folder: Path, known: Mapping[str, FileRecord]) -> dict[str, FileRecord]:
-    """Return `{path in the folder: {bytes, sha256}}`; weights that are known with the same size are not read again."""
+class FileHashes:
+    """SHA-256 of files, each file hashed once per state (inode, size, times).
+
+    A command asks several times which stages of a trial are done: its driver holds one such object and passes it on.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[Path, int, int, int, int], str] = {}
+
+    def sha256(self, path: Path) -> str:
+        """Return the SHA-256 (hex) of a file."""
+        state = _state(path)
+        if state not in self._known:
+            self._known[state] = file_sha256(path)
+        return self._known[state]
+
+    def note(self, path: Path, record: FileRecord) -> None:
+        """Remember the hash of a file that was just written, so that it need not be read for it."""
+        self._known[_state(path)] = record["sha256"]
+
+
+def _state(path: Path) -> tuple[Path, int, int, int, int]:
+    about = path.stat()
+    return path, about.st_ino, about.st_size, about.st_mtime_ns, about.st_ctime_ns
+
+
+def fingerprint(path: Path, hashes: FileHashes | None = None) -> FileRecord:
+    """Return a file's size and SHA-256."""
+    return {"bytes": path.stat().st_size, "sha256": (hashes or FileHashes()).sha256(path)}
+
+
+def fingerprints(
+    folder: Path, known: Mapping[str, FileRecord], hashes: FileHashes | None = None
+) -> dict[str, FileRecord]:
+    """Return the record of each file of a trial by its name in the folder.
+
+    Args:
+        folder: of the trial.
+        known: earlier records; weights of the same size are not read again.
+        hashes: of this process; None hashes each file anew.
+    """
+    hashes = hashes or FileHashes()
     found = {}
-    paths = [folder / name for name in _ROWS] + [p for name in WEIGHTS for p in sorted((folder / name).rglob("*"))]
-    for path in paths:
-        if not path.is_file():
-            continue
+    for path in _recorded_files(folder):
         name = path.relative_to(folder).as_posix()
-        old = known.get(name) if name.partition("/")[0] in WEIGHTS else None
-        found[name] = old if old and old["bytes"] == path.stat().st_size else fingerprint(path)
+        old = known.get(name) if _is_weights(name) else None
+        found[name] = old if old and old["bytes"] == path.stat().st_size else fingerprint(path, hashes)
     return found
 
 
-def fingerprint(path: Path) -> FileRecord:
-    """Return a file's size and SHA-256."""
-    return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+def _recorded_files(folder: Path) -> Iterator[Path]:
+    yield from (path for name in _ROW_FILES if (path := folder / name).is_file())
+    for name in WEIGHTS:
+        yield from (path for path in sorted((folder / name).rglob("*")) if path.is_file())
 
 
-def changed_files(folder: Path, known: Mapping[str, FileRecord], *, read_bytes: float = READ_BYTES) -> set[str]:
-    """Return which files are gone or are not what they were; those above `read_bytes` are compared by size alone."""
-    return {n for n, file in known.items() if leads_out(n) or not _is_same(folder / n, file, read_bytes)}
+def _is_weights(name: str) -> bool:
+    return name.partition("/")[0] in WEIGHTS
+
+
+def changed_files(
+    folder: Path,
+    known: Mapping[str, FileRecord],
+    *,
+    read_bytes: float = READ_BYTES,
+    hashes: FileHashes | None = None,
+) -> set[str]:
+    """Return the names of the files that are gone or changed.
+
+    Args:
+        folder: of the trial, or of a checkpoint.
+        known: the records of its files.
+        read_bytes: larger files are compared by size alone.
+        hashes: of this process; None hashes each file anew.
+    """
+    hashes = hashes or FileHashes()
+    return {
+        name
+        for name, record in known.items()
+        if leads_out(name) or not _is_same(folder / name, record, read_bytes, hashes)
+    }
 
 
 def leads_out(name: str) -> bool:
-    """Whether a name in a manifest is that of a file elsewhere: nobody's manifest says what else is read here."""
+    """Return whether a name in a manifest is that of a file outside the folder: such files are never read."""
     return Path(name).is_absolute() or ".." in Path(name).parts
 
 
-def _is_same(path: Path, file: FileRecord, read_bytes: float) -> bool:
+def _is_same(path: Path, record: FileRecord, read_bytes: float, hashes: FileHashes) -> bool:
     if not path.is_file():
         return False
-    about = path.stat()
-    if about.st_size != file.get("bytes"):
+    size = path.stat().st_size
+    if size != record.get("bytes"):
         return False
-    state = (about.st_ino, about.st_size, about.st_mtime_ns, about.st_ctime_ns)
-    return about.st_size > read_bytes or _sha256(path, state) == file.get("sha256")
+    return size > read_bytes or hashes.sha256(path) == record.get("sha256")
 
 
-@cache
-def _sha256(path: Path, state: tuple[int, ...]) -> str:
-    """Hash a file once in a process: each command asks several times how far its trials have come."""
-    return file_sha256(path)
-
-
-_FILES = {"dev": ("completions.jsonl", "pairs.jsonl"), "golden": ("completions.jsonl", "pairs.jsonl")}
-
-
-def done_stages(folder: Path, manifest: Manifest, *, read_bytes: float = READ_BYTES) -> set[str]:
-    """Return the stages that need not run again; a file that was deleted or damaged takes its stage with it.
+def done_stages(
+    folder: Path, manifest: Manifest, *, read_bytes: float = READ_BYTES, hashes: FileHashes | None = None
+) -> set[str]:
+    """Return the stages that need not run again; a lost or damaged file takes its stage with it.
 
     Args:
         folder: of the trial.
         manifest: its manifest.
-        read_bytes: as in `harness.study.integrity.changed_files`.
+        read_bytes, hashes: as in `changed_files`.
     """
     done = set(manifest.get("done", []))
     known = manifest.get("files", {})
-    trained = any((folder / name).is_dir() for name in WEIGHTS) or bool(manifest.get(DELETED))
-    changed = changed_files(folder, known, read_bytes=read_bytes)
-    lost = (
-        not trained
-        or _has_larger_micro_batch(folder, manifest)
-        or any(name.partition("/")[0] in WEIGHTS for name in changed)
-    )
-    if "train" in done and lost and manifest.get("status") != "diverged":
+    changed = changed_files(folder, known, read_bytes=read_bytes, hashes=hashes)
+    if "train" in done and _is_training_lost(folder, manifest, changed):
         return set()
 
     def is_whole(name: str) -> bool:
-        return name not in changed if name in known else _is_whole(folder / name)
+        return name not in changed if name in known else _has_whole_rows(folder / name)
 
-    for split, names in _FILES.items() if manifest.get("status") != "diverged" else ():
-        if split in done and not all(map(is_whole, names)):
-            done -= {split, "score"}
+    if manifest.get("status") != "diverged":
+        for split in done & set(SPLITS):
+            if not all(map(is_whole, _SPLIT_FILES)):
+                done -= {split, "score"}
     if not is_whole("scores.jsonl") or "config.yaml" in changed:  # the last stage, cheap, writes both
         done.discard("score")
     return done
 
 
-def _has_larger_micro_batch(folder: Path, manifest: Manifest) -> bool:
-    """Whether a trial was trained with a larger micro-batch than others of its seed since."""
-    return is_outdated(folder.parent.parent, manifest.get("seed"), manifest.get("micro_batch_size"))
+def _is_training_lost(folder: Path, manifest: Manifest, changed: set[str]) -> bool:
+    """Return whether a trial must train again: its log or weights are gone, or its micro-batch is outdated."""
+    if "train.jsonl" in changed:
+        return True
+    if manifest.get("status") == "diverged":  # it has no weights
+        return False
+    trained = any((folder / name).is_dir() for name in WEIGHTS) or bool(manifest.get(DELETED))
+    outdated = is_outdated(folder.parent.parent, manifest.get("seed"), manifest.get("micro_batch_size"))
+    return not trained or outdated or any(map(_is_weights, changed))
 
 
-def resume_stages(folder: Path, manifest: Manifest) -> list[str]:
+def resume_stages(folder: Path, manifest: Manifest, hashes: FileHashes | None = None) -> list[str]:
     """Return the stages that need not run again, and delete damaged files, so that no stage reads them.
 
-    Whatever is left to do may need the weights: they are hashed, however large.
+    The missing stages may need the weights: they are hashed, however large.
     """
-    done = done_stages(folder, manifest, read_bytes=math.inf)
-    drop_damaged(folder, manifest)
+    done = done_stages(folder, manifest, read_bytes=math.inf, hashes=hashes)
+    drop_damaged(folder, manifest, hashes)
     return sorted(done)
 
 
-def drop_damaged(folder: Path, manifest: Manifest) -> None:
-    """Delete a trial's damaged files of rows: no stage may read half of one, and each is made again.
-
-    All but the log of the training, which only training would make again: it is put back from its twin.
-    """
+def drop_damaged(folder: Path, manifest: Manifest, hashes: FileHashes | None = None) -> None:
+    """Delete a trial's damaged JSONL files: no stage may read half of one, and each is made again."""
     known = manifest.get("files", {})
-    put_back_known(folder / "train.jsonl", known.get("train.jsonl"))
-    changed = changed_files(folder, known)
+    changed = changed_files(folder, known, hashes=hashes)
     for path in folder.glob("*.jsonl"):
-        if path.name in changed or not (path.name in known or _is_whole(path)):
+        if path.name in changed or not (path.name in known or _has_whole_rows(path)):
             path.unlink(missing_ok=True)
 
 
-def _is_whole(path: Path) -> bool:
-    """Return True where a JSON-lines file of which no hash is known exists and can be read to its last line's end."""
+def _has_whole_rows(path: Path) -> bool:
+    """Return True for an existing JSONL file without a record that can be read to the end of its last line."""
     try:
         with path.open("rb") as file:
             if size := file.seek(0, 2):
@@ -141,49 +196,54 @@ def _is_whole(path: Path) -> bool:
         return False
 
 
-DELETED: Final = "weights_deleted"  # in the manifest: the policy that deleted them
-
-
 def without_weights(manifest: Manifest, policy: str) -> Manifest:
-    """Return the entries of a manifest that change where its weights are given up.
+    """Return the changed entries of a manifest whose weights are given up.
 
-    They are written before the weights are deleted: a kill in between leaves weights too many, not a trial that looks
-    damaged.
+    They are written before the weights are deleted: a kill in between leaves superfluous weights, and no trial that
+    looks damaged.
     """
-    files = manifest.get("files", {})
-    kept = {name: about for name, about in files.items() if name.partition("/")[0] not in WEIGHTS}
+    kept = {name: record for name, record in manifest.get("files", {}).items() if not _is_weights(name)}
     return {"files": kept, "weights_deleted": policy}
 
 
 def delete_weights(folder: Path, manifest: Manifest) -> None:
-    """Delete the weights that the manifest says are deleted."""
+    """Delete the weights of a trial whose manifest says that they are given up."""
     if manifest.get(DELETED):
         for name in WEIGHTS:
             shutil.rmtree(folder / name, ignore_errors=True)
 
 
-MICRO_BATCH_FILE = "micro_batch.json"
+class MicroBatch(TypedDict, total=False):
+    """micro_batch.json, written where memory ran out; an empty mapping stands for none.
+
+    Attributes:
+        micro_batch_size: that the study settled for; `asked`: the configured one.
+        seeds: the smallest micro-batch trained with by seed.
+        halved: one mapping per time that memory ran out.
+    """
+
+    micro_batch_size: int
+    asked: int | None
+    seeds: dict[str, int]
+    halved: list[dict[str, Any]]
 
 
-def settled(study: Path) -> int | None:
-    """Return the micro-batch that a study had to settle for; None where it trains with what was configured."""
-    return read_micro_batch(study).get("micro_batch_size")
-
-
-def is_outdated(study: Path, seed: Any, trained_with: Any) -> bool:
-    """Whether a trial was trained with a larger micro-batch than another one of its seed."""
-    smallest = read_micro_batch(study).get("seeds", {}).get(str(seed))
-    return smallest is not None and isinstance(trained_with, int) and trained_with > smallest
-
-
-def read_micro_batch(study: Path) -> dict[str, Any]:
-    """Read the study's file; one that was cut off is written anew when memory runs out again."""
+def read_micro_batch(study: Path) -> MicroBatch:
+    """Read micro_batch.json; one that was cut off is written anew when memory runs out again."""
     try:
         found = read_json(study / MICRO_BATCH_FILE)
     except (OSError, ValueError):
         return {}
     whole = isinstance(found, dict) and isinstance(found.get("micro_batch_size"), int)
-    return found if whole and isinstance(found.get("seeds"), dict) else {}
+    return MicroBatch(**found) if whole and isinstance(found.get("seeds"), dict) else {}
 
 
-SPLITS = ("dev", "golden")
+def settled(study: Path) -> int | None:
+    """Return the micro-batch that a study had to settle for; None where it trains with the configured one."""
+    return read_micro_batch(study).get("micro_batch_size")
+
+
+def is_outdated(study: Path, seed: int | None, trained_with: int | None) -> bool:
+    """Return whether a trial was trained with a larger micro-batch than another one of its seed."""
+    smallest = read_micro_batch(study).get("seeds", {}).get(str(seed))
+    return smallest is not None and isinstance(trained_with, int) and trained_with > smallest

@@ -1,4 +1,4 @@
-"""The log of a trial: what libraries say while it runs goes to `log.txt` in its folder and not to the terminal."""
+"""log.txt of a trial: prints, warnings and log messages go to its folder and not to the terminal."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 from harness.study.text import redact
 
@@ -20,19 +20,23 @@ MAX_BYTES = 5_000_000  # a library that repeats itself must not fill the disk
 _FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 # These configure loggers of their own, which do not pass on to the root.
 _LIBRARIES = ("transformers", "trl", "accelerate", "peft", "datasets", "huggingface_hub", "deepspeed")
-_PACKAGE = str(Path(__file__).parents[1])  # shown as `harness`: a folder that is handed on says nothing of this machine
-_terminal: list[TextIO] = []
+_PACKAGE = str(Path(__file__).parents[1])  # shown as `harness`: a shared study must not show paths of this machine
 
 
 class _Log(io.TextIOBase):
-    """A stream into a file that never raises: a full disk, or a file that has grown too long, ends the log only."""
+    """A stream into a file that never raises: a full disk, or a file that has grown too long, ends the log only.
 
-    def __init__(self, path: Path) -> None:
+    Attributes:
+        terminal: the stream that stood in its place, for messages to the user.
+    """
+
+    def __init__(self, path: Path, replaced: TextIO) -> None:
+        self.terminal: TextIO = replaced.terminal if isinstance(replaced, _Log) else replaced
         self._file: TextIO | None = path.open("a", encoding="utf-8", errors="backslashreplace")
         self._left = MAX_BYTES - path.stat().st_size
 
     def write(self, text: str) -> int:
-        """Write, or pass on to the terminal what a library that kept this stream says after the trial."""
+        """Write; after the trial, pass text from a library that kept this stream on to the terminal."""
         text = redact(text)
         if self._file is None:
             return sys.stderr.write(text) if sys.stderr is not self else len(text)
@@ -47,7 +51,7 @@ class _Log(io.TextIOBase):
         return len(text)
 
     def writable(self) -> bool:
-        """Say that this is a stream to write to."""
+        """Return True: this is a stream to write to."""
         return True
 
     def end(self) -> None:
@@ -58,6 +62,10 @@ class _Log(io.TextIOBase):
         self._file = None
 
 
+class _UtcFormatter(logging.Formatter):
+    converter = time.gmtime  # type: ignore[assignment]  # as the library's documentation advises
+
+
 @contextlib.contextmanager
 def trial_log(folder: Path, name: str) -> Iterator[None]:
     """Send prints, warnings and log messages (information and worse) to `folder/log.txt`; another run adds to it.
@@ -65,15 +73,11 @@ def trial_log(folder: Path, name: str) -> Iterator[None]:
     A library whose log is wanted must have been imported before: transformers sets up its logger at its first import.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    log = _Log(folder / "log.txt")
+    log = _Log(folder / "log.txt", sys.stderr)
     handler = logging.StreamHandler(log)
-    handler.setFormatter(logging.Formatter(_FORMAT))
-    formatter: Any = handler.formatter
-    formatter.converter = time.gmtime
-    _terminal.append(sys.stderr)
+    handler.setFormatter(_UtcFormatter(_FORMAT))
     with contextlib.ExitStack() as stack:
         stack.callback(log.end)
-        stack.callback(_terminal.pop)
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("default")
         for logger in ("", "py.warnings", *_LIBRARIES):
@@ -94,12 +98,12 @@ def _log_warning(
     file: TextIO | None = None,
     line: str | None = None,
 ) -> None:
-    where = "/".join(Path(filename).parts[-2:])  # not where this machine keeps its packages
+    where = "/".join(Path(filename).parts[-2:])  # no paths of this machine
     logging.getLogger("py.warnings").warning("%s:%s: %s: %s", where, lineno, category.__name__, message)
 
 
 def _enable() -> None:
-    """Let the loggers speak that exist: Hydra's set-up of logging disables them."""
+    """Enable the existing loggers: Hydra's set-up of logging disables them."""
     for name, logger in logging.root.manager.loggerDict.items():
         if isinstance(logger, logging.Logger) and name.split(".")[0] in (*_LIBRARIES, "harness", "py"):
             logger.disabled = False
@@ -123,13 +127,15 @@ def say(message: str) -> None:
     from tqdm import tqdm
 
     message = redact(message)
-    if _terminal:
+    stream = sys.stderr
+    if isinstance(stream, _Log):
         LOG.warning("%s", message)
-    tqdm.write(message, file=_terminal[0] if _terminal else sys.stderr)
+        stream = stream.terminal
+    tqdm.write(message, file=stream)
 
 
 def prepare_process() -> None:
-    """Set what libraries read when they are imported: no chatter in the terminal, threads that sleep while they wait.
+    """Set the environment that libraries read at import: a quiet terminal, and threads that sleep while they wait.
 
     Spinning threads (the default of GNU OpenMP) make two processes on one machine several times slower than one.
     """

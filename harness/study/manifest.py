@@ -1,19 +1,17 @@
-"""A trial's manifest: written twice, each time with the hash of itself, so that a damaged one is known and put back.
+"""manifest.json of a trial: read and write it sealed; and whether the manifests of a study prove identical data.
 
-Imports no torch.
+Input of `data_identity`: the manifests -> output: a status with reasons, for the verdict's warnings and the report.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, Literal, TypedDict
 
-from harness.study.backup import twin_of, write_twice
 from harness.study.errors import UsageError
-from harness.study.files import FileRecord, digest, read_json, to_json, write_text
+from harness.study.files import FileRecord, is_broken, read_json, seal, write_json
 
-FILE, _HASH = "manifest.json", "sha256"
+FILE = "manifest.json"
 
 
 class Provenance(TypedDict):
@@ -88,23 +86,27 @@ class Manifest(TypedDict, total=False):
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write a trial's manifest and its twin, with their hash."""
-    parts = {key: value for key, value in manifest.items() if key != _HASH}
-    write_twice(folder / FILE, to_json(parts | {_HASH: digest(parts)}))
+    """Write a trial's manifest with its seal."""
+    write_json(folder / FILE, seal(manifest))
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Return a trial's manifest, without its hash; empty where neither copy is as it was written: it runs again."""
-    found = _as_written(folder / FILE) or _as_written(twin_of(folder / FILE)) or Manifest()
+    """Return a trial's manifest without its seal; empty where it is absent, damaged or changed."""
+    try:
+        found: Manifest = read_json(folder / FILE)
+    except (OSError, ValueError):  # absent, cut off or damaged
+        return {}
+    if not is_as_written(found):
+        return {}
     found.pop("sha256", None)
     return found
 
 
 def load_manifest(folder: Path) -> Manifest:
-    """Return the manifest of a trial that is there.
+    """Return a trial's manifest without its seal.
 
     Raises:
-        UsageError: where neither copy of it is as it was written.
+        UsageError: where it is absent, damaged or changed.
     """
     manifest = read_manifest(folder)
     if not manifest:
@@ -115,31 +117,85 @@ def load_manifest(folder: Path) -> Manifest:
     return manifest
 
 
-def put_back_manifest(folder: Path) -> bool:
-    """Put a manifest back from its twin where it is not as it was written; return whether that was so."""
-    path = folder / FILE
-    if _as_written(path) or not _as_written(twin_of(path)):
-        return False
-    write_text(path, twin_of(path).read_text(encoding="utf-8"))
-    return True
-
-
 def is_as_written(manifest: object) -> bool:
-    """Return False for a manifest that was changed since it was written; older versions wrote no hash."""
-    if not isinstance(manifest, Mapping):
-        return False
-    parts = {key: value for key, value in manifest.items() if key != _HASH}
-    return _HASH not in manifest or manifest[_HASH] == digest(parts)
+    """Return False for content of manifest.json that was changed since its trial wrote it."""
+    return isinstance(manifest, dict) and not is_broken(manifest)
 
 
-def has_hash(manifest: Mapping[str, Any]) -> bool:
-    """Return whether a manifest holds the hash of itself."""
-    return _HASH in manifest
+# What must be equal across the arms of a seed, with the name that a reader knows.
+_EQUAL: dict[Literal["consumed_tokens_sha256", "batch_plan_sha256", "data_sha256", "base_sha256"], str] = {
+    "consumed_tokens_sha256": "consumed tokens",
+    "batch_plan_sha256": "batch plan",
+    "data_sha256": "token ids",
+    "base_sha256": "base weights",
+}
 
 
-def _as_written(path: Path) -> Manifest | None:
-    try:
-        manifest: Manifest = read_json(path) if path.is_file() else {}
-    except (ValueError, OSError):  # cut off, or damaged
-        return None
-    return manifest if manifest and is_as_written(manifest) else None
+class DataIdentity(TypedDict):
+    """Whether all arms consumed the same tokens in the same order.
+
+    Attributes:
+        status: `proved`, `not proved`, or `not applicable` with fewer than two arms.
+        reasons: why it is not proved; damaged and changed manifests.
+        by_seed: hash of the consumed tokens by seed and arm.
+    """
+
+    status: str
+    reasons: list[str]
+    by_seed: dict[str, dict[str, str]]
+
+
+def data_identity(study: Path) -> DataIdentity:
+    """Compare, seed by seed, the token ids that the trainers of a study's arms consumed."""
+    trials, reasons = _manifests(study)
+    complete = [trial for trial in trials if trial.get("status") == "complete"]
+    arms = sorted({trial["arm"] for trial in complete})
+    by_seed: dict[str, dict[str, str]] = {}
+    for trial in complete:
+        by_seed.setdefault(str(trial["seed"]), {})[trial["arm"]] = trial.get("consumed_tokens_sha256") or "missing"
+    if len(arms) < 2:
+        return {"status": "not applicable", "reasons": reasons, "by_seed": by_seed}
+    diverged = {(str(trial["seed"]), trial["arm"]) for trial in trials if trial.get("status") == "diverged"}
+    for seed in sorted(by_seed, key=_seed_order):
+        lacking = [arm for arm in arms if arm not in by_seed[seed] and (seed, arm) not in diverged]
+        if lacking:
+            reasons.append(f"seed {seed} has no complete trial of {', '.join(lacking)}")
+        reasons += _data_differences(seed, [trial for trial in complete if str(trial["seed"]) == seed])
+    return {"status": "not proved" if reasons else "proved", "reasons": reasons, "by_seed": by_seed}
+
+
+def _manifests(study: Path) -> tuple[list[Manifest], list[str]]:
+    """Return the manifests of a study's trials, and one reason per manifest that cannot be believed."""
+    found: list[Manifest] = []
+    reasons = []
+    for path in sorted((study / "trials").glob(f"*/{FILE}")):
+        try:
+            manifest = read_json(path)
+        except ValueError as error:
+            reasons.append(f"manifest of trial {path.parent.name} is not readable: {error}")
+            continue
+        if is_as_written(manifest):
+            found.append(manifest)
+        else:
+            reasons.append(f"manifest of trial {path.parent.name} was changed after the trial wrote it")
+    return found, reasons
+
+
+def _data_differences(seed: str, trials: list[Manifest]) -> list[str]:
+    reasons = []
+    for key, name in _EQUAL.items():
+        values = {trial.get(key) for trial in trials}
+        if None in values or "" in values:
+            arms = sorted({trial["arm"] for trial in trials if not trial.get(key)})
+            reasons.append(f"seed {seed}: the {name} of {', '.join(arms)} are not recorded")
+        elif len(values) > 1:
+            reasons.append(f"seed {seed}: the {name} differ between arms")
+    for trial in trials:
+        expected = trial.get("expected_tokens_sha256")
+        if expected and trial.get("consumed_tokens_sha256") not in (None, expected):
+            reasons.append(f"seed {seed}: the trainer of {trial['arm']} did not consume the batch plan")
+    return reasons
+
+
+def _seed_order(seed: str) -> tuple[int, str]:
+    return (int(seed), "") if seed.lstrip("-").isdigit() else (1 << 62, seed)

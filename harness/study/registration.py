@@ -1,20 +1,21 @@
-"""study.yaml, the registered question: read, write with its hash, and add arms, configs and seeds."""
+"""study.yaml, the registered question: read it, write it sealed, and add configs."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict, cast
+from typing import Any, NotRequired, TypedDict, TypeVar, cast
 
 import yaml
 
 from harness.study.backup import write_twice
 from harness.study.errors import UsageError
-from harness.study.files import digest, locked, read_json
+from harness.study.files import is_broken, locked, read_json, seal
 
-STUDY_HASH = "sha256"
 MARGIN = 0.05  # the smallest difference that matters, where a user gives none
 ALPHA = 0.05  # error rate of the decision
+
+Item = TypeVar("Item")
 
 
 class Guard(TypedDict):
@@ -70,6 +71,37 @@ class Registration(TypedDict):
     sha256: NotRequired[str]
 
 
+def read_study(path: Path) -> Registration:
+    """Read study.yaml.
+
+    Raises:
+        UsageError: where it is damaged, changed, or not a study's.
+    """
+    try:
+        study = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise UsageError(
+            f"{path}: not readable as YAML ({reason}); put back the file as it was registered, or choose another "
+            "study=NAME: without it the finished trials have no question to answer"
+        ) from error
+    except OSError as error:
+        raise UsageError(f"{path}: not readable ({error.strerror}); give a folder that harness.sweep wrote") from error
+    if not isinstance(study, dict) or "metric" not in study or "arms" not in study:
+        raise UsageError(f"{path}: not a study that harness.sweep registered; choose another study=NAME")
+    if is_broken(study):
+        raise UsageError(
+            f"{path}: was changed after it was registered; a verdict on a changed question means nothing: put the file "
+            "back as it was, or register the new question as a study of its own, study=NAME"
+        )
+    return cast(Registration, study)
+
+
+def write_study(path: Path, study: Registration) -> None:
+    """Write study.yaml with its seal, so that a change by hand shows."""
+    write_twice(path, yaml.safe_dump(seal(study), sort_keys=False, allow_unicode=True))
+
+
 def add_configs(folder: Path, labels: Mapping[str, Sequence[str]]) -> None:
     """Register configs that a sampler has suggested, before they are trained.
 
@@ -86,15 +118,8 @@ def add_configs(folder: Path, labels: Mapping[str, Sequence[str]]) -> None:
             write_study(path, study)
 
 
-def write_study(path: Path, study: Registration) -> None:
-    """Write study.yaml with the hash of its contents, so that a change by hand shows."""
-    parts = {key: value for key, value in study.items() if key != STUDY_HASH}
-    text = yaml.safe_dump(parts | {STUDY_HASH: digest(parts)}, sort_keys=False, allow_unicode=True)
-    write_twice(path, text)
-
-
 def refuse_late_configs(path: Path, old: Registration | None, new: Registration) -> None:
-    """Refuse configs and tuning seeds that are added once golden was scored: what is selected then has seen it."""
+    """Refuse configs and tuning seeds that are added after golden was scored: their selection has seen it."""
     if old is None:
         return
     added = {
@@ -131,40 +156,12 @@ def contrast_of(arms: Sequence[str]) -> list[str]:
     return ordered[:2] if len(ordered) > 1 else []
 
 
-def read_study(path: Path) -> Registration:
-    """Read study.yaml.
-
-    Raises:
-        UsageError: where it is damaged, or is not a study's.
-    """
-    try:
-        study = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise UsageError(
-            f"{path}: not readable as YAML ({reason}); put back the file as it was registered, or choose another "
-            "study=NAME: without it the finished trials have no question to answer"
-        ) from error
-    except OSError as error:
-        raise UsageError(f"{path}: not readable ({error.strerror}); give a folder that harness.sweep wrote") from error
-    if not isinstance(study, dict) or "metric" not in study or "arms" not in study:
-        raise UsageError(f"{path}: not a study that harness.sweep registered; choose another study=NAME")
-    if STUDY_HASH in study and study[STUDY_HASH] != digest(
-        {key: value for key, value in study.items() if key != STUDY_HASH}
-    ):
-        raise UsageError(
-            f"{path}: was changed after it was registered; a verdict on a changed question means nothing: put the file "
-            "back as it was, or register the new question as a study of its own, study=NAME"
-        )
-    return cast(Registration, study)
-
-
-def merged(old: Sequence[Any], new: Sequence[Any]) -> list[Any]:
-    """Return both lists in one, each item once."""
+def merged(old: Sequence[Item], new: Sequence[Item]) -> list[Item]:
+    """Return the items of both lists in order, each once."""
     return list(dict.fromkeys([*old, *new]))
 
 
 def facts_warnings(study: Path) -> list[str]:
-    """Return what the scorers of a study found that a reader of its verdict must know."""
+    """Return the warnings that study-level scorers left for readers of the verdict."""
     files = [study / name for name in ("judge.json", "length_controlled.json")]
     return [str(text) for path in files if path.is_file() for text in read_json(path).get("warnings", [])]

@@ -1,4 +1,4 @@
-"""Secrets of the environment, kept out of what is written: failure.json, log.txt, the judge's errors, the terminal."""
+"""Untrusted text: secrets of the environment redacted, hidden characters shown, HTML and Markdown escaped."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MIN_LENGTH = 8  # a shorter value (TOKENIZERS_PARALLELISM=false) is no secret, b
 
 
 def redact(text: object, *names: str) -> str:
-    """Return the text with `***` in place of each value of the environment that is a secret by its variable's name.
+    """Return the text with `***` in place of each secret: values of environment variables with a secret's name.
 
     Args:
         text: what is to be written; a secret that is cut in two (by a line break, or two writes) is not found.
@@ -58,7 +58,7 @@ _ENTITIES = {"<": "&lt;", ">": "&gt;", "&": "&amp;", "@": "&#64;", ":": "&#58;",
 
 
 def code_point(character: str) -> str:
-    """Name a character by its escape: `\\x1b`, `\\u202e` or `\\U000e0041`."""
+    """Return a character's escape: `\\x1b`, `\\u202e` or `\\U000e0041`."""
     number = ord(character)
     width, letter = (2, "x") if number < 0x100 else (4, "u") if number < 0x10000 else (8, "U")
     return f"\\{letter}{number:0{width}x}"
@@ -82,12 +82,12 @@ def cut(text: str, limit: int) -> str:
 
 
 def cut_note(text: str, limit: int) -> str:
-    """Say what `cut` took away; empty where it took nothing."""
+    """Return a note on the characters that `cut` removes; empty where it removes none."""
     return f"cut: {limit:,} of {len(text):,} characters shown" if len(text) > limit else ""
 
 
 def html(text: object, limit: int = 2000) -> Markup:
-    """Return HTML in which the text can do nothing: escaped, direction isolated, hidden characters shown as escapes.
+    """Return harmless HTML: escaped, direction isolated, hidden characters shown as escapes.
 
     The escapes stand in `<span class="escape">`, so that they differ from a text that holds a backslash.
     """
@@ -108,7 +108,7 @@ def html(text: object, limit: int = 2000) -> Markup:
 
 
 def markdown(text: object, limit: int = 300) -> Markup:
-    """Return one line of Markdown that shows the text and means nothing: for prose and table cells.
+    """Return the text as one line of Markdown without markup: for prose and table cells.
 
     It is `Markup` so that an autoescaping template does not escape it a second time.
     """

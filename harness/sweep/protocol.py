@@ -18,8 +18,7 @@ from harness.score.trial_scores import collect_scores
 from harness.study.errors import UsageError, is_outside, problem
 from harness.study.files import drop_temporaries, locked, locked_if_free
 from harness.study.integrity import drop_damaged, is_outdated
-from harness.study.log import say
-from harness.study.manifest import put_back_manifest, read_manifest
+from harness.study.manifest import read_manifest
 from harness.study.outcome import Outcome, set_aside, standing_failure
 from harness.study.registration import read_study
 from harness.sweep.design import Design
@@ -108,8 +107,6 @@ def _drop_damaged(study: Path) -> None:
                 with locked_if_free(folder) as free:
                     if free:
                         drop_temporaries(folder)
-                        if put_back_manifest(folder):
-                            say(f"{folder}: manifest.json was lost or damaged and is put back from its twin")
                         drop_damaged(folder, read_manifest(folder))
 
 

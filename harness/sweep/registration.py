@@ -99,7 +99,7 @@ def _register(design: Design, command: Sequence[str], *, warnings: Sequence[str]
     fixed = fixed_parts(config)
     path = folder / "study.yaml"
     for name in put_back(folder):
-        say(f"{folder / name} was cut off or damaged and is put back from its twin")
+        say(f"{folder / name} was cut off or damaged and is put back from its backup copy")
     if not path.is_file():
         check_answerable(design, fixed)
         tokens_of(config)  # what is wrong with tokenizer, template or lengths shows here, and not in the first trial

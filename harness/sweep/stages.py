@@ -24,9 +24,8 @@ from harness.generate.heldout import heldout_rows
 from harness.generate.vllm import drop_answers, stored_answers
 from harness.score.scorers import SCORERS
 from harness.score.trial_scores import completion_flags, score_trial
-from harness.study.backup import write_twice
 from harness.study.errors import DivergedError
-from harness.study.files import FileRecord, locked, read_jsonl, to_jsonl, write_jsonl, write_text
+from harness.study.files import FileRecord, locked, read_jsonl, write_jsonl, write_text
 from harness.study.integrity import DELETED, delete_weights, fingerprints, resume_stages, without_weights
 from harness.study.log import LOG, say, trial_log
 from harness.study.manifest import Manifest, load_manifest, read_manifest, write_manifest
@@ -67,7 +66,7 @@ class _Running:
     """The state of a running trial: its manifest, its clock and the current stage."""
 
     def __init__(self, trial: Trial, context: Context) -> None:
-        self.trial, self.context = trial, context
+        self.trial, self.context, self.hashes = trial, context, context.hashes
         self.config, self.folder, self.stage = trial.config, trial.folder, "load"
         self.meter = Meter()
         self.manifest = self._stored_manifest() or self._new_manifest()
@@ -79,10 +78,10 @@ class _Running:
         """Read how far an earlier run came; empty if nothing of it can be used."""
         found = read_manifest(self.folder)
         if not found and (self.folder / "manifest.json").is_file():
-            say(f"both copies of {self.folder / 'manifest.json'} are damaged or were changed: the trial runs again")
+            say(f"{self.folder / 'manifest.json'} is damaged or was changed: the trial runs again")
         if found.get("trial_id") != self.trial.trial_id:
             return {}
-        found["done"] = resume_stages(self.folder, found)
+        found["done"] = resume_stages(self.folder, found, self.hashes)
         if found.pop(DELETED, None) and not {"score", *self.trial.splits} <= set(found["done"]):
             found["done"] = []  # the missing stages need weights that are deleted: they are trained again
         return found
@@ -162,12 +161,15 @@ class _Running:
         base_sha256 = self.manifest["base_sha256"]
         stage = TrainStage(self.config, tokens, self.folder, base_sha256, on_step, self._stage)
         found = stage.run(is_cost_trial=bool(self.trial.cost_name))
-        write_twice(self.folder / "train.jsonl", to_jsonl(found.steps))
+        path = self.folder / "train.jsonl"
+        self.hashes.note(path, write_jsonl(path, found.steps))
         end_log(self.folder)
         self.manifest["warnings"] += found.warnings
         peak = self.meter.peak_memory_bytes
         peak["train"] = max(peak.get("train", 0), found.peak_memory_bytes)
-        self._save(**found.facts, done=[*self.manifest["done"], "train"], files=fingerprints(self.folder, {}))
+        self._save(
+            **found.facts, done=[*self.manifest["done"], "train"], files=fingerprints(self.folder, {}, self.hashes)
+        )
         shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
 
     def _evaluate(self, tokens: Tokens, split: str) -> None:
@@ -176,7 +178,7 @@ class _Running:
             try:
                 self._answer(tokens, split)
             except DivergedError as error:
-                self._save(status="diverged", divergence=str(error))
+                self.manifest |= {"status": "diverged", "divergence": str(error)}
         self._save(done=[*self.manifest["done"], split], files=self._files())
 
     def _answer(self, tokens: Tokens, split: str) -> None:
@@ -196,10 +198,10 @@ class _Running:
         for name, new in (("completions.jsonl", flagged), ("pairs.jsonl", pairs)):
             path = self.folder / name
             old = [row for row in read_jsonl(path) if row["split"] != split] if path.is_file() else []
-            write_jsonl(path, old + new)
+            self.hashes.note(path, write_jsonl(path, old + new))
         drop_answers(self.folder, split)
-        generated = self.manifest["tokens"].get("generated", 0) + sum(c.tokens for c in completions)
-        self._save(tokens=self.manifest["tokens"] | {"generated": generated})
+        spent = self.manifest["tokens"]
+        spent["generated"] = spent.get("generated", 0) + sum(c.tokens for c in completions)
 
     def _borrow_policy(self) -> Any:
         """Return what answers, the same for all splits; it is given back at the end of the run."""
@@ -235,10 +237,11 @@ class _Running:
         LOG.info("%s", name)
         with self.meter.stage(name):
             yield
-        self._save()
+        if name in ("load", "reference"):  # the save of their results has the clock of the other stages
+            self._save()
 
     def _files(self) -> dict[str, FileRecord]:
-        return fingerprints(self.folder, self.manifest.get("files", {}))
+        return fingerprints(self.folder, self.manifest.get("files", {}), self.hashes)
 
     def _save(self, **facts: Unpack[Manifest]) -> None:
         self.manifest["seconds"] |= dict(self.meter.seconds)

@@ -13,7 +13,7 @@ from harness.config.trial_id import config_label, plain
 from harness.study.decision import golden_problem
 from harness.study.errors import UsageError
 from harness.study.files import read_json, write_json
-from harness.study.integrity import done_stages
+from harness.study.integrity import FileHashes, done_stages
 from harness.study.manifest import load_manifest, read_manifest
 from harness.study.outcome import Outcome
 from harness.study.rows import TrialName
@@ -26,9 +26,11 @@ class Context:
 
     Attributes:
         slots: the GPUs or cores that this process holds.
+        hashes: of files of trials, each file hashed once per state.
     """
 
     slots: Slots = field(default_factory=Slots)
+    hashes: FileHashes = field(default_factory=FileHashes)
 
 
 @dataclass(frozen=True)

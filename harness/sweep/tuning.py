@@ -5,7 +5,6 @@ All configs at once, in rungs that halve them from seed to seed, or as a sampler
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
@@ -16,11 +15,11 @@ from harness.config.schema import RunConfig, SearchConfig
 from harness.config.search import Params, Space, is_interval, rounded
 from harness.config.trial_id import config_label
 from harness.score.trial_scores import collect_scores
-from harness.study.backup import write_twice
-from harness.study.decision import SELECTION_FILE, read_selection
+from harness.study.decision import SelectedArm, Selection, read_selection, write_selection
 from harness.study.errors import UsageError
 from harness.study.files import locked
 from harness.study.registration import add_configs, read_study
+from harness.study.scores_csv import read_scores_csv
 from harness.sweep.design import Design
 from harness.sweep.trial import Trial
 
@@ -118,7 +117,8 @@ def dev_means(scores: Path, metric: str, seeds: Sequence[int]) -> dict[tuple[str
     """
     import pandas as pd
 
-    table = pd.read_csv(scores, keep_default_na=False, dtype={"config": str})
+    table = read_scores_csv(scores)
+    table["seed"] = pd.to_numeric(table["seed"])
     dev = table[(table["split"] == "dev") & (table["scorer"] == metric) & table["seed"].isin(list(seeds))]
     dev = dev.assign(score=pd.to_numeric(dev["score"]))
     means = dev.groupby(["arm", "config", "seed"], as_index=False)["score"].mean()
@@ -146,7 +146,7 @@ def select(
         return {arm: found["selected"] for arm, found in recorded["arms"].items()}
     registered = read_study(study / "study.yaml")
     seeds = registered["tuning_seeds"]
-    arms: dict[str, Any] = {}
+    arms: dict[str, SelectedArm] = {}
     for arm, configs in labels.items():
         tried = {config: means.get((arm, config), {}) for config in configs}
         whole = {config: sum(by.values()) / len(by) for config, by in tried.items() if set(by) == set(seeds)}
@@ -160,13 +160,13 @@ def select(
             "dev_means": {config: sum(by.values()) / len(by) for config, by in tried.items() if by},
             "seeds": {config: len(by) for config, by in tried.items()},
         }
-    found = {
+    found: Selection = {
         "metric": registered["metric"],
         "tuning_seeds": list(seeds),
         "arms": arms,
         "selected_at": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    write_twice(study / SELECTION_FILE, json.dumps(found, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_selection(study, found)
     return {arm: found["selected"] for arm, found in arms.items()}
 
 

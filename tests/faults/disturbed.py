@@ -34,6 +34,7 @@ def prepare() -> None:
     import harness.generate.answers
     import harness.generate.heldout
     import harness.report
+    import harness.study.log
     import harness.sweep
     import harness.train
     import harness.train.trainers

@@ -1,10 +1,9 @@
-"""What was done is not done again: steps before a checkpoint, stages whose files are as they were."""
+"""What was done is not done again: the steps before a checkpoint."""
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -15,9 +14,6 @@ from pathlib import Path
 import pytest
 import transformers
 
-from harness.study.backup import write_twice
-from harness.study.files import drop_temporaries, write_json
-from harness.study.integrity import done_stages, drop_damaged, fingerprints, resume_stages
 from harness.study.manifest import read_manifest
 from harness.sweep.design import single_trial
 from harness.sweep.problems import compose_run
@@ -90,88 +86,3 @@ def test_at_every_step_there_is_a_whole_checkpoint_whatever_the_clock_says(tmp_p
 
     train(configure("simpo", "train.checkpoint_steps=2"), tmp_path, on_step=look)
     assert found == ["", "", "checkpoint-2", "checkpoint-2", "checkpoint-4", "checkpoint-4"]
-
-
-def test_what_a_kill_left_half_written_is_deleted_and_nothing_else(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("os.fsync", lambda number: os.kill(os.getpid(), signal.SIGKILL))
-    child = os.fork()
-    if not child:
-        write_json(tmp_path / "manifest.json", {})
-    os.waitpid(child, 0)
-    (tmp_path / ".lock").touch()
-    (tmp_path / "manifest.json").touch()
-    assert len(list(tmp_path.iterdir())) == 3
-    drop_temporaries(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {".lock", "manifest.json"}
-
-
-# Files of a trial that are not what they were, though their size is
-
-
-@pytest.fixture
-def trial(tmp_path: Path) -> Path:
-    """A finished trial's folder, without its training."""
-    folder = tmp_path / "s" / "trials" / "t"
-    (folder / "adapter").mkdir(parents=True)
-    (folder / "adapter" / "adapter_model.safetensors").write_bytes(bytes(1000))
-    (folder / "config.yaml").write_text("seed: 1\n")
-    write_twice(folder / "train.jsonl", '{"step": 1}\n')
-    for name in ("completions", "pairs", "scores"):
-        (folder / f"{name}.jsonl").write_text('{"row": 1}\n')
-    done = ["train", "dev", "golden", "score"]
-    (folder / "manifest.json").write_text(json.dumps({"done": done, "files": fingerprints(folder, {})}))
-    return folder
-
-
-def flip(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[8] ^= 1  # of `{"row": 1}` the number: it stays JSON, of the same size
-    path.write_bytes(bytes(content))
-
-
-LEFT = {
-    "adapter/adapter_model.safetensors": set(),
-    "completions.jsonl": {"train"},
-    "pairs.jsonl": {"train"},
-    "scores.jsonl": {"train", "dev", "golden"},
-    "config.yaml": {"train", "dev", "golden"},
-    "train.jsonl": {"train", "dev", "golden", "score"},
-}
-
-
-@pytest.mark.parametrize("name", LEFT)
-def test_a_file_that_was_changed_at_equal_size_takes_its_stage_with_it(name: str, trial: Path) -> None:
-    assert done_stages(trial, read_manifest(trial)) == {"train", "dev", "golden", "score"}
-    flip(trial / name) if name != "config.yaml" else (trial / name).write_text("seed: 2\n")
-    assert done_stages(trial, read_manifest(trial)) == LEFT[name]
-
-
-def test_weights_that_nobody_reads_again_are_compared_by_size_where_they_are_large(trial: Path) -> None:
-    flip(trial / "adapter" / "adapter_model.safetensors")
-    manifest = read_manifest(trial)
-    assert done_stages(trial, manifest, read_bytes=999) == {"train", "dev", "golden", "score"}
-    assert resume_stages(trial, manifest) == []
-
-
-@pytest.mark.parametrize("damage", [flip, Path.unlink, lambda path: path.write_text("")])
-def test_the_log_of_the_training_is_put_back_without_training(damage, trial: Path) -> None:
-    before = (trial / "train.jsonl").read_bytes()
-    damage(trial / "train.jsonl")
-    drop_damaged(trial, read_manifest(trial))
-    assert (trial / "train.jsonl").read_bytes() == before
-
-
-def test_a_training_log_without_a_twin_is_dropped_where_it_is_damaged(trial: Path) -> None:
-    shutil.rmtree(trial / ".twins")
-    flip(trial / "train.jsonl")
-    drop_damaged(trial, read_manifest(trial))
-    assert not (trial / "train.jsonl").exists()
-
-
-@pytest.mark.parametrize("content", [b'{"a": 1}\n\x00\x00\n', b'{"a": 1}\n\xff{}\n', b'{"a": 1', b"[1]\n"])
-def test_rows_without_a_known_hash_are_dropped_where_they_cannot_be_read(content: bytes, trial: Path) -> None:
-    for name, rows in {"preferences.jsonl": content, "benchmarks.jsonl": b'{"a": 1}\n{"a": 2}\n'}.items():
-        (trial / name).write_bytes(rows)
-    drop_damaged(trial, read_manifest(trial))
-    assert not (trial / "preferences.jsonl").exists()
-    assert (trial / "benchmarks.jsonl").exists()

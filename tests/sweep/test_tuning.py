@@ -173,7 +173,7 @@ def test_a_study_that_was_changed_by_hand_is_refused(change: dict, study: Path) 
 @pytest.mark.slow
 def test_a_lost_selection_is_made_again_from_dev_and_a_damaged_one_is_refused(study: Path) -> None:
     before = read_selection(study)["arms"]
-    (study / "selection.json").write_text("{")  # the beginning of what it was: put back from its twin
+    (study / "selection.json").write_text("{")  # the beginning of what it was: put back from its backup copy
     sweep(study.parent, *GRID, "study=grid")
     assert read_selection(study)["arms"] == before
     (study / "selection.json").write_text("[")

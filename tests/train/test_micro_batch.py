@@ -15,8 +15,7 @@ import harness.train.run
 from harness.config.schema import RunConfig
 from harness.study.errors import DivergedError
 from harness.study.files import read_json, read_jsonl
-from harness.study.identity import data_identity
-from harness.study.manifest import read_manifest
+from harness.study.manifest import data_identity, read_manifest
 from harness.sweep.app import run_sweep
 from harness.sweep.design import single_trial
 from harness.sweep.problems import compose_run
