@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -12,6 +13,7 @@ from harness.config.schema import EMBEDDED, ModelConfig, RunConfig
 from harness.study.errors import UnreachableError, UsageError
 from harness.study.files import digest, file_sha256
 
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _WANTED = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.txt")
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 
@@ -120,3 +122,24 @@ def contents_sha256(config: RunConfig, data_facts: dict[str, Any]) -> dict[str, 
         if split in data_facts:
             contents[split] = data_facts[split]["sha256"]
     return contents
+
+
+def problems(config: RunConfig) -> Iterator[str]:
+    """Yield what is wrong with the section `model`: a missing or damaged checkpoint, revision or chat template."""
+    model = config.model
+    folder = Path(model.path)
+    if model.path == EMBEDDED:
+        if model.revision is not None:
+            yield f"model.revision={model.revision}: the embedded base has no revisions; only a Hub id has"
+    elif folder.is_dir():
+        yield from (f"model.path={model.path}: {problem}" for problem in checkpoint_problems(folder))
+        if model.revision is not None:
+            yield f"model.revision={model.revision}: model.path={model.path} is a folder and has no revisions"
+    elif folder.is_absolute() or model.path.startswith(".") or not _HUB_ID.fullmatch(model.path):
+        yield f"model.path={model.path}: no such folder; allowed: a folder, a Hub id (owner/name) or `embedded`"
+    if model.chat_template is not None:
+        template = Path(model.chat_template)
+        if not template.is_file():
+            yield f"model.chat_template={model.chat_template}: no such file; give a Jinja chat template"
+        elif not is_utf8(template):
+            yield f"model.chat_template={model.chat_template}: not UTF-8 text; give a Jinja chat template"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -117,3 +118,20 @@ def num_steps(config: RunConfig, num_pairs: int) -> int:
     assert config.train.epochs is not None, "the profile fills it, and the batch size"
     assert config.train.batch_size is not None
     return -(-num_pairs * config.train.epochs // config.train.batch_size)
+
+
+def problems(config: RunConfig) -> Iterator[str]:
+    """Yield what is wrong with the section `data`: files that are missing for a study, shares that leave nothing."""
+    data = config.data
+    given = [name for name in ("path", "train", "dev", "golden") if getattr(data, name) is not None]
+    if config.model.path != EMBEDDED and not given:
+        yield (
+            f"model.path={config.model.path}: your own model needs your own pairs; set data.train, data.dev and "
+            "data.golden, or data.path for one file that is split by prompt"
+        )
+    if data.path is None and given and "train" not in given:
+        yield f"data.train=null: data.{given[0]} is given without pairs to train on; set data.train or data.path"
+    if data.path is None and "train" in given and "golden" not in given:
+        yield "data.golden=null: nothing to decide on; set data.golden, or data.path for one file that is split"
+    if data.dev_fraction + data.golden_fraction >= 1:
+        yield f"data.golden_fraction={data.golden_fraction:g}: dev and golden together leave nothing to train on"

@@ -14,7 +14,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, TypeVar
 
-from harness.config.schema import TrackingConfig
+from harness.config.schema import RunConfig, TrackingConfig
 from harness.study.files import Json, digest
 from harness.study.log import say
 from harness.study.outcome import SPLIT_PREFIX, STEP
