@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from harness.config.machine import provenance
 from harness.config.schema import GenerateConfig
 from harness.data.checks import failed_checks
 from harness.data.records import Completion, EvalPrompt, Message, prompt_id
@@ -263,8 +264,6 @@ def _user(task: Task) -> Message:
 
 
 def _card_facts(out: Path, model: Any, start: float) -> dict[str, Any]:
-    from harness.config.machine import provenance
-
     shipped = [path for path in sorted(out.iterdir()) if path.is_file() and path.name != "card.json"]
     return {
         "parameters": sum(p.numel() for p in model.parameters()),

@@ -13,7 +13,7 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from harness.config import checkpoint
-from harness.config.compose import fill_from_profile, register_schemas
+from harness.config.compose import fill_defaults, register_schemas
 from harness.config.keys import range_problems
 from harness.config.overrides import check_overrides, explain
 from harness.config.paths import CONF
@@ -31,12 +31,12 @@ _FOLDER_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}")
 
 def find_problems(config: RunConfig) -> list[str]:
     """Return one message per value that is out of range, missing, or impossible in combination."""
-    stages = (checkpoint, inputs, tracker, available, decide, vllm, train)
-    return [
-        *range_problems(config),
-        *_folder_problems(config),
-        *(problem for stage in stages for problem in stage.problems(config)),
-    ]
+    stages = (
+        checkpoint.problems, inputs.problems, tracker.problems, available.problems, decide.problems, vllm.problems,
+        train.problems,
+    )  # fmt: skip
+    found = [*range_problems(config), *_folder_problems(config)]
+    return found + [problem for problems in stages for problem in problems(config)]
 
 
 def find_warnings(config: RunConfig) -> list[str]:
@@ -94,7 +94,7 @@ def resolve(composed: DictConfig) -> RunConfig:
         composed.pop("hydra", None)
     config = OmegaConf.to_object(composed)
     assert isinstance(config, RunConfig)
-    fill_from_profile(config)
+    fill_defaults(config)
     problems = find_problems(config)
     if problems:
         raise UsageError("\n".join(problems))

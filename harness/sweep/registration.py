@@ -153,7 +153,7 @@ def _study(
             "revision": config.model.revision,
             "base_sha256": fixed["contents"]["base"],
         },
-        "data": facts,
+        "data": {**facts},
         "warnings": merged(old.get("warnings", []), [*facts.get("warnings", []), *warnings]),
         "command": old.get("command") or command,
         "created": old.get("created", datetime.now(UTC).isoformat(timespec="seconds")),

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.config.arms import ARMS, DPOMarginConfig, SimPOConfig
-from harness.config.machine import processes_problem
+from harness.config.machine import processes_problem, this_machine
 from harness.config.schema import EMBEDDED, Engine, Reference, RunConfig, Tuning
 from harness.data.inputs import Tokens
 from harness.data.plan import BatchPlan, expected_tokens_sha256, padding_share, trained_tokens
@@ -81,7 +81,7 @@ class TrainStage:
             UsageError: where this machine cannot run the processes that are asked for.
             DoesNotFitError: where not even the smallest micro-batch fits.
         """
-        if problem := processes_problem(self.config.accelerate):
+        if problem := processes_problem(self.config.accelerate, this_machine()):
             raise UsageError(problem)
         micro = None
         while True:
