@@ -71,7 +71,7 @@ class Splits:
 
 
 def load_splits(data: DataConfig) -> Splits:
-    """Load, check, split and, where asked, subsample and flip.
+    """Load, check and split; then subsample and flip labels as configured.
 
     Raises:
         UsageError: for missing or unreadable files, an unknown form, too many bad rows, golden prompts that occur
@@ -106,7 +106,7 @@ def load_splits(data: DataConfig) -> Splits:
 
 
 def _origins(data: DataConfig) -> dict[str, str]:
-    """Return the config key that each split comes from."""
+    """Return the config key of each split's source."""
     missing = [split for split in SPLITS if getattr(data, split) is None]
     if data.path is not None and not missing:
         raise UsageError(
@@ -125,7 +125,7 @@ def _origins(data: DataConfig) -> dict[str, str]:
 
 
 def _read_tables(data: DataConfig, keys: Sequence[str]) -> dict[str, Table]:
-    """Read every file before anything is refused, so that one message has the problems of all."""
+    """Read all files; a `UsageError` names the problems of all of them."""
     tables: dict[str, Table] = {}
     problems: list[UsageError] = []
     for key in keys:
@@ -149,7 +149,7 @@ def _read_tables(data: DataConfig, keys: Sequence[str]) -> dict[str, Table]:
 
 
 def _assign_rows(data: DataConfig, origins: dict[str, str], tables: dict[str, Table]) -> dict[str, list[ParsedRow]]:
-    """Return the rows of each split: all of its file's, or its share by prompt where splits come out of one file."""
+    """Return the rows of each split: all rows of its file, or its share by prompt where splits share a file."""
     rows: dict[str, list[ParsedRow]] = {split: [] for split in SPLITS}
     for key, table in tables.items():
         shares = _split_shares(data, [split for split in SPLITS if origins[split] == key])
@@ -298,7 +298,8 @@ def refuse_leaks(rows: Mapping[str, Sequence[ParsedRow]], paths: Mapping[str, st
     number = len({leak.row.prompt_id for _, leak in leaks})
     raise UsageError(
         f"data.golden={paths['golden']}: {number} golden {'prompt occurs' if number == 1 else 'prompts occur'} in the "
-        f"data that models are trained or selected on; allowed: none. First {min(_SHOWN_LEAKS, len(leaks))}:{lines}\n"
+        "data that models are trained or selected on; allowed: none. "
+        f"The first {min(_SHOWN_LEAKS, len(leaks))}:{lines}\n"
         "Remove them from data.train and data.dev, or from data.golden; or give one file as data.path: it is split by "
         "prompt."
     )
