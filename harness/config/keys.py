@@ -9,11 +9,17 @@ import types
 import typing
 from collections.abc import Iterable, Iterator
 from enum import Enum
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from harness.config.arms import ARMS, Limits, MethodConfig, declared_limits
 from harness.config.schema import RunConfig
 from harness.config.trial_id import RENAMED
+from harness.study.files import Json
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Value: TypeAlias = "Json | Enum"  # of a key, as composed or as typed
 
 _NO_HYPERPARAMETERS = ("name", "learning_rates")  # keys of conf/method/*.yaml that no user sets
 TRAINED = tuple(name for name, arm in ARMS.items() if arm.trainer)
@@ -53,7 +59,7 @@ def close_match(word: str, known: Iterable[str]) -> str:
     return f". Did you mean {matches[0]}?" if matches else ""
 
 
-def shown(value: Any) -> str:
+def shown(value: Value) -> str:
     """Write a value as typed on the command line."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
@@ -66,17 +72,17 @@ def shown(value: Any) -> str:
     return str(value)
 
 
-def range_problems(config: Any, prefix: str = "") -> Iterator[str]:
+def range_problems(config: DataclassInstance, prefix: str = "") -> Iterator[str]:
     """Yield a message per value of a config dataclass that is not of its type or not in its range."""
     for name, declared in declared_keys(type(config)).items():
         value = getattr(config, name)
-        if dataclasses.is_dataclass(value):
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
             yield from range_problems(value, f"{prefix}{name}.")
         elif problem := value_problem(declared, value):
             yield f"{prefix}{name}={shown(value)}: {problem}"
 
 
-def value_problem(declared: Declared, value: Any) -> str | None:
+def value_problem(declared: Declared, value: Value) -> str | None:
     """Say what is wrong with a value for a declared key, or None: its type first, then its range."""
     kind, limits = _without_null(declared.hint), declared.limits
     if value is None:
@@ -94,7 +100,7 @@ def _without_null(hint: Any) -> Any:
     return next(option for option in options if option is not type(None))
 
 
-def _word_problem(kind: Any, limits: Limits, value: Any) -> str | None:
+def _word_problem(kind: Any, limits: Limits, value: Value) -> str | None:
     if isinstance(kind, type) and issubclass(kind, Enum):
         names = [member.name for member in kind]
         return None if getattr(value, "name", value) in names else f"allowed: {', '.join(names)}"
@@ -105,7 +111,7 @@ def _word_problem(kind: Any, limits: Limits, value: Any) -> str | None:
     return f"allowed: {', '.join(limits.choices)}" if limits.choices and value not in limits.choices else None
 
 
-def _list_problem(item: Any, limits: Limits, value: Any) -> str | None:
+def _list_problem(item: Any, limits: Limits, value: Value) -> str | None:
     if isinstance(value, list):
         is_mapping = typing.get_origin(item) is dict
         wrong = any(
@@ -123,7 +129,7 @@ def _list_problem(item: Any, limits: Limits, value: Any) -> str | None:
     return f"must be a list of {several}{words}, such as {example}{allowed}"
 
 
-def _number_problem(kind: type, limits: Limits, value: Any) -> str | None:
+def _number_problem(kind: type, limits: Limits, value: Value) -> str | None:
     if isinstance(value, bool) or not isinstance(value, int if kind is int else int | float):
         return ("must be a whole number" if kind is int else "must be a number") + _allowed_range(limits)
     is_inside = (

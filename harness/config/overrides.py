@@ -19,7 +19,16 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from harness.config.keys import SET_BY_SWEEP, TRAINED, close_match, find_declared, shown, unknown_key, value_problem
+from harness.config.keys import (
+    SET_BY_SWEEP,
+    TRAINED,
+    Value,
+    close_match,
+    find_declared,
+    shown,
+    unknown_key,
+    value_problem,
+)
 from harness.config.launchers import LAUNCHERS
 from harness.config.paths import CONF, SWEEPS
 from harness.config.search import interval_problem, is_interval
@@ -242,7 +251,7 @@ def _override_problems(override: Override, arms: list[str]) -> Iterator[str]:
                 yield f"{key}={shown(item)}: {problem}"
 
 
-def _space_items(values: list[Any]) -> Iterator[Any]:
+def _space_items(values: list[Value]) -> Iterator[Value]:
     """Yield each value of an arm's space; for an interval itself and, where its form is right, its two ends."""
     for value in values:
         if is_interval(value):
@@ -252,7 +261,7 @@ def _space_items(values: list[Any]) -> Iterator[Any]:
             yield from value if isinstance(value, list) else [value]
 
 
-def _group_problems(group: str, values: list[Any]) -> Iterator[str]:
+def _group_problems(group: str, values: list[Value]) -> Iterator[str]:
     if group == "sweep":
         preset_arms(str(values[0]))
         if len(values) > 1:

@@ -15,7 +15,7 @@ from typing import Any
 
 from harness.config.arms import ARMS, MethodConfig, declared_limits
 from harness.config.schema import RunConfig
-from harness.study.files import digest
+from harness.study.files import Json, digest
 
 # Keys of each section at commit b4b16c8, in the order of study.yaml; `method` has one row per arm. Never change a row.
 _BETA = ("name", "learning_rate", "beta")
@@ -86,12 +86,12 @@ def stored_trial_id(values: Mapping[str, Any], contents: Mapping[str, str]) -> s
     return _hash(values, {section: _defaults(usual, section) for section in _HASHED_SECTIONS}, contents)
 
 
-def registered_section(config: RunConfig, section: str) -> dict[str, Any]:
+def registered_section(config: RunConfig, section: str) -> dict[str, Json]:
     """Return a section of the config as study.yaml registers it: in the same form as in a trial id."""
     return stable_settings(section, plain(getattr(config, section)), _defaults(config, section))
 
 
-def _hash(values: Mapping[str, Any], defaults: Mapping[str, Mapping[str, Any]], contents: Mapping[str, str]) -> str:
+def _hash(values: Mapping[str, Any], defaults: Mapping[str, Mapping[str, Json]], contents: Mapping[str, str]) -> str:
     parts = {
         section: stable_settings(section, values[section], defaults[section], without=without)
         for section, without in _HASHED_SECTIONS.items()
@@ -101,14 +101,14 @@ def _hash(values: Mapping[str, Any], defaults: Mapping[str, Mapping[str, Any]], 
     return found
 
 
-def _defaults(config: RunConfig, section: str) -> dict[str, Any]:
+def _defaults(config: RunConfig, section: str) -> dict[str, Json]:
     """Return the default of every key of a section, as its class declares it."""
     return plain(type(getattr(config, section))())
 
 
 def stable_settings(
-    section: str, values: Mapping[str, Any], defaults: Mapping[str, Any], *, without: Collection[str] = ()
-) -> dict[str, Any]:
+    section: str, values: Mapping[str, Json], defaults: Mapping[str, Json], *, without: Collection[str] = ()
+) -> dict[str, Json]:
     """Return a section's settings by first name: all of `FIRST_KEYS`, and each later key that is not its default.
 
     Args:
@@ -124,13 +124,13 @@ def stable_settings(
     return {key: found[key] for key in kept if key not in without and f"{section}.{key}" not in NOT_HASHED}
 
 
-def _by_first_name(section: str, values: Mapping[str, Any]) -> dict[str, Any]:
+def _by_first_name(section: str, values: Mapping[str, Json]) -> dict[str, Json]:
     """Return the settings of a section and of the groups in it, each under the name that it had first."""
     start = f"{section}."
     return {RENAMED.get(path, path).removeprefix(start): value for path, value in _leaves(values, start)}
 
 
-def _leaves(values: Mapping[str, Any], start: str) -> Iterator[tuple[str, Any]]:
+def _leaves(values: Mapping[str, Json], start: str) -> Iterator[tuple[str, Json]]:
     for key, value in values.items():
         path = f"{start}{key}"
         if isinstance(value, Mapping) and path not in NOT_HASHED:
