@@ -325,7 +325,7 @@ def _compared(ours: Ran, stock: Ran) -> Row:
 
 TRLS = ["train.engine=stock"]
 # TRL's forward pass and head, with reference log-probs from the rows: what its own precomputed reference amounts to.
-PADDED = ["train.share_prefix=false", "train.completion_head=false", "train.fuse_adapters=false"]
+PADDED = ["train.levers.share_prefix=false", "train.levers.completion_head=false", "train.levers.fuse_adapters=false"]
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from harness.decide.scores_file import ArmScores, arm_scores, checked, read_scor
 from harness.decide.simulate import NOISE_SD, PROMPT_SD, RUN_SD, Setting, components_of, halves, observed, simulate
 from harness.decide.stats import needed
 from harness.study.errors import UsageError, in_one_sentence
-from harness.study.registration import contrast_of, read_study
+from harness.study.registration import ALPHA, MARGIN, contrast_of, read_study
 
 DIFFERENCES = (0.0, 0.01, 0.02, 0.03, 0.05, 0.08)
 
@@ -177,8 +177,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--prompt-sd", type=float, help=f"SD of the difference over prompts (default {PROMPT_SD})")
     parser.add_argument("--noise-sd", type=float, help=f"SD of one answer's score (default {NOISE_SD})")
     parser.add_argument("--passes", action="store_true", help="scores are 0 or 1")
-    parser.add_argument("--margin", type=float, help="smallest difference that matters (default 0.05)")
-    parser.add_argument("--alpha", type=float, help="error rate (default 0.05)")
+    parser.add_argument("--margin", type=float, help=f"smallest difference that matters (default {MARGIN})")
+    parser.add_argument("--alpha", type=float, help=f"error rate (default {ALPHA})")
     parser.add_argument("--looks", help="numbers of seeds at which golden is looked at, such as 3,5,8")
     parser.add_argument("--difference", type=float, default=0.03, help="the one to find (default 0.03)")
     parser.add_argument("--repeats", type=int, default=1000, help="simulated studies for each figure (default 1000)")

@@ -17,6 +17,7 @@ from harness.score.trial_scores import trial_folders
 from harness.study.errors import UsageError, in_one_sentence
 from harness.study.files import read_jsonl, write_text
 from harness.study.manifest import load_manifest
+from harness.study.registration import ALPHA, MARGIN
 from harness.study.scores_csv import write_scores
 from harness.study.text import one_line
 
@@ -122,8 +123,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     one.add_argument("--golden", required=True, help="the golden set that was answered")
     one.add_argument("--baseline", required=True, help="the answers that both arms are compared with")
     one.add_argument("--metric", default="judge", help="what decides (default judge)")
-    one.add_argument("--margin", type=float, default=0.05)
-    one.add_argument("--alpha", type=float, default=0.05)
+    one.add_argument("--margin", type=float, default=MARGIN)
+    one.add_argument("--alpha", type=float, default=ALPHA)
     one.set_defaults(run=_outputs)
     options = parser.parse_args(argv)
     run: Callable[[argparse.Namespace], str] = options.run

@@ -51,11 +51,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 Job = Callable[[], Run]
 LEVERS = (
-    "train.share_prefix=false",
-    "train.completion_head=false",
-    "train.fuse_adapters=false",
-    "train.group_lengths=false",
-    "train.metrics_steps=1",
+    "train.levers.share_prefix=false",
+    "train.levers.completion_head=false",
+    "train.levers.fuse_adapters=false",
+    "train.levers.group_lengths=false",
+    "train.levers.metrics_steps=1",
 )
 
 

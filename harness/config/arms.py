@@ -1,23 +1,60 @@
-"""The one table of what differs between arms: their keys (typed), their TRL trainer, and their arguments to it.
+"""The table of arms: for each its typed keys, its TRL trainer, and the arguments to that trainer.
 
-Adding an arm is one row here and one file in `conf/method/`. Nothing else in the code asks for an arm's name.
+Adding an arm is one row here and one file in `conf/method/`. No other code asks for an arm's name.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import Field, dataclass, field
+from typing import Any, TypeVar
 
 from harness.study.text import one_line
 
+T = TypeVar("T")
 
-def bounded(default: Any, **limits: Any) -> Any:
-    """Declare a config key with its allowed range: `above`, `at_least`, `below`, `at_most` or `choices`.
 
-    A key declared `quiet` is left out of a config's label while it has its default.
+@dataclass(frozen=True)
+class Limits:
+    """Allowed values of a config key; of a list, those of its items.
+
+    Attributes:
+        above, at_least, below, at_most: range of a number.
+        choices: allowed words.
+        distinct: a list without repeats, not empty unless `may_be_empty`.
+        items: description of a list's items, for messages.
+        quiet: leave the key out of a config's label while it has its default.
     """
-    return field(default=default, metadata=limits)
+
+    above: float | None = None
+    at_least: float | None = None
+    below: float | None = None
+    at_most: float | None = None
+    choices: tuple[str, ...] = ()
+    distinct: bool = False
+    may_be_empty: bool = False
+    items: str = ""
+    quiet: bool = False
+
+
+def bounded(
+    default: T,
+    *,
+    above: float | None = None,
+    at_least: float | None = None,
+    below: float | None = None,
+    at_most: float | None = None,
+    choices: tuple[str, ...] = (),
+    quiet: bool = False,
+) -> T:
+    """Declare a config key with a default and `Limits`; keys that hold lists use `field` and its metadata."""
+    limits = Limits(above, at_least, below, at_most, choices, quiet=quiet)
+    return field(default=default, metadata={"limits": limits})
+
+
+def declared_limits(key: Field[Any]) -> Limits:
+    """Return the limits that a config key was declared with."""
+    return key.metadata.get("limits", Limits())
 
 
 @dataclass
@@ -27,7 +64,7 @@ class MethodConfig:
     Attributes:
         learning_rate: peak learning rate; null takes `learning_rates[train.tuning]`.
         learning_rates: the arm's published rate for each tuning, `lora` (also for qlora) and `full`.
-        learning_rate_factor: multiplies the rate; a grid over it fits models with rates of their own.
+        learning_rate_factor: multiplies the rate: for one grid that suits arms with different rates.
     """
 
     name: str = "???"
@@ -78,7 +115,7 @@ class Arm:
         title: the name in prose.
         config: the typed keys of `conf/method/NAME.yaml`.
         trainer: TRL's trainer class by name; None for the SFT base, which is scored and not trained.
-        trl_arguments: from the arm's keys to keyword arguments of that trainer's config class.
+        trl_arguments: converts the arm's keys to keyword arguments of that trainer's config class.
         uses_reference: True where the loss needs log-probs of the SFT base.
         per_token: True where rewards are means over an answer's tokens, False where they are sums.
         has_margin: True where the chosen answer must win by a target margin.
@@ -87,13 +124,16 @@ class Arm:
     title: str
     config: type[MethodConfig]
     trainer: str | None
-    trl_arguments: Callable[[Any], Mapping[str, Any]]
+    trl_arguments: Callable[[Any], Mapping[str, str | float | list[str]]]  # its argument is of the class `config`
     uses_reference: bool
     per_token: bool = False
     has_margin: bool = False
 
 
-def _simpo_arguments(method: SimPOConfig) -> dict[str, Any]:
+TRLArguments = dict[str, str | float | list[str]]
+
+
+def _simpo_arguments(method: SimPOConfig) -> TRLArguments:
     return {
         "loss_type": "simpo",
         "beta": method.beta,
@@ -104,11 +144,11 @@ def _simpo_arguments(method: SimPOConfig) -> dict[str, Any]:
     }
 
 
-def _dpo_arguments(method: BetaConfig) -> dict[str, Any]:
+def _dpo_arguments(method: BetaConfig) -> TRLArguments:
     return {"loss_type": ["sigmoid"], "beta": method.beta}
 
 
-def _dpo_norm_arguments(method: BetaConfig) -> dict[str, Any]:
+def _dpo_norm_arguments(method: BetaConfig) -> TRLArguments:
     return {"loss_type": ["sigmoid_norm"], "beta": method.beta}
 
 

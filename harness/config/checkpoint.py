@@ -1,33 +1,96 @@
-"""The SFT checkpoint: where it is, what identifies it, and how its weights are loaded. Safetensors only."""
+"""The SFT checkpoint: its folder, the hashes that identify it, and what is wrong with it. Loads no weights."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from functools import lru_cache
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from harness.config.paths import embedded_dir
 from harness.config.schema import EMBEDDED, ModelConfig, RunConfig
 from harness.study.errors import UnreachableError, UsageError
 from harness.study.files import digest, file_sha256
 
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _WANTED = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.txt")
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 
 
+class Checkpoints:
+    """Folders and hashes of checkpoints: each is downloaded and hashed once per instance."""
+
+    def __init__(self) -> None:
+        self._folders: dict[tuple[str, str | None], Path] = {}
+        self._weights: dict[Path, str] = {}
+        self._tokenizers: dict[Path, str] = {}
+
+    def folder(self, model: ModelConfig) -> Path:
+        """Return the checkpoint's folder; a Hub id is downloaded first (weights in safetensors, no code).
+
+        Raises:
+            UnreachableError: for a Hub id that cannot be downloaded.
+        """
+        if model.path == EMBEDDED:
+            return embedded_dir()
+        key = (model.path, model.revision)
+        if key not in self._folders:
+            folder = Path(model.path)
+            self._folders[key] = folder.resolve() if folder.is_dir() else _download(model.path, model.revision)
+        return self._folders[key]
+
+    def base_sha256(self, folder: Path) -> str:
+        """Return the hash of the weights: of the bytes of all safetensors files.
+
+        Raises:
+            UsageError: for a folder without safetensors files.
+        """
+        if folder not in self._weights:
+            self._weights[folder] = _weights_sha256(folder)
+        return self._weights[folder]
+
+    def tokenizer_sha256(self, folder: Path) -> str:
+        """Return the hash of the config files and the tokenizer beside the weights."""
+        if folder not in self._tokenizers:
+            files = sorted(p for p in folder.iterdir() if p.suffix in (".json", ".jinja", ".model", ".txt"))
+            self._tokenizers[folder] = digest([[p.name, file_sha256(p)] for p in files if p.name != "card.json"])
+        return self._tokenizers[folder]
+
+    def contents(self, config: RunConfig, data_facts: Mapping[str, Any]) -> dict[str, str]:
+        """Return the SHA-256 by name of all files that a config only names.
+
+        Args:
+            config: the config.
+            data_facts: `Splits.facts` of its data.
+        """
+        folder = self.folder(config.model)
+        contents = {"base": self.base_sha256(folder), "tokenizer": self.tokenizer_sha256(folder)}
+        if config.model.chat_template is not None:
+            contents["chat_template"] = file_sha256(Path(config.model.chat_template))
+        splits = [split for split in ("train", "dev", "golden") if split in data_facts]
+        return contents | {split: data_facts[split]["sha256"] for split in splits}
+
+
+DEFAULT = Checkpoints()  # until sweep passes its context
+
+
 def checkpoint_dir(model: ModelConfig) -> Path:
-    """Return the checkpoint's folder; a Hub id is fetched first (weights in safetensors, no code)."""
-    if model.path == EMBEDDED:
-        from harness.config.paths import embedded_dir as study_dir
-
-        return study_dir()
-    folder = Path(model.path)
-    return folder.resolve() if folder.is_dir() else _fetch(model.path, model.revision)
+    """Return the checkpoint's folder."""  # until sweep passes its context
+    return DEFAULT.folder(model)
 
 
-@lru_cache
-def _fetch(hub_id: str, revision: str | None) -> Path:
+def base_sha256(folder: Path) -> str:
+    """Return the hash of the weights."""  # until sweep passes its context
+    return DEFAULT.base_sha256(folder)
+
+
+def contents_sha256(config: RunConfig, data_facts: Mapping[str, Any]) -> dict[str, str]:
+    """Return the SHA-256 by name of all files that a config only names."""  # until sweep passes its context
+    return DEFAULT.contents(config, data_facts)
+
+
+def _download(hub_id: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
@@ -39,19 +102,47 @@ def _fetch(hub_id: str, revision: str | None) -> Path:
         ) from error
 
 
+def _weights_sha256(folder: Path) -> str:
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise UsageError(f"{folder}: no *.safetensors; pickled weights are not loaded, save it with save_pretrained")
+    return digest([[path.name, file_sha256(path)] for path in files])
+
+
+def problems(config: RunConfig) -> Iterator[str]:
+    """Yield what is wrong with the section `model`: a missing or damaged checkpoint, revision or chat template."""
+    model = config.model
+    folder = Path(model.path)
+    if model.path == EMBEDDED:
+        if model.revision is not None:
+            yield f"model.revision={model.revision}: the embedded base has no revisions; only a Hub id has"
+    elif folder.is_dir():
+        yield from (f"model.path={model.path}: {problem}" for problem in checkpoint_problems(folder))
+        if model.revision is not None:
+            yield f"model.revision={model.revision}: model.path={model.path} is a folder and has no revisions"
+    elif folder.is_absolute() or model.path.startswith(".") or not _HUB_ID.fullmatch(model.path):
+        yield f"model.path={model.path}: no such folder; allowed: a folder, a Hub id (owner/name) or `embedded`"
+    if model.chat_template is not None:
+        template = Path(model.chat_template)
+        if not template.is_file():
+            yield f"model.chat_template={model.chat_template}: no such file; give a Jinja chat template"
+        elif not is_utf8(template):
+            yield f"model.chat_template={model.chat_template}: not UTF-8 text; give a Jinja chat template"
+
+
 def checkpoint_problems(folder: Path) -> Iterator[str]:
-    """Say what is missing of a checkpoint or damaged, as far as it shows without loading it."""
+    """Yield what is missing or damaged in a checkpoint, as far as it shows without loading it."""
     if not (folder / "config.json").is_file():
         yield "the folder has no config.json; give a checkpoint saved by transformers"
         return
-    config = _read_object(folder / "config.json")
+    config = _read_json_object(folder / "config.json")
     if config is None:
         yield "config.json is not readable as JSON; copy or download the checkpoint again"
     elif "model_type" not in config:
         yield "config.json names no model_type; give a checkpoint saved by transformers"
     if not any((folder / name).is_file() for name in _TOKENIZERS):
         yield f"no tokenizer (one of {', '.join(_TOKENIZERS)}); save it there with save_pretrained, too"
-    index = _read_object(folder / "model.safetensors.index.json") or {}
+    index = _read_json_object(folder / "model.safetensors.index.json") or {}
     parts = {path.name for path in folder.glob("*.safetensors")}
     lacking = sorted(set(map(str, index.get("weight_map", {}).values())) - parts)
     if lacking:
@@ -59,7 +150,7 @@ def checkpoint_problems(folder: Path) -> Iterator[str]:
     elif not parts:
         yield "the folder has no *.safetensors (pickled weights are not loaded); save it again with save_pretrained"
     for name in sorted(parts):
-        if not _is_whole(folder / name):
+        if not _is_whole_safetensors(folder / name):
             yield f"{name} is cut off, or no safetensors file; copy or download it again"
 
 
@@ -72,7 +163,7 @@ def is_utf8(path: Path) -> bool:
     return True
 
 
-def _read_object(path: Path) -> dict[str, Any] | None:
+def _read_json_object(path: Path) -> dict[str, Any] | None:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -80,8 +171,8 @@ def _read_object(path: Path) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
-def _is_whole(path: Path) -> bool:
-    """Compare a safetensors file's size with what its header says: 8 bytes of length, the header, the tensors."""
+def _is_whole_safetensors(path: Path) -> bool:
+    """Compare the size of a safetensors file with its header: 8 bytes of length, the header, the tensors."""
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
         if size > path.stat().st_size:
@@ -92,31 +183,3 @@ def _is_whole(path: Path) -> bool:
         except (ValueError, AttributeError, KeyError, TypeError, IndexError):
             return False
     return path.stat().st_size == 8 + size + max(ends, default=0)
-
-
-@lru_cache
-def base_sha256(folder: Path) -> str:
-    """Identify the weights by the bytes of all safetensors files."""
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise UsageError(f"{folder}: no *.safetensors; pickled weights are not loaded, save it with save_pretrained")
-    return digest([[path.name, file_sha256(path)] for path in files])
-
-
-@lru_cache
-def _tokenizer_sha256(folder: Path) -> str:
-    """Identify the configs and the tokenizer beside the weights."""
-    files = sorted(p for p in folder.iterdir() if p.suffix in (".json", ".jinja", ".model", ".txt"))
-    return digest([[path.name, file_sha256(path)] for path in files if path.name != "card.json"])
-
-
-def contents_sha256(config: RunConfig, data_facts: dict[str, Any]) -> dict[str, str]:
-    """Identify what a config only names: weights, tokenizer, chat template, and the files of each split."""
-    folder = checkpoint_dir(config.model)
-    contents = {"base": base_sha256(folder), "tokenizer": _tokenizer_sha256(folder)}
-    if config.model.chat_template is not None:
-        contents["chat_template"] = file_sha256(Path(config.model.chat_template))
-    for split in ("train", "dev", "golden"):
-        if split in data_facts:
-            contents[split] = data_facts[split]["sha256"]
-    return contents

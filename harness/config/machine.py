@@ -1,8 +1,12 @@
-"""Which GPU or share of the cores a worker gets where several work on one machine. Imports no torch."""
+"""This machine: its GPUs and cores, the trials that it can train, and the provenance of what it computes.
+
+Imports torch only for the hardware's names.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import os
 import platform
@@ -10,75 +14,39 @@ import re
 import shutil
 import subprocess
 from collections.abc import Mapping
-from functools import lru_cache
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import psutil
 
 from harness.config.schema import AccelerateConfig
-from harness.study.manifest import Provenance
 
 
-def workers_here(processes: int = 1) -> int:
-    """Return how many trials of so many processes run beside each other on this machine.
+@dataclass(frozen=True)
+class Machine:
+    """The devices of a machine, as this process may use them.
 
-    A process takes a GPU, or a core where there is none.
+    Attributes:
+        gpus: CUDA's names of the visible GPUs, or of all that nvidia-smi lists.
+        cores: number of CPU cores.
     """
-    return max(1, (len(gpus()) or len(os.sched_getaffinity(0))) // processes)
+
+    gpus: tuple[str, ...]
+    cores: int
+
+    @classmethod
+    def here(cls) -> Machine:
+        """Look up the devices of this machine; may run nvidia-smi."""
+        return cls(_find_gpus(), len(os.sched_getaffinity(0)))
+
+    def workers(self, processes: int = 1) -> int:
+        """Return how many trials with `processes` processes each run beside each other: one GPU or core per process."""
+        return max(1, (len(self.gpus) or self.cores) // processes)
 
 
-def processes_problem(accelerate: AccelerateConfig) -> str:
-    """Say why a trial cannot be trained with these processes on this machine; empty where it can."""
-    kind, count = accelerate.distributed_type, accelerate.num_processes
-    if gpus() and count > len(gpus()):
-        return f"accelerate.num_processes={count}: this machine has {len(gpus())} GPUs; give at most as many"
-    if kind in ("FSDP", "DEEPSPEED") and not gpus():
-        return (
-            f"accelerate.distributed_type={kind}: needs GPUs, and there are none here (accelerate would silently "
-            "run DDP); use accelerate=ddp on CPUs"
-        )
-    if kind == "DEEPSPEED" and importlib.util.find_spec("deepspeed") is None:
-        return "accelerate.distributed_type=DEEPSPEED: DeepSpeed is not installed; pip install deepspeed"
-    return ""
-
-
-# What launchers ask a cluster for GPUs with: submitit's keys, Slurm's own ones, Ray's.
-_GPU_KEYS = ("gpus_per_node", "gpus_per_task", "gres", "gpus", "gpus-per-node", "gpus-per-task", "num_gpus")
-_COUNT = re.compile(r"(?:[^\W\d][\w.-]*:)?(\d+)$")  # 2, a100:2
-_OF_GRES = re.compile(r"(?:^|,)gpu(?::[^\W\d][\w.-]*)?:(\d+)")  # gpu:2 or gpu:a100:2, among other resources
-
-
-def job_problem(asked: Mapping[str, Any], accelerate: AccelerateConfig) -> str:
-    """Say why jobs on a cluster, as they are asked for, cannot train trials; empty where they can.
-
-    Args:
-        asked: the launcher's settings; empty for launchers that ask for nothing.
-        accelerate: a trial's processes.
-    """
-    for key in ("nodes", "tasks_per_node"):
-        if asked.get(key) not in (None, 1):
-            return f"hydra.launcher.{key}={asked[key]}: a trial is one task, whose processes accelerate starts; give 1"
-    kind, count = accelerate.distributed_type, accelerate.num_processes
-    given = {
-        **(asked.get("additional_parameters") or {}),
-        **{key: asked[key] for key in asked if asked[key] is not None},
-    }
-    wanted = {key: given[key] for key in _GPU_KEYS if key in given}
-    for key, value in wanted.items():
-        found = _OF_GRES.search(str(value)) if key == "gres" else _COUNT.match(str(value))
-        number = float(value if isinstance(value, int | float) else found[1] if found else 0)
-        if 0 < number < count:
-            return f"hydra.launcher.{key}={value}: accelerate.num_processes={count} takes a GPU each; give {count}"
-    if "partition" in asked and kind in ("FSDP", "DEEPSPEED") and all(str(value) == "0" for value in wanted.values()):
-        return f"hydra.launcher.gpus_per_node: accelerate.distributed_type={kind} needs GPUs; give {count}"
-    return ""
-
-
-@lru_cache
-def gpus() -> tuple[str, ...]:
-    """Return CUDA's names of this machine's GPUs: of those that are visible, or of all that nvidia-smi lists."""
+def _find_gpus() -> tuple[str, ...]:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return tuple(name.strip() for name in visible.split(",") if name.strip() and name.strip() != "-1")
@@ -93,19 +61,102 @@ def gpus() -> tuple[str, ...]:
     return ()
 
 
+@functools.cache
+def this_machine() -> Machine:
+    """Return the devices of this machine, looked up once."""  # until sweep passes its context
+    return Machine.here()
+
+
+def gpus() -> tuple[str, ...]:
+    """Return the names of this machine's GPUs."""  # until sweep passes its context
+    return this_machine().gpus
+
+
+def workers_here(processes: int = 1) -> int:
+    """Return how many trials run beside each other on this machine."""  # until sweep passes its context
+    return this_machine().workers(processes)
+
+
+def has_gpu() -> bool:
+    """Return True where torch can use a CUDA device."""
+    import torch
+
+    return bool(torch.cuda.is_available())
+
+
+def processes_problem(accelerate: AccelerateConfig, machine: Machine) -> str:
+    """Say why a trial cannot be trained with these processes on a machine; empty where it can."""
+    kind, count, found = accelerate.distributed_type, accelerate.num_processes, len(machine.gpus)
+    if found and count > found:
+        return f"accelerate.num_processes={count}: this machine has {found} GPUs; give at most as many"
+    if kind in ("FSDP", "DEEPSPEED") and not found:
+        return (
+            f"accelerate.distributed_type={kind}: needs GPUs, and there are none here (accelerate would silently "
+            "run DDP); use accelerate=ddp on CPUs"
+        )
+    if kind == "DEEPSPEED" and importlib.util.find_spec("deepspeed") is None:
+        return "accelerate.distributed_type=DEEPSPEED: DeepSpeed is not installed; pip install deepspeed"
+    return ""
+
+
+# Launcher settings that request GPUs: submitit's keys, Slurm's own, Ray's.
+_GPU_SETTINGS = ("gpus_per_node", "gpus_per_task", "gres", "gpus", "gpus-per-node", "gpus-per-task", "num_gpus")
+_GPU_COUNT = re.compile(r"(?:[^\W\d][\w.-]*:)?(\d+)$")  # 2, a100:2
+_GPU_COUNT_IN_GRES = re.compile(r"(?:^|,)gpu(?::[^\W\d][\w.-]*)?:(\d+)")  # gpu:2 or gpu:a100:2, among other resources
+
+
+def job_problem(requested: Mapping[str, Any], accelerate: AccelerateConfig) -> str:
+    """Say why the requested cluster jobs cannot train trials; empty where they can.
+
+    Args:
+        requested: the launcher's settings; empty for launchers that request nothing.
+        accelerate: a trial's processes.
+    """
+    for key in ("nodes", "tasks_per_node"):
+        if requested.get(key) not in (None, 1):
+            return (
+                f"hydra.launcher.{key}={requested[key]}: a trial is one task, whose processes accelerate starts; give 1"
+            )
+    kind, count = accelerate.distributed_type, accelerate.num_processes
+    given = {
+        **(requested.get("additional_parameters") or {}),
+        **{key: requested[key] for key in requested if requested[key] is not None},
+    }
+    wanted = {key: given[key] for key in _GPU_SETTINGS if key in given}
+    for key, value in wanted.items():
+        found = _GPU_COUNT_IN_GRES.search(str(value)) if key == "gres" else _GPU_COUNT.match(str(value))
+        number = float(value if isinstance(value, int | float) else found[1] if found else 0)
+        if 0 < number < count:
+            return f"hydra.launcher.{key}={value}: accelerate.num_processes={count} takes a GPU each; give {count}"
+    if (
+        "partition" in requested
+        and kind in ("FSDP", "DEEPSPEED")
+        and all(str(value) == "0" for value in wanted.values())
+    ):
+        return f"hydra.launcher.gpus_per_node: accelerate.distributed_type={kind} needs GPUs; give {count}"
+    return ""
+
+
+class Provenance(TypedDict):
+    """Versions by package, the commit (None outside a checkout), and the hardware of a process."""
+
+    versions: dict[str, str]
+    commit: str | None
+    hardware: dict[str, int | str | None]
+
+
 _PACKAGES = [
     *("dpo-simpo-harness", "torch", "transformers", "trl", "peft", "datasets", "accelerate", "safetensors"),
     *("hydra-core", "wandb", "numpy", "scipy", "pandas"),
 ]
 
 
-@lru_cache
 def provenance() -> Provenance:
-    """Return `versions`, `commit` (None outside a checkout) and `hardware` of this process."""
-    return {"versions": _versions(), "commit": _commit(), "hardware": _hardware()}
+    """Return versions, commit and hardware of this process; takes 0.1 s and imports torch."""
+    return {"versions": _package_versions(), "commit": _git_commit(), "hardware": _hardware_of_process()}
 
 
-def _versions() -> dict[str, str]:
+def _package_versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
@@ -115,8 +166,8 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _commit() -> str | None:
-    """Return the commit of the checkout that this package is in, with `+changes` where files differ from it."""
+def _git_commit() -> str | None:
+    """Return the commit of this package's checkout, with `+changes` where files differ from it."""
     here = Path(__file__).resolve().parents[2]
     if not (here / ".git").exists():
         return None
@@ -132,15 +183,15 @@ def _commit() -> str | None:
     return commit + ("+changes" if changes.strip() else "")
 
 
-def _hardware() -> dict[str, Any]:
+def _hardware_of_process() -> dict[str, int | str | None]:
     import torch
 
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "cpu": _cpu_name(),
         "cores": os.cpu_count(),
         "memory_bytes": psutil.virtual_memory().total,
-        "device": ", ".join(gpus) or "cpu",
+        "device": ", ".join(names) or "cpu",
         "threads": torch.get_num_threads(),
     }
 
@@ -152,10 +203,3 @@ def _cpu_name() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
-
-
-def has_gpu() -> bool:
-    """Return True where torch can use a CUDA device."""
-    import torch
-
-    return bool(torch.cuda.is_available())

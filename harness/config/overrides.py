@@ -1,4 +1,4 @@
-"""Check the command line before Hydra composes it, so that one message names the key, the value and what is allowed.
+"""Command line -> parsed overrides, or one `UsageError` that names each wrong key or value and the allowed ones.
 
 Hydra's own messages hide the real error of a sweep behind "Ambiguous value ... add --multirun", advise `+key` for a
 key of another arm, and exit with status 1.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import typing
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,9 +19,18 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from harness.config.keys import TRAINED, close_match, find_declared, shown, unknown_key, value_problem
+from harness.config.keys import (
+    SET_BY_SWEEP,
+    TRAINED,
+    Value,
+    close_match,
+    find_declared,
+    shown,
+    unknown_key,
+    value_problem,
+)
 from harness.config.launchers import LAUNCHERS
-from harness.config.paths import CONF
+from harness.config.paths import CONF, SWEEPS
 from harness.config.search import interval_problem, is_interval
 from harness.study.errors import UsageError
 
@@ -37,7 +45,7 @@ def check_overrides(overrides: list[str]) -> list[Override]:
     """
     parsed = parse(overrides)
     arms = selected_arms(parsed)
-    problems = [*_repeated(parsed), *(message for override in parsed for message in _problems(override, arms))]
+    problems = [*_repeated_keys(parsed), *(line for override in parsed for line in _override_problems(override, arms))]
     if not arms:
         problems.append(f"no method: add +method=simpo,dpo (arms: {', '.join(TRAINED)}) or +sweep=NAME")
     _refuse(problems)
@@ -50,11 +58,13 @@ def _refuse(problems: list[str]) -> None:
 
 
 def check_single(overrides: list[str]) -> None:
-    """Raise a UsageError where overrides ask for more than one trial, which is what `harness.train` runs."""
-    _refuse([f"{override.input_line}: {problem}" for override in parse(overrides) if (problem := _several(override))])
+    """Raise a UsageError where overrides ask for more than one trial: `harness.train` runs one."""
+    _refuse(
+        [f"{override.input_line}: {line}" for override in parse(overrides) if (line := _single_trial_problem(override))]
+    )
 
 
-def _several(override: Override) -> str | None:
+def _single_trial_problem(override: Override) -> str | None:
     key = override.key_or_group
     if override.is_sweep_override():
         return "harness.train runs one trial; give one value, or use harness.sweep"
@@ -67,8 +77,8 @@ def _several(override: Override) -> str | None:
     return None
 
 
-def _repeated(parsed: list[Override]) -> Iterator[str]:
-    """Name what stands twice: Hydra would silently keep the last."""
+def _repeated_keys(parsed: list[Override]) -> Iterator[str]:
+    """Name keys that are given twice: Hydra would silently keep the last value."""
     lines: dict[str, list[str]] = {}
     for override in parsed:
         lines.setdefault(override.key_or_group, []).append(str(override.input_line))
@@ -89,24 +99,24 @@ def parse(overrides: list[str]) -> list[Override]:
         try:
             parsed += parser.parse_overrides([text])
         except HydraException:
-            problems.append(_grammar(text))
+            problems.append(_grammar_problem(text))
     _refuse(problems)
     return parsed
 
 
-def _grammar(text: str) -> str:
+def _grammar_problem(text: str) -> str:
     key, equals, value = text.partition("=")
     if not equals or not key:
         return f"{text or repr(text)}: write KEY=VALUE, such as seed=1"
-    return f"{text}: its value has characters with a meaning of their own; {_quote(key, value)}"
+    return f"{text}: its value has characters with a meaning of their own; {_quoting_hint(key, value)}"
 
 
-def _quote(key: str, value: str) -> str:
+def _quoting_hint(key: str, value: str) -> str:
     return f"""write a text in quotes of its own: '{key}="{value}"'"""
 
 
 def values_of(override: Override) -> list[Any]:
-    """Return the value, or the values where the override is a sweep, unquoted."""
+    """Return the values of an override, unquoted: one, or several where it is a sweep."""
     value = override.value()
     if override.is_sweep_override():
         if not override.is_discrete_sweep() or isinstance(value, Glob):
@@ -121,7 +131,7 @@ def _unquoted(value: Any) -> Any:
 
 
 def selected_arms(parsed: list[Override]) -> list[str]:
-    """Return the arms that the command line asks for, by `+method=` or by the arms of its `+sweep=` preset."""
+    """Return the requested arms: those of `+method=`, or those of the `+sweep=` preset."""
     for override in parsed:
         if override.key_or_group == "method":
             return [str(value) for value in values_of(override)]
@@ -133,12 +143,11 @@ def selected_arms(parsed: list[Override]) -> list[str]:
 
 def preset_arms(name: str) -> dict[str, dict[str, Any]]:
     """Return the space per arm of `sweeps/NAME.yaml`."""
-    from harness.config.paths import SWEEPS
-
     known = sorted(path.stem for path in SWEEPS.glob("*.yaml"))
     if name not in known:
         raise UsageError(f"+sweep={name}: no such sweep; sweeps/ has: {', '.join(known)}")
-    preset = typing.cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(SWEEPS / f"{name}.yaml")))
+    preset = OmegaConf.to_container(OmegaConf.load(SWEEPS / f"{name}.yaml"))
+    assert isinstance(preset, dict)
     return preset.get("arms", {})
 
 
@@ -153,8 +162,10 @@ def is_axis(key: str) -> bool:
 
 
 def _form_problem(override: Override, arms: list[str]) -> str | None:
-    """Say why an override is refused whatever its value: how it is written, or what it would take from the sweep."""
+    """Say why an override is refused for its key or its form, whatever its value."""
     key = override.key_or_group
+    if key in SET_BY_SWEEP:
+        return f"set by the sweep, cannot be typed: {SET_BY_SWEEP[key]}"
     if override.type is OverrideType.DEL:
         return "a key cannot be taken away; give it another value, or leave it out to take the default"
     if is_hydra(key):
@@ -174,7 +185,7 @@ def _plus_problem(override: Override) -> str | None:
 def _axis_problem(override: Override) -> str | None:
     key, line = override.key_or_group, str(override.input_line)
     if override.is_sweep_override() and not is_axis(key) and key not in ("method", "sweep"):
-        quote = f"; {_quote(key, line.partition('=')[2])}" if " " in line else ""
+        quote = f"; {_quoting_hint(key, line.partition('=')[2])}" if " " in line else ""
         return f"only {AXES} may have several values; all else is equal for all trials of a study{quote}"
     return None
 
@@ -189,7 +200,7 @@ def _arm_problem(key: str, arms: list[str]) -> str | None:
 
 
 def _hydra_problem(override: Override) -> str | None:
-    """Let users choose a launcher; with another sweeper or working folder nothing of the study would be checked."""
+    """Refuse another sweeper or working folder, with which no study would be checked; launchers may be chosen."""
     key = override.key_or_group
     own = ("hydra/sweeper", "hydra.sweeper", "hydra.mode", "hydra.job.chdir")
     if key == "hydra" or any(key == name or key.startswith(f"{name}.") for name in own):
@@ -211,7 +222,7 @@ def _launcher_problem(name: str) -> str | None:
     return None
 
 
-def _problems(override: Override, arms: list[str]) -> Iterator[str]:
+def _override_problems(override: Override, arms: list[str]) -> Iterator[str]:
     key, line = override.key_or_group, override.input_line
     form = _form_problem(override, arms)
     if form or is_hydra(key):
@@ -234,14 +245,14 @@ def _problems(override: Override, arms: list[str]) -> Iterator[str]:
         if target is None:
             yield f"{line}: {unknown_key(path, scope)}"
             return
-        for item in _items(values) if scope.is_space else values:
+        for item in _space_items(values) if scope.is_space else values:
             problem = interval_problem(item) if scope.is_space and is_interval(item) else value_problem(target, item)
             if problem:
                 yield f"{key}={shown(item)}: {problem}"
 
 
-def _items(values: list[Any]) -> Iterator[Any]:
-    """Yield each value of an arm's space; of an interval itself and, where it is one, its two ends."""
+def _space_items(values: list[Value]) -> Iterator[Value]:
+    """Yield each value of an arm's space; for an interval itself and, where its form is right, its two ends."""
     for value in values:
         if is_interval(value):
             yield value
@@ -250,9 +261,7 @@ def _items(values: list[Any]) -> Iterator[Any]:
             yield from value if isinstance(value, list) else [value]
 
 
-def _group_problems(group: str, values: list[Any]) -> Iterator[str]:
-    from harness.config.paths import CONF
-
+def _group_problems(group: str, values: list[Value]) -> Iterator[str]:
     if group == "sweep":
         preset_arms(str(values[0]))
         if len(values) > 1:
@@ -270,7 +279,7 @@ def _group_problems(group: str, values: list[Any]) -> Iterator[str]:
 
 @contextlib.contextmanager
 def explain() -> Iterator[None]:
-    """Turn what Hydra and OmegaConf raise about a config into a UsageError of one message."""
+    """Turn errors of Hydra and OmegaConf into a UsageError of one message."""
     try:
         yield
     except (HydraException, OmegaConfBaseException) as error:

@@ -1,4 +1,4 @@
-"""Where `conf/`, `sweeps/` and the embedded study are, in a checkout and in a wheel."""
+"""Folders of `conf/`, `sweeps/` and the embedded study, in a checkout and in a wheel."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from pathlib import Path
 from harness.study.errors import UsageError
 
 
-def _shipped(folder: str, marker: str) -> Path:
-    """Find a folder that stands at the top of a checkout and inside the package in a wheel."""
+def _shipped_folder(folder: str, marker: str) -> Path:
+    """Find a folder at the top of a checkout, or inside the package in a wheel."""
     here = Path(__file__).resolve().parents[1]
     for place in (here.parent / folder, here / folder):
         if (place / marker).exists():
@@ -16,8 +16,8 @@ def _shipped(folder: str, marker: str) -> Path:
     raise UsageError(f"{folder}/{marker} is neither beside nor inside {here}; install the package again")
 
 
-CONF = _shipped("conf", "sweep.yaml")
-SWEEPS = _shipped("sweeps", "smoke.yaml")
+CONF = _shipped_folder("conf", "sweep.yaml")
+SWEEPS = _shipped_folder("sweeps", "smoke.yaml")
 
 
 def embedded_dir() -> Path:

@@ -1,4 +1,8 @@
-"""The declared config of scoring: what is compared with what, by which judge, reward model and benchmarks."""
+"""Every config key: its type, its default and its range. Who needs a key stands in the docstring of its section.
+
+Keys that are null take their value from the defaults of the model in `conf/profile/`. The keys of the arms are in
+`harness.config.arms`.
+"""
 
 from __future__ import annotations
 
@@ -6,164 +10,28 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from harness.config.arms import MethodConfig, bounded
-
-
-class Structured(Enum):
-    """Whether a judge is held to a JSON schema: `auto` where the endpoint accepts one."""
-
-    auto = "auto"
-    always = "always"
-    never = "never"
-
-
-@dataclass
-class JudgeConfig:
-    """A model behind an OpenAI-compatible endpoint that compares two answers.
-
-    Attributes:
-        model: the name that the endpoint knows it by; pin a dated one.
-        base_url: of the endpoint; null is the client's own default (api.openai.com, or OPENAI_BASE_URL).
-        api_key_env: name of the environment variable that holds the key (`harness.score.judge_endpoint` lists the
-            allowed names); an endpoint without keys needs none.
-        template: a name in `conf/judge/`, or a file of that form.
-        structured: see `Structured`.
-        max_tokens, temperature: of its answer.
-        concurrency: requests under way at once.
-        timeout_seconds: of one request.
-        max_retries: of a request that was refused for now (429), failed (5xx) or got no answer; waits double, or are
-            what the endpoint asks for.
-        input_price, output_price: US dollars for a million tokens; null where nobody pays.
-    """
-
-    model: str | None = None
-    base_url: str | None = None
-    api_key_env: str = "OPENAI_API_KEY"
-    template: str = "alpacaeval"
-    structured: Structured = Structured.auto
-    max_tokens: int = bounded(512, at_least=1)
-    temperature: float = bounded(0.0, at_least=0.0, at_most=2.0)
-    concurrency: int = bounded(8, at_least=1, at_most=256)
-    timeout_seconds: float = bounded(60.0, above=0.0)
-    max_retries: int = bounded(5, at_least=0, at_most=20)
-    input_price: float | None = bounded(None, at_least=0.0)
-    output_price: float | None = bounded(None, at_least=0.0)
-
-
-@dataclass
-class RewardModelConfig:
-    """A sequence-classification reward model: a folder or a Hub id, with safetensors.
-
-    Attributes:
-        max_length: tokens of prompt and answer; longer ones are unscored.
-    """
-
-    path: str | None = None
-    revision: str | None = None
-    batch_size: int = bounded(8, at_least=1)
-    max_length: int = bounded(4096, at_least=8)
-
-
-@dataclass
-class LengthControlConfig:
-    """Length-controlled win rates.
-
-    Attributes:
-        of: the scorer whose preferences are controlled; null is the judge where there is one, else the reward model.
-        difficulty: AlpacaEval's instruction difficulty, a CSV with one number a golden prompt, in the file's order.
-        gamed: AlpacaEval's comparisons of gamed baselines, its df_gamed.csv.
-    """
-
-    of: str | None = bounded(None, choices=("judge", "reward_model"))
-    difficulty: str | None = None
-    gamed: str | None = None
-
-
-@dataclass
-class BenchmarkConfig:
-    """Benchmarks of lm-evaluation-harness, run on the base and on every policy that answers golden.
-
-    Attributes:
-        tasks: names of tasks; each gives the scorer `lm_eval:TASK`.
-        include_path: a folder of task files of your own; with it only these are known.
-        metric: of each task that has several; null takes the task's first.
-        limit: documents a task, the first ones; null for all.
-        num_fewshot: null for the task's own.
-        chat_template: apply the tokenizer's chat template.
-    """
-
-    tasks: list[str] = field(default_factory=list, metadata={"distinct": True, "may_be_empty": True})
-    include_path: str | None = None
-    metric: str | None = None
-    limit: int | None = bounded(None, at_least=2)
-    num_fewshot: int | None = bounded(None, at_least=0)
-    batch_size: int = bounded(8, at_least=1)
-    chat_template: bool = True
-
-
-@dataclass
-class ScoreConfig:
-    """What is scored beside the metric and the guards, and against what.
-
-    Attributes:
-        scorers: names of scorers, or Python files with a scorer of your own.
-        baseline: answers that judge and reward model compare with: a file of completions (ours, AlpacaEval's
-            model_outputs.json or Arena-Hard's model_answer); null is the SFT base's.
-        calibration_pairs: pairs with known labels that the judge is held against.
-        max_cost_usd: what judging may cost in one call of the command.
-        labeller: who labelled the training pairs, such as `gpt-4`; a judge that is the same raises a warning.
-        head_to_head: let the judge also compare the two arms' answers with each other, seed by seed.
-    """
-
-    scorers: list[str] = field(default_factory=list, metadata={"distinct": True, "may_be_empty": True})
-    baseline: str | None = None
-    calibration_pairs: str | None = None
-    max_cost_usd: float | None = bounded(None, at_least=0.0)
-    labeller: str | None = None
-    head_to_head: bool = False
-    judge: JudgeConfig = field(default_factory=JudgeConfig)
-    reward_model: RewardModelConfig = field(default_factory=RewardModelConfig)
-    length_control: LengthControlConfig = field(default_factory=LengthControlConfig)
-    lm_eval: BenchmarkConfig = field(default_factory=BenchmarkConfig)
-
+from harness.config.arms import Limits, MethodConfig, bounded
+from harness.study.registration import ALPHA, MARGIN
 
 EMBEDDED = "embedded"
 MAX_SEED = 2**32 - 1  # NumPy's global generator takes no larger one
+SEEDS = Limits(at_least=0, at_most=MAX_SEED, distinct=True)
 GUARD = "{metric: NAME, margin: a number between 0 and 1}"
 
 
-class Engine(Enum):
-    """Who computes the loss: `paired`, the harness's thin subclasses of TRL's trainers, or `stock`, TRL's own."""
+@dataclass
+class ModelConfig:
+    """The SFT checkpoint that all arms start from.
 
-    paired = "paired"
-    stock = "stock"
-
-
-class Tuning(Enum):
-    """Which weights are trained: a LoRA adapter, one on a base in 4 bits (QLoRA), or all."""
-
-    lora = "lora"
-    qlora = "qlora"
-    full = "full"
-
-
-class Reference(Enum):
-    """Where the SFT base's log-probs come from: computed once and stored, or computed anew in each step.
-
-    `adapter_off` runs the base by switching the adapter off (TRL's way with LoRA); `separate` holds a second model.
+    Attributes:
+        path: a folder, a Hub id, or `embedded`: to train on your own checkpoint.
+        revision: commit, tag or branch of a Hub id: to pin what is downloaded.
+        chat_template: file of a Jinja chat template: for a tokenizer without one, or with a wrong one.
     """
 
-    cached = "cached"
-    adapter_off = "adapter_off"
-    separate = "separate"
-
-
-class Precision(Enum):
-    """Arithmetic of training; `auto` is fp32 on a CPU and bf16 on a GPU that has it."""
-
-    auto = "auto"
-    fp32 = "fp32"
-    bf16 = "bf16"
+    path: str = EMBEDDED
+    revision: str | None = None
+    chat_template: str | None = None
 
 
 class Template(Enum):
@@ -174,17 +42,29 @@ class Template(Enum):
 
 
 @dataclass
-class ModelConfig:
-    """The SFT checkpoint that both arms start from: a folder, a Hub id, or `embedded`."""
-
-    path: str = EMBEDDED
-    revision: str | None = None
-    chat_template: str | None = None
-
-
-@dataclass
 class DataConfig:
-    """The pairs, and how they are split; see `harness.data.splits.DataSpec` for the meaning of the keys it mirrors."""
+    """The preference pairs and their splits.
+
+    Attributes:
+        path: a file, folder or Hub data set: for data that come as one file. It is split by prompt into those of train,
+            dev and golden that are not given.
+        revision: of the Hub data sets: to pin what is downloaded.
+        train: training pairs. Where neither dev nor path is given, dev is taken out of them by prompt.
+        dev: prompts with checks, pairs, or both, on which configs are selected.
+        golden: prompts with checks, pairs, or both, on which the study is decided.
+        dev_fraction: share of the prompts that become dev, where dev is taken out of another file.
+        golden_fraction: share of the prompts that become golden, where golden is taken out of another file.
+        split_seed: of the split by prompt: to repeat a study on another split.
+        max_bad_fraction: share of a file's rows that may be unusable: for files with known defects.
+        label_noise: share of the training pairs whose labels are flipped: to study wrong labels.
+        label_noise_seed: selects the pairs whose labels are flipped.
+        max_train_pairs: number of training pairs to keep, a fixed random subset: for short trials.
+        max_dev_prompts: number of dev prompts to keep: where answers or judges are expensive.
+        max_golden_prompts: number of golden prompts to keep: where answers or judges are expensive.
+        max_length: tokens of prompt and longer answer; longer pairs are dropped: to bound memory.
+        template: see `Template`: for base models trained on raw text.
+        turns: turns of MT-Bench that are answered: `both`, or the `first` alone, which takes half the time.
+    """
 
     path: str | None = None
     revision: str | None = None
@@ -205,12 +85,85 @@ class DataConfig:
     turns: str = bounded("both", choices=("both", "first"))
 
 
+class Engine(Enum):
+    """Engine of the training step: `paired`, thin subclasses of TRL's trainers, or `stock`, TRL's own."""
+
+    paired = "paired"
+    stock = "stock"
+
+
+class Tuning(Enum):
+    """Weights to train: a LoRA adapter, a LoRA adapter on a base in 4 bits (QLoRA), or all weights."""
+
+    lora = "lora"
+    qlora = "qlora"
+    full = "full"
+
+
+class Reference(Enum):
+    """Source of the SFT base's log-probs in DPO's loss.
+
+    `cached` computes them once and stores them. `adapter_off` switches the adapter off in each step, as TRL does with
+    LoRA. `separate` holds a second model.
+    """
+
+    cached = "cached"
+    adapter_off = "adapter_off"
+    separate = "separate"
+
+
+class Precision(Enum):
+    """Arithmetic of training; `auto` is fp32 on a CPU and bf16 on a GPU that has it."""
+
+    auto = "auto"
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+@dataclass
+class LeversConfig:
+    """Switches of the paired engine, for benchmarks only: each turns off one saving that `harness.bench` measures.
+
+    Losses and gradients stay the same up to rounding, so that no study needs another value.
+
+    Attributes:
+        share_prefix: compute each prompt once for both answers.
+        completion_head: run the LM head on answer tokens only.
+        fuse_adapters: compute LoRA layers with fused kernels in place of PEFT's own layers.
+        group_lengths: sort the rows of each optimiser step by length into micro-batches.
+        reuse_base: keep the base loaded from one trial to the next.
+        metrics_steps: optimiser steps between two computations of the metrics that need the whole LM head.
+    """
+
+    share_prefix: bool = True
+    completion_head: bool = True
+    fuse_adapters: bool = True
+    group_lengths: bool = True
+    reuse_base: bool = True
+    metrics_steps: int = bounded(10, at_least=1)
+
+
 @dataclass
 class TrainConfig:
-    """All that must be equal between arms. Keys that are null come from the profile (`conf/profile/`).
+    """Training settings, equal for all arms.
 
-    `reference` to `metrics_steps` are what makes the paired engine fast, each to be switched off; losses stay the same
-    up to rounding (see `benchmarks/`).
+    Attributes:
+        engine: see `Engine`: to compare with TRL's own trainers.
+        tuning: see `Tuning`: what fits into memory, and what will be shipped.
+        lora_rank, lora_alpha: of the adapter, on all linear layers.
+        epochs: passes over the training pairs.
+        batch_size: pairs per optimiser step.
+        micro_batch_size: pairs per forward pass: to fit the memory. It must divide batch_size.
+        scheduler: of the learning rate: to repeat a published recipe; likewise the next three keys.
+        warmup_ratio: share of the steps in which the learning rate rises.
+        weight_decay: of AdamW.
+        max_grad_norm: gradients are clipped to it.
+        precision: see `Precision`: to repeat a GPU's arithmetic on a CPU, or the other way round.
+        gradient_checkpointing: recompute activations to save memory; null decides by the memory that is free.
+        threads: of torch on a CPU; null takes torch's own number: for several trials on one machine.
+        checkpoint_steps: optimiser steps between two checkpoints: the most that a killed trial loses.
+        reference: see `Reference`: to compare what they cost.
+        levers: for benchmarks only.
     """
 
     engine: Engine = Engine.paired
@@ -229,20 +182,38 @@ class TrainConfig:
     threads: int | None = bounded(None, at_least=1, at_most=1024)
     checkpoint_steps: int | None = bounded(None, at_least=1)
     reference: Reference = Reference.cached
-    share_prefix: bool = True
-    completion_head: bool = True
-    fuse_adapters: bool = True
-    group_lengths: bool = True
-    reuse_base: bool = True
-    metrics_steps: int = bounded(10, at_least=1)
-    collapse_learning_rate: float | None = bounded(None, above=0.0)
+    levers: LeversConfig = field(default_factory=LeversConfig)
+
+
+@dataclass
+class AccelerateConfig:
+    """Processes that train one trial together on one machine, started by `accelerate launch`; see `conf/accelerate/`.
+
+    The batch plan and the result stay the same up to rounding, so that no key is part of a trial id.
+
+    Attributes:
+        num_processes: per trial, one GPU each where there are GPUs: for models that train too slowly on one.
+        distributed_type: MULTI_GPU is DDP, which also runs on CPUs; FSDP and DEEPSPEED split models too large for one.
+        fsdp_config, deepspeed_config: settings in accelerate's own config file.
+    """
+
+    num_processes: int = bounded(1, at_least=1, at_most=64)
+    distributed_type: str = bounded("NO", choices=("NO", "MULTI_GPU", "FSDP", "DEEPSPEED"))
+    fsdp_config: dict[str, Any] = field(default_factory=dict)
+    deepspeed_config: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
 class GenerateConfig:
-    """Decoding, identical for every arm and for the SFT base. Temperature 0 is greedy.
+    """Decoding, identical for all arms and for the SFT base.
 
-    A null `backend` is vLLM where it is installed, a GPU is there and adapters are trained; else transformers.
+    Attributes:
+        backend: null is vLLM where it is installed, a GPU is there and adapters are trained; else transformers.
+        max_new_tokens: tokens per answer.
+        batch_size: prompts per batch: to fit the memory.
+        temperature: 0 is greedy; a higher one answers as a product that samples.
+        top_p: probability mass to sample from, with a temperature.
+        seed: of the sampling.
     """
 
     backend: str | None = bounded(None, choices=("transformers", "vllm"))
@@ -253,17 +224,161 @@ class GenerateConfig:
     seed: int = bounded(0, at_least=0, at_most=MAX_SEED)
 
 
+class Structured(Enum):
+    """Whether the judge's reply must follow a JSON schema: `auto` where the endpoint accepts one."""
+
+    auto = "auto"
+    always = "always"
+    never = "never"
+
+
 @dataclass
-class SearchConfig:
-    """How an arm's config is searched for on dev where its space has several; the same for every arm.
+class JudgeConfig:
+    """A model behind an OpenAI-compatible endpoint that compares two answers.
 
     Attributes:
-        sampler: `grid` (all combinations), `random`, or `tpe` (Optuna's).
-        trials: configs an arm; a grid has as many as it has.
+        model: name of the model at the endpoint; pin a dated one.
+        base_url: address of the endpoint; null is the client's default (api.openai.com, or OPENAI_BASE_URL).
+        api_key_env: environment variable with the key; `harness.score.judge_endpoint` lists the allowed names. An
+            endpoint without keys needs none.
+        template: prompt template: a name in `conf/judge/`, or a file of that form.
+        structured: see `Structured`: for endpoints that wrongly claim, or hide, support for schemas.
+        max_tokens, temperature: of the reply: longer for templates that reason first.
+        concurrency: simultaneous requests: within the endpoint's rate limit.
+        timeout_seconds: per request: longer for slow models.
+        max_retries: of a request that was refused for now (429), failed (5xx) or got no reply. Waits double, or follow
+            the endpoint's Retry-After.
+        input_price, output_price: US dollars per million tokens, for `plan=true` and score.max_cost_usd; null is free.
+    """
+
+    model: str | None = None
+    base_url: str | None = None
+    api_key_env: str = "OPENAI_API_KEY"
+    template: str = "alpacaeval"
+    structured: Structured = Structured.auto
+    max_tokens: int = bounded(512, at_least=1)
+    temperature: float = bounded(0.0, at_least=0.0, at_most=2.0)
+    concurrency: int = bounded(8, at_least=1, at_most=256)
+    timeout_seconds: float = bounded(60.0, above=0.0)
+    max_retries: int = bounded(5, at_least=0, at_most=20)
+    input_price: float | None = bounded(None, at_least=0.0)
+    output_price: float | None = bounded(None, at_least=0.0)
+
+
+@dataclass
+class RewardModelConfig:
+    """A sequence-classification reward model with safetensors.
+
+    Attributes:
+        path: a folder or a Hub id: to score answers without a judge.
+        revision: of a Hub id: to pin what is downloaded.
+        batch_size: answers per forward pass: to fit the memory.
+        max_length: tokens of prompt and answer; longer ones are unscored.
+    """
+
+    path: str | None = None
+    revision: str | None = None
+    batch_size: int = bounded(8, at_least=1)
+    max_length: int = bounded(4096, at_least=8)
+
+
+@dataclass
+class LengthControlConfig:
+    """Length-controlled win rates.
+
+    Attributes:
+        of: the scorer whose preferences are controlled; null is the judge where there is one, else the reward model.
+        difficulty: AlpacaEval's instruction difficulty, a CSV with one number per golden prompt, in the file's order:
+            to compare with AlpacaEval's leaderboard.
+        gamed: AlpacaEval's comparisons of gamed baselines, df_gamed.csv: to compare with AlpacaEval's leaderboard.
+    """
+
+    of: str | None = bounded(None, choices=("judge", "reward_model"))
+    difficulty: str | None = None
+    gamed: str | None = None
+
+
+@dataclass
+class BenchmarkConfig:
+    """Benchmarks of lm-evaluation-harness, run on the base and on every policy that answers golden.
+
+    Attributes:
+        tasks: names of tasks; each adds the scorer `lm_eval:TASK`, mostly as a guard.
+        include_path: a folder of your own task files; with it only these are known.
+        metric: of tasks that have several; null takes the task's first.
+        limit: documents per task, the first ones: for short runs; null for all.
+        num_fewshot: to repeat a published setting; null for the task's own.
+        batch_size: documents per batch: to fit the memory.
+        chat_template: apply the tokenizer's chat template; false for base models.
+    """
+
+    tasks: list[str] = field(default_factory=list, metadata={"limits": Limits(distinct=True, may_be_empty=True)})
+    include_path: str | None = None
+    metric: str | None = None
+    limit: int | None = bounded(None, at_least=2)
+    num_fewshot: int | None = bounded(None, at_least=0)
+    batch_size: int = bounded(8, at_least=1)
+    chat_template: bool = True
+
+
+@dataclass
+class ScoreConfig:
+    """Scorers in addition to the metric and the guards, and the answers that they compare with.
+
+    Attributes:
+        scorers: names of scorers, or Python files with your own scorer.
+        baseline: answers that judge and reward model compare with: a file of completions (ours, AlpacaEval's
+            model_outputs.json or Arena-Hard's model_answer); null is the SFT base's.
+        calibration_pairs: pairs with known labels: to measure the judge's own error.
+        max_cost_usd: limit on the judge's cost per command.
+        labeller: who labelled the training pairs, such as `gpt-4`; a judge of the same name raises a warning.
+        head_to_head: let the judge also compare the two arms' answers with each other, seed by seed.
+        judge, reward_model, length_control, lm_eval: settings of these scorers.
+    """
+
+    scorers: list[str] = field(default_factory=list, metadata={"limits": Limits(distinct=True, may_be_empty=True)})
+    baseline: str | None = None
+    calibration_pairs: str | None = None
+    max_cost_usd: float | None = bounded(None, at_least=0.0)
+    labeller: str | None = None
+    head_to_head: bool = False
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
+    reward_model: RewardModelConfig = field(default_factory=RewardModelConfig)
+    length_control: LengthControlConfig = field(default_factory=LengthControlConfig)
+    lm_eval: BenchmarkConfig = field(default_factory=BenchmarkConfig)
+
+
+@dataclass
+class DecideConfig:
+    """The decision rule, registered before the first trial.
+
+    Attributes:
+        metric: the scorer that decides; null is the golden set's own.
+        margin: the smallest difference that matters to you.
+        alpha: error rate.
+        guards: metrics on which the winner must not be worse, each with a margin.
+        looks: numbers of seeds after which golden is decided on, such as [3,5,8], each at alpha / number of looks: to
+            stop at the first winner or tie. Null: one look, with all seeds.
+    """
+
+    metric: str | None = None
+    margin: float = bounded(MARGIN, above=0.0, below=1.0)
+    alpha: float = bounded(ALPHA, above=0.0, below=0.5)
+    guards: list[dict[str, Any]] = field(default_factory=list, metadata={"limits": Limits(items=GUARD)})
+    looks: list[int] | None = field(default=None, metadata={"limits": Limits(at_least=2, at_most=1000, distinct=True)})
+
+
+@dataclass
+class SearchConfig:
+    """Search for an arm's config on dev where its space has several; the same for all arms.
+
+    Attributes:
+        sampler: `grid` (all combinations), `random`, or `tpe` (Optuna's): for spaces too large for a grid.
+        trials: configs per arm, with `random` and `tpe`.
         seed: of the sampler.
-        keep: share of the configs that go on from one tuning seed to the next (successive halving: 0.5); 1 trains
-            all configs with all tuning seeds.
-        batch: configs an arm that `tpe` suggests at once.
+        keep: share of the configs that go on from one tuning seed to the next (successive halving: 0.5): to save
+            trials. 1 trains all configs with all tuning seeds.
+        batch: configs per arm that `tpe` suggests at once: as many as run beside each other.
     """
 
     sampler: str = bounded("grid", choices=("grid", "random", "tpe"))
@@ -274,41 +389,27 @@ class SearchConfig:
 
 
 @dataclass
-class DecideConfig:
-    """The decision rule, registered before the first trial. A null metric is the golden set's own (see `trial`).
-
-    Attributes:
-        metric: the scorer that decides.
-        margin: the smallest difference that matters.
-        alpha: error rate.
-        guards: metrics on which the winner must not be worse.
-        looks: numbers of seeds after which golden is decided on, such as [3,5,8], each at alpha / number of looks; the
-            study ends at the first winner or tie. Null: one look, with all seeds.
-    """
-
-    metric: str | None = None
-    margin: float = bounded(0.05, above=0.0, below=1.0)
-    alpha: float = bounded(0.05, above=0.0, below=0.5)
-    guards: list[dict[str, Any]] = field(default_factory=list, metadata={"items": GUARD})
-    looks: list[int] | None = field(default=None, metadata={"at_least": 2, "at_most": 1000, "distinct": True})
-
-
-@dataclass
 class FamilyConfig:
-    """Studies that differ in one key: one study for each of its values, all else equal.
+    """Studies that differ in one key: one study per value, all else equal.
 
     Attributes:
-        key: such as `data.label_noise`.
+        key: the key that differs, such as `data.label_noise`: to see how the verdict depends on it.
         values: its values.
     """
 
     key: str | None = None
-    values: list[float] = field(default_factory=list, metadata={"distinct": True, "may_be_empty": True})
+    values: list[float] = field(default_factory=list, metadata={"limits": Limits(distinct=True, may_be_empty=True)})
 
 
 @dataclass
 class TrackingConfig:
-    """Where runs are mirrored."""
+    """Experiment tracker that mirrors the trials.
+
+    Attributes:
+        backend: `none` where no W&B files are wanted.
+        project, entity: of the W&B runs.
+        mode: `online` sends while trials run; `offline` keeps files for `wandb sync`.
+    """
 
     backend: str = bounded("wandb", choices=("wandb", "none"))
     project: str = "dpo-vs-simpo"
@@ -317,41 +418,24 @@ class TrackingConfig:
 
 
 @dataclass
-class AccelerateConfig:
-    """Several processes that train one trial together, on one machine, by `accelerate launch`; `conf/accelerate/`.
-
-    The batch plan and what comes out stay the same (up to rounding), so that none of it is part of a trial's id.
-
-    Attributes:
-        num_processes: of a trial; with GPUs one each. 1 trains in the trial's own process.
-        distributed_type: MULTI_GPU is DDP; it runs on CPUs, too, over gloo.
-        fsdp_config, deepspeed_config: as in accelerate's own config file.
-    """
-
-    num_processes: int = bounded(1, at_least=1, at_most=64)
-    distributed_type: str = bounded("NO", choices=("NO", "MULTI_GPU", "FSDP", "DEEPSPEED"))
-    fsdp_config: dict[str, Any] = field(default_factory=dict)
-    deepspeed_config: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass
 class RunConfig:
     """One trial, or, with `arms` and `seeds`, the study that it belongs to.
 
     Attributes:
         method: the arm; chosen on the command line with `+method=`.
-        seed: seed of the LoRA initialisation and of the order of the data; the same for all arms of a study.
-        seeds: seeds of the sweep where the command line has no `seed=`; null takes the profile's.
+        model, data, train, generate, score, decide, tracking, accelerate: sections, see their classes.
+        seed: of the LoRA initialisation and of the order of the data; the same for all arms of a study.
+        seeds: seeds of the sweep, for presets in `sweeps/`; `seed=` on the command line replaces them.
         tuning_seeds: seeds that configs are selected with, where an arm has several; none of them may decide.
-        search: how the configs of an arm are found.
+        search: search for the configs of an arm.
         family: several studies that differ in one key.
-        arms: per arm a space, `{arm: {key: value or list of values}}`, expanded for that arm only.
-        study: name of the study's folder; null derives one from the question.
-        results_dir: where studies are kept.
+        arms: search space per arm, `{arm: {key: value or list of values}}`.
+        study: name of the study's folder: to add seeds or arms to it; null derives one from the question.
+        results_dir: folder of the studies.
         question: one sentence for the report.
-        plan: print the trials and stop.
-        measure_costs: train DPO also with each other way to its reference, to compare what they cost.
-        allow_unequal_budgets: let one arm have more configs to select from than another; the verdict then warns.
+        plan: print the trials and their expected cost, then stop.
+        measure_costs: train DPO also with each other reference mode, to compare their costs.
+        allow_unequal_budgets: let one arm have more configs than another; the verdict then warns.
         keep: whose weights stay on disk: of all trials, of those that decide (`confirmed`), or of none once scored.
         retry_failed: run trials again whose error came back when they ran a second time; the others run again anyway.
     """
@@ -366,10 +450,8 @@ class RunConfig:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     accelerate: AccelerateConfig = field(default_factory=AccelerateConfig)
     seed: int = bounded(0, at_least=0, at_most=MAX_SEED)
-    seeds: list[int] | None = field(default=None, metadata={"at_least": 0, "at_most": MAX_SEED, "distinct": True})
-    tuning_seeds: list[int] | None = field(
-        default=None, metadata={"at_least": 0, "at_most": MAX_SEED, "distinct": True}
-    )
+    seeds: list[int] | None = field(default=None, metadata={"limits": SEEDS})
+    tuning_seeds: list[int] | None = field(default=None, metadata={"limits": SEEDS})
     search: SearchConfig = field(default_factory=SearchConfig)
     family: FamilyConfig = field(default_factory=FamilyConfig)
     arms: dict[str, dict[str, Any]] = field(default_factory=dict)

@@ -1,6 +1,6 @@
-"""Where configs come from: a space's grid, random samples of it, or Optuna's suggestions; equally many for each arm.
+"""Search space of an arm -> its configs: the full grid, or random samples.
 
-A space is `{key: choices or interval}`: a list of values, or `{low: 0.01, high: 1, log: true}`.
+A space maps each key to a list of values or to an interval, such as `{low: 0.01, high: 1, log: true}`.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -18,11 +18,11 @@ from harness.study.files import digest
 
 Space = Mapping[str, Any]
 Params = dict[str, Any]
-_TRIES = 200  # samples drawn for each one wanted before a space counts as exhausted
+_TRIES = 200  # draws per requested config before a space counts as exhausted
 
 
 def configs_of(arm: str, space: Space, search: SearchConfig) -> list[Params]:
-    """Return the configs that are known before anything is trained; none where Optuna will suggest them.
+    """Return the configs that are known before training; none where Optuna will suggest them.
 
     Raises:
         UsageError: for a space that the sampler cannot search.
@@ -39,7 +39,7 @@ def configs_of(arm: str, space: Space, search: SearchConfig) -> list[Params]:
     return sample(arm, space, search.trials, seed=search.seed) if search.sampler == "random" else []
 
 
-def is_interval(values: Any) -> bool:
+def is_interval(values: Any) -> TypeGuard[Mapping[str, float]]:
     """Return True for `{low, high, log}`, False for a list of choices."""
     return isinstance(values, Mapping)
 
@@ -54,12 +54,12 @@ def sample(arm: str, space: Space, count: int, *, seed: int) -> list[Params]:
     """Draw different configs at random (Bergstra and Bengio 2012): the same for the same arm, space and seed.
 
     Raises:
-        UsageError: where the space has fewer than `count`.
+        UsageError: for a space with fewer than `count` configs.
     """
     rng = np.random.default_rng(int(digest([arm, seed])[:8], 16))
     found: dict[str, Params] = {}
     for _ in range(_TRIES * count):
-        params = {key: _draw(rng, values) for key, values in space.items()}
+        params = {key: _draw_value(rng, values) for key, values in space.items()}
         found.setdefault(digest(params), params)
         if len(found) == count:
             return list(found.values())
@@ -68,7 +68,7 @@ def sample(arm: str, space: Space, count: int, *, seed: int) -> list[Params]:
     )
 
 
-def _draw(rng: np.random.Generator, values: Any) -> Any:
+def _draw_value(rng: np.random.Generator, values: Any) -> Any:
     if not is_interval(values):
         return values[int(rng.integers(len(values)))]
     low, high = values["low"], values["high"]
@@ -78,20 +78,21 @@ def _draw(rng: np.random.Generator, values: Any) -> Any:
 
 
 def rounded(value: float) -> float:
-    """Keep four digits, so that a config's label says its values in full."""
+    """Round to four digits, so that a config's label shows its values in full."""
     return float(f"{value:.4g}")
 
 
 def interval_problem(values: Mapping[str, Any]) -> str | None:
     """Say what is wrong with the form of an interval; its ends are checked like any value."""
-    low, high = values.get("low"), values.get("high")
-    is_form = set(values) <= {"low", "high", "log"} and isinstance(values.get("log", False), bool)
-    numbers = all(isinstance(end, int | float) and not isinstance(end, bool) for end in (low, high))
-    if not is_form or not numbers or not low < high:  # type: ignore[operator]
-        return "an interval is {low: A, high: B} with A < B, and log: true to search its logarithm"
-    if values.get("log") and low <= 0:  # type: ignore[operator]
-        return "log: true needs low > 0"
-    return None
+    form = "an interval is {low: A, high: B} with A < B, and log: true to search its logarithm"
+    low, high, log = values.get("low"), values.get("high"), values.get("log", False)
+    if not set(values) <= {"low", "high", "log"} or not isinstance(log, bool):
+        return form
+    if not isinstance(low, int | float) or not isinstance(high, int | float) or bool in (type(low), type(high)):
+        return form
+    if not low < high:
+        return form
+    return "log: true needs low > 0" if log and low <= 0 else None
 
 
 def overrides_of(params: Params) -> list[str]:

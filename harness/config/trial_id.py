@@ -1,46 +1,146 @@
-"""Hash what determines a trial's result (`trial_id`), and name configs by their hyperparameters."""
+"""Config -> trial id: a hash of all settings and contents that determine a trial's result, and of nothing else.
+
+A trial id never changes. It is computed over the keys as they were named at commit b4b16c8 (`FIRST_KEYS`). A key that
+was renamed or moved since then is hashed under its first name (`RENAMED`). A key that was added since then is hashed
+only where it differs from its default, so that stored trials keep their ids. Settings in study.yaml have the same form.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import sys
+from collections.abc import Collection, Iterator, Mapping
 from enum import Enum
 from typing import Any
 
+from harness.config.arms import ARMS, MethodConfig, declared_limits
 from harness.config.schema import RunConfig
-from harness.study.files import digest
+from harness.study.files import Json, digest
+
+# Keys of each section at commit b4b16c8, in the order of study.yaml; `method` has one row per arm. Never change a row.
+_BETA = ("name", "learning_rate", "beta")
+_SIMPO = (*_BETA, "gamma_beta_ratio", "length_norm", "sft_weight")
+FIRST_KEYS: dict[str, tuple[str, ...]] = {
+    "method.dpo": _BETA,
+    "method.dpo_norm": _BETA,
+    "method.dpo_margin": (*_BETA, "gamma_beta_ratio"),
+    "method.dpo_norm_margin": (*_BETA, "gamma_beta_ratio"),
+    "method.simpo": _SIMPO,
+    "method.simpo_no_margin": _SIMPO,
+    "method.simpo_sum": _SIMPO,
+    "method.simpo_sum_no_margin": _SIMPO,
+    "method.sft": ("name", "learning_rate"),
+    "train": (
+        *("engine", "tuning", "lora_rank", "lora_alpha", "epochs", "batch_size", "micro_batch_size", "scheduler"),
+        *("warmup_ratio", "weight_decay", "max_grad_norm", "precision", "gradient_checkpointing"),
+        *("share_prefix", "completion_head", "fuse_adapters", "group_lengths"),
+    ),
+    "generate": ("backend", "max_new_tokens", "batch_size", "temperature", "top_p", "seed"),
+    "data": (
+        *("dev_fraction", "golden_fraction", "split_seed", "max_bad_fraction", "label_noise", "label_noise_seed"),
+        *("max_train_pairs", "max_dev_prompts", "max_golden_prompts", "max_length", "template", "turns"),
+    ),
+    "search": ("sampler", "trials", "seed", "keep", "batch"),
+}
+# Path of today -> path at commit b4b16c8. A renamed key is added here; its first name stays in `FIRST_KEYS`.
+RENAMED = {
+    "train.levers.share_prefix": "train.share_prefix",
+    "train.levers.completion_head": "train.completion_head",
+    "train.levers.fuse_adapters": "train.fuse_adapters",
+    "train.levers.group_lengths": "train.group_lengths",
+    "train.levers.reuse_base": "train.reuse_base",
+    "train.levers.metrics_steps": "train.metrics_steps",
+}
+# Never hashed, under their first names: these change a trial's cost or its warnings, or name what `contents` holds.
+NOT_HASHED = {
+    *("train.threads", "train.checkpoint_steps", "train.collapse_learning_rate", "train.reference"),
+    *("train.reuse_base", "train.metrics_steps"),
+    *("method.learning_rates", "method.learning_rate_factor"),  # learning_rate holds the product
+    *("data.path", "data.train", "data.dev", "data.golden", "data.revision"),
+}
+# Section -> first names of the keys that study.yaml registers and that do not change a trial.
+_HASHED_SECTIONS: dict[str, tuple[str, ...]] = {
+    "method": (), "train": (), "generate": (), "data": ("max_bad_fraction",),
+}  # fmt: skip
 
 
-def trial_id(config: RunConfig, contents: dict[str, str]) -> str:
-    """Hash what determines a trial's result, and nothing else.
+def trial_id(config: RunConfig, contents: Mapping[str, str]) -> str:
+    """Return the trial id: the first 12 hex digits of a SHA-256.
 
-    `contents` is the SHA-256 by name of what the config only names: base weights, data files, chat template.
+    Args:
+        config: a resolved config, with no open default.
+        contents: SHA-256 by name of all files that the config only names: base weights, data files, chat template.
     """
-    return stored_trial_id(plain(config), contents)
+    defaults = {section: _defaults(config, section) for section in _HASHED_SECTIONS}
+    return _hash(plain(config), defaults, contents)
 
 
 def stored_trial_id(values: Mapping[str, Any], contents: Mapping[str, str]) -> str:
-    """Return the same of a config as config.yaml holds it."""
-    used = {key: value for key, value in values["method"].items() if key not in _DEFAULTS}
+    """Return the trial id of a config.yaml, as written by this version or by an older one.
+
+    Raises:
+        KeyError, TypeError, AttributeError: for values that are no config of a trial.
+    """
+    arm = ARMS.get(values["method"]["name"])
+    usual = RunConfig(method=arm.config() if arm else MethodConfig())
+    return _hash(values, {section: _defaults(usual, section) for section in _HASHED_SECTIONS}, contents)
+
+
+def registered_section(config: RunConfig, section: str) -> dict[str, Json]:
+    """Return a section of the config as study.yaml registers it: in the same form as in a trial id."""
+    return stable_settings(section, plain(getattr(config, section)), _defaults(config, section))
+
+
+def _hash(values: Mapping[str, Any], defaults: Mapping[str, Mapping[str, Json]], contents: Mapping[str, str]) -> str:
     parts = {
-        "method": used,
-        "train": {key: value for key, value in values["train"].items() if key not in NOT_IN_RESULT},
-        "generate": values["generate"],
-        "data": {key: value for key, value in values["data"].items() if key not in _PATHS},
-        "seed": values["seed"],
-        "contents": contents,
+        section: stable_settings(section, values[section], defaults[section], without=without)
+        for section, without in _HASHED_SECTIONS.items()
     }
-    return digest(parts)[:12]
+    found = digest({**parts, "seed": values["seed"], "contents": contents})[:12]
+    sys.audit("harness.trial_id", found)
+    return found
 
 
-# Keys of `train` that change how long a trial takes, or what is warned of, and not what comes out.
-NOT_IN_RESULT = {"threads", "checkpoint_steps", "collapse_learning_rate", "reuse_base", "metrics_steps", "reference"}
-_DEFAULTS = {"learning_rates", "learning_rate_factor"}  # learning_rate holds the one that is used
-_PATHS = {"path", "train", "dev", "golden", "revision", "max_bad_fraction"}
+def _defaults(config: RunConfig, section: str) -> dict[str, Json]:
+    """Return the default of every key of a section, as its class declares it."""
+    return plain(type(getattr(config, section))())
+
+
+def stable_settings(
+    section: str, values: Mapping[str, Json], defaults: Mapping[str, Json], *, without: Collection[str] = ()
+) -> dict[str, Json]:
+    """Return a section's settings by first name: all of `FIRST_KEYS`, and each later key that is not its default.
+
+    Args:
+        section: name of the section, such as `train`.
+        values: plain settings of the section, under the names of today or of any older version.
+        defaults: plain defaults of the section, under the names of today.
+        without: first names to leave out in addition to `NOT_HASHED`.
+    """
+    found, usual = _by_first_name(section, values), _by_first_name(section, defaults)
+    first = FIRST_KEYS.get(f"method.{values['name']}" if section == "method" else section, ())
+    kept = [key for key in first if key in found]
+    kept += [key for key in found if key not in first and not (key in usual and found[key] == usual[key])]
+    return {key: found[key] for key in kept if key not in without and f"{section}.{key}" not in NOT_HASHED}
+
+
+def _by_first_name(section: str, values: Mapping[str, Json]) -> dict[str, Json]:
+    """Return the settings of a section and of the groups in it, each under the name that it had first."""
+    start = f"{section}."
+    return {RENAMED.get(path, path).removeprefix(start): value for path, value in _leaves(values, start)}
+
+
+def _leaves(values: Mapping[str, Json], start: str) -> Iterator[tuple[str, Json]]:
+    for key, value in values.items():
+        path = f"{start}{key}"
+        if isinstance(value, Mapping) and path not in NOT_HASHED:
+            yield from _leaves(value, f"{path}.")
+        else:
+            yield path, value
 
 
 def plain(value: Any) -> Any:
-    """Turn config objects into JSON values (enums by name)."""
+    """Turn config objects into JSON values; an enum becomes its value."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, Enum):
@@ -53,13 +153,13 @@ def plain(value: Any) -> Any:
 
 
 def config_label(config: RunConfig) -> str:
-    """Name a config by what may differ between configs of one arm, e.g. `beta=2,gamma_beta_ratio=0.5,lr=0.0001`."""
+    """Name a config by the hyperparameters of its arm, for example `beta=2,gamma_beta_ratio=0.5,lr=0.0001`."""
     method, parts = config.method, []
     for key in dataclasses.fields(method):
         value = getattr(method, key.name)
         if key.name in ("name", "learning_rates", "learning_rate_factor") or value is None:
             continue
-        if not (key.metadata.get("quiet") and value == key.default):
+        if not (declared_limits(key).quiet and value == key.default):
             name = "lr" if key.name == "learning_rate" else key.name
             parts.append(f"{name}={value:g}")
     return ",".join(sorted(parts, key=lambda part: part.startswith("lr="))) or "base"

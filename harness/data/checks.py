@@ -1,5 +1,6 @@
-"""Verifiable checks on one completion: `equals`, `contains`, `excludes`, `regex`, `max_words`, `min_words`, `json`,
-`ends_properly`. A check is a mapping with one key, as in `{"max_words": 3}`.
+"""Completion and verifiable checks -> failed checks; rows of golden sets -> checks.
+
+A check is a mapping with one key, such as `{"max_words": 3}`. The kinds are the keys of `CHECKS`.
 """
 
 from __future__ import annotations
@@ -10,12 +11,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from harness.data.conversations import RowError, check_unicode, shown
+from harness.data.records import Check
+from harness.study.files import Json
 
-# What an answer may end with when it ends on purpose: closing punctuation, quotes, brackets, a code fence or emphasis.
+# Endings of a complete answer: closing punctuation, quotes, brackets, a code fence or emphasis.
 _PROPER_END = re.compile(r"[.!?…。！？:;)\]}>\"'”’»`*|]$")
 
 
-def _texts(value: Any) -> list[str]:
+def _as_texts(value: Any) -> list[str]:
     return [value] if isinstance(value, str) else list(value)
 
 
@@ -29,9 +32,9 @@ def _is_json(text: str) -> bool:
 
 # Each takes (answer without outer white space, the check's value, whether the policy ended its turn).
 CHECKS: dict[str, Callable[[str, Any, bool], bool]] = {
-    "equals": lambda text, value, _: text in [t.strip() for t in _texts(value)],  # a list: any of them
-    "contains": lambda text, value, _: all(t in text for t in _texts(value)),  # a list: all of them
-    "excludes": lambda text, value, _: not any(t in text for t in _texts(value)),  # a list: none of them
+    "equals": lambda text, value, _: text in [t.strip() for t in _as_texts(value)],  # a list: any of them
+    "contains": lambda text, value, _: all(t in text for t in _as_texts(value)),  # a list: all of them
+    "excludes": lambda text, value, _: not any(t in text for t in _as_texts(value)),  # a list: none of them
     "regex": lambda text, value, _: re.search(value, text) is not None,
     "max_words": lambda text, value, _: len(text.split()) <= value,
     "min_words": lambda text, value, _: len(text.split()) >= value,
@@ -40,24 +43,24 @@ CHECKS: dict[str, Callable[[str, Any, bool], bool]] = {
 }
 
 
-def failed_checks(completion: str, checks: Sequence[Mapping[str, Any]], *, ended: bool) -> list[str]:
-    """Return the checks that the completion fails, each as `kind: value`; case counts, outer white space does not."""
+def failed_checks(completion: str, checks: Sequence[Mapping[str, Json]], *, ended: bool) -> list[str]:
+    """Return the failed checks, each as `kind: value`; case counts, outer white space does not."""
     text = completion.strip()
     return [
         f"{kind}: {value}" for check in checks for kind, value in check.items() if not CHECKS[kind](text, value, ended)
     ]
 
 
-def _is_texts(value: Any) -> bool:
+def _is_texts(value: Json) -> bool:
     texts = value if isinstance(value, list) else [value]
     return bool(texts) and all(isinstance(text, str) and text for text in texts)
 
 
-def _is_count(value: Any) -> bool:
+def _is_count(value: Json) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
-def _is_pattern(value: Any) -> bool:
+def _is_pattern(value: Json) -> bool:
     try:
         return isinstance(value, str) and value != "" and re.compile(value) is not None
     except (re.error, OverflowError, RecursionError):
@@ -65,7 +68,7 @@ def _is_pattern(value: Any) -> bool:
 
 
 _TEXTS = "a text or a list of texts, none empty"
-_ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
+_ALLOWED: dict[str, tuple[Callable[[Json], bool], str]] = {
     "equals": (_is_texts, _TEXTS),
     "contains": (_is_texts, _TEXTS),
     "excludes": (_is_texts, _TEXTS),
@@ -77,11 +80,11 @@ _ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 
 
-def read_checks(value: Any) -> tuple[dict[str, Any], ...]:
+def read_checks(value: Json) -> tuple[Check, ...]:
     """Read the checks of a row of a golden set.
 
     Raises:
-        RowError: for an unknown check, or a value that it cannot have.
+        RowError: for an unknown check, or a value that is not allowed.
     """
     if value is None:
         return ()
@@ -92,7 +95,7 @@ def read_checks(value: Any) -> tuple[dict[str, Any], ...]:
     return tuple(_read_check(check) for check in value)
 
 
-def _read_check(check: Any) -> dict[str, Any]:
+def _read_check(check: Json) -> Check:
     # Parquet gives every mapping all keys of the column, null where they were not there.
     given = {k: v for k, v in check.items() if v is not None} if isinstance(check, Mapping) else {}
     if len(given) != 1:

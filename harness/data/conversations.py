@@ -1,9 +1,7 @@
-"""Read prompt and answers out of what data sets hold: plain texts, lists of turns, transcripts; and find where a prompt
-ends that is not given.
+"""Values of `prompt`, `chosen`, `rejected` (texts, turns, transcripts) -> a `Conversation`, or a `RowError`.
 
-Input: the values of `prompt`, `chosen`, `rejected` -> output: a `Conversation`, or a `RowError`.
-Text is taken as it stands: nothing is cut, trimmed or repaired. The one exception are transcripts (HH-RLHF), where the
-white space around a turn belongs to the markers.
+A prompt that is not given is found as the common beginning of both answers. Text is taken unchanged: nothing is cut,
+trimmed or repaired. Transcripts (HH-RLHF) are the exception: white space around a turn belongs to their markers.
 """
 
 from __future__ import annotations
@@ -12,10 +10,9 @@ import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from harness.data.records import Message
-from harness.study.files import digest
+from harness.study.files import Json, digest
 
 Turns = list[Message]
 
@@ -34,17 +31,17 @@ _MARKER = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
 _UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 _WORD = re.compile(rf"[^\W{_UNSPACED}]+(?:[.,'’\-][^\W{_UNSPACED}]+)*")
 
-# The form whose prompt is a guess: who loads a file is told.
+# The form with a guessed prompt; `table_warnings` warns of it.
 IMPLICIT_TEXT = "TRL standard, implicit prompt"
 
 
 class RowError(ValueError):
-    """A row that cannot be used; the message says what is wrong with it."""
+    """A row that cannot be used, with the reason."""
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """A prompt, with two answers to it or none, and the name of the form that it was read from.
+    """A prompt with two answers or none, and the name of its form in the file.
 
     Attributes:
         chosen: the preferred answer; None where the row holds a prompt alone.
@@ -58,24 +55,24 @@ class Conversation:
     conversational: bool
 
 
-def shown(value: Any) -> str:
-    """Return a value for a message: one short line in which nothing is invisible."""
+def shown(value: Json) -> str:
+    """Return a value for a message: one short line without invisible characters."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:60]}…"
 
 
-def text_or_turns(value: Any, column: str) -> str | Turns:
-    """Return a column's text as it stands, or its turns as {role, content}, whatever the keys were called."""
+def text_or_turns(value: Json, column: str) -> str | Turns:
+    """Return a column's text unchanged, or its turns as {role, content}, from {from, value} as well."""
     if isinstance(value, str):
         return value
     if isinstance(value, Mapping):
-        return [_message(value, column)]
+        return [_read_turn(value, column)]
     if isinstance(value, list):
-        return [_message(item, column) for item in value]
+        return [_read_turn(item, column) for item in value]
     raise RowError(f"`{column}` is of type {type(value).__name__}; allowed: text, or a list of {{role, content}}")
 
 
-def _message(turn: Any, column: str) -> Message:
+def _read_turn(turn: Json, column: str) -> Message:
     if not isinstance(turn, Mapping):
         raise RowError(
             f"`{column}` has a turn of type {type(turn).__name__}; allowed: {{role, content}} or {{from, value}}"
@@ -93,7 +90,7 @@ def _message(turn: Any, column: str) -> Message:
 
 
 def from_texts(prompt: str | Turns | None, chosen: str, rejected: str) -> Conversation:
-    """Read answers that are text: after a prompt, as transcripts, or with the prompt as their common beginning."""
+    """Read text answers: after a prompt, as transcripts, or with the prompt as their common beginning."""
     transcripts = [_TRANSCRIPT.match(text) is not None for text in (chosen, rejected)]
     if all(transcripts):
         turns = _transcript(chosen, "chosen"), _transcript(rejected, "rejected")
@@ -119,7 +116,7 @@ def _after_prompt(prompt: str | Turns, chosen: str, rejected: str) -> Conversati
 
 
 def from_turns(prompt: str | Turns | None, chosen: Turns, rejected: Turns, *, sharegpt: bool) -> Conversation:
-    """Read answers that are turns: the answer alone, or the whole conversation."""
+    """Read answers in turns: the answer alone, or the whole conversation."""
     repeats = [answer[0]["role"] != "assistant" for answer in (chosen, rejected)]
     if repeats[0] != repeats[1]:
         raise RowError("one of `chosen` and `rejected` begins with the prompt, the other does not")
@@ -133,7 +130,7 @@ def from_turns(prompt: str | Turns | None, chosen: Turns, rejected: Turns, *, sh
 
 
 def _repeated_prompt(prompt: str | Turns | None, chosen: Turns, rejected: Turns, *, form: str) -> Conversation:
-    """Split two conversations where they part; a prompt that is given as well must be the same one."""
+    """Split two conversations at the first different turn; a prompt that is also given must be the same."""
     _check_ends(chosen, rejected)
     shortest = min(len(chosen), len(rejected)) - 1  # each keeps an answer
     shared = next((i for i in range(shortest) if chosen[i] != rejected[i]), shortest)
@@ -151,7 +148,7 @@ def _repeated_prompt(prompt: str | Turns | None, chosen: Turns, rejected: Turns,
 
 
 def _check_same_prompt(text: str, turns: Turns) -> None:
-    """Accept a prompt column that is one of the user turns, or that renders all turns."""
+    """Refuse a prompt column that is neither one of the turns nor a rendering of all turns."""
     given = " ".join(text.split())
     contents = [" ".join(turn["content"].split()) for turn in turns]
     if given not in contents and not (contents and all(content in given for content in contents)):
@@ -162,7 +159,7 @@ def _check_same_prompt(text: str, turns: Turns) -> None:
 
 
 def as_turns(prompt: str | Turns) -> tuple[Turns, bool]:
-    """Return a prompt as turns, and whether it is conversational; an open transcript (... Assistant:) is."""
+    """Return a prompt as turns, and whether it is conversational, as an open transcript (... Assistant:) is."""
     if isinstance(prompt, list):
         return prompt, True
     if not prompt.strip():
@@ -176,7 +173,7 @@ def _transcript(text: str, column: str) -> Turns:
     parts = _MARKER.split(text)[1:]
     roles = {"Human": "user", "Assistant": "assistant"}
     turns = zip(parts[::2], parts[1::2], strict=True)
-    return [_message({"role": roles[marker], "content": content.strip()}, column) for marker, content in turns]
+    return [_read_turn({"role": roles[marker], "content": content.strip()}, column) for marker, content in turns]
 
 
 def says(role: str, content: str) -> Message:
@@ -185,7 +182,7 @@ def says(role: str, content: str) -> Message:
 
 
 def _common_beginning(chosen: str, rejected: str) -> int:
-    """Return where the prompt ends: after what both share, not inside a word, and before the spaces of the answers.
+    """Return the end of the common beginning: not inside a word, and before spaces.
 
     TRL's `extract_prompt` cuts at the first character that differs, so that "blue" and "black" become "ue" and "ack".
     """
@@ -200,7 +197,7 @@ def _common_beginning(chosen: str, rejected: str) -> int:
 
 
 def _word_start(text: str, position: int) -> int:
-    """Return the start of the word or grapheme that the position lies in, or the position itself between words."""
+    """Return the start of the word or grapheme around a position, or the position itself between words."""
     while 0 < position < len(text) and _continues(text, position):
         position -= 1
     start = max(text.rfind(space, 0, position) for space in " \n\t") + 1
@@ -209,12 +206,12 @@ def _word_start(text: str, position: int) -> int:
 
 
 def _continues(text: str, position: int) -> bool:
-    """Say whether a combining mark or a joiner ties the character at the position to the one before."""
+    """Return True where a combining mark or a joiner ties the character at a position to the one before."""
     return unicodedata.category(text[position])[0] == "M" or "\u200d" in text[position - 1 : position + 1]
 
 
 def check_turns(conversation: Conversation) -> None:
-    """Refuse, with a `RowError`, a conversation that cannot be trained on or answered."""
+    """Raise a `RowError` for a conversation that cannot be trained on or answered."""
     prompt, chosen, rejected = conversation.prompt, conversation.chosen, conversation.rejected
     if not any(turn["role"] == "user" for turn in prompt):
         raise RowError("the prompt is empty: it has no user turn")
@@ -246,7 +243,7 @@ def _check_ends(chosen: Sequence[Message], rejected: Sequence[Message]) -> None:
 
 
 def check_unicode(text: str) -> None:
-    """Refuse, with a `RowError`, text that no file and no tokenizer can hold."""
+    """Raise a `RowError` for text that no file and no tokenizer can hold."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -257,15 +254,15 @@ def check_unicode(text: str) -> None:
 
 
 def prompt_key(prompt: Sequence[Message]) -> str:
-    """Return what prompts that count as the same share: their text without differences of white space and case.
+    """Return the hash of the normalised prompt (case and white space folded): equal keys mean the same prompt.
 
-    It is the last user turn where there is no other (whatever system turn stands before), else the conversation.
+    The text is the user's turn where there is one only, without a system turn; else the whole conversation.
     """
     users = [turn["content"] for turn in prompt if turn["role"] == "user"]
     if len(users) == 1:
-        return digest(_fold(users[0]))
-    return digest([[turn["role"], _fold(turn["content"])] for turn in prompt])
+        return digest(_fold_text(users[0]))
+    return digest([[turn["role"], _fold_text(turn["content"])] for turn in prompt])
 
 
-def _fold(text: str) -> str:
+def _fold_text(text: str) -> str:
     return " ".join(unicodedata.normalize("NFC", text).casefold().split())

@@ -1,6 +1,7 @@
-"""Golden sets as people have them: AlpacaEval, Arena-Hard, MT-Bench, IFEval, and prompts alone, by their columns.
+"""One row of a file -> `ParsedRow`s: pairs and prompts in the forms of public data sets, recognised by their columns.
 
-Input: one row -> output: its prompts, each with what the benchmark's own tools call it; none where it is another form.
+A row that cannot be used is a `RowError` with the reason. Published golden sets (AlpacaEval, Arena-Hard, MT-Bench,
+IFEval) keep the columns that their own tools need.
 """
 
 from __future__ import annotations
@@ -27,9 +28,10 @@ from harness.data.conversations import (
     shown,
     text_or_turns,
 )
-from harness.data.records import EvalPrompt, Message, Pair, prompt_id
+from harness.data.records import Check, EvalPrompt, Message, Pair, prompt_id
+from harness.study.files import Json
 
-Row = Mapping[str, Any]
+Row = Mapping[str, Json]
 
 GOLDEN_FORMS = (
     "AlpacaEval: `instruction`, `dataset`",
@@ -38,114 +40,6 @@ GOLDEN_FORMS = (
     "IFEval: `prompt`, `instruction_id_list`, `kwargs`",
     "prompts alone: `prompt`, for a judge, a reward model or a scorer of your own",
 )
-
-
-@dataclass(frozen=True)
-class GoldenPrompt:
-    """A prompt of a published golden set.
-
-    Attributes:
-        turns: the user's turns before the answer; a second one follows the answer to the first.
-        about: `form`, `id`, and what else the benchmark's own tools ask for.
-        cluster: prompts that are not independent share it.
-    """
-
-    turns: tuple[Message, ...]
-    about: dict[str, Any] = field(default_factory=dict)
-    cluster: str | None = None
-
-
-def golden_prompts(row: Row, columns: frozenset[str], *, both_turns: bool) -> list[GoldenPrompt]:
-    """Return the prompts of a row of a published set, or nothing where its columns are those of another form.
-
-    Args:
-        row: column -> value.
-        columns: of the whole file.
-        both_turns: for MT-Bench, also the second turn as a prompt that follows the first.
-
-    Raises:
-        RowError: where the row lacks what its form has.
-    """
-    for needed, reader in _FORMS:
-        if needed <= columns:
-            return reader(row, both_turns)
-    return []
-
-
-def is_golden_set(columns: frozenset[str]) -> bool:
-    """Return True where a file with these columns is a published golden set."""
-    return any(needed <= columns for needed, _ in _FORMS)
-
-
-def _alpaca_eval(row: Row, both_turns: bool) -> list[GoldenPrompt]:
-    about = {"form": "alpaca_eval", "id": "", "dataset": str(row.get("dataset") or "")}
-    return [GoldenPrompt((says("user", _text(row, "instruction")),), about)]
-
-
-def _arena_hard_1(row: Row, both_turns: bool) -> list[GoldenPrompt]:
-    """Read v0.1 of Arena-Hard, or MT-Bench: both have `question_id`, `category` and `turns`."""
-    turns = row.get("turns")
-    if not isinstance(turns, list) or not turns:
-        raise RowError(f"`turns` is {shown(turns)}; allowed: a list of texts or of {{content}}")
-    texts: list[Any] = [turn.get("content") if isinstance(turn, Mapping) else turn for turn in turns]
-    if not all(isinstance(text, str) and text.strip() for text in texts):
-        raise RowError("`turns` holds a turn that is empty or no text")
-    for text in texts:
-        check_unicode(text)
-    name, category = str(_known(row, "question_id")), str(row.get("category") or "")
-    said = tuple(says("user", text) for text in texts)
-    if isinstance(turns[0], Mapping):
-        about = {"form": "arena_hard", "version": "v0.1", "id": name, "category": category}
-        topic = str(row["cluster"]) if row.get("cluster") else None
-        return [GoldenPrompt(said[:1], about, topic)]
-    about = {"form": "mt_bench", "id": name, "category": category}
-    first = GoldenPrompt(said[:1], about | {"turn": 1}, f"question {name}")
-    if len(said) < 2 or not both_turns:
-        return [first]
-    return [first, GoldenPrompt(said[:2], about | {"turn": 2}, f"question {name}")]
-
-
-def _arena_hard_2(row: Row, both_turns: bool) -> list[GoldenPrompt]:
-    about = {"form": "arena_hard", "version": "v2.0", "id": str(_known(row, "uid"))}
-    about |= {key: str(row.get(key) or "") for key in ("category", "subcategory")}
-    return [GoldenPrompt((says("user", _text(row, "prompt")),), about)]
-
-
-def _ifeval(row: Row, both_turns: bool) -> list[GoldenPrompt]:
-    names, kwargs = row.get("instruction_id_list"), row.get("kwargs")
-    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
-        raise RowError(f"`instruction_id_list` is {shown(names)}; allowed: a list of instruction names")
-    if not isinstance(kwargs, list) or len(kwargs) != len(names):
-        raise RowError(f"`kwargs` is {shown(kwargs)}; allowed: a list with one mapping for each instruction")
-    # Parquet and the Hub give every mapping all keys of the column, null where they were not there.
-    given = [{key: value for key, value in (one or {}).items() if value is not None} for one in kwargs]
-    instructions = {"instruction_id_list": list(names), "kwargs": given}
-    about = {"form": "ifeval", "id": str(row.get("key", "")), "instructions": instructions}
-    return [GoldenPrompt((says("user", _text(row, "prompt")),), about)]
-
-
-def _text(row: Row, column: str) -> str:
-    value = row.get(column)
-    if not isinstance(value, str) or not value.strip():
-        raise RowError(f"`{column}` is {shown(value)}; allowed: a text that is not empty")
-    check_unicode(value)
-    return value
-
-
-def _known(row: Row, column: str) -> Any:
-    if row.get(column) in (None, ""):
-        raise RowError(f"`{column}` is missing")
-    return row[column]
-
-
-_FORMS: tuple[tuple[frozenset[str], Callable[[Row, bool], list[GoldenPrompt]]], ...] = (
-    (frozenset({"instruction_id_list", "prompt"}), _ifeval),
-    (frozenset({"uid", "prompt", "category"}), _arena_hard_2),
-    (frozenset({"question_id", "turns"}), _arena_hard_1),
-    (frozenset({"instruction", "dataset"}), _alpaca_eval),
-)
-
-
 PAIR_FORMS = (
     "TRL standard: `prompt`, `chosen`, `rejected` as text (without `prompt`: the common beginning is the prompt)",
     "TRL conversational: the same as lists of {role, content}; the prompt may be called `messages`",
@@ -172,7 +66,7 @@ _SCORE_COLUMNS = (
 
 @dataclass(frozen=True)
 class ParsedRow:
-    """What one row says.
+    """One usable row.
 
     Attributes:
         form: name of the form that was recognised.
@@ -180,7 +74,7 @@ class ParsedRow:
         row_id: the `id` given in the file, or `row-N`.
         chosen: the preferred answer; None where the row has checks only.
         tie: the row gives both answers the same score.
-        about: see `EvalPrompt`; likewise follows.
+        checks, cluster, about, follows: see `EvalPrompt`.
     """
 
     form: str
@@ -190,7 +84,7 @@ class ParsedRow:
     chosen: tuple[Message, ...] | None
     rejected: tuple[Message, ...] | None
     conversational: bool
-    checks: tuple[dict[str, Any], ...]
+    checks: tuple[Check, ...]
     cluster: str | None
     tie: bool
     about: dict[str, Any] = field(default_factory=dict)
@@ -203,7 +97,7 @@ class ParsedRow:
 
     @cached_property
     def prompt_key(self) -> str:
-        """Identify the prompt whatever its white space and case."""
+        """Identify the prompt without regard to white space and case; see `conversations.prompt_key`."""
         return prompt_key(self.prompt)
 
     def pair(self) -> Pair | None:
@@ -227,40 +121,15 @@ class ParsedRow:
 
 
 def has_known_form(columns: frozenset[str], *, evaluation: bool) -> bool:
-    """Say whether a file with these columns can hold pairs or, for evaluation, prompts."""
+    """Return True where a file with these columns can hold pairs or, for evaluation, prompts."""
     if {"chosen", "rejected"} <= columns:
         return True
     return evaluation and (is_golden_set(columns) or bool(columns.intersection(_PROMPT_COLUMNS)))
 
 
-def parse_golden(row: Row, number: int, columns: frozenset[str], *, both_turns: bool) -> list[ParsedRow]:
-    """Read the prompts of a row of a published golden set; none where the file is of another form.
-
-    Raises:
-        RowError: with the reason, where the row cannot be used.
-    """
-    if _SCORED & columns:
-        return []
-    rows = []
-    for found in golden_prompts(row, columns, both_turns=both_turns):
-        follows = prompt_id(found.turns[:-1]) if len(found.turns) > 1 else None
-        rows.append(
-            ParsedRow(
-                form=f"{found.about['form']} prompts",
-                row=number,
-                row_id=f"row-{number}",
-                prompt=found.turns,
-                chosen=None,
-                rejected=None,
-                conversational=follows is not None,
-                checks=(),
-                cluster=found.cluster,
-                tie=False,
-                about=found.about,
-                follows=follows,
-            )
-        )
-    return rows
+def is_golden_set(columns: frozenset[str]) -> bool:
+    """Return True where a file with these columns is a published golden set."""
+    return any(needed <= columns for needed, _ in _GOLDEN_READERS)
 
 
 def parse_row(row: Row, number: int, columns: frozenset[str], *, needs_pair: bool, reads_checks: bool) -> ParsedRow:
@@ -281,8 +150,8 @@ def parse_row(row: Row, number: int, columns: frozenset[str], *, needs_pair: boo
     if conversation.chosen is None and not checks and _SCORED & columns:
         raise RowError("has neither `checks` nor `chosen` and `rejected`: an answer to it cannot be scored")
     check_turns(conversation)
-    cluster = _label(row, "cluster")
-    row_id = _label(row, "id")
+    cluster = _label_of_column(row, "cluster")
+    row_id = _label_of_column(row, "id")
     return ParsedRow(
         form=conversation.form,
         row=number,
@@ -299,7 +168,7 @@ def parse_row(row: Row, number: int, columns: frozenset[str], *, needs_pair: boo
 
 def _read_pair(row: Row, columns: frozenset[str]) -> Conversation:
     prompt = _prompt_value(row, columns)
-    chosen, rejected = _answer(row, "chosen"), _answer(row, "rejected")
+    chosen, rejected = _answer_of_column(row, "chosen"), _answer_of_column(row, "rejected")
     if isinstance(chosen, str) and isinstance(rejected, str):
         conversation = from_texts(prompt, chosen, rejected)
         if conversation.form == IMPLICIT_TEXT and columns.intersection(_PROMPT_COLUMNS):
@@ -339,7 +208,7 @@ def _prompt_value(row: Row, columns: frozenset[str]) -> str | Turns | None:
     return value
 
 
-def _answer(row: Row, column: str) -> str | Turns:
+def _answer_of_column(row: Row, column: str) -> str | Turns:
     if row.get(column) is None:
         raise RowError(f"`{column}` is missing")
     value = text_or_turns(row[column], column)
@@ -363,7 +232,7 @@ def _with_system(row: Row, conversation: Conversation) -> Conversation:
     return replace(conversation, prompt=[says("system", system), *conversation.prompt], conversational=True)
 
 
-def _label(row: Row, column: str) -> str | None:
+def _label_of_column(row: Row, column: str) -> str | None:
     value = row.get(column)
     if value is None or value == "":
         return None
@@ -374,9 +243,13 @@ def _label(row: Row, column: str) -> str | None:
 
 
 def _is_tie(row: Row) -> bool:
-    """Say whether both answers have the same score; a row whose scores contradict its labels is refused."""
+    """Return True where both answers have the same score.
+
+    Raises:
+        RowError: for scores that contradict the labels.
+    """
     for columns in _SCORE_COLUMNS:
-        scores = [_score(row, column) for column in columns]
+        scores = [_score_of_column(row, column) for column in columns]
         if scores[0] is None or scores[1] is None:
             continue
         if scores[0] < scores[1]:
@@ -387,12 +260,143 @@ def _is_tie(row: Row) -> bool:
     return False
 
 
-def _score(row: Row, column: str) -> float | None:
+def _score_of_column(row: Row, column: str) -> float | None:
     value = row.get(column)
     if value is None or value == "":
         return None
     try:
-        score = float(value)
-    except (TypeError, ValueError) as error:
+        score = float(value if isinstance(value, str | int | float) else "")
+    except ValueError as error:
         raise RowError(f"`{column}`={shown(value)}; allowed: a number") from error
     return None if math.isnan(score) else score
+
+
+def parse_golden(row: Row, number: int, columns: frozenset[str], *, both_turns: bool) -> list[ParsedRow]:
+    """Read the prompts of a row of a published golden set; none for a file of another form.
+
+    Raises:
+        RowError: with the reason, where the row cannot be used.
+    """
+    if _SCORED & columns:
+        return []
+    rows = []
+    for found in golden_prompts(row, columns, both_turns=both_turns):
+        follows = prompt_id(found.turns[:-1]) if len(found.turns) > 1 else None
+        rows.append(
+            ParsedRow(
+                form=f"{found.about['form']} prompts",
+                row=number,
+                row_id=f"row-{number}",
+                prompt=found.turns,
+                chosen=None,
+                rejected=None,
+                conversational=follows is not None,
+                checks=(),
+                cluster=found.cluster,
+                tie=False,
+                about=found.about,
+                follows=follows,
+            )
+        )
+    return rows
+
+
+@dataclass(frozen=True)
+class GoldenPrompt:
+    """A prompt of a published golden set.
+
+    Attributes:
+        turns: the user's turns before the answer; a second one follows the answer to the first.
+        about: `form`, `id`, and the other columns that the benchmark's own tools need.
+        cluster: shared by prompts that are not independent.
+    """
+
+    turns: tuple[Message, ...]
+    about: dict[str, Any] = field(default_factory=dict)
+    cluster: str | None = None
+
+
+def golden_prompts(row: Row, columns: frozenset[str], *, both_turns: bool) -> list[GoldenPrompt]:
+    """Return the prompts of a row of a published set; none for columns of another form.
+
+    Args:
+        row: column -> value.
+        columns: of the whole file.
+        both_turns: for MT-Bench, also the second turn as a prompt that follows the first.
+
+    Raises:
+        RowError: for a row that lacks a value of its form.
+    """
+    for needed, reader in _GOLDEN_READERS:
+        if needed <= columns:
+            return reader(row, both_turns)
+    return []
+
+
+def _alpaca_eval(row: Row, both_turns: bool) -> list[GoldenPrompt]:
+    about = {"form": "alpaca_eval", "id": "", "dataset": str(row.get("dataset") or "")}
+    return [GoldenPrompt((says("user", _text_of_column(row, "instruction")),), about)]
+
+
+def _arena_hard_1(row: Row, both_turns: bool) -> list[GoldenPrompt]:
+    """Read v0.1 of Arena-Hard, or MT-Bench: both have `question_id`, `category` and `turns`."""
+    turns = row.get("turns")
+    if not isinstance(turns, list) or not turns:
+        raise RowError(f"`turns` is {shown(turns)}; allowed: a list of texts or of {{content}}")
+    texts = [turn.get("content") if isinstance(turn, Mapping) else turn for turn in turns]
+    for text in texts:
+        if not isinstance(text, str) or not text.strip():
+            raise RowError("`turns` holds a turn that is empty or no text")
+        check_unicode(text)
+    name, category = str(_value_of_column(row, "question_id")), str(row.get("category") or "")
+    said = tuple(says("user", str(text)) for text in texts)
+    if isinstance(turns[0], Mapping):
+        about = {"form": "arena_hard", "version": "v0.1", "id": name, "category": category}
+        topic = str(row["cluster"]) if row.get("cluster") else None
+        return [GoldenPrompt(said[:1], about, topic)]
+    about = {"form": "mt_bench", "id": name, "category": category}
+    first = GoldenPrompt(said[:1], about | {"turn": 1}, f"question {name}")
+    if len(said) < 2 or not both_turns:
+        return [first]
+    return [first, GoldenPrompt(said[:2], about | {"turn": 2}, f"question {name}")]
+
+
+def _arena_hard_2(row: Row, both_turns: bool) -> list[GoldenPrompt]:
+    about = {"form": "arena_hard", "version": "v2.0", "id": str(_value_of_column(row, "uid"))}
+    about |= {key: str(row.get(key) or "") for key in ("category", "subcategory")}
+    return [GoldenPrompt((says("user", _text_of_column(row, "prompt")),), about)]
+
+
+def _ifeval(row: Row, both_turns: bool) -> list[GoldenPrompt]:
+    names, kwargs = row.get("instruction_id_list"), row.get("kwargs")
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+        raise RowError(f"`instruction_id_list` is {shown(names)}; allowed: a list of instruction names")
+    if not isinstance(kwargs, list) or len(kwargs) != len(names):
+        raise RowError(f"`kwargs` is {shown(kwargs)}; allowed: a list with one mapping for each instruction")
+    # Parquet and the Hub give every mapping all keys of the column, null where they were not there.
+    given = [{key: value for key, value in (one or {}).items() if value is not None} for one in kwargs]
+    instructions = {"instruction_id_list": list(names), "kwargs": given}
+    about = {"form": "ifeval", "id": str(row.get("key", "")), "instructions": instructions}
+    return [GoldenPrompt((says("user", _text_of_column(row, "prompt")),), about)]
+
+
+def _text_of_column(row: Row, column: str) -> str:
+    value = row.get(column)
+    if not isinstance(value, str) or not value.strip():
+        raise RowError(f"`{column}` is {shown(value)}; allowed: a text that is not empty")
+    check_unicode(value)
+    return value
+
+
+def _value_of_column(row: Row, column: str) -> Json:
+    if row.get(column) in (None, ""):
+        raise RowError(f"`{column}` is missing")
+    return row[column]
+
+
+_GOLDEN_READERS: tuple[tuple[frozenset[str], Callable[[Row, bool], list[GoldenPrompt]]], ...] = (
+    (frozenset({"instruction_id_list", "prompt"}), _ifeval),
+    (frozenset({"uid", "prompt", "category"}), _arena_hard_2),
+    (frozenset({"question_id", "turns"}), _arena_hard_1),
+    (frozenset({"instruction", "dataset"}), _alpaca_eval),
+)

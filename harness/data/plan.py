@@ -1,6 +1,6 @@
-"""The batch plan: which pairs, in which order, in which micro-batch; and the proof that a trainer kept to it.
+"""Rows and seed -> the batch plan: the order of the pairs, their micro-batches, and the hash of their tokens.
 
-One plan for each seed, given to every arm.
+There is one plan per seed for all arms. The hash proves that a trainer kept to it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from harness.study.files import digest
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """The order in which rows are trained on.
+    """The order of the training rows.
 
     Attributes:
         order: row numbers, epoch after epoch. Micro-batches are runs of `micro_batch_size`, optimiser steps runs of
@@ -42,16 +42,16 @@ class BatchPlan:
 def make_plan(
     num_rows: int, *, epochs: int, batch_size: int, micro_batch_size: int, seed: int, lengths: Sequence[int] = ()
 ) -> BatchPlan:
-    """Shuffle the rows anew for each epoch with a private generator: the global seed and other draws change nothing.
+    """Shuffle the rows per epoch with a private generator, independent of the global seed and of other draws.
 
     Args:
         num_rows: number of training pairs.
-        epochs: times that each row comes.
-        batch_size: rows of an optimiser step.
-        micro_batch_size: rows that are computed at once.
+        epochs: passes over the rows.
+        batch_size: rows per optimiser step.
+        micro_batch_size: rows per forward pass.
         seed: of the shuffle.
-        lengths: of the rows; where given, each step's rows are sorted by it, so that its micro-batches hold rows alike.
-            Which rows a step holds, and so its gradient, stays the same.
+        lengths: of the rows; where given, the rows of a step are sorted by it, so that micro-batches need less
+            padding. The set of rows in a step, and so its gradient, stays the same.
     """
     order: list[int] = []
     for epoch in range(epochs):
@@ -64,13 +64,13 @@ def make_plan(
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What one process computes at once.
+    """Rows of one forward pass of one process.
 
     Attributes:
         rows: row numbers.
         weight: factor on the mean loss of its rows, so that the mean over processes and micro-batches is the step's.
             0 for a micro-batch that only keeps a process in step with the others.
-        is_even: False in a step whose micro-batches are not alike on all processes.
+        is_even: False in a step whose micro-batches differ between the processes.
     """
 
     rows: tuple[int, ...]
@@ -81,13 +81,14 @@ class MicroBatch:
 def share_of(plan: BatchPlan, process: int, num_processes: int) -> list[MicroBatch]:
     """Return the micro-batches of one process; all processes together compute the plan, step by step.
 
-    The micro-batches of a step go round the processes. A single process weighs each micro-batch of a step alike, 1/M;
-    with N processes of K micro-batches each the trainer weighs them by 1/(K N), which differs in a short last step.
+    The micro-batches of a step are dealt to the processes in turn. A single process weighs each of M micro-batches by
+    1/M. With N processes of K micro-batches each the trainer weighs them by 1/(K N), which differs in a short last
+    step; `weight` corrects it.
 
     Args:
         plan: the plan.
         process: number of the process, from 0.
-        num_processes: how many there are; they must divide the number of micro-batches in a full step.
+        num_processes: number of processes; it must divide the number of micro-batches in a full step.
     """
     share = []
     for start in range(0, len(plan.order), plan.batch_size):
@@ -103,12 +104,12 @@ def share_of(plan: BatchPlan, process: int, num_processes: int) -> list[MicroBat
 
 
 def trained_tokens(rows: Sequence[TokenPair], plan: BatchPlan) -> int:
-    """Count the tokens that a trainer reads over a plan: the prompt stands before each answer."""
+    """Count the tokens of a plan, with the prompt before each answer."""
     return sum(2 * len(rows[i].prompt_ids) + len(rows[i].chosen_ids) + len(rows[i].rejected_ids) for i in plan.order)
 
 
 def padding_share(rows: Sequence[TokenPair], plan: BatchPlan) -> float:
-    """Return the share of padding in what a trainer computes that pads each micro-batch to its longest answer."""
+    """Return the share of padding where each micro-batch is padded to its longest answer."""
     real = padded = 0
     for start in range(0, len(plan.order), plan.micro_batch_size):
         batch = [rows[i] for i in plan.order[start : start + plan.micro_batch_size]]
@@ -118,7 +119,7 @@ def padding_share(rows: Sequence[TokenPair], plan: BatchPlan) -> float:
 
 
 class ConsumedTokens:
-    """A running hash of the pairs that a trainer really saw, in order; each prompt once, see `trainers.pairs_of`.
+    """A running hash of the pairs that reached the trainer, in order, with each prompt once.
 
     The state is one digest and a count, so that it survives in a checkpoint.
     """
@@ -135,7 +136,7 @@ class ConsumedTokens:
 
 
 def expected_tokens_sha256(rows: Sequence[TokenPair], order: Iterable[int]) -> str:
-    """Return the hash that a trainer must arrive at if it sees exactly the plan."""
+    """Return the hash of a trainer that consumes exactly the plan."""
     consumed = ConsumedTokens()
     for index in order:
         row = rows[index]

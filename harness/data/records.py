@@ -1,19 +1,17 @@
-"""Pairs, prompts, completions and log-probabilities: the records that the stages exchange."""
+"""Records that the stages exchange: pairs, prompts, completions, log-probabilities."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, TypedDict
+from typing import Any
 
-from harness.study.files import digest
+from harness.study.files import Json, digest
+from harness.study.rows import ChatMessage as Message
 
+__all__ = ["BadRow", "Check", "Completion", "EvalPrompt", "Message", "Pair", "PairLogps", "prompt_id"]
 
-class Message(TypedDict):
-    """One turn of a conversation."""
-
-    role: str
-    content: str
+Check = dict[str, Json]  # one key: the kind of the check
 
 
 @dataclass(frozen=True)
@@ -54,13 +52,13 @@ class EvalPrompt:
         cluster: prompts that are not independent of each other share it; None means a cluster of its own.
         conversational: as in `Pair`.
         row: row in the file, counted from 1.
-        about: what a published golden set's own tools call it: `form`, `id`, and more.
+        about: columns that a published golden set's own tools need: `form`, `id`, and more.
         follows: the prompt_id of the turn before, whose answer goes in front of the last turn; None for a first turn.
     """
 
     prompt_id: str
     prompt: tuple[Message, ...]
-    checks: tuple[dict[str, Any], ...]
+    checks: tuple[Check, ...]
     cluster: str | None
     conversational: bool
     row: int
@@ -77,7 +75,7 @@ class EvalPrompt:
 
 @dataclass(frozen=True)
 class BadRow:
-    """A row that cannot be used, with the reason that the user reads."""
+    """A row that cannot be used, with the reason for the user."""
 
     path: str
     row: int
@@ -89,7 +87,7 @@ class BadRow:
 
 @dataclass(frozen=True)
 class Completion:
-    """What a policy answered to a prompt.
+    """A policy's answer to a prompt.
 
     Attributes:
         tokens: number of generated tokens, the one that ends the turn included.

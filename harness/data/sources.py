@@ -1,6 +1,6 @@
-"""Where preference data come from: JSONL, JSON, Parquet and CSV files, folders and Hub data sets.
+"""Path or Hub reference -> a `Source`: unchanged rows with their numbers, and a SHA-256.
 
-Input: a path or a Hub reference -> output: a `Source`, its rows as they stand with their numbers, and its SHA-256.
+Reads JSONL, JSON, Parquet and CSV files, folders, and Hub data sets.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any
 
 from harness.data.records import BadRow
 from harness.study.errors import UnreachableError, UsageError
+from harness.study.files import Json
 
 ALLOWED = "a .jsonl, .json, .parquet or .csv file (or one of them .gz), a folder, or a Hub data set owner/name[:split]"
 
@@ -73,7 +74,7 @@ def read_source(reference: str, *, key: str, revision: str | None = None) -> Sou
         return _read_file(reference, path, key)
     folder, _, split = (reference, "", "") if path.is_dir() else reference.partition(":")
     is_folder = Path(folder).expanduser().is_dir()
-    if not is_folder and (_kind(path) in _READERS or reference.startswith((".", "/", "~"))):
+    if not is_folder and (_file_kind(path) in _READERS or reference.startswith((".", "/", "~"))):
         raise UsageError(f"{key}={reference}: no such file; allowed: {ALLOWED}")
     if not is_folder and not _HUB_NAME.fullmatch(folder):
         raise UsageError(f"{key}={reference}: neither a file nor a Hub name; allowed: {ALLOWED}")
@@ -85,13 +86,13 @@ def read_source(reference: str, *, key: str, revision: str | None = None) -> Sou
     return Source(reference, hasher.hexdigest(), tuple(enumerate(rows, start=1)), (), from_hub=not is_folder)
 
 
-def _kind(path: Path) -> str:
+def _file_kind(path: Path) -> str:
     suffixes = [suffix.lower() for suffix in path.suffixes]
     return suffixes[-2] if suffixes[-1:] == [".gz"] and len(suffixes) > 1 else "".join(suffixes[-1:])
 
 
 def _read_file(reference: str, path: Path, key: str) -> Source:
-    kind = _kind(path)
+    kind = _file_kind(path)
     if kind not in _READERS:
         raise UsageError(
             f"{key}={reference}: files of kind {path.suffix or 'without suffix'} are not read; allowed: {ALLOWED}"
@@ -113,17 +114,17 @@ def _read_file(reference: str, path: Path, key: str) -> Source:
     return Source(reference, sha256, tuple(rows), tuple(bad_rows))
 
 
-# A reader yields the number of each row, with its columns, or with the reason why they cannot be read.
-Rows = Iterator[tuple[int, dict[str, Any] | str]]
+# Number of each row, and its columns, or the reason why it cannot be read.
+NumberedRows = Iterator[tuple[int, dict[str, Json] | str]]
 
 
-def _read_jsonl(content: bytes) -> Rows:
+def _read_jsonl(content: bytes) -> NumberedRows:
     for number, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
         if line.strip():
             yield number, _json_row(line)
 
 
-def _json_row(line: bytes) -> dict[str, Any] | str:
+def _json_row(line: bytes) -> dict[str, Json] | str:
     try:
         row = json.loads(line.decode(), object_pairs_hook=_unique_keys)
     except UnicodeDecodeError as error:
@@ -135,15 +136,15 @@ def _json_row(line: bytes) -> dict[str, Any] | str:
     return row if isinstance(row, dict) else f"a JSON {type(row).__name__}; allowed: one object a line"
 
 
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique_keys(pairs: list[tuple[str, Json]]) -> dict[str, Json]:
     row = dict(pairs)
     if len(row) < len(pairs):
         raise ValueError("an object has one key twice")
     return row
 
 
-def _read_json(content: bytes) -> Rows:
-    """Read an array of rows, an object of columns, or, as many data sets called .json are, one object a line."""
+def _read_json(content: bytes) -> NumberedRows:
+    """Read an array of rows, an object of columns, or one object per line, as many files called .json hold."""
     if not content.strip():
         return
     try:
@@ -157,7 +158,7 @@ def _read_json(content: bytes) -> Rows:
         yield number, row if isinstance(row, dict) else f"a JSON {type(row).__name__}; allowed: an object"
 
 
-def _columns_to_rows(value: Any) -> list[dict[str, Any]]:
+def _columns_to_rows(value: Json) -> list[dict[str, Json]]:
     columns = value if isinstance(value, dict) else {}
     # pandas writes {"column": {"0": cell, "1": cell}}
     lists = {name: list(cells.values()) if isinstance(cells, dict) else cells for name, cells in columns.items()}
@@ -169,7 +170,7 @@ def _columns_to_rows(value: Any) -> list[dict[str, Any]]:
     return [dict(zip(lists, cells, strict=True)) for cells in zip(*lists.values(), strict=True)]
 
 
-def _read_parquet(content: bytes) -> Rows:
+def _read_parquet(content: bytes) -> NumberedRows:
     import pyarrow
     import pyarrow.parquet
 
@@ -180,8 +181,8 @@ def _read_parquet(content: bytes) -> Rows:
     yield from enumerate(rows, start=1)
 
 
-def _read_csv(content: bytes) -> Rows:
-    """Read all cells as text, so that an answer such as `12`, `NA` or `null` stays what it is."""
+def _read_csv(content: bytes) -> NumberedRows:
+    """Read all cells as text, so that an answer such as `12`, `NA` or `null` stays unchanged."""
     limit = csv.field_size_limit(2**31 - 1)
     try:
         lines = csv.reader(io.StringIO(content.decode("utf-8-sig"), newline=""), strict=True)
@@ -195,10 +196,10 @@ def _read_csv(content: bytes) -> Rows:
         csv.field_size_limit(limit)
 
 
-def _csv_row(header: list[str], cells: list[str]) -> dict[str, Any] | str:
+def _csv_row(header: list[str], cells: list[str]) -> dict[str, Json] | str:
     if len(cells) != len(header):
         return f"{len(cells)} cells under {len(header)} columns; is a comma or a quotation mark missing?"
-    row: dict[str, Any] = {}
+    row: dict[str, Json] = {}
     for name, cell in zip(header, cells, strict=True):
         try:
             is_json = name == "checks" or _holds_turns(cell)
@@ -213,7 +214,7 @@ def _holds_turns(cell: str) -> bool:
     return match is not None and re.search(rf"['\"]{_OTHER_KEY[match[1]]}['\"]\s*:", cell) is not None
 
 
-_READERS: dict[str, Callable[[bytes], Rows]] = {
+_READERS: dict[str, Callable[[bytes], NumberedRows]] = {
     ".jsonl": _read_jsonl,
     ".json": _read_json,
     ".parquet": _read_parquet,
@@ -221,8 +222,8 @@ _READERS: dict[str, Callable[[bytes], Rows]] = {
 }
 
 
-def _load_dataset(name: str, split: str, *, key: str, revision: str | None) -> list[dict[str, Any]]:
-    """Load one split of a folder or a Hub data set; `datasets` runs no code of the data set's."""
+def _load_dataset(name: str, split: str, *, key: str, revision: str | None) -> list[dict[str, Json]]:
+    """Load one split of a folder or a Hub data set; `datasets` runs no code of the data set."""
     from datasets import Dataset, load_dataset
     from datasets.exceptions import DatasetsError
 

@@ -1,6 +1,6 @@
-"""Load preference data into three splits that share no prompt, and record what was done to them.
+"""Data settings (files, Hub data sets) -> three splits that share no golden prompt, with a record of their sources.
 
-Input: a `DataSpec` (files, Hub data sets) -> output: `Splits`, or a `UsageError` that names files and rows.
+Everything wrong with the files is a `UsageError` that names files and rows.
 """
 
 from __future__ import annotations
@@ -8,13 +8,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypedDict, TypeVar
 
 import numpy as np
 
+from harness.config.schema import DataConfig
 from harness.data.formats import ParsedRow
 from harness.data.records import EvalPrompt, Message, Pair
-from harness.data.table import Table, read_table, table_warnings
+from harness.data.table import Table, TableFacts, read_table, table_warnings
 from harness.study.errors import UnreachableError, UsageError
 from harness.study.files import digest
 from harness.study.text import one_line
@@ -22,40 +23,33 @@ from harness.study.text import one_line
 SPLITS = ("train", "dev", "golden")
 _KEYS = ("data.path", *(f"data.{split}" for split in SPLITS))
 T = TypeVar("T")
-_SHOWN = 10  # prompts that a warning lists; the rest is counted
+_SHOWN_LEAKS = 10  # prompts that a message lists; the rest is counted
 
 
-@dataclass(frozen=True)
-class DataSpec:
-    """What to load.
+class SplitFacts(TableFacts):
+    """The source of one split: facts of the whole file, and the numbers of pairs and prompts in the split."""
 
-    Attributes:
-        path: a file, a folder or a Hub data set that is split by prompt into those of train, dev and golden not given.
-        revision: of the Hub data sets.
-        train: pairs; where neither dev nor path is given, dev is taken out of it by prompt.
-        dev: prompts with checks, pairs, or both; likewise golden.
-        dev_fraction: share of the prompts; likewise golden_fraction.
-        max_bad_fraction: share of a file's rows that may be unusable.
-        label_noise: share of the training pairs whose labels are flipped.
-        max_train_pairs: keep a random but fixed subset; likewise max_dev_prompts, max_golden_prompts.
-        turns: of a golden set with second turns (MT-Bench): `both`, or the `first` alone.
-    """
+    pairs: int
+    prompts: int
 
-    path: str | None = None
-    revision: str | None = None
-    train: str | None = None
-    dev: str | None = None
-    golden: str | None = None
-    dev_fraction: float = 0.1
-    golden_fraction: float = 0.2
-    split_seed: int = 0
-    max_bad_fraction: float = 0.01
-    label_noise: float = 0.0
-    label_noise_seed: int = 0
-    max_train_pairs: int | None = None
-    max_dev_prompts: int | None = None
-    max_golden_prompts: int | None = None
-    turns: str = "both"
+
+class LabelNoise(TypedDict):
+    """Flipped training labels: the requested share, the seed, their number, and a hash of the flipped pairs."""
+
+    share: float
+    seed: int
+    flipped: int
+    flipped_sha256: str
+
+
+class DataFacts(TypedDict):
+    """What was loaded, for study.yaml."""
+
+    train: SplitFacts
+    dev: SplitFacts
+    golden: SplitFacts
+    label_noise: LabelNoise
+    warnings: list[str]
 
 
 @dataclass(frozen=True)
@@ -65,8 +59,7 @@ class Splits:
     Attributes:
         train: pairs, labels already flipped where there is label noise.
         dev_prompts: each prompt once; `dev_pairs` may hold several pairs of it, or none. Likewise golden.
-        facts: JSON: per split {path, form, sha256, rows, bad_rows (of the whole file), pairs, prompts (used)},
-            label_noise {share, seed, flipped, flipped_sha256}, warnings.
+        facts: sources, label noise and warnings, for study.yaml.
     """
 
     train: tuple[Pair, ...]
@@ -74,25 +67,25 @@ class Splits:
     dev_pairs: tuple[Pair, ...]
     golden_prompts: tuple[EvalPrompt, ...]
     golden_pairs: tuple[Pair, ...]
-    facts: dict[str, Any]
+    facts: DataFacts
 
 
-def load_splits(spec: DataSpec) -> Splits:
-    """Load, check, split and, where asked, subsample and flip.
+def load_splits(data: DataConfig) -> Splits:
+    """Load, check and split; then subsample and flip labels as configured.
 
     Raises:
         UsageError: for missing or unreadable files, an unknown form, too many bad rows, golden prompts that occur
             in train or dev, or a split without prompts.
     """
-    origins = _origins(spec)
-    tables = _read_tables(spec, [key for key in _KEYS if key in origins.values()])
-    rows = _assign_rows(spec, origins, tables)
+    origins = _origins(data)
+    tables = _read_tables(data, [key for key in _KEYS if key in origins.values()])
+    rows = _assign_rows(data, origins, tables)
     refuse_leaks(rows, {split: tables[key].source.path for split, key in origins.items()})
-    train = _unique_ids(_subset(_pairs(rows["train"]), spec.max_train_pairs, pair_digest))
-    noisy, noise = flip_labels(train, spec.label_noise, seed=spec.label_noise_seed)
-    dev_prompts, dev_pairs = _evaluation(rows["dev"], spec.max_dev_prompts)
-    golden_prompts, golden_pairs = _evaluation(rows["golden"], spec.max_golden_prompts)
-    facts: dict[str, Any] = {
+    train = _unique_ids(_fixed_subset(_pairs_of_rows(rows["train"]), data.max_train_pairs, pair_digest))
+    noisy, noise = flip_labels(train, data.label_noise, seed=data.label_noise_seed)
+    dev_prompts, dev_pairs = _evaluation_data(rows["dev"], data.max_dev_prompts)
+    golden_prompts, golden_pairs = _evaluation_data(rows["golden"], data.max_golden_prompts)
+    facts: DataFacts = {
         "train": {
             **tables[origins["train"]].facts,
             "pairs": len(train),
@@ -102,8 +95,8 @@ def load_splits(spec: DataSpec) -> Splits:
         "golden": {**tables[origins["golden"]].facts, "pairs": len(golden_pairs), "prompts": len(golden_prompts)},
         "label_noise": noise,
         "warnings": [
-            *(warning for table in tables.values() for warning in table_warnings(table, revision=spec.revision)),
-            *_split_warnings(spec, origins, rows),
+            *(warning for table in tables.values() for warning in table_warnings(table, revision=data.revision)),
+            *_split_warnings(data, origins, rows),
             *_train_warnings(train),
             *_checks_warnings("dev", dev_prompts),
             *_checks_warnings("golden", golden_prompts),
@@ -112,56 +105,56 @@ def load_splits(spec: DataSpec) -> Splits:
     return Splits(noisy, dev_prompts, dev_pairs, golden_prompts, golden_pairs, facts)
 
 
-def _origins(spec: DataSpec) -> dict[str, str]:
-    """Return the config key that each split comes from."""
-    missing = [split for split in SPLITS if getattr(spec, split) is None]
-    if spec.path is not None and not missing:
+def _origins(data: DataConfig) -> dict[str, str]:
+    """Return the config key of each split's source."""
+    missing = [split for split in SPLITS if getattr(data, split) is None]
+    if data.path is not None and not missing:
         raise UsageError(
-            f"data.path={spec.path}: data.train, data.dev and data.golden are all given; remove one of the four"
+            f"data.path={data.path}: data.train, data.dev and data.golden are all given; remove one of the four"
         )
-    if spec.path is None and "train" in missing:
+    if data.path is None and "train" in missing:
         raise UsageError(
             "data.train=null: no pairs to train on; set data.train, or data.path for one file that is split"
         )
-    if spec.path is None and "golden" in missing:
+    if data.path is None and "golden" in missing:
         raise UsageError(
             "data.golden=null: nothing to decide on; set data.golden, or data.path for one file that is split"
         )
-    shared = "data.train" if spec.path is None else "data.path"
+    shared = "data.train" if data.path is None else "data.path"
     return {split: shared if split in missing else f"data.{split}" for split in SPLITS}
 
 
-def _read_tables(spec: DataSpec, keys: Sequence[str]) -> dict[str, Table]:
-    """Read every file before anything is refused, so that one message has the problems of all."""
+def _read_tables(data: DataConfig, keys: Sequence[str]) -> dict[str, Table]:
+    """Read all files; a `UsageError` names the problems of all of them."""
     tables: dict[str, Table] = {}
     problems: list[UsageError] = []
     for key in keys:
-        reference = getattr(spec, key.removeprefix("data."))
+        reference = getattr(data, key.removeprefix("data."))
         try:
             tables[key] = read_table(
                 reference,
                 key=key,
-                revision=spec.revision,
-                max_bad_fraction=spec.max_bad_fraction,
-                both_turns=spec.turns == "both",
+                revision=data.revision,
+                max_bad_fraction=data.max_bad_fraction,
+                both_turns=data.turns == "both",
             )
         except UsageError as error:
             problems.append(error)
     if problems:
         unreachable = all(isinstance(error, UnreachableError) for error in problems)
         raise (UnreachableError if unreachable else UsageError)("\n".join(map(str, problems)))
-    if spec.revision is not None and not any(table.source.from_hub for table in tables.values()):
-        raise UsageError(f"data.revision={spec.revision}: none of the data is from the Hub; remove data.revision")
+    if data.revision is not None and not any(table.source.from_hub for table in tables.values()):
+        raise UsageError(f"data.revision={data.revision}: none of the data is from the Hub; remove data.revision")
     return tables
 
 
-def _assign_rows(spec: DataSpec, origins: dict[str, str], tables: dict[str, Table]) -> dict[str, list[ParsedRow]]:
-    """Return the rows of each split: all of its file's, or its share by prompt where splits come out of one file."""
+def _assign_rows(data: DataConfig, origins: dict[str, str], tables: dict[str, Table]) -> dict[str, list[ParsedRow]]:
+    """Return the rows of each split: all rows of its file, or its share by prompt where splits share a file."""
     rows: dict[str, list[ParsedRow]] = {split: [] for split in SPLITS}
     for key, table in tables.items():
-        shares = _shares(spec, [split for split in SPLITS if origins[split] == key])
+        shares = _split_shares(data, [split for split in SPLITS if origins[split] == key])
         for row in table.rows:
-            rows[assign_split(row.prompt_key, shares, spec.split_seed)].append(row)
+            rows[assign_split(row.prompt_key, shares, data.split_seed)].append(row)
         empty = [split for split in shares if not rows[split]]
         if empty:
             given = ", ".join(f"{split} {share:.2g}" for split, share in shares.items())
@@ -174,13 +167,28 @@ def _assign_rows(spec: DataSpec, origins: dict[str, str], tables: dict[str, Tabl
     return rows
 
 
-def _shares(spec: DataSpec, splits: Sequence[str]) -> dict[str, float]:
+def _split_shares(data: DataConfig, splits: Sequence[str]) -> dict[str, float]:
     """Return the share of each split in its file; golden first, so that it does not depend on the share of dev."""
-    shares = {"golden": spec.golden_fraction, "dev": spec.dev_fraction}
+    shares = {"golden": data.golden_fraction, "dev": data.dev_fraction}
     shares = {split: share for split, share in shares.items() if split in splits}
     if "train" in splits:
         shares["train"] = 1 - sum(shares.values())
     return shares
+
+
+def assign_split(key: str, shares: Mapping[str, float], seed: int) -> str:
+    """Return the split of a prompt: a hash of its key and the seed, so that no other row and no order matters.
+
+    Args:
+        key: see `conversations.prompt_key`.
+        shares: share of the prompts by split, in order; they are scaled to sum to one.
+    """
+    point = int(digest([seed, key])[:13], 16) / 16**13 * sum(shares.values())
+    for split, share in shares.items():
+        point -= share
+        if point < 0:
+            return split
+    return split
 
 
 def evaluation_prompts(rows: Iterable[ParsedRow]) -> list[EvalPrompt]:
@@ -194,19 +202,19 @@ def evaluation_prompts(rows: Iterable[ParsedRow]) -> list[EvalPrompt]:
     return list(prompts.values())
 
 
-def _evaluation(rows: Sequence[ParsedRow], limit: int | None) -> tuple[tuple[EvalPrompt, ...], tuple[Pair, ...]]:
+def _evaluation_data(rows: Sequence[ParsedRow], limit: int | None) -> tuple[tuple[EvalPrompt, ...], tuple[Pair, ...]]:
     """Return each prompt once, and all pairs."""
-    kept = _subset(evaluation_prompts(rows), limit, lambda prompt: prompt.follows or prompt.prompt_id)
+    kept = _fixed_subset(evaluation_prompts(rows), limit, lambda prompt: prompt.follows or prompt.prompt_id)
     ids = {prompt.prompt_id for prompt in kept}
     kept = [prompt for prompt in kept if prompt.follows in (None, *ids)]  # no second turn without its first
-    return tuple(kept), _unique_ids(_pairs(row for row in rows if row.prompt_id in ids))
+    return tuple(kept), _unique_ids(_pairs_of_rows(row for row in rows if row.prompt_id in ids))
 
 
-def _pairs(rows: Iterable[ParsedRow]) -> list[Pair]:
+def _pairs_of_rows(rows: Iterable[ParsedRow]) -> list[Pair]:
     return [pair for row in rows if (pair := row.pair()) is not None]
 
 
-def _subset(items: list[T], limit: int | None, key: Callable[[T], str]) -> list[T]:
+def _fixed_subset(items: list[T], limit: int | None, key: Callable[[T], str]) -> list[T]:
     """Return `limit` items: those whose keys hash lowest, in their own order; a larger limit keeps a smaller one's."""
     if limit is None or len(items) <= limit:
         return items
@@ -229,10 +237,10 @@ def pair_digest(pair: Pair) -> str:
     return digest([pair.prompt, pair.chosen, pair.rejected])
 
 
-def flip_labels(pairs: Sequence[Pair], share: float, *, seed: int) -> tuple[tuple[Pair, ...], dict[str, Any]]:
-    """Swap chosen and rejected of exactly `round(share * len(pairs))` pairs, and return what to record.
+def flip_labels(pairs: Sequence[Pair], share: float, *, seed: int) -> tuple[tuple[Pair, ...], LabelNoise]:
+    """Swap chosen and rejected of exactly `round(share * len(pairs))` pairs; return all pairs and a record.
 
-    Which pairs depends on their contents and the seed, not on their order; a larger share flips a smaller one's, too.
+    The flipped pairs depend on contents and seed, not on the order; a larger share also flips those of a smaller one.
     """
     digests = [pair_digest(pair) for pair in pairs]
     order = sorted(range(len(pairs)), key=lambda i: digests[i])
@@ -242,47 +250,8 @@ def flip_labels(pairs: Sequence[Pair], share: float, *, seed: int) -> tuple[tupl
         replace(pair, chosen=pair.rejected, rejected=pair.chosen) if i in flipped else pair
         for i, pair in enumerate(pairs)
     )
-    record = {"share": share, "seed": seed, "flipped": len(flipped)}
-    return noisy, {**record, "flipped_sha256": digest(sorted(digests[i] for i in flipped))}
-
-
-def _split_warnings(spec: DataSpec, origins: dict[str, str], rows: dict[str, list[ParsedRow]]) -> Iterator[str]:
-    if spec.path is None and origins["dev"] == "data.train":
-        prompts = len({row.prompt_id for row in rows["dev"]})
-        yield f"data.dev is not given: {prompts} prompts ({len(rows['dev'])} pairs) of data.train became dev"
-    leaks = find_leaks(rows["dev"], rows["train"])
-    if leaks:
-        places = ", ".join(f"row {leak.row.row} = row {leak.other.row}" for leak in leaks[:_SHOWN])
-        yield f"{len(leaks)} dev prompts occur in train: configs are selected on what they were trained on ({places})"
-    for split in ("dev", "golden"):
-        keys = {row.prompt_id: row.prompt_key for row in rows[split] if row.cluster is None}
-        alike = len(keys) - len(set(keys.values()))
-        if alike:
-            yield f"{split}: {alike} prompts are others in different white space or case; give both the same `cluster`"
-
-
-def _train_warnings(pairs: Sequence[Pair]) -> Iterator[str]:
-    contents = [[_content(turns) for turns in (pair.prompt, pair.chosen, pair.rejected)] for pair in pairs]
-    counts = Counter((prompt, chosen, rejected) for prompt, chosen, rejected in contents)
-    repeated = sum(count - 1 for count in counts.values())
-    if repeated:
-        yield f"train: {repeated} of {len(pairs)} pairs repeat an earlier one (kept)"
-    contradicting = sum((prompt, rejected, chosen) in counts for prompt, chosen, rejected in contents)
-    if contradicting:
-        yield f"train: {contradicting} of {len(pairs)} pairs contradict another: the same answers, exchanged (kept)"
-
-
-def _content(turns: Sequence[Message]) -> tuple[tuple[str, str], ...]:
-    return tuple((turn["role"], turn["content"]) for turn in turns)
-
-
-def _checks_warnings(split: str, prompts: Sequence[EvalPrompt]) -> Iterator[str]:
-    without = sum(not prompt.checks for prompt in prompts)
-    if 0 < without < len(prompts):
-        yield f"{split}: {without} of {len(prompts)} prompts have no checks and stay unscored by them"
-
-
-_SHOWN_LEAKS = 10  # prompts that a message lists; the rest is counted
+    flipped_sha256 = digest(sorted(digests[i] for i in flipped))
+    return noisy, {"share": share, "seed": seed, "flipped": len(flipped), "flipped_sha256": flipped_sha256}
 
 
 class Leak(NamedTuple):
@@ -291,21 +260,6 @@ class Leak(NamedTuple):
     row: ParsedRow
     other: ParsedRow
     exact: bool
-
-
-def assign_split(key: str, shares: Mapping[str, float], seed: int) -> str:
-    """Return the split of a prompt: a hash of its key and the seed, so that no other row and no order matters.
-
-    Args:
-        key: see `conversations.prompt_key`.
-        shares: share of the prompts by split, in order; they are scaled to sum to one.
-    """
-    point = int(digest([seed, key])[:13], 16) / 16**13 * sum(shares.values())
-    for split, share in shares.items():
-        point -= share
-        if point < 0:
-            return split
-    return split
 
 
 def find_leaks(rows: Iterable[ParsedRow], others: Iterable[ParsedRow]) -> list[Leak]:
@@ -344,7 +298,44 @@ def refuse_leaks(rows: Mapping[str, Sequence[ParsedRow]], paths: Mapping[str, st
     number = len({leak.row.prompt_id for _, leak in leaks})
     raise UsageError(
         f"data.golden={paths['golden']}: {number} golden {'prompt occurs' if number == 1 else 'prompts occur'} in the "
-        f"data that models are trained or selected on; allowed: none. First {min(_SHOWN_LEAKS, len(leaks))}:{lines}\n"
+        "data that models are trained or selected on; allowed: none. "
+        f"The first {min(_SHOWN_LEAKS, len(leaks))}:{lines}\n"
         "Remove them from data.train and data.dev, or from data.golden; or give one file as data.path: it is split by "
         "prompt."
     )
+
+
+def _split_warnings(data: DataConfig, origins: dict[str, str], rows: dict[str, list[ParsedRow]]) -> Iterator[str]:
+    if data.path is None and origins["dev"] == "data.train":
+        prompts = len({row.prompt_id for row in rows["dev"]})
+        yield f"data.dev is not given: {prompts} prompts ({len(rows['dev'])} pairs) of data.train became dev"
+    leaks = find_leaks(rows["dev"], rows["train"])
+    if leaks:
+        places = ", ".join(f"row {leak.row.row} = row {leak.other.row}" for leak in leaks[:_SHOWN_LEAKS])
+        yield f"{len(leaks)} dev prompts occur in train: configs are selected on what they were trained on ({places})"
+    for split in ("dev", "golden"):
+        keys = {row.prompt_id: row.prompt_key for row in rows[split] if row.cluster is None}
+        alike = len(keys) - len(set(keys.values()))
+        if alike:
+            yield f"{split}: {alike} prompts are others in different white space or case; give both the same `cluster`"
+
+
+def _train_warnings(pairs: Sequence[Pair]) -> Iterator[str]:
+    contents = [[_contents_of_turns(turns) for turns in (pair.prompt, pair.chosen, pair.rejected)] for pair in pairs]
+    counts = Counter((prompt, chosen, rejected) for prompt, chosen, rejected in contents)
+    repeated = sum(count - 1 for count in counts.values())
+    if repeated:
+        yield f"train: {repeated} of {len(pairs)} pairs repeat an earlier one (kept)"
+    contradicting = sum((prompt, rejected, chosen) in counts for prompt, chosen, rejected in contents)
+    if contradicting:
+        yield f"train: {contradicting} of {len(pairs)} pairs contradict another: the same answers, exchanged (kept)"
+
+
+def _contents_of_turns(turns: Sequence[Message]) -> tuple[tuple[str, str], ...]:
+    return tuple((turn["role"], turn["content"]) for turn in turns)
+
+
+def _checks_warnings(split: str, prompts: Sequence[EvalPrompt]) -> Iterator[str]:
+    without = sum(not prompt.checks for prompt in prompts)
+    if 0 < without < len(prompts):
+        yield f"{split}: {without} of {len(prompts)} prompts have no checks and stay unscored by them"

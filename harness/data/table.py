@@ -1,6 +1,6 @@
-"""The usable rows of one file of preference data, and the rows that are not.
+"""Path or Hub reference -> a `Table`: the usable rows of one file of preference data, and the others with reasons.
 
-Input: a path or Hub reference -> output: a `Table`, or a `UsageError`: form unknown, too many bad rows.
+A file of an unknown form, or with too many bad rows, is a `UsageError`.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TypedDict
 
 from tqdm import tqdm
 
@@ -19,15 +19,28 @@ from harness.data.sources import Source, read_source
 from harness.study.errors import UsageError
 from harness.study.text import one_line
 
-_SHOWN = 10  # bad rows that a message lists; the rest is counted
+_SHOWN_ROWS = 10  # bad rows that a message lists; the rest is counted
+
+
+class TableFacts(TypedDict):
+    """A file for study.yaml: path, forms (most frequent first), hash, number of rows, bad rows with reasons."""
+
+    path: str
+    form: str
+    sha256: str
+    rows: int
+    bad_rows: list[str]
 
 
 @dataclass(frozen=True)
 class Table:
-    """What one file holds.
+    """The rows of one file.
 
     Attributes:
         key: the config key that names the file.
+        source: the file.
+        rows: usable rows.
+        bad_rows: other rows, in order.
     """
 
     key: str
@@ -36,8 +49,8 @@ class Table:
     bad_rows: tuple[BadRow, ...]
 
     @property
-    def facts(self) -> dict[str, Any]:
-        """JSON for the manifest: path, forms (most frequent first), hash, number of rows, bad rows."""
+    def facts(self) -> TableFacts:
+        """The facts of the file for study.yaml."""
         forms = Counter(row.form for row in self.rows)
         return {
             "path": self.source.path,
@@ -51,9 +64,14 @@ class Table:
 def read_table(
     reference: str, *, key: str, revision: str | None, max_bad_fraction: float, both_turns: bool = True
 ) -> Table:
-    """Read one file; the key says what for: `data.dev` and `data.golden` need no pairs, `data.train` has no checks.
+    """Read one file.
 
-    `both_turns`: also the second turns of a golden set that has some, each as a prompt that follows the first.
+    Args:
+        reference: a path or a Hub reference.
+        key: the config key of the file. `data.dev` and `data.golden` need no pairs; `data.train` has no checks.
+        revision: of a Hub data set.
+        max_bad_fraction: allowed share of bad rows.
+        both_turns: also read the second turns of a golden set, each as a prompt that follows the first.
 
     Raises:
         UsageError: for a file that cannot be read, has no rows, has no known form or too many bad rows.
@@ -68,7 +86,7 @@ def read_table(
         raise UsageError(
             f"{key}={reference}: its columns match no form (found: {columns}); rename them to one of:{forms}"
         )
-    rows, bad_rows = _parse(source, key, evaluates=is_evaluation, both_turns=both_turns)
+    rows, bad_rows = _parse_rows(source, key, evaluates=is_evaluation, both_turns=both_turns)
     kept, disagreeing = _drop_disagreeing(rows, reference)
     bad_rows = sorted([*source.bad_rows, *bad_rows, *disagreeing], key=lambda bad: bad.row)
     if len(bad_rows) > max_bad_fraction * source.count or not kept:
@@ -76,7 +94,7 @@ def read_table(
     return Table(key, source, tuple(kept), tuple(bad_rows))
 
 
-def _parse(source: Source, key: str, *, evaluates: bool, both_turns: bool) -> tuple[list[ParsedRow], list[BadRow]]:
+def _parse_rows(source: Source, key: str, *, evaluates: bool, both_turns: bool) -> tuple[list[ParsedRow], list[BadRow]]:
     rows: list[ParsedRow] = []
     bad_rows = []
     columns, reads_checks = source.columns, key != "data.train"
@@ -106,17 +124,17 @@ def _drop_disagreeing(rows: list[ParsedRow], path: str) -> tuple[list[ParsedRow]
 
 
 def _bad_rows_message(source: Source, key: str, bad_rows: Sequence[BadRow], limit: float) -> str:
-    shown = "".join(f"\n  {bad}" for bad in bad_rows[:_SHOWN])
+    shown = "".join(f"\n  {bad}" for bad in bad_rows[:_SHOWN_ROWS])
     return (
         f"{key}={source.path}: {len(bad_rows)} of {source.count} rows cannot be used "
         f"({len(bad_rows) / source.count:.1%}; data.max_bad_fraction allows {limit:.1%}). "
-        f"The first {min(_SHOWN, len(bad_rows))}:{shown}\n"
+        f"The first {min(_SHOWN_ROWS, len(bad_rows))}:{shown}\n"
         "Repair or remove these rows, or raise data.max_bad_fraction to go on without them."
     )
 
 
 def table_warnings(table: Table, *, revision: str | None) -> Iterator[str]:
-    """Say what is odd about a file and yet allowed."""
+    """Yield properties of a file that are odd and yet allowed."""
     key, rows = table.key, table.rows
     if table.bad_rows:
         yield f"{key}: {len(table.bad_rows)} of {table.source.count} rows cannot be used and were left out"

@@ -1,8 +1,7 @@
-"""Tokenise every pair once, before any trainer sees it: both arms train on these ids and on no others.
+"""Pairs (text) -> token ids, once, before any trainer; all arms train on these ids and on no others.
 
-Input: pairs (text) -> output: token ids, with the pairs that do not fit dropped, for all arms alike.
-
-Stock TRL trainers tokenise for themselves and disagree: `CPOTrainer` adds an EOS or a BOS and truncates differently.
+Pairs that do not fit are dropped for all arms alike. Stock TRL trainers tokenise for themselves and disagree:
+`CPOTrainer` adds an EOS or a BOS and truncates differently.
 """
 
 from __future__ import annotations
@@ -15,17 +14,20 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from harness.data.records import Message, Pair
 from harness.study.errors import UsageError
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 
 @dataclass(frozen=True)
 class TokenPair:
-    """A pair as token ids: the prompt's are shared by both answers; each answer ends the turn exactly once."""
+    """A pair as token ids: both answers share the prompt's ids, and each ends the turn exactly once."""
 
     pair_id: str
     prompt_id: str
@@ -41,7 +43,7 @@ class TokenPair:
 
 @dataclass(frozen=True)
 class TokenisedPairs:
-    """Rows that fit, in the order given, and how many did not, by reason."""
+    """Rows that fit, in the given order, and the number of dropped pairs by reason."""
 
     rows: tuple[TokenPair, ...]
     dropped: dict[str, int]
@@ -56,24 +58,29 @@ class TokenisedPairs:
 
 
 def canonical_bytes(prompt_ids: Sequence[int], chosen_ids: Sequence[int], rejected_ids: Sequence[int]) -> bytes:
-    """Write one pair's ids as bytes: three lengths, then the ids, 32-bit little-endian. The lengths are the mask."""
+    """Return one pair's ids as bytes: three lengths (the mask), then the ids, 32-bit little-endian."""
     lengths = (len(prompt_ids), len(chosen_ids), len(rejected_ids))
     return np.array([*lengths, *prompt_ids, *chosen_ids, *rejected_ids], dtype="<i4").tobytes()
 
 
 class ChatFormat:
-    """Turn conversations into token ids in one way for training, held-out scoring and generation.
+    """Converts conversations to token ids, in the same way for training, held-out scoring and generation.
 
-    BOS stands once, in front, where the chat template writes it or the tokenizer's own encoding puts it: a template
-    without BOS does not take it from a model that has always seen one.
+    BOS stands once, in front, where the chat template or the tokenizer's own encoding puts it. A template without BOS
+    does not take it from a model that was trained with one.
 
     Args:
         tokenizer: a transformers tokenizer.
         stop_ids: ids at which generation stops; the tokenizer's EOS is always one of them.
         use_template: put plain-text prompts through the chat template, where there is one.
+
+    Raises:
+        UsageError: for a tokenizer without `eos_token`.
     """
 
-    def __init__(self, tokenizer: Any, stop_ids: Iterable[int] = (), *, use_template: bool = True) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, stop_ids: Iterable[int] = (), *, use_template: bool = True
+    ) -> None:
         if tokenizer.eos_token_id is None:
             raise UsageError("the tokenizer has no eos_token; set one in the checkpoint's tokenizer_config.json")
         self.tokenizer = tokenizer
@@ -83,17 +90,17 @@ class ChatFormat:
         first = self._encode("a")[:1] or [tokenizer.eos_token_id]
         self._opening = list(itertools.takewhile(lambda token: token not in first, tokenizer("a")["input_ids"]))
         ends = {text for text, token in tokenizer.added_tokens_encoder.items() if token in self.stop_ids}
-        self._end = re.compile(rf"(?:(?:{_any_of(ends)})\s*)+\Z")
-        self._control = re.compile(_any_of(_control_tokens(tokenizer) | ends))
+        self._end = re.compile(rf"(?:(?:{_pattern_of(ends)})\s*)+\Z")
+        self._control = re.compile(_pattern_of(_control_tokens(tokenizer) | ends))
 
     def prompt_ids(self, prompt: Sequence[Message], *, conversational: bool) -> list[int]:
-        """Return the prompt's ids, up to where the assistant's turn begins.
+        """Return the prompt's ids, up to the begin of the assistant's turn.
 
-        A control token in the text acts as one, as it does where a model is served. Pairs with one are not trained on
-        (see `unusable`); a prompt for evaluation is answered all the same, by every arm from the same ids.
+        A control token in the text acts as one, as in a served model. Pairs with one are not trained on (see
+        `unusable`); an evaluation prompt with one is answered, by every arm from the same ids.
         """
         bos = self.tokenizer.bos_token_id
-        ids = self._encode_head(self._head(prompt, conversational=conversational))
+        ids = self._encode_head(self._text_of_prompt(prompt, conversational=conversational))
         body = list(itertools.dropwhile(lambda token: token == bos, ids))
         opening = [t for t in self._opening if t == bos] if self._templated(conversational) else self._opening
         written = ids[:1] if len(body) < len(ids) else []
@@ -102,12 +109,12 @@ class ChatFormat:
     def answer_ids(self, prompt: Sequence[Message], answer: Sequence[Message], *, conversational: bool) -> list[int]:
         """Return the answer's ids after the prompt's; the last one, and in a single turn no other, ends the turn.
 
-        They are those of prompt and answer encoded as one text. Where that would change the prompt's own ids (tokens
-        that merge across the boundary) the answer is encoded apart: generation starts from the prompt's ids as well.
+        Prompt and answer are encoded as one text. Where tokens merge across the boundary, and so change the prompt's
+        ids, the answer is encoded apart: generation starts from the prompt's ids, too.
         """
-        head = self._head(prompt, conversational=conversational)
+        head = self._text_of_prompt(prompt, conversational=conversational)
         if self._templated(conversational):
-            text = self._rest(prompt, self._without_ends(answer), head)
+            text = self._text_after_head(prompt, self._without_ends(answer), head)
         else:
             text = answer[-1]["content"]
         head_ids, whole_ids = self._encode_head(head), self._encode(head + text)
@@ -115,10 +122,10 @@ class ChatFormat:
         return self._end_once(whole_ids[len(head_ids) :] if kept else self._encode(text))
 
     def unusable(self, pair: Pair) -> str | None:
-        """Return why a pair's text cannot be trained on: it contains a control token, which would act as one.
+        """Return why a pair cannot be trained on: its text contains a control token, which would act as one.
 
-        Not counted are an end of turn at the end of an answer, which is there once in any case, and the prompt of a
-        plain text that no template is put around: it may have been written in the template's form.
+        Allowed are an end of turn at the end of an answer, and control tokens in a plain-text prompt without a
+        template around it: it may be written in the template's form.
         """
         templated = self._templated(pair.conversational)
         found = self._find_control(turn["content"] for turn in pair.prompt) if templated else None
@@ -142,14 +149,14 @@ class ChatFormat:
             )
         return has_template and (conversational or self.use_template)
 
-    def _head(self, prompt: Sequence[Message], *, conversational: bool) -> str:
-        """Return the text up to where the assistant's turn begins."""
+    def _text_of_prompt(self, prompt: Sequence[Message], *, conversational: bool) -> str:
+        """Return the text up to the begin of the assistant's turn."""
         if self._templated(conversational):
             return self._render(prompt, add_generation_prompt=True)
         return prompt[-1]["content"]
 
-    def _rest(self, prompt: Sequence[Message], answer: Sequence[Message], head: str) -> str:
-        """Return what the template writes after `head`, of which nothing may be the assistant's header."""
+    def _text_after_head(self, prompt: Sequence[Message], answer: Sequence[Message], head: str) -> str:
+        """Return the template's text after `head`, in which the assistant's header must not occur."""
         whole = self._render([*prompt, *answer], add_generation_prompt=False)
         if not whole.startswith(head):
             raise UsageError(
@@ -188,11 +195,11 @@ class ChatFormat:
         return next((found.group() for text in texts if (found := self._control.search(text))), None)
 
     def _without_ends(self, answer: Sequence[Message]) -> list[Message]:
-        """Take the end of turn, written in the data as well, from the assistant's last turn."""
+        """Remove an end of turn that the data hold from the assistant's last turn."""
         return [*answer[:-1], {**answer[-1], "content": self._end.sub("", answer[-1]["content"])}]
 
     def _end_once(self, ids: list[int]) -> list[int]:
-        """Cut behind the first of the ends of turn at the end, with white space or none between; or add the EOS."""
+        """Keep the first of several ends of turn at the end, with white space between or without; else add the EOS."""
         end = None
         for i in range(len(ids) - 1, -1, -1):
             if ids[i] in self.stop_ids:
@@ -202,18 +209,18 @@ class ChatFormat:
         return [*ids, self.tokenizer.eos_token_id] if end is None else ids[: end + 1]
 
 
-def _any_of(tokens: Iterable[str]) -> str:
+def _pattern_of(tokens: Iterable[str]) -> str:
     return "|".join(re.escape(token) for token in sorted(tokens, key=lambda token: (-len(token), token)))
 
 
-def _control_tokens(tokenizer: Any) -> set[str]:
-    """Return the texts that the tokenizer reads as special tokens; that for unknown words does nothing by itself."""
+def _control_tokens(tokenizer: PreTrainedTokenizerBase) -> set[str]:
+    """Return the texts of special tokens, without the one for unknown words, which has no effect."""
     added = {str(token.content) for token in tokenizer.added_tokens_decoder.values() if token.special}
     return (added | {str(token) for token in tokenizer.all_special_tokens}) - {tokenizer.unk_token, ""}
 
 
 def tokenise_pairs(pairs: Iterable[Pair], chat: ChatFormat, *, max_length: int) -> TokenisedPairs:
-    """Tokenise pairs and drop, never cut, those that are too long, alike as tokens, or hold control tokens as text."""
+    """Tokenise pairs; drop, and never cut, those that are too long, equal as tokens, or contain control tokens."""
     rows, dropped = [], Counter[str]()
     for pair in pairs:
         reason = chat.unusable(pair)

@@ -12,9 +12,10 @@ from typing import Any
 from harness.decide.lines import table_lines, verdict_line, warning_lines
 from harness.decide.rule import verdict
 from harness.decide.scores_file import read_scores
-from harness.decide.study import ALPHA, MARGIN, decide_study
+from harness.decide.study import decide_study
 from harness.study.errors import UsageError, in_one_sentence
 from harness.study.files import locked
+from harness.study.registration import ALPHA, MARGIN
 
 
 def _guard_option(text: str) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from harness.config.arms import ARMS
 from harness.decide.scores_file import ArmScores, arm_scores, checked, choose_metric, same_prompts
 from harness.decide.stats import Components, compare, compare_runs, needed
 from harness.study.errors import UsageError
+from harness.study.registration import ALPHA, MARGIN
 from harness.study.scores_csv import MAX_UNSCORED
 
 # Below these the interval's assumptions are strained; the verdict warns.
@@ -24,8 +25,8 @@ def verdict(
     scores: pd.DataFrame,
     *,
     metric: str | None = None,
-    margin: float = 0.05,
-    alpha: float = 0.05,
+    margin: float = MARGIN,
+    alpha: float = ALPHA,
     arms: tuple[str, str] = ("simpo", "dpo"),
     cluster: str | None = None,
     guards: Sequence[Mapping[str, Any]] = (),

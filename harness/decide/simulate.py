@@ -15,6 +15,7 @@ import numpy as np
 from harness.decide.rule import decide_interval
 from harness.decide.scores_file import ArmScores
 from harness.decide.stats import Components, compare, mean_variance
+from harness.study.registration import ALPHA, MARGIN
 
 ARMS = ("simpo", "dpo")
 # What is assumed before anything is known: the settings that the rule was chosen with (benchmarks/decision_rule.md).
@@ -48,8 +49,8 @@ class Setting:
     prompt_sd: float = PROMPT_SD
     noise_sd: float = NOISE_SD
     passes: bool = False
-    margin: float = 0.05
-    alpha: float = 0.05
+    margin: float = MARGIN
+    alpha: float = ALPHA
     looks: tuple[int, ...] = ()
 
     @property

@@ -5,7 +5,7 @@ Command: `python -m harness.decide results/STUDY | SCORES_FILE`. Imports no torc
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,8 @@ from typing import Any
 import pandas as pd
 
 from harness.config.arms import ARMS
+from harness.config.keys import shown
+from harness.config.schema import GUARD, RunConfig
 from harness.decide.rule import verdict
 from harness.decide.scores_file import read_scores
 from harness.study.decision import VERDICT_FILE, Look, edge_warnings, golden_problem, read_looks, write_looks
@@ -22,9 +24,6 @@ from harness.study.manifest import data_identity
 from harness.study.registration import Registration, contrast_of, facts_warnings, read_study
 
 __all__ = ["decide_study", "verdict"]
-
-MARGIN = 0.05
-ALPHA = 0.05
 
 
 def decide_study(study: Path) -> dict[str, Any]:
@@ -190,3 +189,15 @@ def _shown(look: Mapping[str, Any]) -> str:
         configs, seeds = len(look["configs"][arm]), len(look["seeds"][arm])
         parts.append(f"{arm} {configs} config{'s' * (configs != 1)} x {seeds} seed{'s' * (seeds != 1)}")
     return " and ".join(parts)
+
+
+def problems(config: RunConfig) -> Iterator[str]:
+    """Yield what is wrong with the form of the guards; `harness.score.available` checks their metrics."""
+    metrics = []
+    for guard in config.decide.guards:
+        metric, margin = guard.get("metric"), guard.get("margin")
+        if set(guard) != {"metric", "margin"} or not isinstance(margin, int | float) or not 0 < margin < 1:
+            yield f"decide.guards: {shown(guard)}: each guard is {GUARD}"
+        elif metric in metrics:
+            yield f"decide.guards: {metric} is guarded twice; give it once"
+        metrics.append(metric)

@@ -10,18 +10,22 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, TypedDict
 
 import numpy as np
 from tqdm import tqdm
 
+from harness.config.machine import provenance
 from harness.config.schema import GenerateConfig
 from harness.data.checks import failed_checks
 from harness.data.records import Completion, EvalPrompt, Message, prompt_id
 from harness.data.tokens import ChatFormat
 from harness.embedded.tasks import WORDS, Task, demonstrate, make_task, make_tasks, rank
 from harness.generate.answers import generate_completions
-from harness.study.files import file_sha256, write_json, write_jsonl
+from harness.study.files import Json, file_sha256, write_json, write_jsonl
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 SIZES = {"golden": 900, "dev": 160, "train": 320}
 SPARE = 2  # train prompts are drawn twice over: not every one yields a pair
@@ -36,7 +40,7 @@ CHAT_TEMPLATE = (
 )
 
 # Chosen on dev out of 5e-5, 1e-4, 2e-4 and 4e-4 for both arms. From 1e-3 on DPO collapses.
-RECOMMENDED: dict[str, Any] = {
+RECOMMENDED: dict[str, Json] = {
     "learning_rate": {"dpo": 1e-4, "simpo": 2e-4},
     "epochs": 2,
     "batch_size": 8,
@@ -45,8 +49,24 @@ RECOMMENDED: dict[str, Any] = {
 Pairs = dict[str, tuple[str, str]]  # by prompt: chosen, rejected
 
 
-def build(out: Path, seed: int, *, sft_demonstrations: int = SFT_DEMONSTRATIONS) -> dict[str, Any]:
-    """Build everything from a seed, then write it to `out`; return the card (what was made, how, and its score).
+class Card(TypedDict):
+    """card.json: the command, sizes, the base's scores, recommended settings, and the hash of each file."""
+
+    built_by: str
+    seed: int
+    sft_demonstrations: int
+    rows: dict[str, int]
+    base: dict[str, float]
+    recommended: dict[str, Json]
+    parameters: int
+    seconds: float
+    versions: dict[str, str]
+    bytes: dict[str, int]
+    sha256: dict[str, str]
+
+
+def build(out: Path, seed: int, *, sft_demonstrations: int = SFT_DEMONSTRATIONS) -> Card:
+    """Build everything from a seed and write it to `out`; return card.json.
 
     Raises:
         RuntimeError: where the base is too poor to sample enough pairs from; nothing is written then.
@@ -58,21 +78,27 @@ def build(out: Path, seed: int, *, sft_demonstrations: int = SFT_DEMONSTRATIONS)
     model = train_base(chat, demonstrations(seed, sft_demonstrations, held_out=held_out), seed=seed)
     pairs = sample_pairs(model, chat, [*tasks["train"], *tasks["dev"]], seed=seed)
     tasks["train"] = select_train(tasks["train"], pairs)
-    card = {
+    base = score_base(model, chat, tasks)
+    write_study(out, model, chat, tasks=tasks, pairs=pairs)
+    shipped = [path for path in sorted(out.iterdir()) if path.is_file() and path.name != "card.json"]
+    card: Card = {
         "built_by": f"python -m harness.embedded --seed {seed}",
         "seed": seed,
         "sft_demonstrations": sft_demonstrations,
         "rows": {split: len(split_tasks) for split, split_tasks in tasks.items()},
-        "base": score_base(model, chat, tasks),
+        "base": base,
         "recommended": RECOMMENDED,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "seconds": round(time.perf_counter() - start, 1),
+        "versions": provenance()["versions"],
+        "bytes": {path.name: path.stat().st_size for path in shipped},
+        "sha256": {path.name: file_sha256(path) for path in shipped},
     }
-    write_study(out, model, chat, tasks=tasks, pairs=pairs)
-    card |= _card_facts(out, model, start)
     write_json(out / "card.json", card)
     return card
 
 
-def build_tokenizer() -> Any:
+def build_tokenizer() -> PreTrainedTokenizerBase:
     """Return a tokenizer of characters, in which each word of the filler is one token: padded answers stay short."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -118,17 +144,17 @@ def demonstrations(seed: int, count: int, *, held_out: set[str]) -> list[tuple[T
     return rows
 
 
-def encode_demonstrations(chat: ChatFormat, rows: Sequence[tuple[Task, str]]) -> list[dict[str, Any]]:
+def encode_demonstrations(chat: ChatFormat, rows: Sequence[tuple[Task, str]]) -> list[dict[str, list[int]]]:
     """Return `input_ids` and `completion_mask` for SFTTrainer, in the order of `rows`, which is random."""
     examples = []
     for task, answer in tqdm(rows, desc="tokenise demonstrations", delay=5, leave=False):
-        prompt = chat.prompt_ids([_user(task)], conversational=True)
-        reply = chat.answer_ids([_user(task)], [{"role": "assistant", "content": answer}], conversational=True)
+        prompt = chat.prompt_ids([_user_turn(task)], conversational=True)
+        reply = chat.answer_ids([_user_turn(task)], [{"role": "assistant", "content": answer}], conversational=True)
         examples.append({"input_ids": prompt + reply, "completion_mask": [0] * len(prompt) + [1] * len(reply)})
     return examples
 
 
-def train_base(chat: ChatFormat, rows: Sequence[tuple[Task, str]], *, seed: int) -> Any:
+def train_base(chat: ChatFormat, rows: Sequence[tuple[Task, str]], *, seed: int) -> PreTrainedModel:
     """Train the tiny Llama once over the demonstrations with TRL's SFTTrainer, on the answers only; seeds torch."""
     import torch
     from datasets import Dataset
@@ -159,7 +185,7 @@ def train_base(chat: ChatFormat, rows: Sequence[tuple[Task, str]], *, seed: int)
     return model.eval()
 
 
-def build_model(tokenizer: Any) -> Any:
+def build_model(tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """Return an untrained Llama of 0.87M parameters; initialised from torch's global generator."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -181,7 +207,7 @@ def build_model(tokenizer: Any) -> Any:
     return LlamaForCausalLM(config)
 
 
-def sample_pairs(model: Any, chat: ChatFormat, tasks: Sequence[Task], *, seed: int) -> Pairs:
+def sample_pairs(model: PreTrainedModel, chat: ChatFormat, tasks: Sequence[Task], *, seed: int) -> Pairs:
     """Sample answers from the base and pair, for each prompt, a right and concise one with one that is not.
 
     A prompt whose samples are all good, or all bad, yields no pair.
@@ -212,10 +238,12 @@ def select_train(tasks: Sequence[Task], pairs: Pairs) -> list[Task]:
     return selected
 
 
-def answer_tasks(model: Any, chat: ChatFormat, tasks: Sequence[Task], *, seed: int | None = None) -> list[Completion]:
+def answer_tasks(
+    model: PreTrainedModel, chat: ChatFormat, tasks: Sequence[Task], *, seed: int | None = None
+) -> list[Completion]:
     """Answer tasks in order: greedily, or, with a seed, at temperature 1."""
     prompts = [
-        EvalPrompt(prompt_id([_user(task)]), (_user(task),), (), None, conversational=True, row=i)
+        EvalPrompt(prompt_id([_user_turn(task)]), (_user_turn(task),), (), None, conversational=True, row=i)
         for i, task in enumerate(tasks)
     ]
     temperature = 0.0 if seed is None else 1.0
@@ -223,7 +251,7 @@ def answer_tasks(model: Any, chat: ChatFormat, tasks: Sequence[Task], *, seed: i
     return generate_completions(model, chat, prompts, split="embedded", decoding=decoding)
 
 
-def score_base(model: Any, chat: ChatFormat, tasks: dict[str, list[Task]]) -> dict[str, float]:
+def score_base(model: PreTrainedModel, chat: ChatFormat, tasks: dict[str, list[Task]]) -> dict[str, float]:
     """Return the share of greedy answers that pass all checks, and of those with the right answer in them."""
     scores = {}
     for split in ("dev", "golden"):
@@ -235,7 +263,9 @@ def score_base(model: Any, chat: ChatFormat, tasks: dict[str, list[Task]]) -> di
     return {name: round(score, 4) for name, score in scores.items()}
 
 
-def write_study(out: Path, model: Any, chat: ChatFormat, *, tasks: dict[str, list[Task]], pairs: Pairs) -> None:
+def write_study(
+    out: Path, model: PreTrainedModel, chat: ChatFormat, *, tasks: dict[str, list[Task]], pairs: Pairs
+) -> None:
     """Write the model, the tokenizer and the three splits beside `out`, then move them in: no half-written study."""
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
@@ -243,14 +273,14 @@ def write_study(out: Path, model: Any, chat: ChatFormat, *, tasks: dict[str, lis
         model.save_pretrained(temporary, safe_serialization=True)
         chat.tokenizer.save_pretrained(temporary)
         for split, split_tasks in tasks.items():
-            write_jsonl(temporary / f"{split}.jsonl", (_row(task, split, pairs) for task in split_tasks))
+            write_jsonl(temporary / f"{split}.jsonl", (_study_row(task, split, pairs) for task in split_tasks))
         for path in sorted(temporary.iterdir()):
             path.chmod(0o644)  # safetensors writes for the owner alone
             path.replace(out / path.name)
 
 
-def _row(task: Task, split: str, pairs: Pairs) -> dict[str, Any]:
-    row: dict[str, Any] = {"id": prompt_id([_user(task)]), "prompt": task.prompt}
+def _study_row(task: Task, split: str, pairs: Pairs) -> dict[str, Json]:
+    row: dict[str, Json] = {"id": prompt_id([_user_turn(task)]), "prompt": task.prompt}
     if split != "train":
         row["checks"] = task.checks
     if task.prompt in pairs:
@@ -258,18 +288,5 @@ def _row(task: Task, split: str, pairs: Pairs) -> dict[str, Any]:
     return row
 
 
-def _user(task: Task) -> Message:
+def _user_turn(task: Task) -> Message:
     return {"role": "user", "content": task.prompt}
-
-
-def _card_facts(out: Path, model: Any, start: float) -> dict[str, Any]:
-    from harness.config.machine import provenance
-
-    shipped = [path for path in sorted(out.iterdir()) if path.is_file() and path.name != "card.json"]
-    return {
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "seconds": round(time.perf_counter() - start, 1),
-        "versions": provenance()["versions"],
-        "bytes": {path.name: path.stat().st_size for path in shipped},
-        "sha256": {path.name: file_sha256(path) for path in shipped},
-    }

@@ -8,11 +8,11 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from harness.data.checks import failed_checks
+from harness.data.records import Check
 
 LETTERS = "abcdefghij"
 # Fillers share their first word, so that a policy which begins with it has not yet chosen among them. No word of theirs
@@ -35,7 +35,7 @@ class Task:
     slip: str
 
     @property
-    def checks(self) -> list[dict[str, Any]]:
+    def checks(self) -> list[Check]:
         """Return the checks of the golden file: the right answer stands there, and not a word more."""
         return [{"regex": rf"(?<!\S){re.escape(self.answer)}(?!\S)"}, {"max_words": len(self.answer.split())}]
 

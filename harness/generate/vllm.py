@@ -16,6 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from harness.config.compose import vllm_problem
 from harness.config.schema import RunConfig
 from harness.data.records import Completion, EvalPrompt
 from harness.data.splits import Splits
@@ -138,3 +139,14 @@ def answer_folders(
 
 if __name__ == "__main__":
     write_json(Path(sys.argv[2]), list(_answers(read_json(Path(sys.argv[1])))))
+
+
+def problems(config: RunConfig) -> Iterator[str]:
+    """Yield what is wrong with the section `generate`."""
+    temperature, top_p = config.generate.temperature, config.generate.top_p
+    if temperature == 0 and top_p != 1:
+        yield f"generate.top_p={top_p:g}: generate.temperature=0 is greedy and has no use for it; set a temperature"
+    if 0 < temperature < 0.01:
+        yield f"generate.temperature={temperature:g}: 0 (greedy) or at least 0.01; smaller ones overflow"
+    if config.generate.backend == "vllm" and (problem := vllm_problem(config)):
+        yield f"generate.backend=vllm: {problem}; use generate.backend=transformers"

@@ -31,6 +31,7 @@ from harness.report.style import INK, LINE, MUTED, PAPER, THEME, Drawing, inline
 from harness.report.words import MISSING, interval, plural, points
 from harness.study.errors import UsageError
 from harness.study.files import Reader, bounds, mapping, number, write_text
+from harness.study.registration import ALPHA
 from harness.study.text import html, one_line, visible
 
 _TEMPLATES = Path(__file__).parent / "templates"
@@ -126,7 +127,7 @@ def facts(row: Overview) -> dict[str, str]:
 
 
 def _interval(row: Overview) -> str:
-    return MISSING if row.interval is None else f"{confidence(row.alpha or 0.05)}: {interval(row.interval)}"
+    return MISSING if row.interval is None else f"{confidence(row.alpha or ALPHA)}: {interval(row.interval)}"
 
 
 def _tail(path: str) -> str:
@@ -361,7 +362,7 @@ def draw_forest(rows: Sequence[Overview]) -> Drawing | None:
 
 
 def _levels(rows: Sequence[Overview]) -> str:
-    return ", ".join(sorted({confidence(row.alpha or 0.05) for row in rows}))
+    return ", ".join(sorted({confidence(row.alpha or ALPHA) for row in rows}))
 
 
 def _draw(axes: Axes, rows: Sequence[Overview], label: str) -> None:

@@ -20,6 +20,7 @@ from harness.report.style import Look
 from harness.report.words import DEFINITIONS, MISSING, PREFERENCE, SCORERS, levels, percent, plural, points
 from harness.score.trial_scores import degenerate_shares
 from harness.study.files import Reader, mapping, number
+from harness.study.registration import ALPHA
 from harness.study.text import html, markdown, one_line
 
 _CELL_LIMIT = 400
@@ -290,7 +291,7 @@ def mean_interval(study: Study, config: Config, scorer: str) -> tuple[float, flo
         return None
     alpha = number(study.verdict.get("alpha"))
     found = contrast([table.to_numpy(dtype=float).T], [1.0], labels)
-    low, high = found.interval(1 - (0.05 if alpha is None else alpha))
+    low, high = found.interval(1 - (ALPHA if alpha is None else alpha))
     return float(np.clip(low, 0, 1)), float(np.clip(high, 0, 1))
 
 

@@ -16,6 +16,7 @@ from harness.decide.rule import verdict
 from harness.report.study import DIVERGED, FAILED, UNFINISHED, Study, run_means
 from harness.study.errors import UsageError
 from harness.study.files import bounds, mapping, number
+from harness.study.registration import ALPHA, MARGIN
 
 MISSING = "–"
 PREFERENCE = "preference_accuracy"
@@ -63,7 +64,7 @@ def interval(value: Any) -> str:
 def levels(study: Study) -> tuple[str, str]:
     """Name the confidence of `ci95` and of `ci90`, which are at 1 - alpha and 1 - 2 * alpha whatever alpha is."""
     alpha = number(study.verdict.get("alpha"))
-    alpha = 0.05 if alpha is None else alpha
+    alpha = ALPHA if alpha is None else alpha
     return confidence(alpha), confidence(2 * alpha)
 
 
@@ -328,8 +329,8 @@ def disagreement(study: Study) -> str:
         found = verdict(
             study.scores,
             metric=other,
-            margin=number(study.verdict.get("margin")) or 0.05,
-            alpha=number(study.verdict.get("alpha")) or 0.05,
+            margin=number(study.verdict.get("margin")) or MARGIN,
+            alpha=number(study.verdict.get("alpha")) or ALPHA,
             arms=(first, second),
         )
     except UsageError:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.config.checkpoint import base_sha256, checkpoint_dir
+from harness.config.keys import shown
 from harness.config.schema import ModelConfig, RunConfig, ScoreConfig, Tuning
 from harness.config.trial_id import plain
 from harness.score.judge_endpoint import judge_key, key_problem
@@ -189,3 +190,17 @@ def scoring_of(config: RunConfig, splits: Sequence[str], names: Sequence[str] = 
     model: dict[str, Any] = {"folder": str(checkpoint_dir(config.model)), "chat_template": template}
     model["quantise"] = config.train.tuning is Tuning.qlora
     return Scoring(config.score, found, splits, Path(config.results_dir) / ".cache", model)
+
+
+def problems(config: RunConfig) -> Iterator[str]:
+    """Yield what would keep the scorers of a study from working, and metrics that no scorer gives."""
+    known = known_scorers(config.score)
+    yield from score_problems(config.score, run_names(config.score))
+    metric = config.decide.metric
+    if metric is not None and metric not in known:
+        yield f"decide.metric={metric}: {unknown_scorer(metric, config.score)}"
+    for guard in config.decide.guards:
+        if set(guard) == {"metric", "margin"} and guard["metric"] not in known:
+            yield f"decide.guards: {shown(guard)}: {unknown_scorer(str(guard['metric']), config.score)}"
+    if config.keep == "none" and config.score.lm_eval.tasks:
+        yield "keep=none: score.lm_eval.tasks are run on the weights of the trials that decide; use keep=confirmed"

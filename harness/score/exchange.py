@@ -26,7 +26,7 @@ from harness.study.errors import UsageError
 from harness.study.files import digest, file_sha256, write_jsonl
 from harness.study.integrity import fingerprints
 from harness.study.manifest import Manifest, write_manifest
-from harness.study.registration import Guard, contrast_of, write_study
+from harness.study.registration import ALPHA, MARGIN, Guard, contrast_of, write_study
 from harness.study.scores_csv import SCORE_COLUMNS
 
 FORMS = (
@@ -234,8 +234,8 @@ class Question:
     """What the study asks: the metric that decides, the margin and the error rate."""
 
     metric: str
-    margin: float = 0.05
-    alpha: float = 0.05
+    margin: float = MARGIN
+    alpha: float = ALPHA
 
 
 def adopt(

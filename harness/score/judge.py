@@ -11,9 +11,8 @@ from typing import Any
 
 from scipy import stats
 
-from harness.config.schema import ScoreConfig
+from harness.config.schema import DataConfig, ScoreConfig
 from harness.data.records import Pair
-from harness.data.splits import DataSpec
 from harness.data.table import read_table
 from harness.score.answers import Preference, Run, Stored, as_text, conversation
 from harness.score.judge_endpoint import Budget, Cache, Endpoint
@@ -227,7 +226,7 @@ def agreement(reference: str, compare: Callable[[Sequence[Comparison]], list[Jud
         `path`, `pairs`, `unscored`, `agreement` (a contradiction counts half) and its Wilson interval at 95%, which
         is too wide rather than too narrow where there are contradictions.
     """
-    limit = DataSpec().max_bad_fraction
+    limit = DataConfig().max_bad_fraction
     table = read_table(reference, key="score.calibration_pairs", revision=None, max_bad_fraction=limit)
     pairs = [pair for row in table.rows if (pair := row.pair()) is not None]
     judgements = compare([_known_comparison(pair) for pair in pairs])

@@ -20,7 +20,7 @@ from omegaconf import DictConfig
 
 from harness.config.compose import register_schemas
 from harness.config.launchers import LAUNCHERS
-from harness.config.machine import job_problem, processes_problem
+from harness.config.machine import job_problem, processes_problem, this_machine
 from harness.config.overrides import check_overrides, check_single, explain
 from harness.config.paths import CONF
 from harness.decide.lines import table_lines, verdict_line, warning_lines
@@ -117,7 +117,7 @@ def _refuse_what_cannot_run(design: Design, launching: Launching) -> None:
     """Refuse a study for which this machine or the cluster's jobs have too little disk or too few devices."""
     accelerate = design.any.accelerate
     refuse_what_does_not_fit(design, launching.kind.at_once(accelerate.num_processes))
-    problem = "" if launching.kind.is_elsewhere else processes_problem(accelerate)
+    problem = "" if launching.kind.is_elsewhere else processes_problem(accelerate, this_machine())
     if problem := problem or job_problem(launching.requested, accelerate):
         raise UsageError(problem)
 

@@ -20,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from harness.config.arms import ARMS
 from harness.config.checkpoint import contents_sha256
-from harness.config.compose import load_profile, profile_name
+from harness.config.compose import load_defaults
 from harness.config.overrides import explain, is_axis, is_hydra, selected_arms, values_of
 from harness.config.schema import Reference, RunConfig, Tuning
 from harness.config.search import Params, Space, configs_of, is_interval, overrides_of
@@ -68,7 +68,7 @@ def expand(parsed: Sequence[Override], master: DictConfig) -> Request:
     arms = selected_arms(list(parsed))
     shared: dict[str, Any] = {}
     own: dict[str, dict[str, Any]] = {arm: _preset_space(master, arm) for arm in arms}
-    profile = load_profile(profile_name(master))
+    profile = load_defaults(master)
     seeds: list[int] = list(master.seeds or profile["seeds"])
     for override in parsed:
         key = override.key_or_group

@@ -299,7 +299,7 @@ def memory_bytes(config: RunConfig, tokens: Tokens, size: Checkpoint) -> int:
     itemsize = 2 if _may_use_bf16(config) else 4
     held = {Tuning.full: 4.0, Tuning.lora: float(itemsize), Tuning.qlora: 0.6}[config.train.tuning] * size.parameters
     trained = size.parameters if config.train.tuning is Tuning.full else config.train.lora_rank * size.lora_sides
-    shares = config.train.engine is Engine.paired and config.train.share_prefix
+    shares = config.train.engine is Engine.paired and config.train.levers.share_prefix
     count = largest_micro_batch(tokens.train.rows, plan_of(config, tokens.train.rows), share_prefix=shares)
     kept = activation_bytes(model, count, itemsize) / (_layers(config) if config.train.gradient_checkpointing else 1)
     return int(held + 12 * trained + kept + _PROCESS_BYTES)

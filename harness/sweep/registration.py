@@ -12,7 +12,7 @@ from typing import Any
 
 from harness.config.checkpoint import contents_sha256
 from harness.config.schema import RunConfig
-from harness.config.trial_id import NOT_IN_RESULT, plain
+from harness.config.trial_id import plain, registered_section
 from harness.data.inputs import prompt_rows, splits_of, tokens_of
 from harness.data.records import EvalPrompt
 from harness.data.splits import Splits
@@ -30,7 +30,6 @@ from harness.sweep.design import Design
 def fixed_parts(config: RunConfig) -> dict[str, Any]:
     """Return what all trials of a study share and what its verdict depends on; a change makes another study."""
     splits = splits_of(config)
-    data = {k: v for k, v in plain(config.data).items() if k not in ("path", "train", "dev", "golden", "revision")}
     metric = config.decide.metric or default_metric(config, splits)
     return {
         "question": config.question,
@@ -39,12 +38,12 @@ def fixed_parts(config: RunConfig) -> dict[str, Any]:
         "alpha": config.decide.alpha,
         "guards": plain(config.decide.guards),
         "looks": list(config.decide.looks or []),
-        "search": plain(config.search),
+        "search": registered_section(config, "search"),
         "score": registered_settings(config, [metric, *(str(guard["metric"]) for guard in config.decide.guards)]),
         "contents": contents_sha256(config, splits.facts),
-        "data": data,
-        "train": {key: value for key, value in plain(config.train).items() if key not in NOT_IN_RESULT},
-        "generate": plain(config.generate),
+        "data": registered_section(config, "data"),
+        "train": registered_section(config, "train"),
+        "generate": registered_section(config, "generate"),
     }
 
 
@@ -154,7 +153,7 @@ def _study(
             "revision": config.model.revision,
             "base_sha256": fixed["contents"]["base"],
         },
-        "data": facts,
+        "data": {**facts},
         "warnings": merged(old.get("warnings", []), [*facts.get("warnings", []), *warnings]),
         "command": old.get("command") or command,
         "created": old.get("created", datetime.now(UTC).isoformat(timespec="seconds")),

@@ -142,7 +142,7 @@ class _Running:
             "data_sha256": tokens.train.sha256,
             "pairs": {"train": len(tokens.train.rows), "dev": len(tokens.dev.rows), "golden": len(tokens.golden.rows)},
             "dropped_pairs": {split: getattr(tokens, split).dropped for split in ("train", "dev", "golden")},
-            "label_noise": facts.get("label_noise", {}),
+            "label_noise": {**facts["label_noise"]},
             "warnings": find_warnings(self.config),
         }
 
@@ -215,7 +215,8 @@ class _Running:
         """Score what is stored, and mirror the means and the completions."""
         base = self.trial.study / "base" if self.trial.is_trained else None
         with self._stage("score"):
-            rows = score_trial(self.folder, prompt_rows(splits_of(self.config)), tuple(SCORERS), base=base)
+            prompts = [{**row} for row in prompt_rows(splits_of(self.config))]
+            rows = score_trial(self.folder, prompts, tuple(SCORERS), base=base)
             self.manifest = load_manifest(self.folder)  # score_trial has added flags to it
         status = "diverged" if self.manifest["status"] == "diverged" else "complete"
         self._save(status=status, done=sorted({*self.manifest["done"], "score"}), files=self._files())

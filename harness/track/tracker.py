@@ -14,7 +14,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, TypeVar
 
-from harness.config.schema import TrackingConfig
+from harness.config.schema import RunConfig, TrackingConfig
 from harness.study.files import Json, digest
 from harness.study.log import say
 from harness.study.outcome import SPLIT_PREFIX, STEP
@@ -266,3 +266,13 @@ def _stop_service() -> None:
     with contextlib.suppress(Exception, SystemExit):  # it exits with the status of the killed process
         _within(WAIT_SECONDS, wandb.teardown)
     os.environ.pop("WANDB_SERVICE", None)  # inherited from a parent: the next run must not ask it either
+
+
+def problems(config: RunConfig) -> Iterator[str]:
+    """Yield what is wrong with the section `tracking`."""
+    project = config.tracking.project
+    if not project.strip() or len(project) > 128 or set(project) & set("/\\#?%:"):
+        yield (
+            f"tracking.project={project}: W&B wants a name of at most 128 characters with no `/`, `\\`, `#`, `?`, "
+            "`%` or `:` in it"
+        )

@@ -92,13 +92,13 @@ _pristine: dict[tuple[Any, ...], dict[str, Any]] = {}
 
 @contextlib.contextmanager
 def borrowed_base(config: RunConfig, *, trains_all: bool = False) -> Iterator[Any]:
-    """Yield the base; it is loaded where this process does not hold it yet, or where `train.reuse_base` is off.
+    """Yield the base; it is loaded where this process does not hold it yet, or where `train.levers.reuse_base` is off.
 
     Args:
         config: the trial.
         trains_all: True where the weights themselves will be trained; a copy is kept in memory to put them back.
     """
-    if not config.train.reuse_base:
+    if not config.train.levers.reuse_base:
         yield load_base(config)
         return
     key = (checkpoint_dir(config.model), uses_bf16(config), config.train.tuning)

@@ -208,7 +208,7 @@ def plan_of(config: RunConfig, rows: Sequence[TokenPair], *, micro: int | None =
         batch_size=train.batch_size,
         micro_batch_size=micro or micro_batch_size(config),
         seed=config.seed,
-        lengths=[row.length for row in rows] if train.group_lengths else (),
+        lengths=[row.length for row in rows] if train.levers.group_lengths else (),
     )
 
 

@@ -198,7 +198,7 @@ def _train_share(job: Path, rank: int) -> dict[str, Any]:
     from safetensors.torch import load_file
 
     from harness.config.machine import has_gpu
-    from harness.data.inputs import tokens_of
+    from harness.data.inputs import Inputs
     from harness.train.base import load_base, set_threads
     from harness.train.memory import plan_of
     from harness.train.run import train_arm
@@ -207,7 +207,7 @@ def _train_share(job: Path, rank: int) -> dict[str, Any]:
     set_threads(config)
     if has_gpu():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    tokens = tokens_of(config)
+    tokens = Inputs().tokens(config)
     path = job / "reference.safetensors"
     steps = (job / "steps.jsonl").open("w", encoding="utf-8") if rank == 0 else None
 

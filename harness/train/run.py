@@ -174,7 +174,7 @@ def _data_arguments(trainer: str, rows: Sequence[TokenPair], *, has_reference: b
 
 def _checkpoints(config: RunConfig, model: Any, rows: Sequence[TokenPair], plan: BatchPlan) -> bool:
     """Decide on gradient checkpointing: by an estimate, until memory has run out and shown it wrong."""
-    shares = config.train.engine is Engine.paired and config.train.share_prefix
+    shares = config.train.engine is Engine.paired and config.train.levers.share_prefix
     has_run_out = plan.micro_batch_size != config.train.micro_batch_size
     return has_run_out or needs_checkpointing(model, rows, plan, share_prefix=shares)
 
@@ -187,19 +187,22 @@ def _make_fast(trainer: Any, model: Any, config: RunConfig, rows: tuple[TokenPai
 
     if isinstance(config.method, SimPOConfig):
         trainer.length_norm = config.method.length_norm
-    train = config.train
-    if train.fuse_adapters and train.tuning is Tuning.lora:
+    levers = config.train.levers
+    if levers.fuse_adapters and config.train.tuning is Tuning.lora:
         fuse_adapters(model)
-    if not (train.share_prefix or train.completion_head):
+    if not (levers.share_prefix or levers.completion_head):
         return
     trainer.why_padded = why_padded(model, rows, chat.tokenizer.pad_token_id)
     if trainer.why_padded:
         return
-    trainer.packs, trainer.metrics_steps = True, train.metrics_steps
+    trainer.packs, trainer.metrics_steps = True, levers.metrics_steps
     for each in [model, *([trainer.ref_model] if getattr(trainer, "ref_model", None) is not None else [])]:
         each.set_attn_implementation(ATTENTION)  # to stay: gradient checkpointing runs layers again going backward
         answer_packed_calls(
-            each, share_prefix=train.share_prefix, completion_head=train.completion_head, metrics=trainer.wants_metrics
+            each,
+            share_prefix=levers.share_prefix,
+            completion_head=levers.completion_head,
+            metrics=trainer.wants_metrics,
         )
 
 

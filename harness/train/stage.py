@@ -11,12 +11,13 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness.config.arms import ARMS
-from harness.config.machine import processes_problem
-from harness.config.schema import Engine, Reference, RunConfig, Tuning
+from harness.config.arms import ARMS, DPOMarginConfig, SimPOConfig
+from harness.config.machine import processes_problem, this_machine
+from harness.config.schema import EMBEDDED, Engine, Reference, RunConfig, Tuning
 from harness.data.inputs import Tokens
 from harness.data.plan import BatchPlan, expected_tokens_sha256, padding_share, trained_tokens
 from harness.study.errors import DivergedError, NoRoomError, UsageError
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 
 
 OnStep = Callable[[int, dict[str, Any]], None]
+# Full fine-tuning at or above this rate warns: published runs collapsed at 1e-5; the embedded model is tiny.
+_COLLAPSE_RATE = {"own": 5e-6, "embedded": 1e-3}
 
 
 @dataclass
@@ -78,7 +81,7 @@ class TrainStage:
             UsageError: where this machine cannot run the processes that are asked for.
             DoesNotFitError: where not even the smallest micro-batch fits.
         """
-        if problem := processes_problem(self.config.accelerate):
+        if problem := processes_problem(self.config.accelerate, this_machine()):
             raise UsageError(problem)
         micro = None
         while True:
@@ -161,7 +164,7 @@ class TrainStage:
                 base_sha256=self.base_sha256,
                 pad_id=self.tokens.chat.tokenizer.pad_token_id,
                 cache=Path(self.config.results_dir) / ".cache" / "reference",
-                share_prefix=self.config.train.share_prefix,
+                share_prefix=self.config.train.levers.share_prefix,
             )
 
     def _halve(self, tried: int, *, is_cost_trial: bool) -> int | None:
@@ -188,3 +191,58 @@ def _no_room() -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         raise NoRoomError(str(error)) from error
+
+
+def problems(config: RunConfig) -> Iterator[str]:
+    """Yield what is wrong with the sections `method`, `train` and `accelerate` in combination."""
+    method, train = config.method, config.train
+    yield from _batch_problems(config)
+    if train.tuning is Tuning.qlora and find_spec("bitsandbytes") is None:
+        yield "train.tuning=qlora: bitsandbytes is not installed; pip install 'dpo-simpo-harness[qlora]'"
+    if ARMS[method.name].trainer and method.learning_rate is None:
+        tuning = train.tuning.value
+        yield f"method.learning_rate=null: conf/method/{method.name}.yaml has none for train.tuning={tuning}"
+    if isinstance(method, SimPOConfig) and train.engine is Engine.stock and method.length_norm != 1.0:
+        yield f"method.length_norm={method.length_norm:g}: TRL's own trainer has 1.0 only; use train.engine=paired"
+    if train.reference is Reference.adapter_off and train.tuning is Tuning.full:
+        yield "train.reference=adapter_off: train.tuning=full has no adapter; use cached or separate"
+    if isinstance(method, DPOMarginConfig) and (
+        train.engine is Engine.stock or train.reference is not Reference.cached
+    ):
+        yield (
+            f"method.gamma_beta_ratio of {method.name}: TRL's DPO has no margin; it is put into the cached reference: "
+            "use train.engine=paired and train.reference=cached"
+        )
+
+
+def _batch_problems(config: RunConfig) -> Iterator[str]:
+    batch, micro = config.train.batch_size, config.train.micro_batch_size
+    count, kind = config.accelerate.num_processes, config.accelerate.distributed_type
+    if batch and micro and batch % micro:
+        yield f"train.micro_batch_size={micro}: must divide train.batch_size={batch}"
+    if (count > 1) != (kind != "NO"):
+        yield (
+            f"accelerate.num_processes={count} with accelerate.distributed_type={kind}: several processes need "
+            "accelerate=ddp, fsdp, zero2 or zero3, and these need at least 2"
+        )
+    if batch and micro and batch % micro == 0 and batch % (micro * count):
+        yield (
+            f"accelerate.num_processes={count}: a step of train.batch_size={batch} has {batch // micro} micro-batches "
+            f"of train.micro_batch_size={micro}, which {count} processes cannot share evenly; make it smaller"
+        )
+
+
+def setting_warnings(config: RunConfig) -> Iterator[str]:
+    """Yield hyperparameters that are allowed and known to fail."""
+    rate, limit = config.method.learning_rate, _COLLAPSE_RATE["embedded" if config.model.path == EMBEDDED else "own"]
+    if rate is not None and config.train.tuning is Tuning.full and rate >= limit:
+        yield (
+            f"method.learning_rate={rate:g} with train.tuning=full: at {limit:g} and above preference optimisation is "
+            f"known to collapse a model (SimPO repository, README and issue 33); published rates are 3e-7 to 1e-6"
+        )
+    ratio = getattr(config.method, "gamma_beta_ratio", 0.0)
+    if ratio > 1.5 and ARMS[config.method.name].per_token:
+        yield (
+            f"method.gamma_beta_ratio={ratio:g}: published settings lie between 0 and 1; above 1.5 nats per token the "
+            "loss hardly saturates"
+        )

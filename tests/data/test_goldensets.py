@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from harness.config.paths import embedded_dir as study_dir
+from harness.config.schema import DataConfig
 from harness.data.inputs import prompt_rows, tokens_of
-from harness.data.splits import DataSpec, load_splits
+from harness.data.splits import load_splits
 from harness.generate.answers import generate_completions, turns_of
 from harness.score.exchange import alpaca_eval_rows, arena_hard_rows, markdown_counts, read_outputs
 from harness.study.errors import UsageError
@@ -48,7 +49,7 @@ def golden_of(rows: list[dict], folder: Path, **keys):
     """Load rows as a golden set beside the embedded study's pairs."""
     write_jsonl(folder / "golden.jsonl", rows)
     train, dev = (str(study_dir() / f"{split}.jsonl") for split in ("train", "dev"))
-    return load_splits(DataSpec(train=train, dev=dev, golden=str(folder / "golden.jsonl"), **keys))
+    return load_splits(DataConfig(train=train, dev=dev, golden=str(folder / "golden.jsonl"), **keys))
 
 
 @pytest.mark.parametrize(

@@ -14,11 +14,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from harness.config.schema import DataConfig
 from harness.data.conversations import prompt_key
 from harness.data.formats import parse_row
 from harness.data.records import Pair, prompt_id
 from harness.data.sources import Source, read_source
-from harness.data.splits import DataSpec, assign_split, flip_labels, load_splits, pair_digest
+from harness.data.splits import assign_split, flip_labels, load_splits, pair_digest
 from harness.data.table import Table, table_warnings
 from harness.study.errors import UsageError
 
@@ -49,21 +50,21 @@ def write_jsonl(path: Path, rows) -> str:
 def files(tmp_path):
     """Write train, dev and golden files that share no prompt; a test replaces the rows it is about."""
 
-    def write(**rows_by_split) -> DataSpec:
+    def write(**rows_by_split) -> DataConfig:
         given = {"train": [row(1)], "dev": [row(2)], "golden": [row(3)]} | rows_by_split
-        return DataSpec(**{split: write_jsonl(tmp_path / f"{split}.jsonl", rows) for split, rows in given.items()})
+        return DataConfig(**{split: write_jsonl(tmp_path / f"{split}.jsonl", rows) for split, rows in given.items()})
 
     return write
 
 
-def refusal(spec: DataSpec) -> str:
+def refusal(spec: DataConfig) -> str:
     with pytest.raises(UsageError) as error:
         load_splits(spec)
     return str(error.value)
 
 
-def with_changes(spec: DataSpec, **changes) -> DataSpec:
-    return DataSpec(**(vars(spec) | changes))
+def with_changes(spec: DataConfig, **changes) -> DataConfig:
+    return DataConfig(**(vars(spec) | changes))
 
 
 def read(path, key="data.train"):
@@ -261,17 +262,17 @@ class TestHub:
         return folder
 
     def test_splits_of_a_data_set_are_named_behind_a_colon(self, handbook):
-        splits = load_splits(DataSpec(train=f"{handbook}:train_prefs", golden=f"{handbook}:test_prefs"))
+        splits = load_splits(DataConfig(train=f"{handbook}:train_prefs", golden=f"{handbook}:test_prefs"))
         assert (len(splits.golden_prompts), splits.facts["golden"]["form"]) == (20, "UltraFeedback-binarized")
         assert splits.train[0].prompt == (user("q 0"),)
 
     def test_the_handbooks_recipe_that_trains_on_the_test_split_is_refused(self, handbook):
         # alignment-handbook, recipes/zephyr-7b-beta/dpo/config_full.yaml: train_prefs and test_prefs are mixed
-        message = refusal(DataSpec(train=f"{handbook}:train_prefs+test_prefs", golden=f"{handbook}:test_prefs"))
+        message = refusal(DataConfig(train=f"{handbook}:train_prefs+test_prefs", golden=f"{handbook}:test_prefs"))
         assert "20 golden prompts occur in the data that models are trained or selected on" in message
 
     def test_the_handbooks_random_split_of_the_mixture_would_leak_and_the_split_by_prompt_does_not(self, handbook):
-        splits = load_splits(DataSpec(path=f"{handbook}:train_prefs+test_prefs+test_prefs"))
+        splits = load_splits(DataConfig(path=f"{handbook}:train_prefs+test_prefs+test_prefs"))
         train, golden = ({item.prompt_id for item in items} for items in (splits.train, splits.golden_prompts))
         assert train
         assert golden
@@ -364,13 +365,13 @@ class TestWhichKeys:
 
     def test_a_path_gives_only_the_splits_that_have_no_file(self, files):
         spec = files(train=[row(i) for i in range(50)])
-        splits = load_splits(DataSpec(path=spec.train, golden=write_jsonl(Path(spec.golden), [row(99)])))
+        splits = load_splits(DataConfig(path=spec.train, golden=write_jsonl(Path(spec.golden), [row(99)])))
         assert len(splits.train) + len(splits.dev_pairs) == 50
         assert [p.prompt for p in splits.golden_prompts] == [(user("question 99"),)]
 
     def test_a_path_beside_train_is_split_between_dev_and_golden(self, files):
         spec = files(train=[row(99)], dev=[row(i) for i in range(60)])
-        splits = load_splits(DataSpec(path=spec.dev, train=spec.train))
+        splits = load_splits(DataConfig(path=spec.dev, train=spec.train))
         assert (len(splits.train), len(splits.dev_pairs) + len(splits.golden_pairs)) == (1, 60)
         assert len(splits.golden_pairs) > len(splits.dev_pairs) > 0
 
@@ -530,7 +531,7 @@ class TestSplitOfOneFile:
     @pytest.fixture
     def one_file(self, tmp_path):
         rows = [row(i, chosen=f"good {i} {c}") for i in range(60) for c in "abc"]
-        return DataSpec(path=write_jsonl(tmp_path / "all.jsonl", rows))
+        return DataConfig(path=write_jsonl(tmp_path / "all.jsonl", rows))
 
     def test_every_pair_is_in_one_split_and_every_prompt_too(self, one_file):
         splits = load_splits(one_file)
@@ -541,7 +542,7 @@ class TestSplitOfOneFile:
 
     def test_shares_are_those_of_the_prompts(self, tmp_path):
         path = write_jsonl(tmp_path / "all.jsonl", [row(i) for i in range(2000)])
-        splits = load_splits(DataSpec(path=path, dev_fraction=0.1, golden_fraction=0.3))
+        splits = load_splits(DataConfig(path=path, dev_fraction=0.1, golden_fraction=0.3))
         assert len(splits.dev_prompts) == pytest.approx(200, abs=50)
         assert len(splits.golden_prompts) == pytest.approx(600, abs=75)
 
@@ -558,7 +559,7 @@ class TestSplitOfOneFile:
 
     def test_checks_of_the_file_reach_golden(self, tmp_path):
         path = write_jsonl(tmp_path / "all.jsonl", [row(i, checks=[{"max_words": 3}]) for i in range(60)])
-        assert all(p.checks == ({"max_words": 3},) for p in load_splits(DataSpec(path=path)).golden_prompts)
+        assert all(p.checks == ({"max_words": 3},) for p in load_splits(DataConfig(path=path)).golden_prompts)
 
     @pytest.mark.parametrize("split", ["dev", "golden"])
     def test_too_few_prompts_for_a_split_are_refused(self, one_file, split):
@@ -585,7 +586,7 @@ class TestSplitOfOneFile:
         where = []
         for rows in ([row(i) for i in range(30)], [row(i) for i in order if i != left_out]):
             splits = load_splits(
-                DataSpec(path=write_jsonl(folder / "all.jsonl", rows), dev_fraction=0.3, golden_fraction=0.4)
+                DataConfig(path=write_jsonl(folder / "all.jsonl", rows), dev_fraction=0.3, golden_fraction=0.4)
             )
             parts = {"train": splits.train, "dev": splits.dev_prompts, "golden": splits.golden_prompts}
             where.append({item.prompt_id: name for name, part in parts.items() for item in part})
@@ -732,7 +733,7 @@ class TestRealData:
     def test_alpacaeval_short_has_its_pairs_and_prompts_and_no_warning(self, shared):
         folder = shared / "data" / "alpacaeval_short"
         splits = load_splits(
-            DataSpec(**{split: str(folder / f"{split}.jsonl") for split in ("train", "dev", "golden")})
+            DataConfig(**{split: str(folder / f"{split}.jsonl") for split in ("train", "dev", "golden")})
         )
         assert [len(splits.train), len(splits.dev_pairs), len(splits.golden_pairs)] == [414, 57, 109]
         prompts = {pair.prompt_id for pair in splits.train}, splits.dev_prompts, splits.golden_prompts
@@ -740,7 +741,7 @@ class TestRealData:
         assert splits.facts["warnings"] == []
 
     def test_the_llama_factory_demo_loads_as_it_is(self, shared):
-        splits = load_splits(DataSpec(path=str(shared / "data" / "dpo_en_demo.json")))
+        splits = load_splits(DataConfig(path=str(shared / "data" / "dpo_en_demo.json")))
         assert len(splits.train) + len(splits.dev_pairs) + len(splits.golden_pairs) == 300
         assert splits.facts["train"]["form"] == "ShareGPT"
         assert splits.facts["train"]["bad_rows"] == []
@@ -748,7 +749,7 @@ class TestRealData:
 
     def test_ifevals_prompts_load_with_their_instructions(self, shared):
         pairs, ifeval = (str(shared / "data" / name) for name in ("dpo_en_demo.json", "ifeval_input_data.jsonl"))
-        splits = load_splits(DataSpec(path=pairs, golden=ifeval))
+        splits = load_splits(DataConfig(path=pairs, golden=ifeval))
         assert len(splits.golden_prompts) == 541
         assert splits.facts["golden"]["bad_rows"] == []
         first = splits.golden_prompts[0].about

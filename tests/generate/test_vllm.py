@@ -69,7 +69,7 @@ def log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (package / "lora" / "request.py").write_text(REQUEST)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(package.parent), os.environ.get("PYTHONPATH", "")]))
     monkeypatch.setenv("STAND_IN_LOG", str(tmp_path / "log"))
-    monkeypatch.setattr(harness.sweep.problems, "vllm_problem", lambda config: None)
+    monkeypatch.setattr(harness.generate.vllm, "vllm_problem", lambda config: None)
     return tmp_path / "log"
 
 

@@ -24,9 +24,17 @@ REFUSED = {
     "a list where one value is meant": ([*BOTH, "study=[a]"], ["study=[a]", "must be a text"]),
     "one number for a list": ([*BOTH, "seeds=3"], ["seeds=3", "one or more different whole numbers", "such as [0,1]"]),
     "text in a list of numbers": ([*BOTH, "seeds=[a]"], ["seeds=[a]", "whole numbers", ">= 0"]),
-    "splits, which the sweep decides": ([*BOTH, "evaluate=[dev]"], ["evaluate", "unknown key"]),
-    "a folder of costs, which the sweep decides": ([*BOTH, "cost_name=x"], ["cost_name", "unknown key"]),
-    "a family's name, which the sweep decides": ([*BOTH, "family.name=x"], ["family.name", "unknown key"]),
+    "splits, which the sweep decides": (
+        [*BOTH, "evaluate=[dev]"],
+        ["evaluate=[dev]: set by the sweep, cannot be typed", "--dev-only"],
+    ),
+    "a folder of costs, which the sweep decides": (
+        [*BOTH, "cost_name=x"],
+        ["cost_name=x: set by the sweep", "measure_costs=true"],
+    ),
+    "a family's name, which the sweep decides": ([*BOTH, "family.name=x"], ["family.name=x: set by the sweep"]),
+    "a number named twice": ([*BOTH, "decide.looks=[3,3]"], ["decide.looks=[3,3]", "one or more different"]),
+    "a name for a list": ([*BOTH, "score.scorers=dev"], ["score.scorers=dev", "must be a list of", "words"]),
     "a guard that is no mapping": ([*BOTH, "decide.guards=[3]"], ["decide.guards=[3]", "{metric: NAME, margin:"]),
     "a guard on a list": (
         [*BOTH, "decide.guards=[{metric: [checks], margin: 0.1}]"],

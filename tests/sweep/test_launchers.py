@@ -214,14 +214,11 @@ def test_a_trial_whose_workers_die_again_and_again_has_failed_by_name(tmp_path: 
 
 
 def test_workers_are_as_many_as_visible_gpus_or_else_cores(monkeypatch) -> None:
-    devices.gpus.cache_clear()
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5,7")
-    assert devices.workers_here() == 3
-    assert devices.workers_here(2) == 1
-    devices.gpus.cache_clear()
+    assert devices.Machine.here().workers() == 3
+    assert devices.Machine.here().workers(2) == 1
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert devices.workers_here() == len(os.sched_getaffinity(0))
-    devices.gpus.cache_clear()
+    assert devices.Machine.here().workers() == len(os.sched_getaffinity(0))
 
 
 TAKE = """

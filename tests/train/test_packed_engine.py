@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import harness.train.packed
-from harness.config.schema import Engine, Reference, RunConfig, Tuning
+from harness.config.schema import Engine, LeversConfig, Reference, RunConfig, Tuning
 from harness.data.inputs import tokens_of
 from harness.data.tokens import TokenPair
 from harness.sweep.problems import load_run
@@ -67,14 +67,14 @@ def compare(ours: TrainResult, stock: TrainResult) -> None:
 LEVERS = {
     "all": [],
     "reference online": ["train.reference=adapter_off"],
-    "prompt twice": ["train.share_prefix=false"],
-    "head on all rows": ["train.completion_head=false"],
-    "TRL's forward pass": ["train.share_prefix=false", "train.completion_head=false"],
-    "PEFT's own layers": ["train.fuse_adapters=false"],
+    "prompt twice": ["train.levers.share_prefix=false"],
+    "head on all rows": ["train.levers.completion_head=false"],
+    "TRL's forward pass": ["train.levers.share_prefix=false", "train.levers.completion_head=false"],
+    "PEFT's own layers": ["train.levers.fuse_adapters=false"],
     "gradient checkpointing": ["train.gradient_checkpointing=true"],
     "no accumulation": ["train.micro_batch_size=4"],
     "full": ["train.tuning=full", "method.learning_rate=2e-5"],
-    "full, head on all rows": ["train.tuning=full", "method.learning_rate=2e-5", "train.completion_head=false"],
+    "full, head on all rows": ["train.tuning=full", "method.learning_rate=2e-5", "train.levers.completion_head=false"],
 }
 
 
@@ -107,9 +107,9 @@ def test_a_model_that_cannot_be_packed_is_trained_padded_and_says_so(arm: str, t
 @pytest.mark.slow
 def test_the_order_within_a_step_changes_no_gradient(tmp_path: Path) -> None:
     """Sorting a step's rows by length saves padding; the steps hold the same rows."""
-    config = configure("simpo", "train.group_lengths=false")
+    config = configure("simpo", "train.levers.group_lengths=false")
     rows = multi_turn(tokens_of(config).train.rows)
-    grouped = replace(config, train=replace(config.train, group_lengths=True))
+    grouped = replace(config, train=replace(config.train, levers=LeversConfig()))
     plain, sorted_ = plan_of(config, rows).order, plan_of(grouped, rows).order
     assert plain != sorted_
     assert all(set(plain[i : i + 4]) == set(sorted_[i : i + 4]) for i in range(0, len(plain), 4))
@@ -160,16 +160,16 @@ def test_each_lever_is_really_active(tmp_path: Path, monkeypatch) -> None:
     assert counts(configure("simpo"), tmp_path, monkeypatch) == fast
     online = counts(configure("dpo", "train.reference=adapter_off"), tmp_path, monkeypatch)
     assert online == {key: 2 * value for key, value in fast.items()}
-    twice = counts(configure("dpo", "train.share_prefix=false"), tmp_path, monkeypatch)
+    twice = counts(configure("dpo", "train.levers.share_prefix=false"), tmp_path, monkeypatch)
     assert twice == fast | {"tokens": fast["tokens"] + prompts}
-    everywhere = counts(configure("dpo", "train.completion_head=false"), tmp_path, monkeypatch)
+    everywhere = counts(configure("dpo", "train.levers.completion_head=false"), tmp_path, monkeypatch)
     # Two answers start at one prompt's last row, which is asked for twice.
     assert everywhere == fast | {"head_rows": fast["tokens"] + len(rows)}
 
 
 def test_the_heads_metrics_are_logged_at_some_steps_and_are_trls(tmp_path: Path) -> None:
     for arm, names in (("dpo", set(HEAD_METRICS)), ("simpo", {"logits/chosen", "logits/rejected"})):
-        config = configure(arm, "train.metrics_steps=5")
+        config = configure(arm, "train.levers.metrics_steps=5")
         steps = run(config, tmp_path / arm).steps
         has = [names <= set(step) for step in steps]
         assert has == [i % 5 == 0 for i in range(STEPS)]
@@ -263,5 +263,5 @@ def test_a_base_is_not_lent_again_after_an_error_or_a_change() -> None:
         weight[-1] = torch.nextafter(weight[-1], torch.tensor(9.0))
     with borrowed_base(config) as model:
         assert model is not nudged
-    with borrowed_base(configure("simpo", "train.reuse_base=false")) as other:
+    with borrowed_base(configure("simpo", "train.levers.reuse_base=false")) as other:
         assert other is not model

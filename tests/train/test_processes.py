@@ -278,19 +278,18 @@ def test_refused_before_anything_is_loaded(case: str) -> None:
 
 
 def test_what_this_machine_cannot_do_is_said_before_training(monkeypatch) -> None:
-    def problem(preset: str, *more: str) -> str:
+    def problem(preset: str, gpus: tuple[str, ...], *more: str) -> str:
         config = load_run(["+method=dpo", f"accelerate={preset}", "train.micro_batch_size=2", *more])
-        return devices.processes_problem(config.accelerate)
+        return devices.processes_problem(config.accelerate, devices.Machine(gpus, cores=4))
 
-    monkeypatch.setattr(devices, "gpus", lambda: ())
-    assert problem("ddp") == ""
-    assert "FSDP: needs GPUs, and there are none here" in problem("fsdp")
-    assert "DEEPSPEED: needs GPUs" in problem("zero3")
-    monkeypatch.setattr(devices, "gpus", lambda: ("0", "1"))
-    assert problem("fsdp") == ""
-    assert "num_processes=4: this machine has 2 GPUs" in problem("ddp", "accelerate.num_processes=4")
+    assert problem("ddp", ()) == ""
+    assert "FSDP: needs GPUs, and there are none here" in problem("fsdp", ())
+    assert "DEEPSPEED: needs GPUs" in problem("zero3", ())
+    two = ("0", "1")
+    assert problem("fsdp", two) == ""
+    assert "num_processes=4: this machine has 2 GPUs" in problem("ddp", two, "accelerate.num_processes=4")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert "DeepSpeed is not installed; pip install deepspeed" in problem("zero2")
+    assert "DeepSpeed is not installed; pip install deepspeed" in problem("zero2", two)
 
 
 def test_the_number_of_processes_is_no_part_of_a_trials_identity() -> None:
