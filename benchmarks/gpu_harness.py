@@ -33,7 +33,6 @@ from harness.data.inputs import tokens_of
 from harness.data.plan import ConsumedTokens, make_plan
 from harness.data.records import EvalPrompt
 from harness.data.tokens import TokenisedPairs, TokenPair
-
 from harness.generate import answers as generate_module
 from harness.study.files import read_json, write_jsonl
 from harness.sweep.design import single_trial

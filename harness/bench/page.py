@@ -21,14 +21,6 @@ OVERHEAD_TARGET = 0.05
 _WORK = ("train", "reference", "import")  # stages that are no overhead around a trial
 
 
-class Hardware(TypedDict):
-    """The machine, as far as the page names it."""
-
-    cpu: str
-    cores: int
-    device: str
-
-
 class Result(TypedDict):
     """The contents of cost.json."""
 
@@ -42,7 +34,7 @@ class Result(TypedDict):
     runs: list[RunRow]
     versions: dict[str, str]
     commit: str | None
-    hardware: Hardware
+    hardware: Mapping[str, object]
 
 
 def page(result: Result) -> str:

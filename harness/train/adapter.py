@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -23,13 +23,6 @@ if TYPE_CHECKING:
 
         scaling: float
         shape: torch.Size
-
-
-class ParameterCounts(TypedDict):
-    """Numbers of weights."""
-
-    total: int
-    trainable: int
 
 
 def adapter_config(config: RunConfig) -> LoraConfig:
@@ -81,8 +74,8 @@ def trained_weights(model: PeftModel | PreTrainedModel) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
-def count_parameters(model: PeftModel | PreTrainedModel) -> ParameterCounts:
-    """Count weights; a byte of a 4-bit base holds two."""
+def count_parameters(model: PeftModel | PreTrainedModel) -> dict[str, int]:
+    """Count weights, `total` and `trainable`; a byte of a 4-bit base holds two."""
     counts = [(p.numel() * (2 if type(p).__name__ == "Params4bit" else 1), p.requires_grad) for p in model.parameters()]
     return {"total": sum(count for count, _ in counts), "trainable": sum(count for count, trained in counts if trained)}
 

@@ -14,7 +14,6 @@ from harness.config.schema import Engine, Reference, RunConfig, Tuning
 from harness.data.plan import BatchPlan, ConsumedTokens, share_of
 from harness.data.tokens import ChatFormat, TokenPair
 from harness.train.adapter import (
-    ParameterCounts,
     adapter_config,
     adapter_on_quantised,
     count_parameters,
@@ -44,7 +43,7 @@ class TrainFacts(TypedDict):
     """Entries of the manifest that training makes."""
 
     consumed_tokens_sha256: str
-    parameters: ParameterCounts
+    parameters: dict[str, int]
     packed: bool
     why_padded: str
 
@@ -66,7 +65,7 @@ class TrainResult:
     steps: list[dict[str, float]]
     consumed_tokens_sha256: str
     num_pairs: int
-    parameters: ParameterCounts
+    parameters: dict[str, int]
     packed: bool
     why_padded: str
     peak_memory_bytes: int = 0

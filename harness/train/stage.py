@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from harness.train.adapter import ParameterCounts
     from harness.train.run import OnStep, TrainResult
 
 
@@ -40,7 +39,7 @@ class StageFacts(TypedDict, total=False):
     expected_tokens_sha256: str
     padding_share: float
     consumed_tokens_sha256: str
-    parameters: ParameterCounts
+    parameters: dict[str, int]
     packed: bool
     why_padded: str
     tokens: dict[str, int]
