@@ -33,9 +33,6 @@ from harness.data.inputs import tokens_of
 from harness.data.plan import ConsumedTokens, make_plan
 from harness.data.records import EvalPrompt
 from harness.data.tokens import TokenisedPairs, TokenPair
-
-# All that is taken from the harness; where its modules move, these lines move with them. Three names are not for users:
-# `_reset` and `_checksums`, by which a lent base is given back, and `_probed`, what is known of whether a model packs.
 from harness.generate import answers as generate_module
 from harness.study.files import read_json, write_jsonl
 from harness.sweep.design import single_trial
@@ -44,11 +41,11 @@ from harness.sweep.stages import run_trial
 from harness.sweep.trial import Context
 from harness.train import run as train_module
 from harness.train.adapter import adapter_config
-from harness.train.base import _checksums, _reset
-from harness.train.logps import pair_logps
+from harness.train.base import reset_model, weight_checksums
+from harness.train.logps import REFERENCE_TOLERANCE as FP32_TOLERANCE
+from harness.train.logps import StaleReferenceError, forget_probe, pair_logps, reference_logps
 from harness.train.memory import matmul_rate
-from harness.train.packed import ATTENTION, Packed, _probed, pack, packed_attention
-from harness.train.reference import TOLERANCE, StaleReferenceError, reference_logps
+from harness.train.packed import ATTENTION, Packed, groups_of, pack, packed_attention
 
 __all__ = [
     "ATTENTION",
@@ -85,7 +82,7 @@ __all__ = [
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
-REFERENCE_TOLERANCE = 100 * TOLERANCE  # nats an answer, in bf16
+REFERENCE_TOLERANCE = 100 * FP32_TOLERANCE  # nats per answer, in bf16
 
 _SHAPES = {  # hidden size, MLP's size, layers, heads, heads of keys and values, vocabulary, spread of the weights
     "8b": (4096, 14336, 32, 32, 8, 128256, 0.02),  # Llama-3-8B
@@ -148,7 +145,7 @@ def num_tokens(rows: Sequence[TokenPair]) -> int:
 
 def pack_pairs(rows: Sequence[TokenPair]) -> Packed:
     """Lay pairs out as one micro-batch of the paired engine, where the models are."""
-    return pack([(row.prompt_ids, [row.chosen_ids, row.rejected_ids]) for row in rows], DEVICE)
+    return pack(groups_of(rows, share_prefix=True)).to(DEVICE)
 
 
 def make_llama(shape: str, dtype: torch.dtype) -> LlamaForCausalLM:
@@ -300,13 +297,13 @@ def _train(
 
 def give_back(model: LlamaForCausalLM) -> None:
     """Undo what trainers and PEFT do to a model, and let the next run find out anew whether it can be packed."""
-    _reset(model)
-    _probed.pop(model, None)
+    reset_model(model)
+    forget_probe(model)
 
 
 def checksums(model: LlamaForCausalLM) -> list[int]:
     """Return the sums by which the harness knows that a lent base is unchanged."""
-    return _checksums(model)
+    return weight_checksums(model)
 
 
 @contextlib.contextmanager

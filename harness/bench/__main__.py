@@ -1,4 +1,4 @@
-"""`python -m harness.bench`: run, print and save the comparison."""
+"""Command `python -m harness.bench`: make the runs, save cost.json and cost.md, print the page."""
 
 from __future__ import annotations
 
@@ -7,24 +7,36 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from harness.bench.page import page
+from harness.bench.page import Result, page
 from harness.bench.runs import Bench, Run, needed_flops
 from harness.config.machine import provenance
 from harness.study.errors import UsageError
 from harness.study.files import read_json, write_json, write_text
 from harness.train.memory import matmul_rate
 
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+Job = Callable[[], Run]
+LEVERS = (
+    "train.levers.share_prefix=false",
+    "train.levers.completion_head=false",
+    "train.levers.fuse_adapters=false",
+    "train.levers.group_lengths=false",
+    "train.levers.metrics_steps=1",
+)
+SAME_WORK = ("model", "num_pairs", "tokens", "hardware", "versions")  # keys that --append compares
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command."""
     parser = argparse.ArgumentParser(
         prog="python -m harness.bench",
-        description="What DPO and SimPO runs cost by TRL's own scripts and by the harness, on the same pairs.",
+        description="Compare the cost of DPO and SimPO by TRL's own scripts and by the harness, on the same pairs.",
         epilog="Example: python -m harness.bench --model DIR --pairs train.jsonl --num-pairs 64 --grid",
     )
     parser.add_argument("--model", default="embedded", help="a checkpoint's folder (default: the embedded study's)")
@@ -49,22 +61,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-Job = Callable[[], Run]
-LEVERS = (
-    "train.levers.share_prefix=false",
-    "train.levers.completion_head=false",
-    "train.levers.fuse_adapters=false",
-    "train.levers.group_lengths=false",
-    "train.levers.metrics_steps=1",
-)
-
-
 def _measure(options: argparse.Namespace, scratch: Path) -> str:
-    """Make the runs; what was measured is saved after each of them, and the page of all is returned."""
+    """Make the runs, save after each, and return the page."""
     bench = Bench(scratch, model=options.model, pairs=options.pairs, num_pairs=options.num_pairs)
     config = _model_config(bench)
     text, rows = config.get_text_config(), bench.rows
-    result: dict[str, Any] = {
+    about = provenance()
+    result: Result = {
         "model": Path(options.model).name,
         "num_pairs": options.num_pairs,
         "tokens": sum(len(row.prompt_ids) + len(row.chosen_ids) + len(row.rejected_ids) for row in rows),
@@ -73,39 +76,47 @@ def _measure(options: argparse.Namespace, scratch: Path) -> str:
         "needed_flops": needed_flops(config, rows, lora_rank=bench.config.train.lora_rank),
         "needed_reference_flops": needed_flops(config, rows, lora_rank=0) / 2,
         "runs": [],
-        **provenance(),
+        "versions": about["versions"],
+        "commit": about["commit"],
+        "hardware": about["hardware"],
     }
     if options.append:
-        result |= _earlier(options.out / "cost.json", result)
+        _take_earlier(options.out / "cost.json", result)
     made = {run["name"] for run in result["runs"]}
     for job in [*_jobs(bench, options), *(_scale(options, scratch, made) if options.scale else [])]:
         result["matmul_flops_per_second"].append(matmul_rate(text.hidden_size, text.intermediate_size))
-        result["runs"].append(asdict(job()))
-        run = result["runs"][-1]
+        run = job().row()
+        result["runs"].append(run)
         print(f"{run['side']:8} {run['name']:45} {run['wall']:8.1f} s", file=sys.stderr)
         _save(options.out, result)
     _save(options.out, result)
     return page(result)
 
 
-def _save(folder: Path, result: dict[str, Any]) -> None:
+def _save(folder: Path, result: Result) -> None:
     write_json(folder / "cost.json", result)
     write_text(folder / "cost.md", page(result))
 
 
-def _earlier(path: Path, now: dict[str, Any]) -> dict[str, Any]:
-    """Return the runs in a file, where they are of the same work on the same machine."""
+def _take_earlier(path: Path, result: Result) -> None:
+    """Take over the runs in a file.
+
+    Raises:
+        UsageError: where they are of other work or another machine.
+    """
     if not path.is_file():
-        return {}
-    found = read_json(path)
-    for key in ("model", "num_pairs", "tokens", "hardware", "versions"):
-        if found[key] != now[key]:
-            raise UsageError(f"--append: {path} has {key}={found[key]}, this run {now[key]}; give another --out")
-    return {key: found[key] for key in ("runs", "matmul_flops_per_second")}
+        return
+    found: Result = read_json(path)
+    now = {**result}
+    for key, value in found.items():
+        if key in SAME_WORK and value != now[key]:
+            raise UsageError(f"--append: {path} has {key}={value}, this run {now[key]}; give another --out")
+    result["runs"] = found["runs"]
+    result["matmul_flops_per_second"] = found["matmul_flops_per_second"]
 
 
 def _jobs(bench: Bench, options: argparse.Namespace) -> list[Job]:
-    """Return the runs in the order in which they are made: stock and harness in turn, repeated."""
+    """Return the runs in order: stock and harness in turn, repeated."""
     once: list[Job] = [
         partial(bench.stock, "dpo", "dpo"),
         partial(bench.harness, "dpo", [bench.trial("dpo")]),
@@ -131,7 +142,7 @@ def _jobs(bench: Bench, options: argparse.Namespace) -> list[Job]:
 
 
 def _scale(options: argparse.Namespace, scratch: Path, made: set[str]) -> list[Job]:
-    """Return runs of 1 to 8 trials over 32 pairs, and of one trial over 32 to 512, as far as there are so many.
+    """Return runs of 1 to 8 trials over 32 pairs, and of one trial over 32 to 512 pairs or all of them.
 
     Runs whose names are in `made` (`--append`) are left out.
     """
@@ -148,7 +159,7 @@ def _scale(options: argparse.Namespace, scratch: Path, made: set[str]) -> list[J
     return jobs
 
 
-def _model_config(bench: Bench) -> Any:
+def _model_config(bench: Bench) -> PretrainedConfig:
     from transformers import AutoConfig
 
     return AutoConfig.from_pretrained(bench.model_dir)

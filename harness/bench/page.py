@@ -1,12 +1,14 @@
-"""The benchmark's page in Markdown: ratios first, spreads beside them, losses side by side."""
+"""The benchmark's page: the contents of cost.json -> Markdown, ratios and their ranges first, losses side by side."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from statistics import median
-from typing import Any
+from typing import TypedDict
 
-# Which run of TRL's each run of the harness is held against, and the target for the ratio of seconds.
+from harness.bench.runs import RunRow
+
+# Per row the harness's run, TRL's run, and the target for the ratio of seconds.
 TARGETS = (
     ("dpo", "dpo", 1 / 3),
     ("dpo", "dpo, precomputed", 0.45),
@@ -16,10 +18,26 @@ TARGETS = (
 MEMORY_TARGET = 0.65
 LOOP_TARGET = 1.5
 OVERHEAD_TARGET = 0.05
-_WORK = ("train", "reference", "import")  # what is not overhead around a trial
+_WORK = ("train", "reference", "import")  # stages that are no overhead around a trial
 
 
-def page(result: Mapping[str, Any]) -> str:
+class Result(TypedDict):
+    """The contents of cost.json."""
+
+    model: str
+    num_pairs: int
+    tokens: int
+    padded_tokens: int
+    matmul_flops_per_second: list[float]
+    needed_flops: float
+    needed_reference_flops: float
+    runs: list[RunRow]
+    versions: dict[str, str]
+    commit: str | None
+    hardware: Mapping[str, object]
+
+
+def page(result: Result) -> str:
     """Return the page for the contents of cost.json."""
     runs = result["runs"]
     parts = [
@@ -29,52 +47,53 @@ def page(result: Mapping[str, Any]) -> str:
         f"{result['hardware']['cpu']}, {result['hardware']['cores']} cores, device {result['hardware']['device']}; "
         + ", ".join(f"{name} {result['versions'][name]}" for name in ("python", "torch", "trl", "transformers", "peft"))
         + ".",
-        _ratios(runs),
-        _work(result),
-        _overhead(runs),
-        _levers(runs),
-        _layout(runs),
-        _growth(runs),
-        _stages(runs),
-        _losses(runs),
+        _ratio_table(runs),
+        _loop_table(result),
+        _overhead_table(runs),
+        _lever_table(runs),
+        _layout_table(runs),
+        _growth_tables(runs),
+        _stage_table(runs),
+        _loss_table(runs),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _of(runs: Sequence[Mapping[str, Any]], side: str, name: str) -> list[Mapping[str, Any]]:
+def _runs_of(runs: Sequence[RunRow], side: str, name: str) -> list[RunRow]:
     return [run for run in runs if run["side"] == side and run["name"] == name]
 
 
-def _ratios(runs: Sequence[Mapping[str, Any]]) -> str:
+def _ratio_table(runs: Sequence[RunRow]) -> str:
     lines = [
         "| work | TRL's script, s | harness, s | ratio (range) | target | memory ratio | target |",
         "|---|---|---|---|---|---|---|",
     ]
     for ours, theirs, target in TARGETS:
-        a, b = _of(runs, "harness", ours), _of(runs, "stock", theirs)
+        a, b = _runs_of(runs, "harness", ours), _runs_of(runs, "stock", theirs)
         if not a or not b:
             continue
         ratios = [x["wall"] / y["wall"] for x in a for y in b]
         memory = median(x["peak_memory_bytes"] for x in a) / median(y["peak_memory_bytes"] for y in b)
+        walls = [_range_text([run["wall"] for run in side]) for side in (b, a)]
         lines.append(
-            f"| {ours} against {theirs} | {_spread([y['wall'] for y in b])} | {_spread([x['wall'] for x in a])} "
+            f"| {ours} against {theirs} | {walls[0]} | {walls[1]} "
             f"| {median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}) | {target:.2f} | {memory:.2f} "
             f"| {MEMORY_TARGET} |"
         )
     return "\n".join(lines) if len(lines) > 2 else ""
 
 
-def _spread(values: Sequence[float], form: str = ".1f") -> str:
+def _range_text(values: Sequence[float], form: str = ".1f") -> str:
     return f"{values[0]:{form}}" if len(values) == 1 else f"{min(values):{form}} to {max(values):{form}}"
 
 
-def _work(result: Mapping[str, Any]) -> str:
-    """Hold the training loop against the matrix products that are needed at the measured rate."""
+def _loop_table(result: Result) -> str:
+    """Compare the training loop with the needed matrix products at the measured rate."""
     rates = dict(zip(map(id, result["runs"]), result["matmul_flops_per_second"], strict=False))
-    shown = _spread([value / 1e9 for value in result["matmul_flops_per_second"]], ".0f")
+    shown = _range_text([value / 1e9 for value in result["matmul_flops_per_second"]], ".0f")
     lines = [
         f"Needed: {result['needed_flops'] / 1e12:.2f} TFLOP for one pass; this machine multiplies matrices at "
-        f"{shown} GFLOP/s (it shares its processor; measured before each run, which is held against its own rate).",
+        f"{shown} GFLOP/s (it shares its processor; measured before each run, which is compared with its own rate).",
         "",
         "| training loop | seconds | times the least | share of the rate | tokens/s | target |",
         "|---|---|---|---|---|---|",
@@ -86,37 +105,37 @@ def _work(result: Mapping[str, Any]) -> str:
         ("stock", "dpo, precomputed"),
         ("stock", "simpo"),
     ):
-        found = _of(result["runs"], side, name)
+        found = _runs_of(result["runs"], side, name)
         if found:
             target = f"{LOOP_TARGET}" if side == "harness" else ""
-            lines.append(_held(f"{side}: {name}", found, "train", result["needed_flops"], rates, result, target))
-    passes = _of(result["runs"], "harness", "dpo")
+            lines.append(_loop_row(f"{side}: {name}", found, "train", result["needed_flops"], rates, result, target))
+    passes = _runs_of(result["runs"], "harness", "dpo")
     if passes:
         name, needed = "harness: DPO's reference pass, once for a grid", result["needed_reference_flops"]
-        lines.append(_held(name, passes, "reference", needed, rates, result, ""))
+        lines.append(_loop_row(name, passes, "reference", needed, rates, result, ""))
     return "\n".join(lines) if len(lines) > 4 else lines[0]
 
 
-def _held(
+def _loop_row(
     name: str,
-    runs: Sequence[Mapping[str, Any]],
+    runs: Sequence[RunRow],
     stage: str,
     needed: float,
     rates: Mapping[int, float],
-    result: Mapping[str, Any],
+    result: Result,
     target: str,
 ) -> str:
-    """Return a row that holds a stage's seconds against the products that it needs, at the rate before each run."""
+    """Return a row: a stage's seconds against its needed products at the rate measured before each run."""
     seconds = [run["seconds"][stage] for run in runs]
     times = [run["seconds"][stage] * rates[id(run)] / needed for run in runs]
     return (
-        f"| {name} | {_spread(seconds)} | {_spread(times, '.2f')} | {1 / median(times):.0%} "
+        f"| {name} | {_range_text(seconds)} | {_range_text(times, '.2f')} | {1 / median(times):.0%} "
         f"| {result['tokens'] / median(seconds):,.0f} | {target or '–'} |"
     )
 
 
-def _overhead(runs: Sequence[Mapping[str, Any]]) -> str:
-    """Show what a trial takes besides training and the reference pass, as a share of the training loop."""
+def _overhead_table(runs: Sequence[RunRow]) -> str:
+    """Show a trial's time beside training and reference pass, as a share of the training loop."""
     lines = [
         "Around the training loop: tokens, plan, hashes, manifest, scores, tracking (W&B offline, started once).",
         "",
@@ -124,52 +143,55 @@ def _overhead(runs: Sequence[Mapping[str, Any]]) -> str:
         "|---|---|---|",
     ]
     for name in ("dpo", "simpo", "grid"):
-        found = _of(runs, "harness", name)
+        found = _runs_of(runs, "harness", name)
         around = [sum(s for stage, s in run["seconds"].items() if stage not in _WORK) for run in found]
         shares = [x / run["seconds"]["train"] * 100 for x, run in zip(around, found, strict=True)]
         if found:
-            lines.append(f"| {name} | {_spread(around)} | {_spread(shares)}% |")
+            lines.append(f"| {name} | {_range_text(around)} | {_range_text(shares)}% |")
     return "\n".join(lines) if len(lines) > 4 else ""
 
 
-def _levers(runs: Sequence[Mapping[str, Any]]) -> str:
-    """Hold runs with a lever switched off against the runs with all of them."""
+def _lever_table(runs: Sequence[RunRow]) -> str:
+    """Compare runs with a lever switched off with the runs of all levers."""
     lines = [
-        "What each lever gives: the same trial with one switched off, and with all that are listed for its arm.",
+        "The effect of each lever: the same trial with one switched off, and with all that are listed for its arm.",
         "",
         "| trial | loop, s | loop against all levers | reference pass, s | whole run, s | peak memory, GB |",
         "|---|---|---|---|---|---|",
     ]
     for arm in ("simpo", "dpo"):
-        whole = _of(runs, "harness", f"{arm}, all levers on")
+        whole = _runs_of(runs, "harness", f"{arm}, all levers on")
         off = [run for run in runs if run["side"] == "harness" and run["name"].startswith(f"{arm}, ")]
         loop = median(run["seconds"]["train"] for run in whole) if whole else 0.0
         for name in dict.fromkeys(run["name"] for run in off if whole):
-            found = _of(runs, "harness", name)
+            found = _runs_of(runs, "harness", name)
             loops = [run["seconds"]["train"] for run in found]
             reference = [run["seconds"].get("reference", 0.0) for run in found]
             lines.append(
-                f"| {name} | {_spread(loops)} | {median(loops) / loop:.2f} | {_spread(reference)} "
-                f"| {_spread([run['wall'] for run in found])} "
-                f"| {_spread([run['peak_memory_bytes'] / 1e9 for run in found], '.2f')} |"
+                f"| {name} | {_range_text(loops)} | {median(loops) / loop:.2f} | {_range_text(reference)} "
+                f"| {_range_text([run['wall'] for run in found])} "
+                f"| {_range_text([run['peak_memory_bytes'] / 1e9 for run in found], '.2f')} |"
             )
     return "\n".join(lines) if len(lines) > 4 else ""
 
 
-def _layout(runs: Sequence[Mapping[str, Any]]) -> str:
+def _layout_table(runs: Sequence[RunRow]) -> str:
     found = [run for run in runs if run["name"].startswith("2 trials, ")]
     lines = ["| layout of two trials (one DPO, one SimPO) | wall, s | memory, GB |", "|---|---|---|"]
     lines += [f"| {run['name'][10:]} | {run['wall']:.1f} | {run['peak_memory_bytes'] / 1e9:.2f} |" for run in found]
     return "\n".join(lines) if found else ""
 
 
-def _growth(runs: Sequence[Mapping[str, Any]]) -> str:
+def _growth_tables(runs: Sequence[RunRow]) -> str:
     """Show seconds and memory for more trials and for more pairs."""
     tables = []
     for unit, title in (("trials", "trials of 32 pairs in one sweep"), ("pairs", "pairs, one DPO trial")):
         found = [run for run in runs if run["side"] == "harness" and run["name"].split()[1:] == [unit]]
         found.sort(key=lambda run: int(run["name"].split()[0]))
-        lines = [f"| {title} | wall, s | loops, s | loop a {unit[:-1]}, s | peak memory, GB |", "|---|---|---|---|---|"]
+        lines = [
+            f"| {title} | wall, s | loops, s | loop per {unit[:-1]}, s | peak memory, GB |",
+            "|---|---|---|---|---|",
+        ]
         for run in found:
             count, loop = int(run["name"].split()[0]), run["seconds"]["train"]
             memory = run["peak_memory_bytes"] / 1e9
@@ -178,7 +200,7 @@ def _growth(runs: Sequence[Mapping[str, Any]]) -> str:
     return "\n\n".join(tables)
 
 
-def _stages(runs: Sequence[Mapping[str, Any]]) -> str:
+def _stage_table(runs: Sequence[RunRow]) -> str:
     lines = ["| run | wall, s | peak memory, GB | seconds by stage |", "|---|---|---|---|"]
     for run in runs:
         stages = ", ".join(f"{name} {seconds:.1f}" for name, seconds in run["seconds"].items() if seconds >= 0.05)
@@ -187,19 +209,19 @@ def _stages(runs: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _losses(runs: Sequence[Mapping[str, Any]]) -> str:
+def _loss_table(runs: Sequence[RunRow]) -> str:
     """Show the losses side by side: the scripts tokenise for themselves, so that these are alike and not equal."""
     columns = [
         (side, name)
         for side, name in (("stock", "dpo"), ("harness", "dpo"), ("stock", "simpo"), ("harness", "simpo"))
-        if _of(runs, side, name)
+        if _runs_of(runs, side, name)
     ]
     if not columns:
         return ""
-    losses = [_of(runs, side, name)[0]["losses"] for side, name in columns]
+    losses = [_runs_of(runs, side, name)[0]["losses"] for side, name in columns]
     lines = [
         "Losses of the first steps. TRL tokenises for itself (with ChatML its answers end in one more token), so these "
-        "are alike and not equal; on the same ids they are equal (`tests/test_engine.py`).",
+        "are alike and not equal; on the same ids they are equal (`tests/train/test_packed_engine.py`).",
         "",
         "| step | " + " | ".join(f"{side}: {name}" for side, name in columns) + " |",
         "|---|" + "---|" * len(columns),

@@ -1,4 +1,4 @@
-"""The runs of the benchmark: TRL's own scripts and the harness, each in processes of its own, on the same pairs."""
+"""The runs of the benchmark: TRL's own scripts and the harness, on the same pairs, each run in a process -> `Run`."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, TypedDict
 
+from harness.config.checkpoint import checkpoint_dir
 from harness.config.schema import RunConfig
 from harness.data.inputs import splits_of, tokens_of
 from harness.data.tokens import TokenPair
@@ -20,22 +21,36 @@ from harness.study.files import write_json, write_jsonl
 from harness.sweep.problems import load_run
 from harness.train.memory import plan_of
 
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
 BETAS = (0.01, 0.05, 0.1, 0.5)
 SIMPO = ((2.0, 0.3), (2.0, 0.5), (2.5, 0.5), (10.0, 0.5))  # beta, gamma over beta
 RATES = {"dpo": 5e-6, "simpo": 5e-6}
 
 
+class RunRow(TypedDict):
+    """A `Run` in cost.json."""
+
+    name: str
+    side: str
+    wall: float
+    seconds: dict[str, float]
+    peak_memory_bytes: int
+    losses: list[float]
+
+
 @dataclass(frozen=True)
 class Run:
-    """What one run cost.
+    """The cost of one run.
 
     Attributes:
-        name: which work, such as `dpo`.
+        name: of the work, such as `dpo`.
         side: `stock` or `harness`.
         wall: seconds from the start of the first process to the end of the last.
         seconds: by stage.
         peak_memory_bytes: of the largest process.
-        losses: of each step; of the first trial where there are several.
+        losses: per step; of the first trial where there are several.
     """
 
     name: str
@@ -45,15 +60,44 @@ class Run:
     peak_memory_bytes: int
     losses: list[float] = field(default_factory=list)
 
+    def row(self) -> RunRow:
+        """Return the run as cost.json holds it."""
+        return {
+            "name": self.name,
+            "side": self.side,
+            "wall": self.wall,
+            "seconds": self.seconds,
+            "peak_memory_bytes": self.peak_memory_bytes,
+            "losses": self.losses,
+        }
+
+
+class TrialCost(TypedDict):
+    """The cost of one trial, as `harness.bench.ours` prints it."""
+
+    seconds: dict[str, float]
+    trial_seconds: float
+    peak_memory_bytes: dict[str, int]
+    losses: list[float]
+
+
+class Printed(TypedDict, total=False):
+    """The JSON that a run prints: `trials` by the harness, `seconds` per stage and `losses` by TRL's script."""
+
+    peak_memory_bytes: int
+    trials: list[TrialCost]
+    seconds: dict[str, float]
+    losses: list[float]
+
 
 class Bench:
-    """The pairs, laid out so that both sides take the same ones in the same order, and the runs over them.
+    """The pairs, in one order for both sides, and the runs over them.
 
     Args:
-        folder: for everything that the runs write.
+        folder: for all files of the runs.
         model: a checkpoint's folder, or `embedded`.
         pairs: a file of pairs as text (`prompt`, `chosen`, `rejected`); None takes the embedded study's.
-        num_pairs: how many of them.
+        num_pairs: number of pairs.
     """
 
     def __init__(self, folder: Path, *, model: str, pairs: str | None, num_pairs: int) -> None:
@@ -92,16 +136,14 @@ class Bench:
     @property
     def model_dir(self) -> str:
         """Folder of the checkpoint, for the scripts."""
-        from harness.config.checkpoint import checkpoint_dir
-
         return str(checkpoint_dir(self.config.model))
 
-    def stock(self, name: str, arm: str, **keys: Any) -> Run:
+    def stock(self, name: str, arm: str, **keys: float) -> Run:
         """Run one of TRL's scripts."""
         script = Path(__file__).with_name("stock.py")
         given = {"learning_rate": RATES[arm], **keys}
         command = [sys.executable, str(script), arm, self.model_dir, str(self.folder / "pairs.jsonl")]
-        wall, found = _timed(
+        wall, found = _run_timed(
             [*command, str(self.folder / "stock"), *(f"{k}={json.dumps(v)}" for k, v in given.items())]
         )
         return Run(name, "stock", wall, found["seconds"], found["peak_memory_bytes"], found["losses"])
@@ -119,7 +161,7 @@ class Bench:
         results = self.folder / f"results-{time.time_ns()}"
         shared = [*self.keys, f"results_dir={results}", "study=bench", *more]
         write_json(results / "trials.json", [[*trial, *shared] for trial in trials])
-        wall, found = _timed([sys.executable, "-m", "harness.bench.ours", str(results / "trials.json")])
+        wall, found = _run_timed([sys.executable, "-m", "harness.bench.ours", str(results / "trials.json")])
         stages: dict[str, float] = {}
         for trial in found["trials"]:
             for stage, seconds in trial["seconds"].items():
@@ -128,13 +170,13 @@ class Bench:
         stages["around"] = sum(t["trial_seconds"] - sum(t["seconds"].values()) for t in found["trials"])
         return Run(name, "harness", wall, stages, found["peak_memory_bytes"], found["trials"][0]["losses"])
 
-    def trial(self, arm: str, **keys: Any) -> list[str]:
+    def trial(self, arm: str, **keys: float) -> list[str]:
         """Return the overrides of one trial at the benchmark's learning rate."""
         given = {"learning_rate": RATES[arm], **keys}
         return [f"+method={arm}", *(f"method.{key}={value}" for key, value in given.items())]
 
     def layout(self, workers: int, threads: int) -> Run:
-        """Run two trials with all cores: one after the other, or at once with a share of the cores each."""
+        """Run two trials on all cores: in turn, or at once on a part of the cores each."""
         keys = f"train.threads={threads}"
         name = f"2 trials, {workers} worker{'s' * (workers > 1)} of {threads} threads"
         if workers == 1:
@@ -147,14 +189,15 @@ class Bench:
         return Run(name, "harness", time.perf_counter() - start, stages, peak, runs[0].losses)
 
     def harness_grid(self, size: int = 8, name: str = "") -> Run:
-        """Run the same grid, or the first trials of it, by the harness."""
+        """Run the same grid, or its first trials, by the harness."""
         trials = [self.trial("dpo", beta=beta) for beta in BETAS]
         simpo = [self.trial("simpo", beta=beta, gamma_beta_ratio=ratio) for beta, ratio in SIMPO]
         both = [trial for pair in zip(trials, simpo, strict=True) for trial in pair]
         return self.harness(name or f"{size} trials", both[:size])
 
 
-def _timed(command: list[str]) -> tuple[float, dict[str, Any]]:
+def _run_timed(command: list[str]) -> tuple[float, Printed]:
+    """Run a command; return its seconds and the JSON in its last line."""
     start = time.perf_counter()
     ran = subprocess.run(command, capture_output=True, text=True, check=False)
     wall = time.perf_counter() - start
@@ -163,13 +206,13 @@ def _timed(command: list[str]) -> tuple[float, dict[str, Any]]:
     return wall, json.loads(ran.stdout.strip().splitlines()[-1])
 
 
-def needed_flops(model_config: Any, rows: Sequence[TokenPair], *, lora_rank: int) -> float:
+def needed_flops(model_config: PretrainedConfig, rows: Sequence[TokenPair], *, lora_rank: int) -> float:
     """Return the floating-point operations of one LoRA pass over the rows, each token computed once.
 
     `4 N_blk D + 4 N_head D_c + 6 N_lora D + 8 L h Σ s²/2`: forward and backward through frozen weights, the head on
     answer tokens only, adapters with their own gradient, and causal attention (PaLM, arXiv 2204.02311, appendix B,
     counts 6 N D for training all weights; frozen ones need no gradient of their own). With rank 0 half of it is the
-    forward pass alone, which is what DPO's reference needs.
+    forward pass alone, as for DPO's reference.
 
     Args:
         model_config: the model's config.
@@ -190,7 +233,7 @@ def needed_flops(model_config: Any, rows: Sequence[TokenPair], *, lora_rank: int
     return float(blocks + head + adapters + 8 * text.num_hidden_layers * text.hidden_size * squares)
 
 
-def lora_parameters(text: Any, rank: int) -> int:
+def lora_parameters(text: PretrainedConfig, rank: int) -> int:
     """Count the weights of adapters on all linear layers of a Llama-like model."""
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     queries, keys = text.num_attention_heads * head_dim, text.num_key_value_heads * head_dim
@@ -200,7 +243,7 @@ def lora_parameters(text: Any, rank: int) -> int:
     return text.num_hidden_layers * rank * sum(inputs + outputs for inputs, outputs in shapes)
 
 
-def block_parameters(text: Any) -> int:
+def block_parameters(text: PretrainedConfig) -> int:
     """Count the weights of the matrices in the layers of a Llama-like model."""
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     queries, keys = text.num_attention_heads * head_dim, text.num_key_value_heads * head_dim

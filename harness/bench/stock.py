@@ -1,6 +1,6 @@
-"""One run as a user of TRL writes it: a script in a process of its own, text in, adapter out, nothing of the harness.
+"""One run as a user of TRL writes it: a script in its own process, text in, adapter out, no import of the harness.
 
-Command: `python stock.py ARM MODEL PAIRS.jsonl OUT_DIR KEY=VALUE...`; prints one line of JSON with seconds by stage.
+Command: `python stock.py ARM MODEL PAIRS.jsonl OUT_DIR KEY=VALUE...`; prints one line of JSON with seconds per stage.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ COMMON = {
     "gradient_checkpointing": False,
     "bf16": False,
     "use_cpu": True,
-    "train_sampling_strategy": "sequential",  # so that the losses can be laid side by side
+    "train_sampling_strategy": "sequential",  # so that the losses can be compared
     "logging_steps": 1,
     "save_strategy": "no",
     "report_to": [],

@@ -1,15 +1,16 @@
-"""Answer the evaluation prompts with one policy: the same decoding for every arm and for the SFT base.
+"""Answers to the evaluation prompts: policy and prompts -> completions, decoded alike for every arm and the SFT base.
 
-Prompts of similar length are answered together, in rounds: after each, the answers that have ended leave the batch, so
-that one answer that runs to the limit does not keep the others' rows in the computation.
+Prompts of similar length are answered in one batch, in rounds of `ROUND_TOKENS`. After each round the finished answers
+leave the batch, so that one answer of full length does not keep the others' rows in the computation.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 from transformers import GenerationConfig
 from transformers.cache_utils import DynamicCache, DynamicLayer
@@ -18,17 +19,25 @@ from harness.config.schema import GenerateConfig
 from harness.data.records import Completion, EvalPrompt
 from harness.data.tokens import ChatFormat
 
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
 ROUND_TOKENS = 8
 
 
 @torch.no_grad()
 def generate_completions(
-    model: Any, chat: ChatFormat, prompts: Sequence[EvalPrompt], *, split: str, decoding: GenerateConfig
+    model: PreTrainedModel | PeftModel,
+    chat: ChatFormat,
+    prompts: Sequence[EvalPrompt],
+    *,
+    split: str,
+    decoding: GenerateConfig,
 ) -> list[Completion]:
     """Answer all prompts in batches of similar length; the result is in the order of `prompts`.
 
-    Only `decoding` counts: what a checkpoint's generation_config.json says of sampling or penalties is not used, so
-    that arms and base are decoded alike.
+    Sampling and penalties in a checkpoint's generation_config.json are ignored: arms and base are decoded alike.
     """
     model.eval()
     model.generation_config = _generation_config(chat, decoding)
@@ -41,7 +50,7 @@ def generate_completions(
             order = sorted(turn, key=lambda prompt: len(ids[prompt.prompt_id]), reverse=True)  # the largest batch first
             for start in range(0, len(order), size):
                 batch = order[start : start + size]
-                answers = _answer(model, chat, [ids[prompt.prompt_id] for prompt in batch])
+                answers = _answer_batch(model, chat, [ids[prompt.prompt_id] for prompt in batch])
                 for prompt, answer in zip(batch, answers, strict=True):
                     completions[prompt.prompt_id] = completion_of(chat, prompt, answer, split)
                 bar.update(len(batch))
@@ -49,15 +58,15 @@ def generate_completions(
 
 
 def turns_of(prompts: Sequence[EvalPrompt]) -> list[list[EvalPrompt]]:
-    """Return the prompts that can be answered at once, and then those that follow one of them."""
+    """Return the prompts without a predecessor, then those that follow one of them; no empty list."""
     turns = [[p for p in prompts if p.follows is None], [p for p in prompts if p.follows is not None]]
     return [turn for turn in turns if turn]
 
 
 def prompt_ids(chat: ChatFormat, prompt: EvalPrompt, answered: Mapping[str, Completion]) -> list[int]:
-    """Return a prompt's ids; the answer to the prompt that it follows must be there."""
-    said = answered[prompt.follows].completion if prompt.follows else ""
-    return chat.prompt_ids(prompt.conversation(said), conversational=prompt.conversational)
+    """Return a prompt's ids; `answered` must hold the answer to the prompt that it follows."""
+    previous = answered[prompt.follows].completion if prompt.follows else ""
+    return chat.prompt_ids(prompt.conversation(previous), conversational=prompt.conversational)
 
 
 def _generation_config(chat: ChatFormat, decoding: GenerateConfig) -> GenerationConfig:
@@ -72,8 +81,10 @@ def _generation_config(chat: ChatFormat, decoding: GenerateConfig) -> Generation
     )
 
 
-def _answer(model: Any, chat: ChatFormat, prompts: Sequence[list[int]]) -> list[list[int]]:
-    """Return the generated ids of each prompt, the end of turn included, padding left out."""
+def _answer_batch(
+    model: PreTrainedModel | PeftModel, chat: ChatFormat, prompts: Sequence[list[int]]
+) -> list[list[int]]:
+    """Return the generated ids per prompt, with the end of turn, without padding."""
     ids, attended = _left_padded(prompts, chat.tokenizer.pad_token_id, model.device)
     width, limit = ids.shape[1], model.generation_config.max_new_tokens
     cache = DynamicCache(config=model.config.get_text_config())
@@ -101,7 +112,7 @@ def _answer(model: Any, chat: ChatFormat, prompts: Sequence[list[int]]) -> list[
     return answers
 
 
-def _left_padded(prompts: Sequence[list[int]], pad_id: int, device: Any) -> tuple[torch.Tensor, torch.Tensor]:
+def _left_padded(prompts: Sequence[list[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Return ids and attention mask, both (num_prompts, longest)."""
     width = max(map(len, prompts))
     ids = torch.full((len(prompts), width), pad_id)
@@ -118,7 +129,7 @@ def _until_stop(answer: list[int], chat: ChatFormat) -> list[int]:
 
 
 def completion_of(chat: ChatFormat, prompt: EvalPrompt, answer: list[int], split: str) -> Completion:
-    """Return the completion that generated ids stand for; one that ended has its end of turn as the last id."""
+    """Decode generated ids into a completion; it has ended if its last id is an end of turn."""
     ended = bool(answer) and answer[-1] in chat.stop_ids
     text = chat.tokenizer.decode(answer[:-1] if ended else answer, skip_special_tokens=True)
     shown = "\n".join(f"{m['role']}: {m['content']}" for m in prompt.prompt) if len(prompt.prompt) > 1 else ""

@@ -1,23 +1,38 @@
-"""Log-probabilities of held-out pairs under a policy and under the SFT base, for preference accuracy."""
+"""Log-probabilities of held-out pairs under a policy and under the SFT base, for preference accuracy.
+
+Input: a policy, the held-out pairs as token ids, and the stored log-probs of the base's own trial. Output: the rows of
+pairs.jsonl.
+"""
 
 from __future__ import annotations
 
 import math
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from harness.config.arms import ARMS
 from harness.config.schema import RunConfig
+from harness.data.inputs import tokens_of
 from harness.data.records import PairLogps
 from harness.data.tokens import TokenPair
 from harness.study.errors import DivergedError
 from harness.study.files import read_jsonl
 
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
 
 def heldout_rows(
-    config: RunConfig, policy: Any, rows: tuple[TokenPair, ...], split: str, *, base: Path
-) -> list[dict[str, Any]]:
+    config: RunConfig,
+    policy: PreTrainedModel | PeftModel,
+    rows: tuple[TokenPair, ...],
+    split: str,
+    *,
+    base: Path,
+    pad_id: int | None = None,
+) -> list[dict[str, str | int | float]]:
     """Return the rows of pairs.jsonl for one split (`harness.data.records.PairLogps`).
 
     Args:
@@ -26,20 +41,22 @@ def heldout_rows(
         rows: the held-out pairs.
         split: their split.
         base: folder of the SFT base's own trial, whose log-probs are the reference. The base is its own reference.
+        pad_id: the tokenizer's padding; None: it is looked up.
 
     Raises:
         DivergedError: where the trained policy's log-probs are not finite; for the base it is a ValueError.
     """
-    from harness.data.inputs import tokens_of
     from harness.train.logps import pair_logps
 
-    pad_id = tokens_of(config).chat.tokenizer.pad_token_id
-    logps = pair_logps(policy, rows, pad_id=pad_id, desc=f"held-out {split}").tolist()
+    if pad_id is None:  # until sweep passes its context
+        pad_id = tokens_of(config).chat.tokenizer.pad_token_id
+    is_trained = ARMS[config.method.name].trainer is not None
+    logps: list[list[float]] = pair_logps(policy, rows, pad_id=pad_id, desc=f"held-out {split}").tolist()
     broken = sum(not all(map(math.isfinite, pair)) for pair in logps)
     if broken:
-        error = DivergedError if ARMS[config.method.name].trainer else ValueError
+        error = DivergedError if is_trained else ValueError
         raise error(f"the log-probs of {broken} of {len(rows)} held-out {split} pairs are not finite numbers")
-    reference = _stored(base, split, rows) if ARMS[config.method.name].trainer else logps
+    reference = _stored_logps(base, split, rows) if is_trained else logps
     return [
         asdict(
             PairLogps(
@@ -58,8 +75,8 @@ def heldout_rows(
     ]
 
 
-def _stored(base: Path, split: str, rows: tuple[TokenPair, ...]) -> list[tuple[float, float]]:
+def _stored_logps(base: Path, split: str, rows: tuple[TokenPair, ...]) -> list[list[float]]:
+    """Return the log-probs of chosen and rejected that the base's trial stored for these pairs."""
     found = {(row["split"], row["pair_id"]): row for row in read_jsonl(base / "pairs.jsonl")}
-    return [
-        (found[split, row.pair_id]["chosen_sum_logps"], found[split, row.pair_id]["rejected_sum_logps"]) for row in rows
-    ]
+    stored = [found[split, row.pair_id] for row in rows]
+    return [[row["chosen_sum_logps"], row["rejected_sum_logps"]] for row in stored]

@@ -1,18 +1,31 @@
-"""The adapter: how it is put on the base, counted and saved; without adapter, the whole model. Knows peft."""
+"""The adapter on the base: made, counted, saved, and computed in one function per layer; or the whole trained model."""
 
 from __future__ import annotations
 
 import shutil
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from harness.config.schema import RunConfig, Tuning
 
+if TYPE_CHECKING:
+    from peft import LoraConfig, PeftModel
+    from peft.tuners.lora.layer import Linear
+    from torch.autograd.function import BackwardCFunction
+    from transformers import PreTrainedModel, Trainer
 
-def adapter_config(config: RunConfig) -> Any:
+    class LoraContext(BackwardCFunction):
+        """The context of `_LoraLinear`."""
+
+        scaling: float
+        shape: torch.Size
+
+
+def adapter_config(config: RunConfig) -> LoraConfig:
     """Return the adapter on all linear layers, without dropout: the arms must differ in the loss alone."""
     from peft import LoraConfig
 
@@ -25,11 +38,11 @@ def adapter_config(config: RunConfig) -> Any:
     )
 
 
-def on_quantised(base: Any, config: RunConfig) -> Any:
-    """Put the adapter on a 4-bit base before TRL sees it (QLoRA, arXiv 2305.14314).
+def adapter_on_quantised(base: PreTrainedModel, config: RunConfig) -> PeftModel:
+    """Put the adapter on a 4-bit base before TRL does (QLoRA, arXiv 2305.14314).
 
-    TRL's trainers would do so differently: DPOTrainer turns the adapter into bf16, CPOTrainer only where it trains in
-    bf16, and then turns what is not quantised of the base into fp32. Here the arms start from the same bits.
+    TRL's trainers differ here: DPOTrainer converts the adapter to bf16; CPOTrainer does so only where it trains in
+    bf16, and then converts the base's other weights to fp32. Here all arms start from the same bits.
     """
     from peft import get_peft_model
     from transformers import set_seed
@@ -38,14 +51,14 @@ def on_quantised(base: Any, config: RunConfig) -> Any:
     return get_peft_model(base, adapter_config(config))
 
 
-def undo_quantised_extras(model: Any, *, start: dict[str, Any], has_reference: bool) -> None:
-    """Undo what TRL's DPOTrainer does to an adapter on a 4-bit base, and its CPOTrainer does not.
+def undo_quantised_extras(model: PeftModel, *, start: dict[str, Tensor], has_reference: bool) -> None:
+    """Undo the changes of TRL's DPOTrainer to an adapter on a 4-bit base, which its CPOTrainer does not make.
 
-    It turns the adapter into bf16, and copies it as a reference, which nobody needs where the base's log-probs are
-    given.
+    DPOTrainer converts the adapter to bf16, and copies it as a reference, which is unused where the base's log-probs
+    are given.
 
     Args:
-        model: the trainer's model, of which nothing has been trained yet.
+        model: the trainer's model, before any training.
         start: the adapter as it was made, by name.
         has_reference: whether the base's log-probs are given.
     """
@@ -56,73 +69,47 @@ def undo_quantised_extras(model: Any, *, start: dict[str, Any], has_reference: b
             parameter.data = start[name]
 
 
-def trained_weights(model: Any) -> dict[str, Any]:
-    """Return a copy of the weights that are trained, by name."""
+def trained_weights(model: PeftModel | PreTrainedModel) -> dict[str, Tensor]:
+    """Return a copy of the trained weights, by name."""
     return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
-def count_parameters(model: Any) -> dict[str, int]:
-    """Count weights, `total` and `trainable`; two of a 4-bit base lie in a byte."""
+def count_parameters(model: PeftModel | PreTrainedModel) -> dict[str, int]:
+    """Count weights, `total` and `trainable`; a byte of a 4-bit base holds two."""
     counts = [(p.numel() * (2 if type(p).__name__ == "Params4bit" else 1), p.requires_grad) for p in model.parameters()]
     return {"total": sum(count for count, _ in counts), "trainable": sum(count for count, trained in counts if trained)}
 
 
-def save_weights(trainer: Any, folder: Path, config: RunConfig) -> None:
+def save_weights(trainer: Trainer, folder: Path, config: RunConfig) -> None:
     """Save the weights under a temporary name and rename: a folder that exists is complete.
 
-    An adapter names its base as the user named it, not by where this machine keeps it. Of several processes the first
-    one writes; where weights are sharded, all of them take part in gathering.
+    An adapter names its base by `model.path`, not by its folder on this machine. Of several processes the first one
+    writes; where weights are sharded, all of them take part in gathering.
     """
     is_adapter = config.train.tuning is not Tuning.full
     target = folder / ("adapter" if is_adapter else "model")
     temporary = folder / f".{target.name}.tmp"
-    more: dict[str, Any] = {}
-    if config.accelerate.num_processes > 1:
-        more["state_dict"] = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    gathered = config.accelerate.num_processes > 1
+    state = trainer.accelerator.get_state_dict(trainer.model_wrapped) if gathered else None
     if not trainer.is_world_process_zero():
         return
     model = trainer.accelerator.unwrap_model(trainer.model)
     shutil.rmtree(temporary, ignore_errors=True)
+    more: dict[str, list[str] | bool] = {}
     if is_adapter:
         about = model.active_peft_config
         about.base_model_name_or_path = config.model.path
-        about.target_modules = sorted(about.target_modules)  # a set is written in another order by each process
+        about.target_modules = sorted(about.target_modules)  # the order of a set differs between processes
         more["selected_adapters"] = ["default"]
         more["save_embedding_layers"] = False  # PEFT would ask the Hub about the base's vocabulary
-    model.save_pretrained(temporary, safe_serialization=True, **more)
+    model.save_pretrained(temporary, safe_serialization=True, **({"state_dict": state} if gathered else {}), **more)
     (temporary / "README.md").unlink(missing_ok=True)  # a template to be filled in, with the path of the base
     shutil.rmtree(target, ignore_errors=True)
     temporary.rename(target)
 
 
-class _LoraLinear(torch.autograd.Function):
-    """y = x W^T + b + (x A^T) (s B)^T, with W and b frozen (Hu et al., arXiv 2106.09685, equation 3)."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Any, weight: Any, bias: Any, down: Any, up: Any, scaling: float) -> Any:
-        flat = x.reshape(-1, x.shape[-1])
-        inner = flat @ down.t()
-        out = flat @ weight.t() if bias is None else torch.addmm(bias, flat, weight.t())
-        out.addmm_(inner, up.t(), alpha=scaling)
-        ctx.save_for_backward(flat, inner, weight, down, up)
-        ctx.scaling, ctx.shape = scaling, x.shape
-        return out.view(*x.shape[:-1], -1)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Any) -> Any:
-        flat, inner, weight, down, up = ctx.saved_tensors
-        grad = grad.reshape(-1, grad.shape[-1])
-        grad_inner = (grad @ up) * ctx.scaling
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            grad_x = grad @ weight
-            grad_x.addmm_(grad_inner, down)
-            grad_x = grad_x.view(ctx.shape)
-        return grad_x, None, None, grad_inner.t() @ flat, (grad.t() @ inner) * ctx.scaling, None
-
-
-def fuse_adapters(model: Any, name: str = "default") -> int:
-    """Let every plain fp32 LoRA layer of a model compute in one function; return how many there are.
+def fuse_adapters(model: PreTrainedModel, name: str = "default") -> int:
+    """Compute every plain fp32 LoRA layer of a model in one function; return the number of such layers.
 
     Layers with dropout, DoRA, a trained base weight or another dtype stay as PEFT made them.
     """
@@ -133,14 +120,42 @@ def fuse_adapters(model: Any, name: str = "default") -> int:
         weight = layer.get_base_layer().weight
         plain = isinstance(layer.lora_dropout[name], torch.nn.Identity) and not layer.use_dora[name]
         if plain and not weight.requires_grad and weight.dtype == torch.float32 and not layer.lora_bias[name]:
-            layer.forward = partial(_forward, layer, name)
+            layer.forward = partial(_fused_forward, layer, name)
             fused += 1
     return fused
 
 
-def _forward(layer: Any, name: str, x: torch.Tensor) -> torch.Tensor:
+def _fused_forward(layer: Linear, name: str, x: Tensor) -> Tensor:
     base = layer.get_base_layer()
     if layer.disable_adapters:
         return base(x)
     down, up = layer.lora_A[name].weight, layer.lora_B[name].weight
     return _LoraLinear.apply(x, base.weight, base.bias, down, up, layer.scaling[name])
+
+
+class _LoraLinear(torch.autograd.Function):
+    """y = x W^T + b + (x A^T) (s B)^T, with W and b frozen (Hu et al., arXiv 2106.09685, equation 3)."""
+
+    @staticmethod
+    def forward(
+        ctx: LoraContext, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scaling: float
+    ) -> Tensor:
+        flat = x.reshape(-1, x.shape[-1])
+        inner = flat @ down.t()
+        out = flat @ weight.t() if bias is None else torch.addmm(bias, flat, weight.t())
+        out.addmm_(inner, up.t(), alpha=scaling)
+        ctx.save_for_backward(flat, inner, weight, down, up)
+        ctx.scaling, ctx.shape = scaling, x.shape
+        return out.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: LoraContext, grad: Tensor) -> tuple[Tensor | None, ...]:
+        flat, inner, weight, down, up = list(ctx.saved_tensors)
+        grad = grad.reshape(-1, grad.shape[-1])
+        grad_inner = (grad @ up) * ctx.scaling
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = grad @ weight
+            grad_x.addmm_(grad_inner, down)
+            grad_x = grad_x.view(ctx.shape)
+        return grad_x, None, None, grad_inner.t() @ flat, (grad.t() @ inner) * ctx.scaling, None

@@ -1,28 +1,34 @@
-"""The base's weights, loaded once in a process, lent to each trial and given back unchanged.
+"""The weights of a model: from a checkpoint's folder to a model in memory, and `Bases`, the base cache of one process.
 
-A trial resets the model, not the process: adapters are taken out, patches removed, trained weights put back.
+A process that runs several trials loads the base once. A trial borrows it and gives it back unchanged: adapters are
+taken out, patches removed, trained weights put back.
 """
 
 from __future__ import annotations
 
 import contextlib
 import importlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, NamedTuple
 
 from harness.config.checkpoint import checkpoint_dir
 from harness.config.machine import has_gpu
-from harness.config.schema import Precision, RunConfig, Tuning
+from harness.config.schema import ModelConfig, Precision, RunConfig, Tuning
+
+if TYPE_CHECKING:
+    import torch
+    from peft import PeftModel
+    from transformers import PreTrainedModel
 
 
 def import_logging_libraries() -> None:
-    """Import what sets up a logger at its first import, so that `trial_log` can redirect it."""
+    """Import the libraries that configure a logger at import, so that `trial_log` can redirect it."""
     importlib.import_module("transformers.utils.logging")
 
 
 def set_threads(config: RunConfig) -> None:
-    """Give torch the number of threads asked for; null leaves torch's own choice."""
+    """Set torch's number of threads to `train.threads`; null leaves torch's default."""
     import torch
 
     if config.train.threads is not None:
@@ -30,7 +36,7 @@ def set_threads(config: RunConfig) -> None:
 
 
 def uses_bf16(config: RunConfig) -> bool:
-    """Return True where matrix products run in bf16: asked for, or on a GPU that has it (on a CPU it is slower)."""
+    """Return True where matrix products run in bf16: as requested, or on a GPU with bf16 (on a CPU it is slower)."""
     import torch
 
     if config.train.precision is Precision.auto:
@@ -38,31 +44,32 @@ def uses_bf16(config: RunConfig) -> bool:
     return config.train.precision is Precision.bf16
 
 
-def load_base(config: RunConfig, *, on_gpu: bool = True) -> Any:
-    """Load the base's weights: fp32 on a CPU; in bf16 where only an adapter is trained on top of it, or in 4 bits.
+def is_quantised(model: PreTrainedModel) -> bool:
+    """Return True where a model's weights are in 4 bits."""
+    return bool(getattr(model, "is_loaded_in_4bit", False))
+
+
+def load_base(config: RunConfig, *, folder: Path | None = None, on_gpu: bool = True) -> PreTrainedModel:
+    """Load the base's weights: fp32 on a CPU; bf16 or 4 bits where only an adapter is trained on a GPU.
 
     Args:
         config: the trial.
+        folder: of the checkpoint; None: it is looked up.
         on_gpu: to the GPU, where there is one; else into the machine's memory, to be sharded from there.
     """
     import torch
 
     tuning = config.train.tuning
     dtype = torch.bfloat16 if uses_bf16(config) and tuning is not Tuning.full else torch.float32
-    return load_model(checkpoint_dir(config.model), dtype, quantise=tuning is Tuning.qlora, on_gpu=on_gpu)
+    return load_model(folder or checkpoint_dir(config.model), dtype, quantise=tuning is Tuning.qlora, on_gpu=on_gpu)
 
 
-def is_quantised(model: Any) -> bool:
-    """Return True where a model's weights are in 4 bits."""
-    return bool(getattr(model, "is_loaded_in_4bit", False))
-
-
-def load_model(folder: Path, dtype: Any, *, quantise: bool = False, on_gpu: bool = True) -> Any:
-    """Load a causal LM's weights, to the GPU where there is one; in 4-bit NormalFloat where `quantise` says so."""
+def load_model(folder: Path, dtype: torch.dtype, *, quantise: bool = False, on_gpu: bool = True) -> PreTrainedModel:
+    """Load a causal LM's weights, to the GPU where there is one; in 4-bit NormalFloat with `quantise`."""
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
-    disable_progress_bar()  # a bar for each of a hundred loads tells nothing
+    disable_progress_bar()  # a bar per load, a hundred times, tells nothing
     safe = {"dtype": dtype, "trust_remote_code": False, "use_safetensors": True}
     if quantise:
         from transformers import BitsAndBytesConfig
@@ -75,74 +82,111 @@ def load_model(folder: Path, dtype: Any, *, quantise: bool = False, on_gpu: bool
             bnb_4bit_compute_dtype=dtype,
         )
         place = {"device_map": {"": "cuda"}} if has_gpu() else {}
-        model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=four_bits, **place, **safe)
-        for module in model.modules():
-            # Some CPUs have a kernel that rounds to bf16 wherever no gradient is taken: the reference would be computed
-            # otherwise than the policy.
+        quantised = AutoModelForCausalLM.from_pretrained(folder, quantization_config=four_bits, **place, **safe)
+        for module in quantised.modules():
+            # Some CPUs' kernel rounds to bf16 in passes without gradients: reference and policy would differ.
             if getattr(module, "support_avx512bf16_for_cpu", False):
                 module.support_avx512bf16_for_cpu = False
-        return model
+        return quantised
     model = AutoModelForCausalLM.from_pretrained(folder, **safe)
     return model.to("cuda") if on_gpu and has_gpu() else model
 
 
-_held: dict[tuple[Any, ...], Any] = {}
-_pristine: dict[tuple[Any, ...], dict[str, Any]] = {}
+class BaseKey(NamedTuple):
+    """What makes two bases in memory the same: checkpoint, precision, and how its weights are loaded."""
+
+    folder: Path
+    bf16: bool
+    tuning: Tuning
 
 
-@contextlib.contextmanager
-def borrowed_base(config: RunConfig, *, trains_all: bool = False) -> Iterator[Any]:
-    """Yield the base; it is loaded where this process does not hold it yet, or where `train.levers.reuse_base` is off.
+class Bases:
+    """The base cache: at most one base, with a copy of its weights where all of them are trained.
 
     Args:
-        config: the trial.
-        trains_all: True where the weights themselves will be trained; a copy is kept in memory to put them back.
+        folder_of: finds a checkpoint's folder.
     """
-    if not config.train.levers.reuse_base:
-        yield load_base(config)
-        return
-    key = (checkpoint_dir(config.model), uses_bf16(config), config.train.tuning)
-    model = _held.pop(key, None)
-    if model is None:
-        _held.clear()  # one base in memory, not two
-        _pristine.clear()
-        model = load_base(config)
-    attention, sums = model.config._attn_implementation, _checksums(model)
-    if trains_all and key not in _pristine:
-        _pristine[key] = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-    yield model  # after an error the model is not held: its state is unknown
-    _reset(model)
-    model.set_attn_implementation(attention)
-    if trains_all:
-        model.load_state_dict(_pristine[key])
-    if _checksums(model) == sums:  # a base that something changed, NaN included, is not lent again
-        _held[key] = model
+
+    def __init__(self, folder_of: Callable[[ModelConfig], Path] = checkpoint_dir) -> None:
+        self._folder_of = folder_of
+        self._models: dict[BaseKey, PreTrainedModel] = {}
+        self._pristine: dict[BaseKey, dict[str, torch.Tensor]] = {}
+
+    @contextlib.contextmanager
+    def borrow_base(self, config: RunConfig, *, trains_all: bool = False) -> Iterator[PreTrainedModel]:
+        """Yield the base; it is loaded where it is not in the cache, or where `train.levers.reuse_base` is off.
+
+        Args:
+            config: the trial.
+            trains_all: True where the weights themselves will be trained; a copy is kept in memory to put them back.
+        """
+        folder = self._folder_of(config.model)
+        if not config.train.levers.reuse_base:
+            yield load_base(config, folder=folder)
+            return
+        key = BaseKey(folder, uses_bf16(config), config.train.tuning)
+        model = self._models.pop(key, None)
+        if model is None:
+            self._models.clear()  # one base in memory, not two
+            self._pristine.clear()
+            model = load_base(config, folder=folder)
+        attention, sums = model.config._attn_implementation, weight_checksums(model)
+        if trains_all and key not in self._pristine:
+            self._pristine[key] = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+        yield model  # after an error the model is not kept: its state is unknown
+        reset_model(model)
+        model.set_attn_implementation(attention)
+        if trains_all:
+            model.load_state_dict(self._pristine[key])
+        if weight_checksums(model) == sums:  # a base whose weights have changed, NaN included, is not lent again
+            self._models[key] = model
+
+    @contextlib.contextmanager
+    def borrow_policy(self, config: RunConfig, folder: Path) -> Iterator[PreTrainedModel | PeftModel]:
+        """Yield the policy in a trial's folder: its full model, or the base with its adapter.
+
+        In fp32 the adapter is merged, which makes generation faster: the layers' weights are exchanged for merged ones
+        and put back afterwards, so that nothing is rounded. In bf16 and 4 bits the adapter stays apart, since merging
+        would round a small adapter away.
+        """
+        import torch
+        from peft import PeftModel
+        from peft.tuners.lora import LoraLayer
+
+        if (folder / "model").is_dir():
+            yield load_model(folder / "model", torch.float32)
+            return
+        with self.borrow_base(config) as base:
+            policy = PeftModel.from_pretrained(base, folder / "adapter")
+            if base.dtype != torch.float32 or is_quantised(base):
+                yield policy
+                return
+            originals = {}
+            for layer in [module for module in policy.modules() if isinstance(module, LoraLayer)]:
+                weight = layer.get_base_layer().weight
+                originals[weight] = weight.data
+                weight.data = weight.data + layer.get_delta_weight("default")
+            try:
+                yield policy.unload()
+            finally:
+                for weight, data in originals.items():
+                    weight.data = data
+
+    def release(self) -> None:
+        """Drop the base, so that its memory is free."""
+        import gc
+
+        import torch
+
+        self._models.clear()
+        self._pristine.clear()
+        gc.collect()  # a model holds itself in circles, and the GPU's cache is emptied of what nothing holds
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
 
-def release_base() -> None:
-    """Forget the base, so that its memory is free."""
-    import torch
-
-    _held.clear()
-    _pristine.clear()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
-def _checksums(model: Any) -> list[int]:
-    """Return the sum of each weight's bits: one pass over memory, to notice a base that is not what it was."""
-    import torch
-
-    sums = []
-    for tensor in model.state_dict().values():
-        bits = tensor.contiguous().view(-1).view(torch.uint8)
-        words = len(bits) // 8 * 8  # as 64-bit integers, which wrap around: exact, and at the speed of memory
-        sums.append(bits[:words].view(torch.int64).sum().item() + bits[words:].sum().item())
-    return sums
-
-
-def _reset(model: Any) -> None:
-    """Undo what trainers and PEFT do to a model."""
+def reset_model(model: PreTrainedModel) -> None:
+    """Undo the changes that trainers and PEFT make to a model: adapters, patched methods, gradients, modes."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     for name, module in list(model.named_modules()):
@@ -159,33 +203,19 @@ def _reset(model: Any) -> None:
     model.eval()
 
 
-@contextlib.contextmanager
-def borrowed_policy(config: RunConfig, folder: Path) -> Iterator[Any]:
-    """Yield what a trial has trained: its full model, or the base with its adapter.
-
-    In fp32 the adapter is merged, which makes generation faster: the layers' weights are exchanged for merged ones and
-    put back afterwards, so that nothing is rounded. In bf16 or 4 bits merging would round away a small adapter: it is
-    left apart.
-    """
+def weight_checksums(model: PreTrainedModel) -> list[int]:
+    """Return the sum of each weight's bits: one pass over memory, which detects a base that has changed."""
     import torch
-    from peft import PeftModel
-    from peft.tuners.lora import LoraLayer
 
-    if (folder / "model").is_dir():
-        yield load_model(folder / "model", torch.float32)
-        return
-    with borrowed_base(config) as base:
-        policy: Any = PeftModel.from_pretrained(base, folder / "adapter")
-        if base.dtype != torch.float32 or is_quantised(base):
-            yield policy
-            return
-        kept = {}
-        for layer in [module for module in policy.modules() if isinstance(module, LoraLayer)]:
-            weight = layer.get_base_layer().weight
-            kept[weight] = weight.data
-            weight.data = weight.data + layer.get_delta_weight("default")
-        try:
-            yield policy.unload()
-        finally:
-            for weight, data in kept.items():
-                weight.data = data
+    sums = []
+    for tensor in model.state_dict().values():
+        bits = tensor.contiguous().view(-1).view(torch.uint8)
+        words = len(bits) // 8 * 8  # as 64-bit integers, which wrap around: exact, and at the speed of memory
+        sums.append(int(bits[:words].view(torch.int64).sum()) + int(bits[words:].sum()))
+    return sums
+
+
+DEFAULT_BASES = Bases()  # until sweep passes its context: this and the three functions below go
+borrowed_base = DEFAULT_BASES.borrow_base
+borrowed_policy = DEFAULT_BASES.borrow_policy
+release_base = DEFAULT_BASES.release

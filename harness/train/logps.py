@@ -1,35 +1,57 @@
-"""Summed log-probabilities of given answers under a model: for DPO's reference and for held-out preference accuracy."""
+"""Summed log-probabilities of given answers under a model: pairs of token ids -> (num_pairs, 2) in nats.
+
+`pair_logps` computes them, packed where the model can be run so and padded elsewhere. `reference_logps` is the same for
+DPO's reference, the SFT base, with a cache on disk that all trials and studies share. The key of an answer holds what
+its log-prob depends on: the base's weights, dtype and kernel, and the ids of prompt and answer. It holds neither beta,
+learning rate, seed nor LoRA initialisation, and no label: flipped or resampled pairs of the same answers hit the cache.
+TRL's own cache misses on every point of a grid.
+"""
 
 from __future__ import annotations
 
 import functools
+import hashlib
+import os
 from collections.abc import Iterator, Sequence
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+from torch import Tensor
 from tqdm import tqdm
 
-from harness.data.tokens import TokenPair
-from harness.train.packed import answer_sums, pack, packed_logps, packing, packing_problem
+from harness.data.tokens import TokenisedPairs, TokenPair, canonical_bytes
+from harness.study.files import digest
+from harness.train.base import is_quantised
+from harness.train.packed import Ids, answer_sums, groups_of, pack, packed_logps, packing
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 MAX_BATCH_TOKENS = 2048  # of activations; larger batches are no faster
 MAX_LOGITS_BYTES = 256 * 2**20
+PROBE_TOLERANCE = 1e-3  # nats per answer token; in bf16 100 times as much
+CHECKED_ROWS = 3  # cached rows that are computed again in each call
+REFERENCE_TOLERANCE = 1e-3  # nats per answer, in fp32 (noise between batch shapes is below 1e-4); in bf16 100 times
+_KEY_BYTES = 16
+_PROBE_RESULT = "harness_why_padded"  # attribute of a probed model
 
 
 @torch.no_grad()
 def pair_logps(
-    model: Any, rows: Sequence[TokenPair], *, pad_id: int, desc: str, share_prefix: bool = True
-) -> torch.Tensor:
-    """Return the log-probs of both answers, summed over their tokens (the turn's end included), in nats.
-
-    Packed, each prompt once for both answers, where the model can; padded where it cannot.
+    model: PreTrainedModel, rows: Sequence[TokenPair], *, pad_id: int, desc: str, share_prefix: bool = True
+) -> Tensor:
+    """Return the log-probs of both answers, summed over their tokens, the end of turn included, in nats.
 
     Args:
         model: a causal LM; it is put into evaluation mode.
         rows: the pairs.
         pad_id: padding.
         desc: text of the progress bar.
-        share_prefix: False computes each prompt once for each answer.
+        share_prefix: False computes each prompt once per answer.
 
     Returns:
         float64, shape (num_pairs, 2): chosen, rejected; in the order of `rows`.
@@ -38,24 +60,18 @@ def pair_logps(
     if not rows:
         return torch.zeros(0, 2, dtype=torch.float64)
     if why_padded(model, rows, pad_id):
-        return _padded_logps(model, rows, pad_id=pad_id, desc=desc)
+        return padded_logps(model, rows, pad_id=pad_id, desc=desc)
     sums = torch.zeros(len(rows), 2, dtype=torch.float64)
     with packing(model), tqdm(total=len(rows), desc=desc, delay=5, leave=False) as bar:
         for batch in _packed_batches(rows):
-            answers = [(rows[i].prompt_ids, [rows[i].chosen_ids, rows[i].rejected_ids]) for i in batch]
-            groups = answers if share_prefix else [(prompt, [answer]) for prompt, both in answers for answer in both]
-            packed = pack(groups, model.device)
+            packed = pack(groups_of([rows[i] for i in batch], share_prefix=share_prefix)).to(model.device)
             sums[batch] = answer_sums(packed_logps(model, packed).log_probs, packed).view(-1, 2).cpu()
             bar.update(len(batch))
     return sums
 
 
-def why_padded(model: Any, rows: Sequence[TokenPair], pad_id: int) -> str:
-    """Say why a model cannot be run packed over these pairs, or nothing where it can."""
-    return packing_problem(model, rows, functools.partial(_padded_logps, pad_id=pad_id, desc=""))
-
-
 def _packed_batches(rows: Sequence[TokenPair]) -> Iterator[list[int]]:
+    """Yield row numbers in order, in batches of at most `MAX_BATCH_TOKENS` tokens where a pair is no longer."""
     batch: list[int] = []
     tokens = 0
     for i, row in enumerate(rows):
@@ -70,17 +86,18 @@ def _packed_batches(rows: Sequence[TokenPair]) -> Iterator[list[int]]:
 
 
 @torch.no_grad()
-def _padded_logps(model: Any, rows: Sequence[TokenPair], *, pad_id: int, desc: str) -> torch.Tensor:
+def padded_logps(model: PreTrainedModel, rows: Sequence[TokenPair], *, pad_id: int, desc: str = "") -> Tensor:
+    """Return what `pair_logps` returns, computed on padded batches."""
     answers = [(row.prompt_ids, answer) for row in rows for answer in (row.chosen_ids, row.rejected_ids)]
     sums = torch.zeros(len(answers), dtype=torch.float64)
     with tqdm(total=len(answers), desc=desc, delay=5, leave=False) as bar:
-        for batch in _batches(answers, model.config.get_text_config().vocab_size):
-            sums[batch] = _batch_logps(model, [answers[i] for i in batch], pad_id)
+        for batch in _padded_batches(answers, model.config.get_text_config().vocab_size):
+            sums[batch] = _padded_batch_logps(model, [answers[i] for i in batch], pad_id)
             bar.update(len(batch))
     return sums.view(-1, 2)
 
 
-def _batches(answers: Sequence[tuple[Sequence[int], Sequence[int]]], vocab_size: int) -> Iterator[list[int]]:
+def _padded_batches(answers: Sequence[tuple[Ids, Ids]], vocab_size: int) -> Iterator[list[int]]:
     """Group answers of similar length, so that neither the padded ids nor the logits pass their bounds."""
     order = sorted(range(len(answers)), key=lambda i: len(answers[i][0]) + len(answers[i][1]))
     batch: list[int] = []
@@ -99,7 +116,7 @@ def _batches(answers: Sequence[tuple[Sequence[int], Sequence[int]]], vocab_size:
         yield batch
 
 
-def _batch_logps(model: Any, answers: Sequence[tuple[Sequence[int], Sequence[int]]], pad_id: int) -> torch.Tensor:
+def _padded_batch_logps(model: PreTrainedModel, answers: Sequence[tuple[Ids, Ids]], pad_id: int) -> Tensor:
     """Pad on the left, so that all answers end at the last position and the head runs on those positions only."""
     width = max(len(prompt) + len(answer) for prompt, answer in answers)
     keep = max(len(answer) for _, answer in answers)
@@ -120,6 +137,139 @@ def _batch_logps(model: Any, answers: Sequence[tuple[Sequence[int], Sequence[int
         logits_to_keep=keep + 1,
     ).logits[:, :-1]
     logits = logits.float()
-    # Not log_softmax: its fp32 kernel is off by about 5e-6 nats a token at a vocabulary of 49,152, always upwards.
-    logps = logits.gather(-1, ids[:, -keep:, None]).squeeze(-1) - logits.logsumexp(-1)
+    # Not log_softmax: its fp32 kernel is off by about 5e-6 nats per token at a vocabulary of 49,152, always upwards.
+    logps: Tensor = logits.gather(-1, ids[:, -keep:, None]).squeeze(-1) - logits.logsumexp(-1)
     return (logps * scored.to(logps.device)).sum(-1).double().cpu()
+
+
+def why_padded(model: PreTrainedModel, rows: Sequence[TokenPair], pad_id: int) -> str:
+    """Return why these pairs cannot be run packed, or nothing where they can.
+
+    The shortest pair is computed both ways and compared, once per model: the model keeps the result.
+
+    Raises:
+        torch.OutOfMemoryError: where memory runs out, which says nothing about packing.
+    """
+    window = getattr(model.config.get_text_config(), "sliding_window", None)
+    longest = max(row.length for row in rows)
+    if window is not None and longest > window:
+        return f"its attention has a sliding_window of {window}, shorter than the longest pair of {longest}"
+    known: str | None = getattr(model, _PROBE_RESULT, None)
+    if known is None:
+        known = _probe(model, min(rows, key=lambda row: row.length), pad_id)
+        setattr(model, _PROBE_RESULT, known)
+    return known
+
+
+def forget_probe(model: PreTrainedModel) -> None:
+    """Probe a model again when it is run next: for a caller that has changed how it attends."""
+    model.__dict__.pop(_PROBE_RESULT, None)
+
+
+@torch.no_grad()
+def _probe(model: PreTrainedModel, row: TokenPair, pad_id: int) -> str:
+    """Compute one pair packed and padded; return the difference or the error in words, or nothing."""
+    try:
+        with packing(model):
+            packed = pack(groups_of([row], share_prefix=True)).to(model.device)
+            ours = answer_sums(packed_logps(model, packed).log_probs, packed).cpu()
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:  # a model may fail on packed input in any way; then it is run padded
+        return f"{type(error).__name__}: {error}"
+    lengths = torch.tensor([len(row.chosen_ids), len(row.rejected_ids)])
+    gap = float(((ours - padded_logps(model, [row], pad_id=pad_id)[0]).abs() / lengths).max())
+    tolerance = PROBE_TOLERANCE * (1 if model.dtype == torch.float32 else 100)
+    return "" if gap <= tolerance else f"its log-probs differ by {gap:.2g} nats per token from the padded ones"
+
+
+class StaleReferenceError(RuntimeError):
+    """A cached reference log-prob differs from the one that the base gives now."""
+
+
+def reference_logps(
+    pairs: TokenisedPairs,
+    base: PreTrainedModel,
+    *,
+    base_sha256: str,
+    pad_id: int,
+    cache: Path,
+    share_prefix: bool = True,
+) -> Tensor:
+    """Return the base's log-probs of all pairs; answers in the cache are not computed again, but for a few as a check.
+
+    Any number of processes may write at once: each adds a file of its own under a temporary name and renames it.
+
+    Args:
+        pairs: the pairs.
+        base: the SFT base's model.
+        base_sha256: of its weights.
+        pad_id: padding.
+        cache: folder of all caches.
+        share_prefix: as in `pair_logps`.
+
+    Returns:
+        float64, shape (num_pairs, 2): chosen, rejected.
+
+    Raises:
+        StaleReferenceError: where a cached value differs from the base's.
+    """
+    compute = functools.partial(pair_logps, base, pad_id=pad_id, share_prefix=share_prefix)
+    folder = cache / _cache_key(base, base_sha256, packed=not why_padded(base, pairs.rows, pad_id))
+    known = _read_cache(folder)
+    keys = [[_answer_key(row.prompt_ids, ids) for ids in (row.chosen_ids, row.rejected_ids)] for row in pairs.rows]
+    found = np.array([[known.get(key, np.nan) for key in both] for both in keys]).reshape(-1, 2)
+    missing = np.flatnonzero(np.isnan(found).any(axis=1))
+    cached = np.setdiff1d(np.arange(len(keys)), missing)
+    if len(cached):
+        checked = np.random.default_rng(len(cached)).permutation(cached)[:CHECKED_ROWS]
+        now = compute([pairs.rows[i] for i in checked], desc="checking the reference").numpy()
+        tolerance = REFERENCE_TOLERANCE if base.dtype == torch.float32 else 100 * REFERENCE_TOLERANCE
+        if np.abs(found[checked] - now).max() > tolerance:
+            raise StaleReferenceError(
+                f"{folder}: the cached reference log-probs are not the base's; delete the folder and run again"
+            )
+    if len(missing):
+        found[missing] = compute([pairs.rows[i] for i in missing], desc="reference log-probs").numpy()
+        _write_cache(folder, {key: sum_ for i in missing for key, sum_ in zip(keys[i], found[i], strict=True)})
+    return torch.from_numpy(found)
+
+
+def _cache_key(base: PreTrainedModel, base_sha256: str, *, packed: bool) -> str:
+    """Return the name of the folder for one base in one dtype, kernel, device type and version of torch."""
+    kernel = "packed" if packed else base.config._attn_implementation
+    about = [base_sha256, str(base.dtype), kernel, base.device.type, torch.__version__]
+    return digest([*about, "nf4"] if is_quantised(base) else about)[:32]
+
+
+def _answer_key(prompt_ids: Ids, answer_ids: Ids) -> bytes:
+    return hashlib.sha256(canonical_bytes([*prompt_ids], [*answer_ids], [])).digest()[:_KEY_BYTES]
+
+
+def _read_cache(folder: Path) -> dict[bytes, float]:
+    """Read all parts; a part that is truncated or damaged is skipped, and its answers are computed again."""
+    known: dict[bytes, float] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, "numpy") as file:
+                sealed = (file.metadata() or {}).get("sha256")
+                keys, sums = file.get_tensor("keys"), file.get_tensor("sums")
+        except (SafetensorError, OSError, UnicodeDecodeError):
+            continue
+        if sealed == _part_sha256(keys, sums):
+            known |= zip((row.tobytes() for row in keys), sums.tolist(), strict=True)
+    return known
+
+
+def _write_cache(folder: Path, sums: dict[bytes, float]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    keys = np.frombuffer(b"".join(sums), dtype=np.uint8).reshape(-1, _KEY_BYTES)
+    values = np.array(list(sums.values()), dtype=np.float64)
+    name = hashlib.sha256(keys.tobytes()).hexdigest()[:32]
+    temporary = folder / f".{name}.{os.getpid()}.tmp"
+    save_file({"keys": keys, "sums": values}, temporary, metadata={"sha256": _part_sha256(keys, values)})
+    temporary.replace(folder / f"{name}.safetensors")
+
+
+def _part_sha256(keys: np.ndarray, sums: np.ndarray) -> str:
+    return hashlib.sha256(keys.tobytes() + sums.tobytes()).hexdigest()

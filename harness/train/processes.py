@@ -1,7 +1,8 @@
 """Train one trial with several processes by `accelerate launch`: DDP, FSDP or DeepSpeed ZeRO (`conf/accelerate/`).
 
-The trial's own process writes a job folder, starts the launcher and follows it; each process trains its share of the
-batch plan (`harness.train.trainers`); the first one writes weights, steps and result. Processes die with their parent.
+The trial's own process writes a job folder, starts the launcher and reads the steps from there. Each process trains its
+share of the batch plan (`harness.train.trainers`); the first one writes weights, steps and result. Processes die with
+their parent.
 """
 
 from __future__ import annotations
@@ -16,42 +17,59 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, TypedDict
 
 import yaml
 
 from harness.config.compose import config_from
+from harness.config.machine import has_gpu
 from harness.config.schema import RunConfig
 from harness.config.trial_id import plain
 from harness.data.plan import BatchPlan
 from harness.study.errors import DivergedError, NoRoomError, WorkerDiedError, is_outside
 from harness.study.files import read_json, write_json
-from harness.study.log import trial_log
+from harness.study.log import prepare_process, trial_log
 from harness.study.text import redact
-from harness.train.base import import_logging_libraries
-from harness.train.memory import peak_memory_bytes
-from harness.train.run import TrainResult
+from harness.train.base import import_logging_libraries, load_base, set_threads
+from harness.train.memory import peak_memory_bytes, plan_of
+from harness.train.run import OnStep, TrainResult, train_arm
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _POLL_SECONDS = 0.2
 _PR_SET_PDEATHSIG = 1  # prctl(2)
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None  # loaded before a fork needs it
-_LOG_CHARS = 200_000  # the end of each process's log: the trial's own must have room for what comes after
+_LOG_CHARS = 200_000  # of the end of each process's log, copied to the trial's, which needs room for later stages
 _LAUNCHER = "HARNESS_LAUNCHER_PID"
-OnStep = Callable[[int, dict[str, Any]], None]
+_ERRORS: dict[str, type[Exception]] = {"outside": OSError, "lost": WorkerDiedError}  # by kind; `own` is a RuntimeError
+
+
+class ProcessError(TypedDict):
+    """Contents of an error file of a process; the kinds are those of `_kind_of`."""
+
+    process: int
+    message: str
+    kind: str
+
+
+class Divergence(TypedDict):
+    """Contents of the result file of a run that diverged."""
+
+    diverged: str
 
 
 def train_in_processes(
-    config: RunConfig, plan: BatchPlan, *, folder: Path, reference: Any, on_step: OnStep
+    config: RunConfig, plan: BatchPlan, *, folder: Path, reference: Tensor | None, on_step: OnStep
 ) -> TrainResult:
     """Train one arm as `harness.train.run.train_arm` does, with `accelerate.num_processes` processes.
 
     Args:
         config: the trial.
-        plan: the order of the rows, of which each process takes its share.
-        folder: its folder; job files lie with the checkpoints and go with them.
+        plan: the order of the rows; each process trains its share.
+        folder: of the trial; job files are deleted with its checkpoints.
         reference: the base's log-probs, shape (num_rows, 2), or None.
         on_step: called after each step, while the processes run.
 
@@ -59,7 +77,7 @@ def train_in_processes(
         DivergedError: as in `train_arm`.
         torch.OutOfMemoryError: where a process ran out of memory.
         WorkerDiedError: where a process was killed.
-        RuntimeError: where a process failed otherwise; names it.
+        RuntimeError: where a process failed otherwise; names the process.
     """
     job = folder / "checkpoints" / "job"
     shutil.rmtree(job, ignore_errors=True)
@@ -78,8 +96,8 @@ def train_in_processes(
         seen = 0
         while process.poll() is None:
             time.sleep(_POLL_SECONDS)
-            seen = _pass_on(job, seen, on_step)
-        _pass_on(job, seen, on_step)
+            seen = _report_steps(job, seen, on_step)
+        _report_steps(job, seen, on_step)
     finally:
         if process.poll() is None:
             process.terminate()  # the launcher ends its processes
@@ -92,7 +110,7 @@ def train_in_processes(
         shutil.rmtree(job)
 
 
-def _write_job(job: Path, config: RunConfig, plan: BatchPlan, reference: Any) -> None:
+def _write_job(job: Path, config: RunConfig, plan: BatchPlan, reference: Tensor | None) -> None:
     from safetensors.torch import save_file
 
     write_json(job / "config.json", plain(config))
@@ -100,14 +118,14 @@ def _write_job(job: Path, config: RunConfig, plan: BatchPlan, reference: Any) ->
     if reference is not None:
         save_file({"reference": reference.contiguous()}, job / "reference.safetensors")
     accelerate = config.accelerate
-    settings: dict[str, Any] = {
+    settings: dict[str, object] = {
         "compute_environment": "LOCAL_MACHINE",
         "distributed_type": accelerate.distributed_type,
         "num_processes": accelerate.num_processes,
         "num_machines": 1,
         "machine_rank": 0,
         "main_process_port": 0,  # a free one: several trials may run on one machine
-        "mixed_precision": "no",  # the trainer's own arguments say what runs in bf16
+        "mixed_precision": "no",  # bf16 is set by the trainer's own arguments
         "use_cpu": False,
     }
     if accelerate.fsdp_config:
@@ -118,10 +136,10 @@ def _write_job(job: Path, config: RunConfig, plan: BatchPlan, reference: Any) ->
     (job / "accelerate.yaml").write_text(yaml.safe_dump(settings))
 
 
-def _pass_on(job: Path, seen: int, on_step: OnStep) -> int:
-    """Pass on the steps that were written since the last look; return how many there are."""
+def _report_steps(job: Path, seen: int, on_step: OnStep) -> int:
+    """Report the steps written since the last call, when there were `seen`; return their number now."""
     path = job / "steps.jsonl"
-    lines = path.read_text().split("\n")[:-1] if path.is_file() else []  # without a line that is not whole yet
+    lines = path.read_text().split("\n")[:-1] if path.is_file() else []  # without an incomplete last line
     for line in lines[seen:]:
         row = json.loads(line)
         on_step(row.pop("step"), row)
@@ -136,19 +154,18 @@ def _read_result(job: Path, status: int) -> TrainResult:
         if "diverged" in found:
             raise DivergedError(found["diverged"])
         return TrainResult(**found)  # with the memory of all processes, which a parent cannot measure
-    errors = [read_json(path) for path in sorted(job.glob("error-*.json"))]
+    errors: list[ProcessError] = [read_json(path) for path in sorted(job.glob("error-*.json"))]
     for error in errors:
         if error["kind"] == "memory":
             raise torch.OutOfMemoryError(f"process {error['process']}: {error['message']}")
     for error in sorted(errors, key=lambda error: error["kind"] == "lost"):  # a lost neighbour is a consequence
-        kinds: dict[str, type[Exception]] = {"outside": OSError, "lost": WorkerDiedError}
-        raise kinds.get(error["kind"], RuntimeError)(f"process {error['process']}: {error['message']}")
-    said = [line for line in (job / "log.txt").read_text(errors="replace").splitlines() if re.search(r"\w", line)]
-    raise WorkerDiedError(f"accelerate launch ended with status {status} and without a result: {''.join(said[-1:])}")
+        raise _ERRORS.get(error["kind"], RuntimeError)(f"process {error['process']}: {error['message']}")
+    lines = [line for line in (job / "log.txt").read_text(errors="replace").splitlines() if re.search(r"\w", line)]
+    raise WorkerDiedError(f"accelerate launch ended with status {status} and without a result: {''.join(lines[-1:])}")
 
 
 def launch(job: Path) -> None:
-    """Be `accelerate launch`; its processes are its children, and die with it."""
+    """Run `accelerate launch` in this process; the processes are its children, and die with it."""
     from accelerate.commands.launch import launch_command, launch_command_parser
 
     os.environ[_LAUNCHER] = str(os.getpid())
@@ -160,7 +177,7 @@ def launch(job: Path) -> None:
 
 
 def run_process(job: Path) -> None:
-    """Be one of the processes: train its share; the first one writes what came out."""
+    """Train one process's share; the first process writes the result."""
     _die_with_parent()
     if os.getppid() != int(os.environ[_LAUNCHER]):  # it died while this process was importing
         raise SystemExit(1)
@@ -168,20 +185,21 @@ def run_process(job: Path) -> None:
     import_logging_libraries()
     with trial_log(job / f"process-{rank}", f"process {rank}"):
         try:
-            found = _train_share(job, rank)
+            found: dict[str, object] | Divergence = asdict(_train_share(job, rank))
         except DivergedError as error:  # in all processes, at the same step
             found = {"diverged": str(error)}
         except BaseException as error:
             message = redact(f"{type(error).__name__}: {error}")
-            write_json(job / f"error-{rank}.json", {"process": rank, "message": message, "kind": _kind(error)})
+            content: ProcessError = {"process": rank, "message": message, "kind": _kind_of(error)}
+            write_json(job / f"error-{rank}.json", content)
             traceback.print_exc()
             raise SystemExit(1) from error
     if rank == 0:
         write_json(job / "result.json", found)
 
 
-def _kind(error: BaseException) -> str:
-    """Sort an error: `memory` for a smaller micro-batch to mend, `outside`, `lost` (a neighbour died), or `own`."""
+def _kind_of(error: BaseException) -> str:
+    """Classify an error: `memory` (a smaller micro-batch may help), `outside`, `lost` (a neighbour died), or `own`."""
     if isinstance(error, NoRoomError):
         return "memory"
     is_lost = type(error).__name__ == "DistBackendError" or re.search(
@@ -192,16 +210,12 @@ def _kind(error: BaseException) -> str:
     return "outside" if is_outside(error) else "own"
 
 
-def _train_share(job: Path, rank: int) -> dict[str, Any]:
+def _train_share(job: Path, rank: int) -> TrainResult:
     import torch
     from accelerate.utils import gather_object
     from safetensors.torch import load_file
 
-    from harness.config.machine import has_gpu
     from harness.data.inputs import Inputs
-    from harness.train.base import load_base, set_threads
-    from harness.train.memory import plan_of
-    from harness.train.run import train_arm
 
     config = config_from(read_json(job / "config.json"))
     set_threads(config)
@@ -211,7 +225,7 @@ def _train_share(job: Path, rank: int) -> dict[str, Any]:
     path = job / "reference.safetensors"
     steps = (job / "steps.jsonl").open("w", encoding="utf-8") if rank == 0 else None
 
-    def on_step(step: int, logs: dict[str, Any]) -> None:
+    def on_step(step: int, logs: dict[str, float]) -> None:
         if steps is not None:
             steps.write(json.dumps({"step": step, **logs}) + "\n")
             steps.flush()
@@ -221,7 +235,6 @@ def _train_share(job: Path, rank: int) -> dict[str, Any]:
     if plan.sha256 != planned["sha256"]:
         raise RuntimeError("the training data have changed since the trial began: the batch plan is another one")
     base = load_base(config, on_gpu=config.accelerate.distributed_type == "MULTI_GPU")  # else it is sharded from here
-    more = {"reference": load_file(path)["reference"]} if path.is_file() else {}
     try:
         result = train_arm(
             config,
@@ -230,22 +243,20 @@ def _train_share(job: Path, rank: int) -> dict[str, Any]:
             model=base,
             chat=tokens.chat,
             folder=job.parent.parent,
+            reference=load_file(path)["reference"] if path.is_file() else None,
             on_step=on_step,
-            **more,
         )
     except torch.OutOfMemoryError as error:
         raise NoRoomError(str(error)) from error
-    return asdict(result) | {"peak_memory_bytes": sum(gather_object([peak_memory_bytes()]))}
+    return replace(result, peak_memory_bytes=sum(gather_object([peak_memory_bytes()])))
 
 
 def _die_with_parent() -> None:
-    """Ask Linux to be killed when the parent dies, however it dies; elsewhere its neighbours' end ends a process."""
+    """Ask Linux to kill this process when its parent dies; elsewhere a process ends when its neighbours have ended."""
     if _LIBC is not None:
         _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 if __name__ == "__main__":
-    from harness.study.log import prepare_process
-
     prepare_process()
     {"launch": launch, "process": run_process}[sys.argv[1]](Path(sys.argv[2]))

@@ -1,7 +1,4 @@
-"""Train one arm with TRL: rows and plan in, adapter (or full model) and the log of every step out.
-
-Command: `python -m harness.train +method=dpo seed=1` runs one trial: train, generate, score.
-"""
+"""Train one arm with TRL: rows and plan in, adapter (or full model) and the log of every step out."""
 
 from __future__ import annotations
 
@@ -9,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, TypedDict
 
 from harness.config.arms import ARMS, DPOMarginConfig, SimPOConfig
 from harness.config.machine import has_gpu
@@ -18,8 +15,9 @@ from harness.data.plan import BatchPlan, ConsumedTokens, share_of
 from harness.data.tokens import ChatFormat, TokenPair
 from harness.train.adapter import (
     adapter_config,
+    adapter_on_quantised,
     count_parameters,
-    on_quantised,
+    fuse_adapters,
     save_weights,
     trained_weights,
     undo_quantised_extras,
@@ -28,22 +26,43 @@ from harness.train.base import load_base, uses_bf16
 from harness.train.checkpoints import last_checkpoint
 from harness.train.memory import needs_checkpointing
 
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    from harness.train.trainers import PairedCPOTrainer, PairedDPOTrainer, StockCPOTrainer, StockDPOTrainer
+
+    PairTrainer = StockDPOTrainer | StockCPOTrainer
+    PairedTrainer = PairedDPOTrainer | PairedCPOTrainer
+
+OnStep = Callable[[int, dict[str, float]], None]
+ArgumentValue = str | float | bool | list[str] | None
+
+
+class TrainFacts(TypedDict):
+    """Entries of the manifest that training makes."""
+
+    consumed_tokens_sha256: str
+    parameters: dict[str, int]
+    packed: bool
+    why_padded: str
+
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What training leaves besides the weights.
+    """What training returns beside the weights.
 
     Attributes:
-        steps: one row a step, under TRL's metric names. Rewards, log-probs and losses are not comparable across arms.
-        consumed_tokens_sha256: hash of the pairs that the trainer saw, in order.
-        num_pairs: how many it saw.
+        steps: one row per step, under TRL's metric names. Rewards, log-probs and losses are not comparable across arms.
+        consumed_tokens_sha256: hash of the pairs that the trainer consumed, in order.
+        num_pairs: number of consumed pairs.
         parameters: number of weights, `total` and `trainable`.
         packed: True where the model ran on packed batches (see `harness.train.packed`).
-        why_padded: why it could not, where that was asked for.
-        peak_memory_bytes: of all processes where there were several; else 0, and the trial's own clock knows it.
+        why_padded: why it did not, where that was requested.
+        peak_memory_bytes: of all processes, where there were several; else 0, and the trial's meter has it.
     """
 
-    steps: list[dict[str, Any]]
+    steps: list[dict[str, float]]
     consumed_tokens_sha256: str
     num_pairs: int
     parameters: dict[str, int]
@@ -52,10 +71,14 @@ class TrainResult:
     peak_memory_bytes: int = 0
 
     @property
-    def facts(self) -> dict[str, Any]:
-        """What the manifest records."""
-        facts = {"consumed_tokens_sha256": self.consumed_tokens_sha256, "parameters": self.parameters}
-        return facts | {"packed": self.packed, "why_padded": self.why_padded}
+    def facts(self) -> TrainFacts:
+        """Return the entries of the manifest."""
+        return {
+            "consumed_tokens_sha256": self.consumed_tokens_sha256,
+            "parameters": self.parameters,
+            "packed": self.packed,
+            "why_padded": self.why_padded,
+        }
 
 
 def train_arm(
@@ -63,11 +86,11 @@ def train_arm(
     rows: tuple[TokenPair, ...],
     plan: BatchPlan,
     *,
-    model: Any,
+    model: PreTrainedModel,
     chat: ChatFormat,
     folder: Path,
-    reference: Any = None,
-    on_step: Callable[[int, dict[str, Any]], None] = lambda step, logs: None,
+    reference: Tensor | None = None,
+    on_step: OnStep = lambda step, logs: None,
 ) -> TrainResult:
     """Train one arm and save `adapter/` or `model/` in `folder`; resume from the newest complete checkpoint there.
 
@@ -83,6 +106,7 @@ def train_arm(
 
     Raises:
         DivergedError: at the first loss or gradient norm that is not finite.
+        RuntimeError: where the trainer gets other token ids than those of the rows.
     """
     from tqdm import tqdm
 
@@ -94,23 +118,20 @@ def train_arm(
     trainer.consumed, parameters = consumed, count_parameters(trainer.model)  # before they are sharded
     with tqdm(total=plan.num_steps, desc=f"train {config.method.name} seed {config.seed}", delay=5, leave=False) as bar:
 
-        def advance(step: int, logs: dict[str, Any]) -> None:
+        def advance(step: int, logs: dict[str, float]) -> None:
             bar.update(step - bar.n)
             on_step(step, logs)
 
         trainer.add_callback(TrialCallback(consumed, advance))
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    trainer.comparison.settle()
     save_weights(trainer, folder, config)
-    return _result(trainer, consumed, parameters)
-
-
-def _result(trainer: Any, consumed: ConsumedTokens, parameters: dict[str, int]) -> TrainResult:
     return TrainResult(
         steps=[entry for entry in trainer.state.log_history if "loss" in entry],
         consumed_tokens_sha256=consumed.state,
         num_pairs=consumed.num_pairs,
         parameters=parameters,
-        packed=getattr(trainer, "packs", False),  # TRL's own engine knows nothing of packing
+        packed=getattr(trainer, "packs", False),  # the stock engine's trainers have no such attributes
         why_padded=getattr(trainer, "why_padded", ""),
     )
 
@@ -120,74 +141,72 @@ def build_trainer(
     rows: tuple[TokenPair, ...],
     plan: BatchPlan,
     *,
-    model: Any,
+    model: PreTrainedModel,
     chat: ChatFormat,
     output_dir: Path,
-    reference: Any = None,
-) -> Any:
+    reference: Tensor | None = None,
+) -> PairTrainer:
     """Build the arm's trainer over the rows in the plan's order, with an adapter where one is trained."""
-    from datasets import disable_progress_bars
+    from datasets import Dataset, disable_progress_bars
     from transformers.trainer_callback import PrinterCallback
 
+    from harness.train.collator import ROW, TensorComparison
     from harness.train.trainers import TRAINERS
 
     disable_progress_bars()
     arm = ARMS[config.method.name]
     assert arm.trainer is not None, f"{config.method.name} is not trained"
-    trainer_class, config_class = TRAINERS[config.train.engine.value, arm.trainer]
+    kind = TRAINERS[config.train.engine.value, arm.trainer]
     arguments = common_arguments(config, plan, output_dir) | dict(arm.trl_arguments(config.method))
-    arguments |= _data_arguments(arm.trainer, rows, has_reference=reference is not None)
+    if arm.trainer == "CPOTrainer":
+        arguments["max_length"] = max(row.length for row in rows)  # nothing is truncated; null means 512 there
+    else:
+        arguments |= {"max_length": None, "precompute_ref_log_probs": reference is not None}
     if arguments["gradient_checkpointing"] is None:
-        arguments["gradient_checkpointing"] = _checkpoints(config, model, rows, plan)
+        arguments["gradient_checkpointing"] = _uses_checkpointing(config, model, rows, plan)
     is_quantised = config.train.tuning is Tuning.qlora
-    adapted = on_quantised(model, config) if is_quantised else model
+    adapted = adapter_on_quantised(model, config) if is_quantised else model
     start = trained_weights(adapted) if is_quantised else {}
-    processes, dataset = config.accelerate.num_processes, _dataset(rows, with_margin(reference, rows, config))
-    trainer = trainer_class(
+    processes = config.accelerate.num_processes
+    has_reference_model = arm.uses_reference and config.train.reference is Reference.separate
+    trainer = kind.trainer(
         model=adapted,
-        args=config_class(**arguments),
-        train_dataset=dataset.select(plan.order) if processes == 1 else dataset,  # a share has the plan's row numbers
+        args=kind.arguments(**arguments),
+        # With several processes, a share holds the plan's row numbers.
+        train_dataset=Dataset.from_dict({ROW: list(plan.order) if processes == 1 else list(range(len(rows)))}),
         processing_class=chat.tokenizer,
         peft_config=adapter_config(config) if config.train.tuning is Tuning.lora else None,
-        **(
-            {"ref_model": load_base(config)}
-            if arm.uses_reference and config.train.reference is Reference.separate
-            else {}
-        ),
+        **({"ref_model": load_base(config)} if has_reference_model else {}),
     )
+    trainer.data_collator = trainer.pair_collator(rows, with_margin(reference, rows, config))
+    trainer.comparison = TensorComparison()
     trainer.remove_callback(PrinterCallback)  # train.jsonl has each step; the terminal has a bar
     if is_quantised:
         undo_quantised_extras(trainer.model, start=start, has_reference=reference is not None)
     if processes > 1:
         trainer.take_share(share_of(plan, trainer.args.process_index, processes))
     if config.train.engine is Engine.paired:
-        _make_fast(trainer, model, config, rows, chat)
+        _pull_levers(trainer, model, config, rows, chat)
     return trainer
 
 
-def _data_arguments(trainer: str, rows: Sequence[TokenPair], *, has_reference: bool) -> dict[str, Any]:
-    """Return what TRL's trainers must know of rows that are tokenised already."""
-    if trainer == "CPOTrainer":  # nothing is cut, since every row fits; its collator needs columns that no model does
-        return {"max_length": max(row.length for row in rows), "remove_unused_columns": False}
-    return {"max_length": None, "precompute_ref_log_probs": has_reference}
-
-
-def _checkpoints(config: RunConfig, model: Any, rows: Sequence[TokenPair], plan: BatchPlan) -> bool:
-    """Decide on gradient checkpointing: by an estimate, until memory has run out and shown it wrong."""
+def _uses_checkpointing(config: RunConfig, model: PreTrainedModel, rows: Sequence[TokenPair], plan: BatchPlan) -> bool:
+    """Decide on gradient checkpointing by an estimate, or True where memory has run out in spite of it."""
     shares = config.train.engine is Engine.paired and config.train.levers.share_prefix
     has_run_out = plan.micro_batch_size != config.train.micro_batch_size
     return has_run_out or needs_checkpointing(model, rows, plan, share_prefix=shares)
 
 
-def _make_fast(trainer: Any, model: Any, config: RunConfig, rows: tuple[TokenPair, ...], chat: ChatFormat) -> None:
-    """Let the model answer from packed batches where it can; where it cannot, say so and leave TRL's own pass."""
-    from harness.train.adapter import fuse_adapters
+def _pull_levers(
+    trainer: PairedTrainer, model: PreTrainedModel, config: RunConfig, rows: tuple[TokenPair, ...], chat: ChatFormat
+) -> None:
+    """Set up the paired engine: fused adapters, and packed batches where the model can be run so."""
     from harness.train.logps import why_padded
-    from harness.train.packed import ATTENTION, answer_packed_calls
+    from harness.train.packed import ATTENTION
 
+    levers = config.train.levers
     if isinstance(config.method, SimPOConfig):
         trainer.length_norm = config.method.length_norm
-    levers = config.train.levers
     if levers.fuse_adapters and config.train.tuning is Tuning.lora:
         fuse_adapters(model)
     if not (levers.share_prefix or levers.completion_head):
@@ -195,22 +214,19 @@ def _make_fast(trainer: Any, model: Any, config: RunConfig, rows: tuple[TokenPai
     trainer.why_padded = why_padded(model, rows, chat.tokenizer.pad_token_id)
     if trainer.why_padded:
         return
-    trainer.packs, trainer.metrics_steps = True, levers.metrics_steps
-    for each in [model, *([trainer.ref_model] if getattr(trainer, "ref_model", None) is not None else [])]:
+    trainer.metrics_steps = levers.metrics_steps
+    reference_model = getattr(trainer, "ref_model", None)
+    models = [model] if reference_model is None else [model, reference_model]
+    for each in models:
         each.set_attn_implementation(ATTENTION)  # to stay: gradient checkpointing runs layers again going backward
-        answer_packed_calls(
-            each,
-            share_prefix=levers.share_prefix,
-            completion_head=levers.completion_head,
-            metrics=trainer.wants_metrics,
-        )
+    trainer.run_packed(models, share_prefix=levers.share_prefix, completion_head=levers.completion_head)
 
 
-def with_margin(reference: Any, rows: Sequence[TokenPair], config: RunConfig) -> Any:
-    """Put a target margin into the base's log-probs of the chosen answers, since TRL's DPO has none.
+def with_margin(reference: Tensor | None, rows: Sequence[TokenPair], config: RunConfig) -> Tensor | None:
+    """Add a target margin to the base's log-probs of the chosen answers, since TRL's DPO has no margin.
 
     With `ratio` nats more on the chosen side the loss is `-log sigmoid(beta * (difference - ratio))`: SimPO's margin
-    (arXiv 2405.14734, Eq. 6) on DPO's reward; on a reward per token, `ratio` counts for each token of the answer.
+    (arXiv 2405.14734, Eq. 6) on DPO's reward; with a reward per token, `ratio` is added per token of the answer.
 
     Args:
         reference: the base's log-probs, shape (num_rows, 2), or None.
@@ -226,13 +242,14 @@ def with_margin(reference: Any, rows: Sequence[TokenPair], config: RunConfig) ->
     return shifted
 
 
-def common_arguments(config: RunConfig, plan: BatchPlan, output_dir: Path) -> dict[str, Any]:
+def common_arguments(config: RunConfig, plan: BatchPlan, output_dir: Path) -> dict[str, ArgumentValue]:
     """Return the training arguments that are equal for all arms, each one explicit: trainers differ in defaults."""
     train = config.train
     return {
         "output_dir": str(output_dir),
         "num_train_epochs": 1,  # the plan holds all epochs
         "train_sampling_strategy": "sequential",  # the rows stand in the plan's order
+        "remove_unused_columns": False,  # the only column is the row's number
         "per_device_train_batch_size": plan.micro_batch_size,
         "gradient_accumulation_steps": plan.batch_size // (plan.micro_batch_size * config.accelerate.num_processes),
         "learning_rate": config.method.learning_rate,
@@ -258,15 +275,3 @@ def common_arguments(config: RunConfig, plan: BatchPlan, output_dir: Path) -> di
         "dataloader_pin_memory": has_gpu(),
         "ddp_find_unused_parameters": False,  # every trained weight takes part in every step
     }
-
-
-def _dataset(rows: Sequence[TokenPair], reference: Any) -> Any:
-    """Lay rows out as the trainers read them, with the base's log-probs where there are any."""
-    from datasets import Dataset
-
-    sides = ("prompt_ids", "chosen_ids", "rejected_ids")
-    columns: list[dict[str, Any]] = [{side: list(getattr(row, side)) for side in sides} for row in rows]
-    if reference is not None:
-        for column, (chosen, rejected) in zip(columns, reference.tolist(), strict=True):
-            column |= {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
-    return Dataset.from_list(columns)

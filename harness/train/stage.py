@@ -1,19 +1,19 @@
-"""A trial's training stage: batch plan, reference, training in one process or several, and what is recorded of it.
+"""The training stage of a trial: its config and tokens -> weights in its folder, and `Trained` for the manifest.
 
-If a GPU runs out of memory, the study's micro-batch is halved and training restarts (`harness.train.memory`).
+Batch plan, reference log-probs, training in this process or in several. Where memory runs out, the study's micro-batch
+is halved and training restarts (`harness.train.memory`).
 """
 
 from __future__ import annotations
 
 import contextlib
-import gc
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypedDict
 
 from harness.config.arms import ARMS, DPOMarginConfig, SimPOConfig
 from harness.config.machine import processes_problem, this_machine
@@ -22,31 +22,49 @@ from harness.data.inputs import Tokens
 from harness.data.plan import BatchPlan, expected_tokens_sha256, padding_share, trained_tokens
 from harness.study.errors import DivergedError, NoRoomError, UsageError
 from harness.study.log import say
-from harness.train.base import borrowed_base, release_base
-from harness.train.memory import halve, note_seed, plan_of, smaller_than
+from harness.train.base import DEFAULT_BASES, Bases
+from harness.train.memory import OutOfMemoryTrial, halve, note_seed, plan_of, smaller_than
 
 if TYPE_CHECKING:
-    from harness.train.run import TrainResult
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    from harness.train.run import OnStep, TrainResult
 
 
-OnStep = Callable[[int, dict[str, Any]], None]
 # Full fine-tuning at or above this rate warns: published runs collapsed at 1e-5; the embedded model is tiny.
 _COLLAPSE_RATE = {"own": 5e-6, "embedded": 1e-3}
 
 
+class StageFacts(TypedDict, total=False):
+    """Entries of the manifest that the stage makes; those after `padding_share` where they apply."""
+
+    batch_plan_sha256: str
+    micro_batch_size: int
+    expected_tokens_sha256: str
+    padding_share: float
+    consumed_tokens_sha256: str
+    parameters: dict[str, int]
+    packed: bool
+    why_padded: str
+    tokens: dict[str, int]
+    status: str
+    divergence: str
+
+
 @dataclass
 class Trained:
-    """What the stage leaves for the manifest.
+    """Results of the stage, beside the weights.
 
     Attributes:
-        steps: one row a step; those before a divergence where it diverged.
         facts: entries of the manifest.
-        warnings: what a reader must know of how it was trained.
+        steps: one row per step; up to the divergence where it diverged.
+        warnings: for the reader of the trial.
         peak_memory_bytes: as in `TrainResult`.
     """
 
-    steps: list[dict[str, Any]] = field(default_factory=list)
-    facts: dict[str, Any] = field(default_factory=dict)
+    facts: StageFacts
+    steps: list[dict[str, float]] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     peak_memory_bytes: int = 0
 
@@ -61,7 +79,8 @@ class TrainStage:
         folder: of the trial.
         base_sha256: of the base's weights.
         on_step: called after each step.
-        clock: the trial's clock: a context manager for a stage's name.
+        clock: a context manager per stage's name, which measures the block.
+        bases: the base cache of this process.
     """
 
     config: RunConfig
@@ -70,6 +89,7 @@ class TrainStage:
     base_sha256: str
     on_step: OnStep
     clock: Callable[[str], AbstractContextManager[None]]
+    bases: Bases = DEFAULT_BASES  # until sweep passes its context
 
     def run(self, *, is_cost_trial: bool = False) -> Trained:
         """Train, with a smaller micro-batch where it does not fit; the checkpoints stay, for the caller to delete.
@@ -78,7 +98,7 @@ class TrainStage:
             is_cost_trial: whether the trial is run for its cost alone: its micro-batch is not the study's.
 
         Raises:
-            UsageError: where this machine cannot run the processes that are asked for.
+            UsageError: where this machine cannot run the requested processes.
             DoesNotFitError: where not even the smallest micro-batch fits.
         """
         if problem := processes_problem(self.config.accelerate, this_machine()):
@@ -88,74 +108,83 @@ class TrainStage:
             plan = plan_of(self.config, self.tokens.train.rows, micro=micro)
             if not is_cost_trial:
                 note_seed(self.config, plan.micro_batch_size)
-            found = Trained(facts=self._planned(plan))
-            if self._fits(plan, found):
-                return found
-            release_base()
-            gc.collect()
+            try:
+                return self._train(plan)
+            except NoRoomError:
+                pass  # what follows runs when the error, and the model in its traceback, are gone
+            self.bases.release()
             micro = self._halve(plan.micro_batch_size, is_cost_trial=is_cost_trial)
 
-    def _planned(self, plan: BatchPlan) -> dict[str, Any]:
+    def _train(self, plan: BatchPlan) -> Trained:
+        """Train once; a divergence is a result.
+
+        Raises:
+            NoRoomError: where memory ran out.
+        """
         rows = self.tokens.train.rows
-        return {
-            "batch_plan_sha256": plan.sha256,
-            "micro_batch_size": plan.micro_batch_size,
-            "expected_tokens_sha256": expected_tokens_sha256(rows, plan.order),
-            "padding_share": padding_share(rows, plan),
-        }
+        found = Trained(
+            {
+                "batch_plan_sha256": plan.sha256,
+                "micro_batch_size": plan.micro_batch_size,
+                "expected_tokens_sha256": expected_tokens_sha256(rows, plan.order),
+                "padding_share": padding_share(rows, plan),
+            }
+        )
 
-    def _fits(self, plan: BatchPlan, found: Trained) -> bool:
-        """Train once and note what came out; False where memory ran out."""
-
-        def note(step: int, logs: dict[str, Any]) -> None:
+        def note_step(step: int, logs: dict[str, float]) -> None:
             found.steps.append({"step": step, **logs})
             self.on_step(step, logs)
 
+        run = self._run_processes if self.config.accelerate.num_processes > 1 else self._run_here
         try:
-            result = (
-                self._in_processes(plan, note) if self.config.accelerate.num_processes > 1 else self._here(plan, note)
-            )
+            result = run(plan, note_step)
         except DivergedError as error:
             found.facts |= {"status": "diverged", "divergence": str(error)}
-            return True
-        except NoRoomError:
-            return False
+            return found
         found.steps, found.peak_memory_bytes = result.steps, result.peak_memory_bytes
-        found.facts |= result.facts | {"tokens": {"train": trained_tokens(self.tokens.train.rows, plan)}}
+        found.facts |= {**result.facts, "tokens": {"train": trained_tokens(rows, plan)}}
         if result.why_padded:
             found.warnings.append(f"the model is run padded, slower than packed: {result.why_padded}")
-        return True
+        return found
 
-    def _here(self, plan: BatchPlan, on_step: OnStep) -> TrainResult:
+    def _run_here(self, plan: BatchPlan, on_step: OnStep) -> TrainResult:
         from harness.train.run import train_arm
 
-        config, rows = self.config, self.tokens.train.rows
-        with borrowed_base(config, trains_all=config.train.tuning is Tuning.full) as base:
-            reference = self._reference(base) if self._needs_reference else None
-            more = {"model": base, "chat": self.tokens.chat, "folder": self.folder, "reference": reference}
-            with self.clock("train"), _no_room():
-                return train_arm(config, rows, plan, on_step=on_step, **more)
+        config = self.config
+        with self.bases.borrow_base(config, trains_all=config.train.tuning is Tuning.full) as base:
+            reference = self._reference(base)
+            with self.clock("train"), _out_of_memory_as_no_room():
+                return train_arm(
+                    config,
+                    self.tokens.train.rows,
+                    plan,
+                    model=base,
+                    chat=self.tokens.chat,
+                    folder=self.folder,
+                    reference=reference,
+                    on_step=on_step,
+                )
 
-    def _in_processes(self, plan: BatchPlan, on_step: OnStep) -> TrainResult:
+    def _run_processes(self, plan: BatchPlan, on_step: OnStep) -> TrainResult:
         from harness.train.processes import train_in_processes
 
-        reference = None
-        if self._needs_reference:
-            with borrowed_base(self.config) as base:
-                reference = self._reference(base)
-        release_base()  # the processes load it again, and need the memory
-        with self.clock("train"), _no_room():
+        reference = self._reference_of_base()
+        self.bases.release()  # the processes load it again, and need the memory
+        with self.clock("train"), _out_of_memory_as_no_room():
             return train_in_processes(self.config, plan, folder=self.folder, reference=reference, on_step=on_step)
 
-    @property
-    def _needs_reference(self) -> bool:
-        """Whether the arm needs the base's log-probs, and TRL's own engine does not compute them."""
-        train = self.config.train
-        is_trls = train.engine is Engine.stock or train.reference is not Reference.cached
-        return ARMS[self.config.method.name].uses_reference and not is_trls
+    def _reference_of_base(self) -> Tensor | None:
+        """Return the base's log-probs; no variable of the caller keeps the base in memory."""
+        if not self._needs_reference:
+            return None
+        with self.bases.borrow_base(self.config) as base:
+            return self._reference(base)
 
-    def _reference(self, base: Any) -> Any:
-        from harness.train.reference import reference_logps
+    def _reference(self, base: PreTrainedModel) -> Tensor | None:
+        """Return the base's log-probs, shape (num_rows, 2); None where the arm or the engine does not take them."""
+        if not self._needs_reference:
+            return None
+        from harness.train.logps import reference_logps
 
         with self.clock("reference"):
             return reference_logps(
@@ -167,24 +196,31 @@ class TrainStage:
                 share_prefix=self.config.train.levers.share_prefix,
             )
 
+    @property
+    def _needs_reference(self) -> bool:
+        """Whether the arm needs the base's log-probs, and TRL's own engine does not compute them."""
+        train = self.config.train
+        is_trls = train.engine is Engine.stock or train.reference is not Reference.cached
+        return ARMS[self.config.method.name].uses_reference and not is_trls
+
     def _halve(self, tried: int, *, is_cost_trial: bool) -> int | None:
         """Make the micro-batch smaller: the study's, or that of a trial which is run for its cost alone."""
         config = self.config
         shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
         if is_cost_trial:
             return smaller_than(config, tried)
-        about = {"trial_id": self.folder.name, "arm": config.method.name, "seed": config.seed}
+        about: OutOfMemoryTrial = {"trial_id": self.folder.name, "arm": config.method.name, "seed": config.seed}
         smaller = halve(config, tried, about=about)
         say(
             f"{config.method.name} seed {config.seed} ran out of memory with {tried} pairs at once: trials of the "
-            f"study now train with {smaller}, and as many pairs a step as before"
+            f"study now train with {smaller}, and as many pairs per step as before"
         )
         return None
 
 
 @contextlib.contextmanager
-def _no_room() -> Iterator[None]:
-    """Tell memory that runs out in training, which a smaller micro-batch may mend, from all other."""
+def _out_of_memory_as_no_room() -> Iterator[None]:
+    """Mark memory that runs out in training, which a smaller micro-batch may mend, apart from all other."""
     import torch
 
     try:

@@ -1,171 +1,223 @@
-"""What a trainer is given and what it really trains on: its process's share of the batch plan, and the hash of it all.
+"""TRL's trainers on pairs of token ids: what differs from TRL's own classes, and the proof of what they train on.
 
-Mixed into TRL's trainers. With one process TRL's own data loader runs; with several, each process computes its share
-of every step (`harness.data.plan.share_of`), so that loss and gradient are those of one process.
+`ProvesConsumption` compares and hashes each micro-batch before TRL trains on it, and lets several processes share a
+step. `StockDPOTrainer` and `StockCPOTrainer` are TRL's trainers on given ids. `PairedDPOTrainer` and `PairedCPOTrainer`
+answer TRL's loss code from packed batches (`answer_packed_calls`). With several processes each computes its share of
+every step (`harness.data.plan.share_of`), so that loss and gradient are those of one process.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from accelerate.utils import gather_object
+from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import DPOConfig, DPOTrainer
 from trl.experimental.cpo import CPOConfig, CPOTrainer
+from trl.trainer.utils import FusedCausalLMOutput
 
 from harness.data.plan import ConsumedTokens, MicroBatch
+from harness.data.tokens import TokenPair
 from harness.study.errors import DivergedError
 from harness.train.checkpoints import checkpoints, seal_checkpoint
+from harness.train.collator import COLLATED, PACKED, Collated, Features, PaddedRows, PairCollator, TensorComparison
+from harness.train.packed import (
+    HEAD_OUTPUTS,
+    HeadOutput,
+    Packed,
+    packed_hidden_states,
+    packed_logps,
+    token_logps,
+)
 
-PairIds = tuple[list[int], list[int], list[int]]
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedModel
+
+os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # CPOTrainer is in trl.experimental and warns at each use
+
+Batch = dict[str, Tensor]  # TRL's tensors; in a packed batch the packed row under PACKED, too
 
 
-class RecordsConsumption:
-    """Hash the ids of each batch at the moment at which the trainer trains on it.
+class ProvesConsumption(Trainer):
+    """Compare each batch with the pairs that were collated, and hash them, at the moment the trainer trains on it.
 
     Attributes:
         consumed: the hash so far, the same in every process.
+        comparison: of tensors and pairs.
         share: this process's micro-batches, where there are several processes; their rows count in the plan's order.
     """
 
     consumed: ConsumedTokens
+    comparison: TensorComparison
     share: Sequence[MicroBatch] = ()
-    state: TrainerState
-    args: Any
-    accelerator: Any
-    _now = MicroBatch(())
-    _taken: int | None = None
+    _micro_batch = MicroBatch(())
+    _num_taken: int | None = None
+
+    def features(self, row: TokenPair, reference: tuple[float, float] | None) -> Features:
+        """Return the columns of one pair that TRL's collator pads.
+
+        Args:
+            row: the pair.
+            reference: log-probs of chosen and rejected under the base, where they are given.
+        """
+        raise NotImplementedError
+
+    def padded_rows(self, batch: Batch) -> list[PaddedRows]:
+        """Return TRL's padded tensors, all chosen rows before all rejected ones."""
+        raise NotImplementedError
+
+    def pair_collator(self, rows: Sequence[TokenPair], reference: Tensor | None) -> PairCollator:
+        """Return the collator of given pairs, padded by TRL's own collator.
+
+        Args:
+            rows: the training pairs, to which the dataset's row numbers refer.
+            reference: their log-probs under the base, shape (num_rows, 2).
+        """
+        given = None if reference is None else reference.tolist()
+
+        def features(number: int) -> Features:
+            return self.features(rows[number], None if given is None else given[number])
+
+        return PairCollator(rows, features, pad=self.data_collator)
 
     def take_share(self, share: Sequence[MicroBatch]) -> None:
         """Train on these micro-batches only, as one of several processes."""
         self.share = share
         self._gather_even = self.accelerator.gather_for_metrics
-        self.accelerator.gather_for_metrics = self._gather
+        self.accelerator.gather_for_metrics = self._gather_metrics
 
-    def get_train_dataloader(self) -> Any:
-        """Return TRL's data loader, with this process's micro-batches in it where there are several processes."""
+    def get_train_dataloader(self) -> DataLoader[Batch]:
+        """Return TRL's data loader, over this process's micro-batches where there are several processes."""
         if self.args.n_gpu > 1:
             raise RuntimeError(
                 f"{self.args.n_gpu} GPUs are visible to one process, which transformers would spread its batches over; "
                 "make one visible (CUDA_VISIBLE_DEVICES=0), or train with accelerate=ddp"
             )
-        loader = super().get_train_dataloader()  # type: ignore[misc]
+        loader = super().get_train_dataloader()
         if not self.share:
             return loader
         batches = [list(micro.rows) for micro in self.share]
         return DataLoader(loader.dataset, batch_sampler=batches, collate_fn=loader.collate_fn)
 
-    def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Record the batch, then train on it."""
-        pairs = list(self.pairs_of(inputs))
-        if self.share:
-            if self._taken is None:  # a resumed run starts in the middle
-                self._taken = self.state.global_step * self.args.gradient_accumulation_steps
-            self._now = self.share[self._taken]
-            self._taken += 1
-            pairs = gather_object(
-                pairs if self._now.weight else []
-            )  # in the order of the processes, which is the plan's
-        for pair in pairs:
-            self.consumed.update(*pair)
-        return super().training_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
-
-    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
-        """Return TRL's loss, weighted where the micro-batches of a step are not alike on all processes."""
-        found = super().compute_loss(model, inputs, return_outputs, **kwargs)  # type: ignore[misc]
-        if not self.share:
-            return found
-        return (found[0] * self._now.weight, *found[1:]) if return_outputs else found * self._now.weight
-
-    def _gather(self, values: Any, *args: Any, **kwargs: Any) -> Any:
-        """Gather metrics from all processes; where they hold different numbers of rows, by a slower way."""
-        if self._now.is_even:
-            return self._gather_even(values, *args, **kwargs)
-        own = values.detach().reshape(-1).cpu()
-        return torch.cat(gather_object([own if self._now.weight else own[:0]])).to(values.device)
-
-    def pairs_of(self, inputs: dict[str, Any]) -> Iterator[PairIds]:
-        """Yield the ids of each pair in a collated batch.
+    def training_step(
+        self,
+        model: PreTrainedModel,
+        inputs: dict[str, Tensor | Packed | Collated],
+        num_items_in_batch: Tensor | None = None,
+    ) -> Tensor:
+        """Compare and hash the batch, then train on it.
 
         Raises:
-            RuntimeError: where a pair's two copies of the prompt differ.
+            RuntimeError: where the tensors hold other ids than the collated pairs.
         """
-        raise NotImplementedError
+        collated = inputs[COLLATED]
+        assert isinstance(collated, Collated)
+        batch = self._prepare_inputs({name: value for name, value in inputs.items() if name != COLLATED})
+        if PACKED in batch:
+            batch[PACKED] = batch[PACKED].to(self.args.device)
+        self.comparison.compare(collated, self.padded_rows(batch), batch.get(PACKED))
+        self._consume(collated)
+        return super().training_step(model, batch, num_items_in_batch)
+
+    def _consume(self, collated: Collated) -> None:
+        """Hash the pairs; of several processes in their order, which is the plan's."""
+        pairs = [(row.prompt_ids, row.chosen_ids, row.rejected_ids) for row in collated.rows]
+        if self.share:
+            if self._num_taken is None:  # a resumed run starts in the middle
+                self._num_taken = self.state.global_step * self.args.gradient_accumulation_steps
+            self._micro_batch = self.share[self._num_taken]
+            self._num_taken += 1
+            pairs = gather_object(pairs if self._micro_batch.weight else [])
+        for pair in pairs:
+            self.consumed.update(*pair)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log a step whose tensors have been compared."""
+        self.comparison.settle()
+        super().log(logs, start_time)
+
+    def compute_loss(
+        self,
+        model: PreTrainedModel,
+        inputs: Batch,
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, object]:
+        """Return TRL's loss, weighted where the micro-batches of a step differ between processes."""
+        found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if not self.share:
+            return found
+        weight = self._micro_batch.weight
+        return (found[0] * weight, *found[1:]) if return_outputs else found * weight
+
+    def _gather_metrics(self, values: Tensor, use_gather_object: bool = False) -> Tensor:
+        """Gather metrics from all processes; in a slower way where these hold different numbers of rows."""
+        if self._micro_batch.is_even:
+            return self._gather_even(values, use_gather_object)
+        own = values.detach().reshape(-1).cpu()
+        return torch.cat(gather_object([own if self._micro_batch.weight else own[:0]])).to(values.device)
 
 
-os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # CPOTrainer lives in trl.experimental and says so each time
+class StockDPOTrainer(ProvesConsumption, DPOTrainer):
+    """TRL's DPOTrainer on given token ids."""
 
-
-def _split(ids: torch.Tensor, attended: torch.Tensor, answer: torch.Tensor) -> tuple[list[int], list[int]]:
-    """Return the ids of the prompt and of the answer in one padded row; all three of shape (width,)."""
-    return ids[attended.bool() & ~answer.bool()].tolist(), ids[answer.bool()].tolist()
-
-
-def _pair(chosen: tuple[list[int], list[int]], rejected: tuple[list[int], list[int]]) -> PairIds:
-    """Join the two rows of a pair. Each holds a copy of the prompt, and the hash only one of them: they must agree."""
-    if chosen[0] != rejected[0]:
-        raise RuntimeError(
-            "the trainer trains on another prompt with the rejected answer than with the chosen one: "
-            f"ids {rejected[0]} and {chosen[0]}; the arms' data cannot be proved identical"
-        )
-    return chosen[0], chosen[1], rejected[1]
-
-
-class StockDPOTrainer(RecordsConsumption, DPOTrainer):
-    """TRL's DPOTrainer on rows of `prompt_ids`, `chosen_ids`, `rejected_ids`."""
-
-    def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
+    def _prepare_dataset(self, dataset: Dataset, *_: object) -> Dataset:
         return dataset
 
-    def pairs_of(self, inputs: dict[str, Any]) -> Iterator[PairIds]:
-        """Read the pairs from TRL's layout: all chosen rows, then all rejected ones."""
-        ids, attended, answer = inputs["input_ids"], inputs["attention_mask"], inputs["completion_mask"]
-        half = len(ids) // 2
-        rows = [_split(*row) for row in zip(ids, attended, answer, strict=True)]
-        yield from map(_pair, rows[:half], rows[half:])
+    def features(self, row: TokenPair, reference: tuple[float, float] | None) -> Features:
+        """Return the columns of TRL's DataCollatorForPreference."""
+        columns = {"prompt_ids": row.prompt_ids, "chosen_ids": row.chosen_ids, "rejected_ids": row.rejected_ids}
+        if reference is None:
+            return columns
+        return {**columns, "ref_chosen_logps": reference[0], "ref_rejected_logps": reference[1]}
+
+    def padded_rows(self, batch: Batch) -> list[PaddedRows]:
+        """Return the one tensor in which TRL lays all rows out."""
+        ids = batch["input_ids"]
+        labels = ids.masked_fill(batch["completion_mask"] == 0, -100)  # as TRL's `_compute_loss` makes them
+        return [PaddedRows(ids, batch["attention_mask"], labels)]
 
 
-class StockCPOTrainer(RecordsConsumption, CPOTrainer):
-    """TRL's CPOTrainer (for SimPO) on rows of `prompt_ids`, `chosen_ids`, `rejected_ids`."""
+class StockCPOTrainer(ProvesConsumption, CPOTrainer):
+    """TRL's CPOTrainer (for SimPO) on given token ids."""
 
-    def tokenize_row(self, feature: dict[str, Any], model: Any = None) -> dict[str, Any]:
-        """Lay given ids out as CPOTrainer's collator wants them, instead of tokenising text."""
-        prompt = feature["prompt_ids"]
-        row: dict[str, Any] = {"prompt_input_ids": prompt, "prompt_attention_mask": [1] * len(prompt)}
-        for answer in ("chosen", "rejected"):
-            completion = feature[f"{answer}_ids"]
-            row[f"{answer}_input_ids"] = prompt + completion
-            row[f"{answer}_attention_mask"] = [1] * (len(prompt) + len(completion))
-            row[f"{answer}_labels"] = [-100] * len(prompt) + completion
-        return row
+    def tokenize_row(self, feature: dict[str, int], model: PreTrainedModel | None = None) -> dict[str, int]:
+        """Leave a row number as it is: nothing is left to tokenise."""
+        return feature
 
-    def pairs_of(self, inputs: dict[str, Any]) -> Iterator[PairIds]:
-        """Read the pairs from TRL's layout: separate tensors, the prompt masked in the labels."""
-        for i in range(len(inputs["chosen_input_ids"])):
-            chosen, rejected = (
-                _split(
-                    inputs[f"{side}_input_ids"][i],
-                    inputs[f"{side}_attention_mask"][i],
-                    inputs[f"{side}_labels"][i] != -100,
-                )
-                for side in ("chosen", "rejected")
-            )
-            yield _pair(chosen, rejected)
+    def features(self, row: TokenPair, reference: tuple[float, float] | None) -> Features:
+        """Return the columns of TRL's DPODataCollatorWithPadding; no reference is used."""
+        columns: dict[str, Sequence[int]] = {}
+        for side, answer in (("chosen", row.chosen_ids), ("rejected", row.rejected_ids)):
+            columns[f"{side}_input_ids"] = row.prompt_ids + answer
+            columns[f"{side}_attention_mask"] = [1] * (len(row.prompt_ids) + len(answer))
+            columns[f"{side}_labels"] = [-100] * len(row.prompt_ids) + list(answer)
+        return columns
+
+    def padded_rows(self, batch: Batch) -> list[PaddedRows]:
+        """Return TRL's tensors of the chosen rows and of the rejected ones."""
+        return [
+            PaddedRows(batch[f"{side}_input_ids"], batch[f"{side}_attention_mask"], batch[f"{side}_labels"])
+            for side in ("chosen", "rejected")
+        ]
 
 
 # Metrics that need more of the head than a log-prob: computed every `metrics_steps` steps, and not logged in between.
 HEAD_METRICS = ("entropy", "logits/chosen", "logits/rejected", "mean_token_accuracy")
 
 
-class Packs:
-    """What the paired trainers share: a model that answers from a packed batch (`harness.train.packed`), where it can.
+class RunsPacked(Trainer):
+    """What the paired trainers share: a model that answers from a packed batch, where it can be run so.
 
     Attributes:
         packs: True where the model runs packed; else TRL's own forward pass runs.
@@ -176,20 +228,34 @@ class Packs:
     packs = False
     why_padded = ""
     metrics_steps = 1
-    state: TrainerState
+
+    def run_packed(self, models: Sequence[PreTrainedModel], *, share_prefix: bool, completion_head: bool) -> None:
+        """Collate packed rows, from which these models, whose attention must be packed, answer TRL's calls.
+
+        Args:
+            models: the causal LMs themselves, inside of any adapter: the policy's and the reference's.
+            share_prefix: compute each prompt once for both answers.
+            completion_head: run the head on the rows that predict an answer's token only.
+        """
+        self.packs = self.data_collator.packs = True
+        self.data_collator.share_prefix = share_prefix
+        for model in models:
+            answer_packed_calls(model, completion_head=completion_head, metrics=self.wants_metrics)
 
     def wants_metrics(self) -> bool:
         """Return True at the steps that compute `HEAD_METRICS`."""
         return self.state.global_step % self.metrics_steps == 0
 
 
-class PairedDPOTrainer(Packs, StockDPOTrainer):
-    """DPO with reference log-probs that stand in the rows: the base is not run during training."""
+class PairedDPOTrainer(RunsPacked, StockDPOTrainer):
+    """DPO with reference log-probs in the features: the base is not run during training."""
 
-    def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
+    def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
         return dataset
 
-    def _compute_loss(self, model: Any, inputs: Any, return_outputs: bool) -> Any:
+    def _compute_loss(
+        self, model: PreTrainedModel, inputs: Batch, return_outputs: bool
+    ) -> Tensor | tuple[Tensor, object]:
         loss = super()._compute_loss(model, inputs, return_outputs)
         if self.packs and not self.wants_metrics():
             kept = self._metrics["train"]
@@ -200,22 +266,22 @@ class PairedDPOTrainer(Packs, StockDPOTrainer):
         return loss
 
 
-class PairedCPOTrainer(Packs, StockCPOTrainer):
+class PairedCPOTrainer(RunsPacked, StockCPOTrainer):
     """SimPO with the length-normalisation weight as a key: reward = log-prob / length**length_norm."""
 
     length_norm = 1.0
 
-    def concatenated_forward(self, model: Any, batch: Any) -> Any:
+    def concatenated_forward(self, model: PreTrainedModel, batch: Batch) -> tuple[Tensor, ...]:
         """Return TRL's tuple: log-probs of chosen and rejected answers, logits for the metrics, and the SFT loss."""
         if not self.packs:
             return super().concatenated_forward(model, batch)
         padded = self.concatenated_inputs(batch, padding_value=self.pad_token_id, device=self.accelerator.device)
-        labels = padded["concatenated_labels"]
+        labels: Tensor = padded["concatenated_labels"]
         outputs = model(
             input_ids=padded["concatenated_input_ids"],
             attention_mask=padded["concatenated_attention_mask"],
             labels=labels,
-            fused_lm_head=True,
+            packed=batch[PACKED],
         )
         answered = labels[:, 1:] != -100
         sums, lengths = outputs.log_probs.sum(-1), answered.sum(-1)
@@ -224,38 +290,102 @@ class PairedCPOTrainer(Packs, StockCPOTrainer):
         logits = [outputs.mean_logits[side][answered[side]] for side in (slice(half), slice(half, None))]
         return logps[:half], logps[half:], *logits, -sums[:half].sum() / lengths[:half].sum()
 
-    def get_batch_loss_metrics(self, model: Any, batch: Any, train_eval: Any = "train") -> Any:
+    def get_batch_loss_metrics(
+        self, model: PreTrainedModel, batch: Batch, train_eval: str = "train"
+    ) -> tuple[Tensor, dict[str, float]]:
         """Return TRL's loss and metrics, without those of the head at steps that do not compute them."""
         loss, metrics = super().get_batch_loss_metrics(model, batch, train_eval)
         if self.packs and not self.wants_metrics():
             metrics = {name: value for name, value in metrics.items() if name not in HEAD_METRICS}
         return loss, metrics
 
-    def get_batch_logps(self, logits: Any, labels: Any, average_log_prob: bool = False, **kwargs: Any) -> Any:
+    def get_batch_logps(
+        self, logits: Tensor, labels: Tensor, average_log_prob: bool = False, is_encoder_decoder: bool = False
+    ) -> Tensor:
         """Return TRL's mean log-probs, or the sum over length**length_norm where that is not 1."""
         if self.length_norm == 1.0 or not average_log_prob:
-            return CPOTrainer.get_batch_logps(logits, labels, average_log_prob=average_log_prob, **kwargs)
-        sums = CPOTrainer.get_batch_logps(logits, labels, average_log_prob=False, **kwargs)
+            return CPOTrainer.get_batch_logps(logits, labels, average_log_prob, is_encoder_decoder)
+        sums: Tensor = CPOTrainer.get_batch_logps(logits, labels, False, is_encoder_decoder)
         return sums / (labels[:, 1:] != -100).sum(-1) ** self.length_norm
 
 
-TRAINERS: dict[tuple[str, str], tuple[type[Any], type[Any]]] = {
-    ("paired", "DPOTrainer"): (PairedDPOTrainer, DPOConfig),
-    ("paired", "CPOTrainer"): (PairedCPOTrainer, CPOConfig),
-    ("stock", "DPOTrainer"): (StockDPOTrainer, DPOConfig),
-    ("stock", "CPOTrainer"): (StockCPOTrainer, CPOConfig),
+def answer_packed_calls(model: PreTrainedModel, *, completion_head: bool, metrics: Callable[[], bool]) -> None:
+    """Make a model answer calls with `packed=` in the layout of TRL's fused head; every other call is as before.
+
+    Args:
+        model: the causal LM itself, inside of any adapter; its attention must be `harness.train.packed.ATTENTION`.
+        completion_head: run the head on the rows that predict an answer's token only.
+        metrics: returns, per call, whether TRL's extra metrics are computed; else they are 0.
+    """
+    before = model.forward
+    run = packed_logps if completion_head else _logps_of_all_rows
+
+    @functools.wraps(type(model).forward)
+    def forward(*args: Tensor, packed: Packed | None = None, **kwargs: Tensor) -> FusedCausalLMOutput:
+        if packed is None:
+            return before(*args, **kwargs)
+        return _as_padded(run(model, packed, metrics=metrics()), packed, kwargs["labels"][:, 1:] != -100)
+
+    model.forward = forward
+
+
+def _logps_of_all_rows(model: PreTrainedModel, packed: Packed, *, metrics: bool) -> HeadOutput:
+    """Run the head on every row, as a trainer without a completion-only head does; drop the rows beside the targets."""
+    hidden = packed_hidden_states(model, packed)
+    rest = torch.ones(len(hidden), dtype=torch.bool, device=hidden.device)
+    rest[packed.predicting] = False
+    rows = torch.cat([packed.predicting, rest.nonzero().squeeze(1)])
+    targets = torch.cat([packed.targets, packed.targets.new_zeros(int(rest.sum()))])
+    found = token_logps(model, hidden[rows], targets, metrics=metrics)
+    count = len(packed.targets)
+    return HeadOutput(found.log_probs[:count], *(None if each is None else each[:count] for each in found[1:]))
+
+
+def _as_padded(found: HeadOutput, packed: Packed, mask: Tensor) -> FusedCausalLMOutput:
+    """Lay values of packed answers (chosen, rejected, chosen, ...) out as TRL reads them: (2 * pairs, width - 1)."""
+
+    def lay_out(values: Tensor | None, dtype: torch.dtype) -> Tensor:
+        blank = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
+        if values is None:
+            return blank
+        answers = values.to(dtype).split(packed.lengths)
+        return blank.masked_scatter(mask, torch.cat([*answers[::2], *answers[1::2]]))
+
+    dtypes = dict.fromkeys(HEAD_OUTPUTS, torch.float32) | {"is_top1": torch.bool}
+    metrics = {name: lay_out(getattr(found, name), dtype) for name, dtype in dtypes.items()}
+    return FusedCausalLMOutput(log_probs=lay_out(found.log_probs, torch.float32), label_mask=mask, **metrics)
+
+
+class TrainerKind(NamedTuple):
+    """A trainer's class and the class of its arguments."""
+
+    trainer: type[StockDPOTrainer] | type[StockCPOTrainer]
+    arguments: type[DPOConfig] | type[CPOConfig]
+
+
+# By engine and by the name of TRL's trainer in the table of arms.
+TRAINERS = {
+    ("paired", "DPOTrainer"): TrainerKind(PairedDPOTrainer, DPOConfig),
+    ("paired", "CPOTrainer"): TrainerKind(PairedCPOTrainer, CPOConfig),
+    ("stock", "DPOTrainer"): TrainerKind(StockDPOTrainer, DPOConfig),
+    ("stock", "CPOTrainer"): TrainerKind(StockCPOTrainer, CPOConfig),
 }
 
 
 class TrialCallback(TrainerCallback):
-    """Watch a run: stop it where it diverges, save what it consumed in each checkpoint, report each step."""
+    """Watch a run: stop it where it diverges, seal each checkpoint with the hash of what it consumed, report steps."""
 
-    def __init__(self, consumed: ConsumedTokens, on_step: Callable[[int, dict[str, Any]], None]) -> None:
+    def __init__(self, consumed: ConsumedTokens, on_step: Callable[[int, dict[str, float]], None]) -> None:
         self.consumed = consumed
         self.on_step = on_step
 
     def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **_: object,
     ) -> None:
         """Raise DivergedError at the first loss or gradient norm that is not finite."""
         if not logs or "loss" not in logs:
@@ -266,7 +396,7 @@ class TrialCallback(TrainerCallback):
                 raise DivergedError(f"{name} is {value} at step {state.global_step} of {state.max_steps}")
         self.on_step(state.global_step, logs)
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         """Seal the checkpoint, then delete the older ones: at any moment there is one to resume from."""
         if torch.distributed.is_initialized():
             torch.distributed.barrier()  # each process has written its part

@@ -20,10 +20,9 @@ from harness.report.study import read_study
 from harness.study.errors import UsageError
 from harness.sweep.problems import load_run
 from harness.train.base import load_base
-from harness.train.logps import pair_logps
+from harness.train.logps import pair_logps, reference_logps
 from harness.train.losses import dpo_loss, dpo_norm_loss, simpo_loss
 from harness.train.memory import plan_of
-from harness.train.reference import reference_logps
 from harness.train.run import train_arm, with_margin
 from tests.study_fixture import build_study
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 
-import harness.train.reference
+import harness.train.logps
 from harness.decide.study import decide_study
 from harness.report.page import render_report
 from harness.score.study_scores import rescore
@@ -291,7 +291,7 @@ def test_what_came_from_outside_the_training_is_tried_again_by_the_same_command(
 
 def test_a_diverged_trial_scores_worst_and_is_said_so(tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(
-        harness.train.reference,
+        harness.train.logps,
         "reference_logps",
         lambda pairs, *args, **kwargs: torch.full((len(pairs.rows), 2), float("nan"), dtype=torch.float64),
     )

@@ -116,10 +116,10 @@ def test_one_trial_on_a_study_with_another_question_exits_with_2(study: Path, ca
 
 
 def test_a_base_that_fails_is_named_with_its_reason_and_exits_with_1(tmp_path: Path, monkeypatch, capsys) -> None:
-    def out_of_memory(*_):
+    def out_of_memory(*_, **__):
         raise MemoryError("cannot allocate the weights")
 
-    monkeypatch.setattr(harness.train.base, "_held", {})  # this process may hold the base of another test
+    harness.train.base.release_base()  # this process may hold the base of another test
     monkeypatch.setattr(harness.train.base, "load_base", out_of_memory)
     result = sweep(tmp_path, "seed=0", "study=s")
     assert print_result(result) == 1

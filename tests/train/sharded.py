@@ -18,7 +18,8 @@ from harness.data.inputs import tokens_of
 from harness.sweep.problems import load_run
 from harness.train.adapter import fuse_adapters
 from harness.train.base import load_base
-from harness.train.packed import ATTENTION, answer_packed_calls
+from harness.train.packed import ATTENTION, Packed, groups_of, pack
+from harness.train.trainers import answer_packed_calls
 from tests.conftest import training_overrides
 
 CONFIG = load_run(training_overrides("+method=dpo"))
@@ -34,27 +35,23 @@ def make() -> tuple[Any, Any]:
             torch.nn.init.normal_(parameter, std=0.02)
     fuse_adapters(base)
     base.set_attn_implementation(ATTENTION)
-    answer_packed_calls(base, share_prefix=True, completion_head=True, metrics=lambda: True)
+    answer_packed_calls(base, completion_head=True, metrics=lambda: True)
     return policy.train(), base
 
 
-def batch() -> dict[str, torch.Tensor]:
-    """Lay four pairs out as TRL does: all chosen rows, then all rejected ones."""
+def batch() -> dict[str, torch.Tensor | Packed]:
+    """Return four pairs as one packed row, and their labels as TRL lays them out: chosen rows, then rejected ones."""
     pairs = tokens_of(CONFIG).train.rows[:4]
     rows = [(pair.prompt_ids, pair.chosen_ids) for pair in pairs] + [(p.prompt_ids, p.rejected_ids) for p in pairs]
-    width = max(len(prompt) + len(answer) for prompt, answer in rows)
-    ids = torch.zeros(len(rows), width, dtype=torch.long)
-    attended, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
+    labels = torch.full((len(rows), max(len(prompt) + len(answer) for prompt, answer in rows)), -100)
     for i, (prompt, answer) in enumerate(rows):
-        ids[i, : len(prompt) + len(answer)] = torch.tensor([*prompt, *answer])
-        attended[i, : len(prompt) + len(answer)] = 1
         labels[i, len(prompt) : len(prompt) + len(answer)] = torch.tensor(answer)
-    return {"input_ids": ids, "attention_mask": attended, "labels": labels}
+    return {"labels": labels, "packed": pack(groups_of(pairs, share_prefix=True))}
 
 
 def step(policy: Any) -> float:
     """Run forward and backward, and return the summed log-probs."""
-    loss = policy(**batch(), fused_lm_head=True).log_probs.sum()
+    loss = policy(**batch()).log_probs.sum()
     loss.backward()
     return float(loss)
 

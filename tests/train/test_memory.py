@@ -1,4 +1,4 @@
-"""Gradient checkpointing is asked of model and plan, never of the arm."""
+"""Gradient checkpointing is decided by model and plan, never by the arm."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from harness.data.tokens import TokenPair
 from harness.sweep.problems import load_run
 from harness.train.base import load_base
 from harness.train.memory import activation_bytes, largest_micro_batch, needs_checkpointing, plan_of
-from harness.train.packed import pack, packed_logps, packing
+from harness.train.packed import groups_of, pack, packed_logps, packing
 
 CONFIG = load_run(["+method=dpo", "data.max_train_pairs=12"])
 
@@ -30,7 +30,7 @@ def test_the_estimate_is_near_what_a_forward_pass_keeps() -> None:
     """Counted by what autograd saves, each tensor's memory once; weights are not activations."""
     model = load_base(CONFIG)
     rows = tokens_of(CONFIG).train.rows
-    packed = pack([(row.prompt_ids, [row.chosen_ids, row.rejected_ids]) for row in rows])
+    packed = pack(groups_of(rows, share_prefix=True))
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept: dict[int, int] = {}
 

@@ -19,7 +19,8 @@ from harness.study.manifest import data_identity, read_manifest
 from harness.sweep.app import run_sweep
 from harness.sweep.design import single_trial
 from harness.sweep.problems import compose_run
-from harness.train import trainers as consumption
+from harness.train import trainers
+from harness.train.collator import COLLATED
 from harness.verify import _trial, verify_study
 from tests.conftest import SMALL, overriding, run_one
 
@@ -27,17 +28,17 @@ from tests.conftest import SMALL, overriding, run_one
 @pytest.fixture
 def memory(monkeypatch):
     """Return a function that sets how many pairs fit into memory at once."""
-    real = consumption.RecordsConsumption.training_step
+    real = trainers.ProvesConsumption.training_step
     limit: dict[str, Any] = {"pairs": 100, "arm": None}
 
     def training_step(self, model, inputs, *args, **kwargs):
-        pairs = len(list(self.pairs_of(inputs)))
+        pairs = len(inputs[COLLATED].rows)
         arm = "simpo" if hasattr(self, "simpo_gamma") else "dpo"
         if pairs > limit["pairs"] and limit["arm"] in (None, arm):
             raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate for {pairs} pairs.")
         return real(self, model, inputs, *args, **kwargs)
 
-    monkeypatch.setattr(consumption.RecordsConsumption, "training_step", training_step)
+    monkeypatch.setattr(trainers.ProvesConsumption, "training_step", training_step)
 
     def set_limit(pairs: int, arm: str | None = None) -> None:
         limit.update(pairs=pairs, arm=arm)

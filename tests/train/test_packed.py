@@ -1,4 +1,4 @@
-"""Packed pairs: the same numbers as one answer at a time, with less computed, and a fallback where a model cannot."""
+"""Packed batches and the head: the same log-probs, gradients and metrics as one answer at a time."""
 
 from __future__ import annotations
 
@@ -6,22 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import MistralConfig, MistralForCausalLM
 
-import harness.train.packed
-from harness.data.inputs import tokens_of
-from harness.data.tokens import TokenPair
 from harness.sweep.problems import load_run
 from harness.train.base import load_base
-from harness.train.logps import _padded_logps, pair_logps
-from harness.train.packed import answer_sums, pack, packed_logps, packing, packing_problem, token_logps
+from harness.train.packed import pack, packed_logps, packing, token_logps
 from tests.conftest import tiny_model
 
 CONFIG = load_run(["+method=dpo", "data.max_train_pairs=12"])
-
-
-def rows() -> tuple[TokenPair, ...]:
-    return tokens_of(CONFIG).train.rows
 
 
 def alone(model: Any, prompt, answer) -> torch.Tensor:
@@ -79,56 +70,3 @@ def test_a_trained_head_gets_its_gradient() -> None:
     model.zero_grad()
     (hidden @ model.lm_head.weight.t()).log_softmax(-1).gather(1, targets[:, None]).sum().backward()
     assert torch.allclose(ours, model.lm_head.weight.grad, atol=1e-5)
-
-
-def test_each_token_is_computed_once_and_the_head_sees_answers_only() -> None:
-    """Counted at the model itself: its input's tokens, and the rows that its head multiplies."""
-    model, pairs = load_base(CONFIG), rows()
-    computed: list[int] = []
-    model.model.register_forward_hook(
-        lambda module, args, kwargs, output: computed.append(kwargs["input_ids"].numel()), with_kwargs=True
-    )
-    unique = sum(len(row.prompt_ids) + len(row.chosen_ids) + len(row.rejected_ids) for row in pairs)
-    prompts = sum(len(row.prompt_ids) for row in pairs)
-    pair_logps(model, pairs, pad_id=0, desc="")
-    assert computed  # the probe of whether it can be packed, once for a model
-    computed.clear()
-    shared = pair_logps(model, pairs, pad_id=0, desc="")
-    assert sum(computed) == unique - 2 * len(pairs)  # an answer's last token predicts nothing
-    computed.clear()
-    apart = pair_logps(model, pairs, pad_id=0, desc="", share_prefix=False)
-    assert sum(computed) == unique + prompts - 2 * len(pairs)
-    assert torch.allclose(shared, apart, atol=1e-4)
-    packed = pack([(row.prompt_ids, [row.chosen_ids, row.rejected_ids]) for row in pairs])
-    assert len(packed.predicting) == len(packed.targets) == sum(len(r.chosen_ids) + len(r.rejected_ids) for r in pairs)
-
-
-def test_packed_and_padded_log_probs_agree() -> None:
-    model = load_base(CONFIG)
-    padded = _padded_logps(model, rows(), pad_id=0, desc="")
-    assert torch.allclose(pair_logps(model, rows(), pad_id=0, desc=""), padded, atol=1e-4)
-
-
-def test_a_window_that_is_wide_enough_packs_and_a_narrow_one_falls_back_to_padding() -> None:
-    """Mistral's sliding window: beyond it the packed attention would see too much, so it is not used."""
-    row = TokenPair("a", "p", tuple(range(1, 13)), (5, 6, 7, 2), (8, 2))
-    expected = {}
-    for window in (64, 8):
-        model = tiny_model(MistralConfig, MistralForCausalLM, sliding_window=window)
-        padded = _padded_logps(model, [row], pad_id=0, desc="")
-        problem = packing_problem(model, [row], lambda model, rows: _padded_logps(model, rows, pad_id=0, desc=""))
-        assert bool(problem) == (window == 8)
-        assert "sliding_window" in problem or window == 64
-        assert torch.allclose(pair_logps(model, [row], pad_id=0, desc=""), padded, atol=1e-4)
-        expected[window] = padded
-    assert not torch.allclose(expected[64], expected[8], atol=1e-3)  # the window matters here
-
-
-def test_a_model_whose_packed_log_probs_differ_falls_back_to_padding(monkeypatch) -> None:
-    model = tiny_model()
-    monkeypatch.setattr(
-        harness.train.packed, "answer_sums", lambda logps, packed: answer_sums(logps, packed) + torch.tensor([0.0, 0.1])
-    )
-    row = TokenPair("a", "p", (1, 2, 3), (5, 6, 2), (8, 2))
-    problem = packing_problem(model, [row], lambda model, rows: _padded_logps(model, rows, pad_id=0, desc=""))
-    assert problem == "its log-probs differ by 0.05 nats a token from the padded ones"

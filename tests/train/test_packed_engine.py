@@ -10,25 +10,31 @@ from typing import Any
 import pytest
 import torch
 
+import harness.train.logps
 import harness.train.packed
 from harness.config.schema import Engine, LeversConfig, Reference, RunConfig, Tuning
+import harness.train.trainers
+from harness.config.schema import Engine, Reference, RunConfig, Tuning
 from harness.data.inputs import tokens_of
+from harness.data.plan import ConsumedTokens
 from harness.data.tokens import TokenPair
 from harness.sweep.problems import load_run
-from harness.train.base import borrowed_base, borrowed_policy, load_base
+from harness.train.adapter import fuse_adapters
+from harness.train.base import Bases, load_base
+from harness.train.logps import reference_logps
 from harness.train.memory import plan_of
-from harness.train.reference import reference_logps
 from harness.train.run import TrainResult, build_trainer, train_arm
 from harness.train.trainers import HEAD_METRICS
-from tests.conftest import training_overrides
+from tests.conftest import overriding, training_overrides
 
 STEPS = 20
+SHORT = "data.max_train_pairs=24"  # 6 steps
 TOLERANCE = 1e-4  # relative, in fp32
 
 
 def configure(arm: str, *overrides: str) -> RunConfig:
-    given = (f"+method={arm}", "data.max_train_pairs=80", "method.learning_rate=2e-4", *overrides)
-    return load_run(training_overrides(*given))
+    defaults = [f"+method={arm}", "data.max_train_pairs=80", "method.learning_rate=2e-4"]
+    return load_run(training_overrides(*overriding(defaults, *overrides)))
 
 
 def multi_turn(rows: tuple[TokenPair, ...]) -> tuple[TokenPair, ...]:
@@ -56,8 +62,24 @@ def run(config: RunConfig, folder: Path, *, model: Any = None, rows: tuple[Token
     return train_arm(config, rows, plan, model=model, chat=tokens.chat, folder=folder, reference=reference)
 
 
-def compare(ours: TrainResult, stock: TrainResult) -> None:
-    assert len(ours.steps) == len(stock.steps) == STEPS
+@pytest.fixture(scope="module")
+def stock(tmp_path_factory: pytest.TempPathFactory):
+    """Return a function that trains a config with TRL's own engine, once for all levers that this engine lacks."""
+    runs: dict[str, TrainResult] = {}
+
+    def run_stock(config: RunConfig, rows: tuple[TokenPair, ...] = ()) -> TrainResult:
+        train = config.train
+        key = f"{config.method} {train.tuning} {train.micro_batch_size} {len(rows)}"
+        if key not in runs:
+            its = replace(config, train=replace(train, engine=Engine.stock, gradient_checkpointing=None))
+            runs[key] = run(its, tmp_path_factory.mktemp("stock"), rows=rows)
+        return runs[key]
+
+    return run_stock
+
+
+def compare(ours: TrainResult, stock: TrainResult, num_steps: int = STEPS) -> None:
+    assert len(ours.steps) == len(stock.steps) == num_steps
     assert ours.consumed_tokens_sha256 == stock.consumed_tokens_sha256
     for key in ("loss", "grad_norm"):
         gaps = [abs(a[key] / b[key] - 1) for a, b in zip(ours.steps, stock.steps, strict=True)]
@@ -81,33 +103,35 @@ LEVERS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("levers", LEVERS)
 @pytest.mark.parametrize("arm", ["dpo", "simpo"])
-def test_twenty_steps_equal_the_stock_trainers(arm: str, levers: str, tmp_path: Path) -> None:
+def test_twenty_steps_equal_the_stock_trainers(arm: str, levers: str, stock, tmp_path: Path) -> None:
     """Multi-turn and single-turn prompts, answers of all lengths, an embedding that is also the head."""
     config = configure(arm, *LEVERS[levers])
     rows = multi_turn(tokens_of(config).train.rows)
-    assert load_base(config).config.tie_word_embeddings
-    stock = replace(config, train=replace(config.train, engine=Engine.stock))
-    compare(run(config, tmp_path / "ours", rows=rows), run(stock, tmp_path / "stock", rows=rows))
+    model = load_base(config)
+    assert model.config.tie_word_embeddings
+    compare(run(config, tmp_path, model=model, rows=rows), stock(config, rows))
 
 
 @pytest.mark.parametrize("arm", ["dpo", "simpo"])
-def test_a_model_that_cannot_be_packed_is_trained_padded_and_says_so(arm: str, tmp_path: Path, monkeypatch) -> None:
+def test_a_model_that_cannot_be_packed_is_trained_padded_and_says_so(
+    arm: str, stock, tmp_path: Path, monkeypatch
+) -> None:
     def refuse(*args, **kwargs):
         raise NotImplementedError("the model's attention has softcap")
 
-    monkeypatch.setattr(harness.train.packed, "packed_logps", refuse)
-    config = configure(arm)
+    monkeypatch.setattr(harness.train.logps, "packed_logps", refuse)
+    config = configure(arm, SHORT)
     ours = run(config, tmp_path / "ours")
     assert not ours.packed
     assert ours.why_padded == "NotImplementedError: the model's attention has softcap"
-    stock = replace(config, train=replace(config.train, engine=Engine.stock))
-    compare(ours, run(stock, tmp_path / "stock"))
+    compare(ours, stock(config), 6)
 
 
 @pytest.mark.slow
 def test_the_order_within_a_step_changes_no_gradient(tmp_path: Path) -> None:
     """Sorting a step's rows by length saves padding; the steps hold the same rows."""
     config = configure("simpo", "train.levers.group_lengths=false")
+    config = configure("simpo", SHORT, "train.levers.group_lengths=false")
     rows = multi_turn(tokens_of(config).train.rows)
     grouped = replace(config, train=replace(config.train, levers=LeversConfig()))
     plain, sorted_ = plan_of(config, rows).order, plan_of(grouped, rows).order
@@ -139,54 +163,52 @@ def counts(config: RunConfig, folder: Path, monkeypatch) -> dict[str, int]:
         reference = torch.zeros(len(tokens.train.rows), 2)
     parts: dict[str, Any] = {"model": model, "chat": tokens.chat, "reference": reference}
     trainer = build_trainer(config, tokens.train.rows, plan, output_dir=folder, **parts)
-    monkeypatch.setattr("harness.train.packed.token_logps", token_logps)
-    monkeypatch.setattr(harness.train.packed, "token_logps", token_logps)
+    for module in (harness.train.packed, harness.train.trainers):
+        monkeypatch.setattr(module, "token_logps", token_logps)
     model.model.register_forward_hook(count, with_kwargs=True)
-    from harness.data.plan import ConsumedTokens
-
     trainer.consumed = ConsumedTokens()
     trainer.train()
     return found
 
 
 def test_each_lever_is_really_active(tmp_path: Path, monkeypatch) -> None:
-    """By counts, not by seconds: 80 pairs in 40 micro-batches."""
-    config = configure("dpo")
+    """By counts, not by seconds: 24 pairs in 12 micro-batches."""
+    config = configure("dpo", SHORT)
     rows = tokens_of(config).train.rows
     prompts = sum(len(row.prompt_ids) for row in rows)
     answers = sum(len(row.chosen_ids) + len(row.rejected_ids) for row in rows)
-    fast = {"calls": 40, "tokens": prompts + answers - 2 * len(rows), "head_rows": answers}
+    fast = {"calls": 12, "tokens": prompts + answers - 2 * len(rows), "head_rows": answers}
     assert counts(config, tmp_path, monkeypatch) == fast
-    assert counts(configure("simpo"), tmp_path, monkeypatch) == fast
-    online = counts(configure("dpo", "train.reference=adapter_off"), tmp_path, monkeypatch)
+    assert counts(configure("simpo", SHORT), tmp_path, monkeypatch) == fast
+    online = counts(configure("dpo", SHORT, "train.reference=adapter_off"), tmp_path, monkeypatch)
     assert online == {key: 2 * value for key, value in fast.items()}
     twice = counts(configure("dpo", "train.levers.share_prefix=false"), tmp_path, monkeypatch)
     assert twice == fast | {"tokens": fast["tokens"] + prompts}
     everywhere = counts(configure("dpo", "train.levers.completion_head=false"), tmp_path, monkeypatch)
+    twice = counts(configure("dpo", SHORT, "train.levers.share_prefix=false"), tmp_path, monkeypatch)
+    assert twice == fast | {"tokens": fast["tokens"] + prompts}
+    everywhere = counts(configure("dpo", SHORT, "train.levers.completion_head=false"), tmp_path, monkeypatch)
     # Two answers start at one prompt's last row, which is asked for twice.
     assert everywhere == fast | {"head_rows": fast["tokens"] + len(rows)}
 
 
-def test_the_heads_metrics_are_logged_at_some_steps_and_are_trls(tmp_path: Path) -> None:
+def test_the_heads_metrics_are_logged_at_some_steps_and_are_trls(stock, tmp_path: Path) -> None:
     for arm, names in (("dpo", set(HEAD_METRICS)), ("simpo", {"logits/chosen", "logits/rejected"})):
-        config = configure(arm, "train.levers.metrics_steps=5")
+        config = configure(arm, SHORT, "train.levers.metrics_steps=2")
         steps = run(config, tmp_path / arm).steps
         has = [names <= set(step) for step in steps]
-        assert has == [i % 5 == 0 for i in range(STEPS)]
+        assert has == [i % 2 == 0 for i in range(6)]
         assert all(not names & set(step) for step, whole in zip(steps, has, strict=True) if not whole)
         assert all("rewards/margins" in step for step in steps)
         if arm == "dpo":
-            stock = replace(config, train=replace(config.train, engine=Engine.stock))
-            theirs = run(stock, tmp_path / "stock").steps
+            theirs = stock(config).steps
             for name in HEAD_METRICS:
-                assert steps[5][name] == pytest.approx(theirs[5][name], rel=1e-3), name
+                assert steps[2][name] == pytest.approx(theirs[2][name], rel=1e-3), name
 
 
 def test_a_fused_adapter_computes_what_pefts_layers_compute() -> None:
     """Output and all gradients, in every layer that there is, with adapters that are not at their start."""
     from peft import LoraConfig, get_peft_model
-
-    from harness.train.adapter import fuse_adapters
 
     found = []
     for fused in (False, True):
@@ -218,18 +240,19 @@ def weights(model: Any) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("tuning", [Tuning.lora, Tuning.full])  # qlora: tests/train/test_qlora.py
 def test_a_base_comes_back_as_it_was_lent(tuning: Tuning, tmp_path: Path) -> None:
     """The same object, loaded once, bit for bit: after DPO and SimPO, adapters and full fine-tuning, and generation."""
-    config = configure("simpo", f"train.tuning={tuning.value}")
-    with borrowed_base(config) as base:
+    bases = Bases()
+    config = configure("simpo", SHORT, f"train.tuning={tuning.value}")
+    with bases.borrow_base(config) as base:
         before, modules, attention = weights(base), str(base), base.config._attn_implementation
     for arm in ("dpo", "simpo"):
-        trial = configure(arm, f"train.tuning={tuning.value}")
-        with borrowed_base(trial, trains_all=tuning is Tuning.full) as model:
+        trial = configure(arm, SHORT, f"train.tuning={tuning.value}")
+        with bases.borrow_base(trial, trains_all=tuning is Tuning.full) as model:
             assert model is base
             run(trial, tmp_path / arm, model=model)
-        with borrowed_policy(trial, tmp_path / arm) as policy:
+        with bases.borrow_policy(trial, tmp_path / arm) as policy:
             trained = weights(policy)
         assert any(not torch.equal(trained[name], before[name]) for name in before)
-        with borrowed_base(config) as model:
+        with bases.borrow_base(config) as model:
             assert model is base
             assert (str(model), model.config._attn_implementation) == (modules, attention)
             assert all(parameter.requires_grad for parameter in model.parameters())
@@ -239,29 +262,47 @@ def test_a_base_comes_back_as_it_was_lent(tuning: Tuning, tmp_path: Path) -> Non
 
 
 def test_a_second_trial_in_a_process_equals_one_in_a_fresh_process(tmp_path: Path) -> None:
-    alone = run(configure("simpo"), tmp_path / "alone")
+    bases = Bases()
+    alone = run(configure("simpo", SHORT), tmp_path / "alone")
     for name, arm in (("first", "dpo"), ("second", "simpo")):
-        with borrowed_base(configure(arm)) as model:
-            found = run(configure(arm), tmp_path / name, model=model)
+        with bases.borrow_base(configure(arm, SHORT)) as model:
+            found = run(configure(arm, SHORT), tmp_path / name, model=model)
     assert [(s["loss"], s["grad_norm"]) for s in found.steps] == [(s["loss"], s["grad_norm"]) for s in alone.steps]
 
 
 def test_a_base_is_not_lent_again_after_an_error_or_a_change() -> None:
+    bases = Bases()
     config = configure("simpo")
-    with borrowed_base(config) as base:
+    with bases.borrow_base(config) as base:
         pass
-    with contextlib.suppress(MemoryError), borrowed_base(config):
+    with contextlib.suppress(MemoryError), bases.borrow_base(config):
         raise MemoryError
-    with borrowed_base(config) as model:
+    with bases.borrow_base(config) as model:
         assert model is not base
-    with torch.no_grad(), borrowed_base(config) as broken:
+    with torch.no_grad(), bases.borrow_base(config) as broken:
         next(broken.parameters()).view(-1)[0] = float("nan")
-    with borrowed_base(config) as model:
+    with bases.borrow_base(config) as model:
         assert model is not broken
-    with torch.no_grad(), borrowed_base(config) as nudged:
+    with torch.no_grad(), bases.borrow_base(config) as nudged:
         weight = list(nudged.parameters())[-1].view(-1)
         weight[-1] = torch.nextafter(weight[-1], torch.tensor(9.0))
-    with borrowed_base(config) as model:
+    with bases.borrow_base(config) as model:
         assert model is not nudged
     with borrowed_base(configure("simpo", "train.levers.reuse_base=false")) as other:
+    with bases.borrow_base(configure("simpo", "train.levers.reuse_base=false")) as other:
         assert other is not model
+
+
+def test_two_base_caches_share_nothing_and_hold_one_base_each() -> None:
+    config, other = configure("simpo"), configure("simpo", "train.tuning=full")
+    first, second = Bases(), Bases()
+    with first.borrow_base(config) as one, second.borrow_base(config) as two:
+        assert one is not two
+    with second.borrow_base(other) as whole:
+        pass
+    with second.borrow_base(config) as model:
+        assert model is not two, "another kind of base was borrowed in between, and one is held at a time"
+        assert model is not whole
+    first.release()
+    with first.borrow_base(config) as model:
+        assert model is not one

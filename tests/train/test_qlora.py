@@ -14,9 +14,9 @@ from harness.data.inputs import tokens_of
 from harness.study.errors import UsageError
 from harness.study.manifest import read_manifest
 from harness.sweep.problems import compose_run, load_run
-from harness.train.base import borrowed_base, borrowed_policy, is_quantised, load_base
+from harness.train.base import Bases, is_quantised, load_base
+from harness.train.logps import reference_logps
 from harness.train.memory import plan_of
-from harness.train.reference import reference_logps
 from harness.train.run import TrainResult, build_trainer, train_arm
 from tests.conftest import SMALL, training_overrides
 
@@ -98,12 +98,13 @@ def test_a_trial_answers_with_the_base_that_it_was_trained_on(tmp_path: Path) ->
     assert outcome.status == "complete", outcome.message
     folder = next((tmp_path / "results" / "s" / "trials").iterdir())
     assert read_manifest(folder)["parameters"]["trainable"] > 0
-    with borrowed_base(config) as base:
+    bases = Bases()
+    with bases.borrow_base(config) as base:
         before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
-    with borrowed_policy(config, folder) as policy:
+    with bases.borrow_policy(config, folder) as policy:
         assert policy.base_model.model is base
         assert is_quantised(policy)
-    with borrowed_base(config) as again:
+    with bases.borrow_base(config) as again:
         assert again is base
         assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in before.items())
 

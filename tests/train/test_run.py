@@ -1,4 +1,4 @@
-"""Training: the harness's engine and TRL's own see the same tokens and take the same steps."""
+"""Training: both engines consume the same tokens and take the same steps; saved, resumed and stopped where it diverges."""
 
 from __future__ import annotations
 
@@ -22,13 +22,12 @@ from harness.data.plan import ConsumedTokens, expected_tokens_sha256
 from harness.data.tokens import TokenPair
 from harness.study.errors import DivergedError
 from harness.sweep.problems import load_run
-from harness.train.base import borrowed_policy, load_base
+from harness.train.base import Bases, load_base
 from harness.train.checkpoints import CONSUMED_FILE, last_checkpoint, seal_checkpoint
-from harness.train.logps import pair_logps
+from harness.train.logps import pair_logps, reference_logps
 from harness.train.losses import dpo_loss, simpo_loss
 from harness.train.memory import plan_of
-from harness.train.reference import reference_logps
-from harness.train.run import build_trainer, train_arm
+from harness.train.run import TrainResult, build_trainer, train_arm
 from harness.train.trainers import CPOConfig, CPOTrainer
 from tests.conftest import training_overrides
 
@@ -57,15 +56,28 @@ def train(config: RunConfig, folder: Path, *, reference: torch.Tensor | None = N
     return train_arm(config, tokens.train.rows, plan, folder=folder, **more)
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory):
+    """Return a function that gives an arm's result and folder, trained once for all tests that change nothing of it."""
+    runs: dict[str, tuple[TrainResult, Path]] = {}
+
+    def train_once(arm: str) -> tuple[TrainResult, Path]:
+        if arm not in runs:
+            folder = tmp_path_factory.mktemp(arm)
+            config = configure(arm)
+            reference = None if arm == "simpo" else reference_of(config, folder / "cache")
+            runs[arm] = train(config, folder, reference=reference), folder
+        return runs[arm]
+
+    return train_once
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("tuning", ["lora", "full"])
-@pytest.mark.parametrize("arm", ["dpo", "simpo", "dpo_norm"])
-def test_each_step_equals_the_stock_trainers(arm: str, tuning: str, tmp_path: Path) -> None:
-    config = configure(arm, f"train.tuning={tuning}", "method.learning_rate=1e-4")
-    reference = None if arm == "simpo" else reference_of(config, tmp_path / "cache")
-    paired = train(config, tmp_path / "paired", reference=reference)
-    stock_config = replace(config, train=replace(config.train, engine=Engine.stock))
-    stock = train(stock_config, tmp_path / "stock")
+def test_each_step_of_a_trained_model_equals_the_stock_trainers(tmp_path: Path) -> None:
+    """Length-normalised DPO; the other arms: `test_packed_engine.py`; adapters of all arms: the next test."""
+    config = configure("dpo_norm", "train.tuning=full", "method.learning_rate=1e-4")
+    paired = train(config, tmp_path / "paired", reference=reference_of(config, tmp_path / "cache"))
+    stock = train(replace(config, train=replace(config.train, engine=Engine.stock)), tmp_path / "stock")
     assert len(paired.steps) == len(stock.steps) == 6
     for ours, theirs in zip(paired.steps, stock.steps, strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-5)
@@ -204,15 +216,14 @@ def test_every_arm_starts_from_the_same_adapter_and_another_seed_from_another(tm
     assert not any(torch.equal(other[name], first[name]) for name in first if "lora_A" in name)
 
 
-def test_both_arms_consume_the_plan_and_nothing_else(tmp_path: Path) -> None:
-    hashes = {}
-    for arm in ("dpo", "simpo"):
-        config = configure(arm, "seed=3")
-        reference = None if arm == "simpo" else reference_of(config, tmp_path / "cache")
-        hashes[arm] = train(config, tmp_path / arm, reference=reference).consumed_tokens_sha256
+def test_both_arms_consume_the_plan_and_nothing_else(trained) -> None:
+    config = configure("dpo")
     rows = tokens_of(config).train.rows
     expected = expected_tokens_sha256(rows, plan_of(config, rows).order)
-    assert hashes == {"dpo": expected, "simpo": expected}
+    assert {arm: trained(arm)[0].consumed_tokens_sha256 for arm in ("dpo", "simpo")} == {
+        "dpo": expected,
+        "simpo": expected,
+    }
 
 
 def test_another_seed_is_another_order() -> None:
@@ -221,13 +232,11 @@ def test_another_seed_is_another_order() -> None:
     assert expected_tokens_sha256(rows, plans[0].order) != expected_tokens_sha256(rows, plans[1].order)
 
 
-def test_dpo_starts_at_ln_2(tmp_path: Path) -> None:
-    config = configure("dpo")
-    result = train(config, tmp_path, reference=reference_of(config, tmp_path / "cache"))
-    assert result.steps[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+def test_dpo_starts_at_ln_2(trained) -> None:
+    assert trained("dpo")[0].steps[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
 
 
-def test_the_first_simpo_step_is_the_papers_loss_on_that_batch(tmp_path: Path) -> None:
+def test_the_first_simpo_step_is_the_papers_loss_on_that_batch(trained) -> None:
     config = configure("simpo")
     tokens = tokens_of(config)
     order = plan_of(config, tokens.train.rows).order[:4]
@@ -236,7 +245,7 @@ def test_the_first_simpo_step_is_the_papers_loss_on_that_batch(tmp_path: Path) -
     lengths = torch.tensor([[len(row.chosen_ids), len(row.rejected_ids)] for row in batch])
     means = sums / lengths
     expected = simpo_loss(means[:, 0], means[:, 1], beta=2.0, gamma_beta_ratio=0.5).mean().item()
-    assert train(config, tmp_path).steps[0]["loss"] == pytest.approx(expected, abs=1e-5)
+    assert trained("simpo")[0].steps[0]["loss"] == pytest.approx(expected, abs=1e-5)
 
 
 def test_simpo_on_equal_answers_is_softplus_of_gamma(tmp_path: Path) -> None:
@@ -259,21 +268,20 @@ def test_length_norm_0_is_the_summed_log_prob(tmp_path: Path) -> None:
     assert train(config, tmp_path).steps[0]["loss"] == pytest.approx(expected, abs=1e-5)
 
 
-def test_the_saved_adapter_is_the_policy_that_was_trained(tmp_path: Path) -> None:
-    config = configure("simpo", "method.learning_rate=1e-3")
-    train(config, tmp_path)
+def test_the_saved_adapter_is_the_policy_that_was_trained(trained) -> None:
+    config = configure("simpo")
     rows = tokens_of(config).train.rows
     before = pair_logps(load_base(config), rows, pad_id=0, desc="before")
-    with borrowed_policy(config, tmp_path) as policy:
+    with Bases().borrow_policy(config, trained("simpo")[1]) as policy:
         after = pair_logps(policy, rows, pad_id=0, desc="after")
     lengths = torch.tensor([[len(row.chosen_ids), len(row.rejected_ids)] for row in rows])
     margin = [((sums / lengths)[:, 0] - (sums / lengths)[:, 1]).mean().item() for sums in (before, after)]
     assert margin[1] > margin[0] + 0.05
 
 
-def test_a_trial_resumes_from_its_checkpoint_as_if_nothing_had_happened(tmp_path: Path) -> None:
+def test_a_trial_resumes_from_its_checkpoint_as_if_nothing_had_happened(trained, tmp_path: Path) -> None:
     config = configure("simpo", "train.checkpoint_steps=2")
-    whole = train(config, tmp_path / "whole")
+    whole = trained("simpo")[0]
 
     def die(step: int, logs: dict) -> None:
         if step == 5:
@@ -380,32 +388,6 @@ def test_a_trainer_fed_in_another_order_arrives_at_another_hash(tmp_path: Path) 
     trainer.train()
     assert trainer.consumed.num_pairs == len(plan.order)
     assert trainer.consumed.state != expected_tokens_sha256(tokens.train.rows, plan.order)
-
-
-# Where the collated batch of each trainer holds the rejected side's own copy of the prompt: (tensor, row of pair 0).
-REJECTED_PROMPT = {"dpo": ("input_ids", 2), "simpo": ("rejected_input_ids", 0)}
-
-
-@pytest.mark.parametrize("engine", list(Engine))
-@pytest.mark.parametrize("arm", ["dpo", "simpo"])
-def test_a_trainer_that_sees_another_prompt_on_the_rejected_side_is_stopped(
-    arm: str, engine: Engine, tmp_path: Path
-) -> None:
-    config = configure(arm, f"train.engine={engine.value}")
-    tokens = tokens_of(config)
-    reference = torch.zeros(len(tokens.train.rows), 2) if arm == "dpo" and engine is Engine.paired else None
-    plan = plan_of(config, tokens.train.rows)
-    parts = {"model": load_base(config), "chat": tokens.chat, "reference": reference}
-    trainer = build_trainer(config, tokens.train.rows, plan, output_dir=tmp_path, **parts)
-    batch = next(iter(trainer.get_train_dataloader()))
-    rows = [tokens.train.rows[i] for i in plan.order[:2]]
-    assert list(trainer.pairs_of(batch)) == [
-        (list(row.prompt_ids), list(row.chosen_ids), list(row.rejected_ids)) for row in rows
-    ]
-    tensor, row = REJECTED_PROMPT[arm]
-    batch[tensor][row, batch[tensor][row].tolist().index(rows[0].prompt_ids[1])] += 1
-    with pytest.raises(RuntimeError, match=r"another prompt with the rejected answer than with the chosen one"):
-        list(trainer.pairs_of(batch))
 
 
 def test_log_probs_equal_one_sequence_at_a_time(tmp_path: Path) -> None:
