@@ -5,6 +5,7 @@ A parent that has imported everything forks a child for each run, so that a kill
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import random
@@ -23,25 +24,22 @@ STUDY = [
     "tuning_seeds=[7]", "seed=1,2", "train.checkpoint_steps=1",
 ]  # fmt: skip
 RESULTS = ("scores.csv", "verdict.json")
+MODULES = (
+    *("sweep.app", "train.stage", "train.run", "train.trainers", "train.adapter", "train.packed", "train.reference"),
+    *("generate.answers", "generate.heldout", "score.trial_scores", "report.page", "dashboard", "verify"),
+)
 SEALED = "trials/*/checkpoints/checkpoint-*/consumed.json"
 
 
 def prepare() -> None:
     """Import what a run imports, so that children need not; no thread is started before the forks."""
-    import torch
-
-    import harness.dashboard
-    import harness.generate.answers
-    import harness.generate.heldout
-    import harness.report
-    import harness.study.log
-    import harness.sweep
-    import harness.train
-    import harness.train.trainers
-    import harness.verify
-
+    for name in MODULES:
+        importlib.import_module(f"harness.{name}")
+    torch = importlib.import_module("torch")
     torch.set_num_threads(1)
-    harness.study.log.prepare_process()
+    from harness.study.log import prepare_process
+
+    prepare_process()
 
 
 def in_child(folder: Path, run: Callable[[], int]) -> int:

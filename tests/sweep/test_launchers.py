@@ -31,20 +31,16 @@ from harness.sweep.trial import Context
 from tests.conftest import SMALL, overriding
 
 ROOT = Path(__file__).resolve().parents[2]
+# Few trials, since some launchers start a process for each: two that tune DPO, and one per arm that confirms.
 STUDY = [
-    *SMALL,
-    "+method=simpo,dpo",
-    "study=s",
-    "arms.dpo.beta=0.05,0.1",
-    "arms.simpo.beta=2,3",
-    "tuning_seeds=[7]",
-    "seed=1,2",
+    *(*SMALL, "+method=simpo,dpo", "study=s", "arms.dpo.beta=0.05,0.1", "allow_unequal_budgets=true"),
+    *("tuning_seeds=[7]", "seed=1"),
 ]
 
 
 def sweep(results: Path, *more: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "harness.sweep", *STUDY, f"results_dir={results}", *more]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=600)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
 def ran_beside_each_other(study: Path) -> bool:
@@ -57,7 +53,7 @@ def ran_beside_each_other(study: Path) -> bool:
 @pytest.fixture(scope="module")
 def in_one_process(tmp_path_factory) -> str:
     results = tmp_path_factory.mktemp("basic") / "results"
-    assert sweep(results).returncode == 0
+    run_sweep([*STUDY, f"results_dir={results}"])
     assert not ran_beside_each_other(results / "s")
     return (results / "s" / "scores.csv").read_text()
 

@@ -109,19 +109,20 @@ def sweep(tmp_path: Path, planted: Mapping[str, str], url: str, *more: str) -> s
     (tmp_path / "code" / "sitecustomize.py").write_text(TALKATIVE)
     judge = [f"score.judge.base_url={url}", "score.judge.model=fake", "score.judge.max_retries=0"]
     judge += ["score.judge.api_key_env=MY_JUDGE_KEY", "score.judge.concurrency=1"]
-    settings = ["tracking=wandb", f"results_dir={tmp_path / 'results'}", "study=s", "seed=0,1", *judge, *more]
+    settings = ["tracking=wandb", f"results_dir={tmp_path / 'results'}", "study=s", *judge, *more]
     command = [sys.executable, "-m", "harness.sweep", "+method=simpo,dpo", *overriding(SMALL, *settings)]
     mine = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB", "HF_", "XDG"))}
     mine |= {"HOME": str(tmp_path / "home"), "PYTHONPATH": os.pathsep.join([str(tmp_path / "code"), str(ROOT)])}
     mine |= {"HF_HUB_OFFLINE": "1", "TMPDIR": str(tmp_path / "work"), **planted}
-    return subprocess.run(
-        command, cwd=tmp_path / "work", env=mine, capture_output=True, text=True, check=False, timeout=240
-    )
+    return subprocess.run(command, cwd=tmp_path / "work", env=mine, capture_output=True, text=True, check=False)
 
 
 WAYS = {
-    "in_this_process": (),
-    "in_processes_of_their_own": ("hydra/launcher=submitit_local", "accelerate=ddp", "train.micro_batch_size=2"),
+    "in_this_process": ("seed=0,1",),
+    # One seed: each trial is a job whose training starts two more processes.
+    "in_processes_of_their_own": (
+        *("seed=0", "hydra/launcher=submitit_local", "accelerate=ddp", "train.micro_batch_size=2"),
+    ),
 }
 
 
@@ -144,7 +145,8 @@ def test_no_secret_is_in_any_file_or_on_the_terminal(way: str, tmp_path: Path) -
     (tmp_path / "err.txt").write_text(ended.stderr)
     study = tmp_path / "results" / "s"
     failures = [read_json(path) for path in study.glob("trials/*/failure.json")]
-    assert [failure["arm"] for failure in failures] == ["dpo", "dpo"]
+    seeds = len(WAYS[way][0].split(","))
+    assert [failure["arm"] for failure in failures] == ["dpo"] * seeds
     for failure in failures:
         assert failure["message"] == "refused: ***, ***"
         assert "Traceback" in failure["traceback"]
@@ -157,7 +159,7 @@ def test_no_secret_is_in_any_file_or_on_the_terminal(way: str, tmp_path: Path) -
         for log in logs
     )
     assert "the key *** is worn out" in ended.stdout  # what the judge refused one request for
-    assert len(list(study.glob("wandb/offline-run-*/*.wandb"))) >= 5
+    assert len(list(study.glob("wandb/offline-run-*/*.wandb"))) >= 1 + 2 * seeds
     known = {name for _, name in leaks(tmp_path, {"project": "dpo-vs-simpo", "error": "refused: ***, ***"})}
     assert {Path(name).suffix for name in known} >= {".wandb", ".json", ".txt"}  # the search reads what was written
     assert leaks(tmp_path, planted) == set()
