@@ -25,7 +25,7 @@ STUDY = [
 ]  # fmt: skip
 RESULTS = ("scores.csv", "verdict.json")
 MODULES = (
-    *("sweep.app", "train.stage", "train.run", "train.trainers", "train.adapter", "train.packed", "train.reference"),
+    *("sweep.app", "train.stage", "train.run", "train.trainers", "train.adapter", "train.packed", "train.logps"),
     *("generate.answers", "generate.heldout", "score.trial_scores", "report.page", "dashboard", "verify"),
 )
 SEALED = "trials/*/checkpoints/checkpoint-*/consumed.json"

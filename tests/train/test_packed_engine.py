@@ -288,7 +288,6 @@ def test_a_base_is_not_lent_again_after_an_error_or_a_change() -> None:
         weight[-1] = torch.nextafter(weight[-1], torch.tensor(9.0))
     with bases.borrow_base(config) as model:
         assert model is not nudged
-    with borrowed_base(configure("simpo", "train.levers.reuse_base=false")) as other:
     with bases.borrow_base(configure("simpo", "train.levers.reuse_base=false")) as other:
         assert other is not model
 
