@@ -22,9 +22,9 @@ from harness.study.manifest import read_manifest
 from harness.study.outcome import Outcome, set_aside, standing_failure
 from harness.study.registration import read_study
 from harness.sweep.design import Design
-from harness.sweep.trial import Trial
+from harness.sweep.trial import Context, Trial
 from harness.sweep.tuning import tune
-from harness.track.tracker import track
+from harness.track.tracker import Trackers, track
 
 Launch = Callable[[Sequence[Trial]], list[Outcome]]
 
@@ -57,12 +57,13 @@ class StudyResult:
     unreported: str = ""
 
 
-def run_study(design: Design, launch: Launch) -> StudyResult:
+def run_study(design: Design, launch: Launch, context: Context) -> StudyResult:
     """Run what is missing of a study, then decide and report.
 
     Args:
         design: what to train.
         launch: runs trials and returns how they ended, in the same order.
+        context: state of this process.
     """
     study = design.study
     _drop_damaged(study)
@@ -92,7 +93,7 @@ def run_study(design: Design, launch: Launch) -> StudyResult:
         collect_scores(study)
         report, unreported = report_study(study)
     if runs.launched and verdict and report:
-        _mirror(design.base_config, study, verdict)
+        _mirror(design.base_config, study, verdict, context.trackers)
     return _result(runs, design, verdict, undecided, report=report, unreported=unreported)
 
 
@@ -215,7 +216,7 @@ def _decided(study: Path) -> tuple[dict[str, Any] | None, str]:
             return None, str(error)
 
 
-def _mirror(base: RunConfig, study: Path, verdict: dict[str, Any]) -> None:
+def _mirror(base: RunConfig, study: Path, verdict: dict[str, Any], trackers: Trackers) -> None:
     """Log the study itself: the verdict as a summary, the figures and the report as pages."""
     from harness.report.prompts import answers_table  # loads matplotlib
     from harness.report.study import read_study as read_for_report
@@ -228,6 +229,7 @@ def _mirror(base: RunConfig, study: Path, verdict: dict[str, Any]) -> None:
         job_type="study",
         tags=["study", verdict["verdict"], verdict["level"]],
         config=read_study(study / "study.yaml"),
+        trackers=trackers,
     ) as tracker:
         tracker.summarise({f"verdict/{key}": value for key, value in verdict.items()})
         tracker.table("side_by_side", *answers_table(read_for_report(study)))

@@ -235,9 +235,6 @@ class FrozenImports:
             self._num_modules = len(sys.modules)
 
 
-settle_imports = FrozenImports().freeze  # until sweep passes its context
-
-
 def matmul_rate(inner: int, outer: int, *, rows: int = 512, seconds: float = 2.0, bf16: bool = False) -> float:
     """Measure matrix products of (rows, inner) and (inner, outer) in FLOP/s, on the GPU where there is one."""
     import torch

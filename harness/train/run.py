@@ -176,7 +176,7 @@ def build_trainer(
         train_dataset=Dataset.from_dict({ROW: list(plan.order) if processes == 1 else list(range(len(rows)))}),
         processing_class=chat.tokenizer,
         peft_config=adapter_config(config) if config.train.tuning is Tuning.lora else None,
-        **({"ref_model": load_base(config)} if has_reference_model else {}),
+        **({"ref_model": load_base(config, Path(model.name_or_path))} if has_reference_model else {}),
     )
     trainer.data_collator = trainer.pair_collator(rows, with_margin(reference, rows, config))
     trainer.comparison = TensorComparison()

@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
 from harness.config.arms import ARMS, DPOMarginConfig, SimPOConfig
-from harness.config.machine import processes_problem, this_machine
+from harness.config.machine import Machine, processes_problem
 from harness.config.schema import EMBEDDED, Engine, Reference, RunConfig, Tuning
 from harness.data.inputs import Tokens
 from harness.data.plan import BatchPlan, expected_tokens_sha256, padding_share, trained_tokens
 from harness.study.errors import DivergedError, NoRoomError, UsageError
 from harness.study.log import say
-from harness.train.base import DEFAULT_BASES, Bases
+from harness.train.base import Bases
 from harness.train.memory import OutOfMemoryTrial, halve, note_seed, plan_of, smaller_than
 
 if TYPE_CHECKING:
@@ -81,6 +81,7 @@ class TrainStage:
         on_step: called after each step.
         clock: a context manager per stage's name, which measures the block.
         bases: the base cache of this process.
+        machine: its devices.
     """
 
     config: RunConfig
@@ -89,7 +90,8 @@ class TrainStage:
     base_sha256: str
     on_step: OnStep
     clock: Callable[[str], AbstractContextManager[None]]
-    bases: Bases = DEFAULT_BASES  # until sweep passes its context
+    bases: Bases
+    machine: Machine
 
     def run(self, *, is_cost_trial: bool = False) -> Trained:
         """Train, with a smaller micro-batch where it does not fit; the checkpoints stay, for the caller to delete.
@@ -101,7 +103,7 @@ class TrainStage:
             UsageError: where this machine cannot run the requested processes.
             DoesNotFitError: where not even the smallest micro-batch fits.
         """
-        if problem := processes_problem(self.config.accelerate, this_machine()):
+        if problem := processes_problem(self.config.accelerate, self.machine):
             raise UsageError(problem)
         micro = None
         while True:
