@@ -13,10 +13,9 @@ from harness.sweep.problems import compose_run, load_run
 from harness.verify import verify_study
 from tests.conftest import SMALL, run_one
 
-STUDY = [  # two trials tune DPO, one per arm confirms
-    *(*SMALL, "+method=simpo,dpo", "study=s", "arms.dpo.beta=0.05,0.1", "allow_unequal_budgets=true"),
-    *("tuning_seeds=[7]", "seed=1"),
-]
+STUDY = [
+    *SMALL, "+method=simpo,dpo", "study=s", "arms.dpo.beta=0.05,0.1", "arms.simpo.beta=2,3", "tuning_seeds=[7]", "seed=1",
+]  # fmt: skip
 
 
 def sweep(results: Path, *more: str):
@@ -43,9 +42,9 @@ def with_weights(study: Path) -> dict[str, list[int]]:
 
 @pytest.mark.slow
 def test_each_policy_keeps_the_weights_that_it_says(studies) -> None:
-    assert with_weights(studies["all"]) == {"kept": [1, 1, 7, 7], "deleted": []}
-    assert with_weights(studies["confirmed"]) == {"kept": [1, 1], "deleted": [7, 7]}
-    assert with_weights(studies["none"]) == {"kept": [], "deleted": [1, 1, 7, 7]}
+    assert with_weights(studies["all"]) == {"kept": [1, 1, 7, 7, 7, 7], "deleted": []}
+    assert with_weights(studies["confirmed"]) == {"kept": [1, 1], "deleted": [7, 7, 7, 7]}
+    assert with_weights(studies["none"]) == {"kept": [], "deleted": [1, 1, 7, 7, 7, 7]}
 
 
 @pytest.mark.slow

@@ -382,12 +382,3 @@ def test_full_fine_tuning_saves_a_whole_model(tmp_path: Path) -> None:
     for manifest, folder in zip(manifests(tmp_path / "s"), sorted((tmp_path / "s").glob("trials/*")), strict=True):
         assert (folder / "model" / "model.safetensors").is_file()
         assert manifest["parameters"]["trainable"] == manifest["parameters"]["total"]
-
-
-def test_help_says_what_the_command_does_with_an_example() -> None:
-    for module in ("sweep", "train", "score", "decide", "report", "bench"):
-        ran = subprocess.run(
-            [sys.executable, "-m", f"harness.{module}", "--help"], capture_output=True, text=True, check=False
-        )
-        assert ran.returncode == 0, module
-        assert "Example" in ran.stdout, module

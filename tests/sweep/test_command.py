@@ -236,38 +236,39 @@ def test_what_is_wrong_for_two_arms_is_said_once(refused) -> None:
     assert refused("harness.sweep", [*BOTH, "method.beta=0"]).count("method.beta=0") == 1
 
 
-def run(*command: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    """Run a module as `python -m` does, and print at the end whether torch was imported."""
-    code = (
-        "import runpy, sys\n"
-        "module, *sys.argv = sys.argv[1:2] + sys.argv[1:]\n"
-        "try:\n    runpy.run_module(module, run_name='__main__', alter_sys=True)\n"
-        "finally:\n    print('torch imported:', 'torch' in sys.modules)\n"
-    )
-    return subprocess.run(
-        [sys.executable, "-c", code, *command], capture_output=True, text=True, cwd=folder, check=False
-    )
+REAL = {  # command: the beginning of its message
+    ("harness.sweep", *BOTH, "train.epocs=1"): "train.epocs=1: unknown key train.epocs",
+    ("harness.sweep", "+method=dpo", "method.gamma_beta_ratio=1"): (
+        "method.gamma_beta_ratio=1: gamma_beta_ratio is a key of simpo"
+    ),
+    ("harness.sweep", *BOTH, "data.train=no.jsonl", "data.golden=no.jsonl"): "data.train=no.jsonl: no such file",
+    ("harness.sweep", "+sweep=nope"): "+sweep=nope: no such sweep",
+    ("harness.train", "+method=dpo", "seed=1,2"): "seed=1,2: ",
+}
+RUN_ALL = """
+import contextlib, io, json, runpy, sys
+
+for command in json.loads(sys.argv[1]):
+    sys.argv, errors, status = command, io.StringIO(), 0
+    try:
+        with contextlib.redirect_stderr(errors):
+            runpy.run_module(command[0], run_name="__main__", alter_sys=True)
+    except SystemExit as stop:
+        status = stop.code
+    print(json.dumps([status, errors.getvalue(), "torch" in sys.modules]))
+"""
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("command", "message"),
-    [
-        (["harness.sweep", *BOTH, "train.epocs=1"], "train.epocs=1: unknown key train.epocs"),
-        (
-            ["harness.sweep", "+method=dpo", "method.gamma_beta_ratio=1"],
-            "method.gamma_beta_ratio=1: gamma_beta_ratio is a key of simpo",
-        ),
-        (["harness.sweep", *BOTH, "data.train=no.jsonl", "data.golden=no.jsonl"], "data.train=no.jsonl: no such file"),
-        (["harness.sweep", "+sweep=nope"], "+sweep=nope: no such sweep"),
-        (["harness.train", "+method=dpo", "seed=1,2"], "seed=1,2: "),
-    ],
-)
-def test_the_real_command_refuses_without_torch(command: list[str], message: str, tmp_path: Path) -> None:
-    ran = run(*command, folder=tmp_path)
-    assert (ran.returncode, ran.stdout) == (2, "torch imported: False\n")
-    assert ran.stderr.startswith(f"{command[0]}: {message}")
-    assert "Traceback" not in ran.stderr
+def test_the_real_commands_refuse_without_torch(tmp_path: Path) -> None:
+    """Run as `python -m` runs them, one after the other in one process that has not imported torch."""
+    command = [sys.executable, "-c", RUN_ALL, json.dumps([list(one) for one in REAL])]
+    ran = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=True)
+    said = [json.loads(line) for line in ran.stdout.splitlines()]
+    for (status, errors, torch), ((module, *_), message) in zip(said, REAL.items(), strict=True):
+        assert (status, torch) == (2, False), errors
+        assert errors.startswith(f"{module}: {message}")
+        assert "Traceback" not in errors
     assert list(tmp_path.iterdir()) == []
 
 

@@ -56,7 +56,7 @@ def kill_after_a_checkpoint(command: list[str], folder: Path) -> int:
     """Run a trial, kill it once it has a whole checkpoint and still trains; return the step of the checkpoint."""
     process = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"})
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 1200
         while not list(folder.glob("checkpoints/checkpoint-*/consumed.json")):
             assert process.poll() is None
             assert time.monotonic() < deadline

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -29,7 +28,7 @@ STUDY = overriding(
     "train.batch_size=2",
     "train.micro_batch_size=2",
 )
-THROUGH_SLURM = ["hydra/launcher=submitit_slurm", "hydra.launcher.timeout_min=5"]
+THROUGH_SLURM = ["hydra/launcher=submitit_slurm", "hydra.launcher.timeout_min=60"]
 BEGINS_TO_TRAIN = "INFO harness.trial: train\n"  # in a trial's log.txt
 
 
@@ -47,7 +46,7 @@ def start(results: Path, *more: str, environment: dict[str, str] | None = None) 
 
 def finish(sweep: subprocess.Popen[str]) -> None:
     try:
-        output, _ = sweep.communicate(timeout=240)
+        output, _ = sweep.communicate(timeout=3600)
     finally:
         sweep.kill()
     assert sweep.returncode == 0, output[-5000:]
@@ -68,18 +67,9 @@ def cluster() -> Iterator[Slurm]:
         yield found
 
 
-@pytest.mark.slow
-def test_jobs_of_a_real_slurm_give_the_scores_of_one_process(
-    cluster: Slurm, in_one_process: Path, tmp_path: Path
-) -> None:
-    finish(start(tmp_path / "results", *THROUGH_SLURM, environment=cluster.environment))
-    scores = (tmp_path / "results" / "s" / "scores.csv").read_bytes()
-    assert scores == (in_one_process / "scores.csv").read_bytes()
-
-
 def hit(cluster: Slurm, study: Path, sweep: subprocess.Popen[str], *command: str) -> tuple[str, Path]:
     """Give one of Slurm's commands a job that has written a checkpoint and still trains; return job and trial."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 1800
     while time.monotonic() < deadline and sweep.poll() is None:
         for job_id in cluster.running():
             for live in study.glob("trials/*/live.jsonl"):
@@ -108,11 +98,11 @@ def disturb(cluster: Slurm, study: Path, sweep: subprocess.Popen[str]) -> list[P
 
 
 @pytest.mark.slow
-def test_a_job_that_is_requeued_and_one_that_is_cancelled_change_no_score(
+def test_jobs_of_a_real_slurm_one_requeued_and_one_cancelled_give_the_scores_of_one_process(
     cluster: Slurm, in_one_process: Path, tmp_path: Path
 ) -> None:
+    """The base's job is left alone; the job of each arm is hit in its training."""
     study = tmp_path / "results" / "s"
-    shutil.copytree(in_one_process / "base", study / "base")  # nothing is done to the base's job: not run again
     sweep = start(study.parent, *THROUGH_SLURM, "train.checkpoint_steps=1", environment=cluster.environment)
     try:
         disturbed = disturb(cluster, study, sweep)

@@ -245,11 +245,11 @@ def test_a_best_value_inside_its_grid_is_not_flagged() -> None:
 
 @pytest.mark.slow
 def test_halving_gives_up_the_worse_half_from_seed_to_seed(tmp_path: Path) -> None:
-    grid = ["arms.dpo.learning_rate=1e-4,2e-4,3e-4,1", "arms.simpo.learning_rate=1e-4,2e-4,3e-4,1"]
+    grid = ["arms.dpo.learning_rate=1e-4,2e-4,3e-4,1", "arms.simpo.beta=2,3", "allow_unequal_budgets=true"]
     (result,) = sweep(tmp_path, *grid, "seed=1", "tuning_seeds=[7,8,9]", "search.keep=0.5", "study=s")
-    assert result.stages["tune"] == 2 * (4 + 2 + 1)
-    seeds = [found["seeds"] for found in read_selection(tmp_path / "s")["arms"].values()]
-    assert [sorted(found.values()) for found in seeds] == [[1, 1, 2, 3]] * 2
+    assert result.stages["tune"] == (4 + 2 + 1) + (2 + 1 + 1)
+    seeds = {arm: found["seeds"] for arm, found in read_selection(tmp_path / "s")["arms"].items()}
+    assert {arm: sorted(found.values()) for arm, found in seeds.items()} == {"dpo": [1, 1, 2, 3], "simpo": [1, 3]}
     for found in read_selection(tmp_path / "s")["arms"].values():
         assert found["seeds"][found["selected"]] == 3
 
@@ -259,13 +259,13 @@ def test_optuna_suggests_equally_many_configs_for_each_arm_and_the_same_ones_aga
     keys = [
         "arms.dpo.learning_rate={low: 1e-5, high: 1e-3, log: true}",
         "arms.simpo.learning_rate={low: 1e-5, high: 1e-3, log: true}",
-        *("seed=1", "tuning_seeds=[7]", "search.sampler=tpe", "search.trials=4", "search.batch=2", "study=s"),
+        *("seed=1", "tuning_seeds=[7]", "search.sampler=tpe", "search.trials=2", "search.batch=1", "study=s"),
     ]
     (result,) = sweep(tmp_path, *keys)
-    assert result.stages["tune"] == 8
+    assert result.stages["tune"] == 4
     assert {arm: len(found) for arm, found in read_study(tmp_path / "s" / "study.yaml")["configs"].items()} == {
-        "simpo": 4,
-        "dpo": 4,
+        "simpo": 2,
+        "dpo": 2,
     }
     (again,) = sweep(tmp_path, *keys)
     assert again.launched == 0
@@ -283,14 +283,15 @@ def test_a_tuning_trial_that_fails_stops_before_golden(tmp_path: Path, monkeypat
         return real(config)
 
     monkeypatch.setattr(harness.sweep.stages, "splits_of", lost)
-    (result,) = sweep(tmp_path, *GRID, "study=s")
+    grid = ["arms.dpo.learning_rate=1e-4,3e-4", "arms.simpo.learning_rate=1e-4,3e-4", "tuning_seeds=[7]", "seed=1"]
+    (result,) = sweep(tmp_path, *grid, "study=s")
     assert result.verdict is None
-    assert "2 of 12 tuning trials failed" in result.undecided
+    assert "1 of 4 tuning trials failed" in result.undecided
     assert runs(tmp_path / "s", "golden").empty
     assert not (tmp_path / "s" / "ledger.jsonl").exists()
     monkeypatch.undo()
-    (mended,) = sweep(tmp_path, *GRID, "study=s")
-    assert mended.launched == 6
+    (mended,) = sweep(tmp_path, *grid, "study=s")
+    assert mended.launched == 3
     assert mended.verdict is not None
 
 
