@@ -9,9 +9,9 @@ import math
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Final, TypedDict
+from typing import Final, TypedDict
 
-from harness.study.files import FileRecord, file_sha256, read_json, read_jsonl
+from harness.study.files import FileRecord, Json, file_sha256, read_json, read_jsonl
 from harness.study.manifest import Manifest
 
 SPLITS = ("dev", "golden")
@@ -31,7 +31,7 @@ READ_BYTES = 2**30
 class FileHashes:
     """SHA-256 of files, each file hashed once per state (inode, size, times).
 
-    A command asks several times which stages of a trial are done: its driver holds one such object and passes it on.
+    A command asks several times which stages of a trial are done: its driver holds one of these and passes it on.
     """
 
     def __init__(self) -> None:
@@ -225,7 +225,7 @@ class MicroBatch(TypedDict, total=False):
     micro_batch_size: int
     asked: int | None
     seeds: dict[str, int]
-    halved: list[dict[str, Any]]
+    halved: list[dict[str, Json]]
 
 
 def read_micro_batch(study: Path) -> MicroBatch:
