@@ -136,6 +136,8 @@ def done_stages(
         read_bytes, hashes: as in `changed_files`.
     """
     done = set(manifest.get("done", []))
+    if not done:
+        return done
     known = manifest.get("files", {})
     changed = changed_files(folder, known, read_bytes=read_bytes, hashes=hashes)
     if "train" in done and _is_training_lost(folder, manifest, changed):
@@ -148,7 +150,7 @@ def done_stages(
         for split in done & set(SPLITS):
             if not all(map(is_whole, _SPLIT_FILES)):
                 done -= {split, "score"}
-    if not is_whole("scores.jsonl") or "config.yaml" in changed:  # the last stage, cheap, writes both
+    if "score" in done and ("config.yaml" in changed or not is_whole("scores.jsonl")):  # cheap, writes both
         done.discard("score")
     return done
 
