@@ -10,7 +10,7 @@ import yaml
 
 from harness.study.backup import write_twice
 from harness.study.errors import UsageError
-from harness.study.files import is_broken, locked, read_json, seal
+from harness.study.files import Json, is_broken, locked, read_json, seal
 
 MARGIN = 0.05  # the smallest difference that matters, where a user gives none
 ALPHA = 0.05  # error rate of the decision
@@ -60,7 +60,7 @@ class Registration(TypedDict):
     alpha: float
     guards: list[Guard]
     looks: list[int]
-    family: dict[str, Any]
+    family: dict[str, Json]
     model: RegisteredModel
     data: dict[str, Any]
     warnings: list[str]
