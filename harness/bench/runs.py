@@ -12,9 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
-from harness.config.checkpoint import checkpoint_dir
 from harness.config.schema import RunConfig
-from harness.data.inputs import splits_of, tokens_of
+from harness.data.inputs import Inputs
 from harness.data.tokens import TokenPair
 from harness.study.errors import UsageError
 from harness.study.files import write_json, write_jsonl
@@ -112,14 +111,15 @@ class Bench:
         self.keys += [f"data.{split}={folder / split}.jsonl" for split in ("dev", "golden")] if pairs else []
         self.keys += [f"data.max_train_pairs={num_pairs}"]
         self.config: RunConfig = load_run(["+method=dpo", *self.keys])
-        self.rows = tokens_of(self.config).train.rows
+        self.inputs = Inputs()
+        self.rows = self.inputs.tokens(self.config).train.rows
         if len(self.rows) < num_pairs:
             raise UsageError(f"--num-pairs {num_pairs}: {train} has {len(self.rows)} that can be trained on")
         self._write_stock_pairs()
 
     def _write_stock_pairs(self) -> None:
         """Write the pairs as text in the order of the harness's plan, for the scripts."""
-        by_id = {pair.pair_id: pair for pair in splits_of(self.config).train}
+        by_id = {pair.pair_id: pair for pair in self.inputs.splits(self.config).train}
         ordered = [by_id[self.rows[i].pair_id] for i in plan_of(self.config, self.rows).order]
         write_jsonl(
             self.folder / "pairs.jsonl",
@@ -136,7 +136,7 @@ class Bench:
     @property
     def model_dir(self) -> str:
         """Folder of the checkpoint, for the scripts."""
-        return str(checkpoint_dir(self.config.model))
+        return str(self.inputs.checkpoints.folder(self.config.model))
 
     def stock(self, name: str, arm: str, **keys: float) -> Run:
         """Run one of TRL's scripts."""
