@@ -118,7 +118,7 @@ def padding_share(rows: Sequence[TokenPair], plan: BatchPlan) -> float:
 
 
 class ConsumedTokens:
-    """A running hash of the pairs that a trainer really saw, in order; each prompt once, see `trainers.pairs_of`.
+    """A running hash of the pairs that a trainer really saw, in order; each prompt once.
 
     The state is one digest and a count, so that it survives in a checkpoint.
     """

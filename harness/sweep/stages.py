@@ -167,7 +167,8 @@ class _Running:
         self.manifest["warnings"] += found.warnings
         peak = self.meter.peak_memory_bytes
         peak["train"] = max(peak.get("train", 0), found.peak_memory_bytes)
-        self._save(**found.facts, done=[*self.manifest["done"], "train"], files=fingerprints(self.folder, {}))
+        found.facts |= {"done": [*self.manifest["done"], "train"], "files": fingerprints(self.folder, {})}
+        self._save(**found.facts)
         shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
 
     def _evaluate(self, tokens: Tokens, split: str) -> None:
