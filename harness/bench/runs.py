@@ -8,7 +8,6 @@ import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
@@ -28,20 +27,8 @@ SIMPO = ((2.0, 0.3), (2.0, 0.5), (2.5, 0.5), (10.0, 0.5))  # beta, gamma over be
 RATES = {"dpo": 5e-6, "simpo": 5e-6}
 
 
-class RunRow(TypedDict):
-    """A `Run` in cost.json."""
-
-    name: str
-    side: str
-    wall: float
-    seconds: dict[str, float]
-    peak_memory_bytes: int
-    losses: list[float]
-
-
-@dataclass(frozen=True)
-class Run:
-    """The cost of one run.
+class Run(TypedDict):
+    """The cost of one run, as cost.json holds it.
 
     Attributes:
         name: of the work, such as `dpo`.
@@ -57,18 +44,7 @@ class Run:
     wall: float
     seconds: dict[str, float]
     peak_memory_bytes: int
-    losses: list[float] = field(default_factory=list)
-
-    def row(self) -> RunRow:
-        """Return the run as cost.json holds it."""
-        return {
-            "name": self.name,
-            "side": self.side,
-            "wall": self.wall,
-            "seconds": self.seconds,
-            "peak_memory_bytes": self.peak_memory_bytes,
-            "losses": self.losses,
-        }
+    losses: list[float]
 
 
 class TrialCost(TypedDict):
@@ -146,15 +122,26 @@ class Bench:
         wall, found = _run_timed(
             [*command, str(self.folder / "stock"), *(f"{k}={json.dumps(v)}" for k, v in given.items())]
         )
-        return Run(name, "stock", wall, found["seconds"], found["peak_memory_bytes"], found["losses"])
+        return {
+            "name": name,
+            "side": "stock",
+            "wall": wall,
+            "seconds": found["seconds"],
+            "peak_memory_bytes": found["peak_memory_bytes"],
+            "losses": found["losses"],
+        }
 
     def stock_grid(self) -> Run:
         """Run the eight scripts of a grid one after the other."""
         runs = [self.stock("", "dpo", beta=beta) for beta in BETAS]
         runs += [self.stock("", "simpo", beta=beta, simpo_gamma=ratio * beta) for beta, ratio in SIMPO]
-        stages = {key: sum(run.seconds[key] for run in runs) for key in runs[0].seconds}
-        peak = max(run.peak_memory_bytes for run in runs)
-        return Run("grid", "stock", sum(run.wall for run in runs), stages, peak, runs[0].losses)
+        return {
+            **runs[0],
+            "name": "grid",
+            "wall": sum(run["wall"] for run in runs),
+            "seconds": {key: sum(run["seconds"][key] for run in runs) for key in runs[0]["seconds"]},
+            "peak_memory_bytes": max(run["peak_memory_bytes"] for run in runs),
+        }
 
     def harness(self, name: str, trials: list[list[str]], *more: str) -> Run:
         """Run trials by the harness in one process, with an empty cache of reference log-probs."""
@@ -168,7 +155,14 @@ class Bench:
                 stages[stage] = stages.get(stage, 0.0) + seconds
         stages["import"] = wall - sum(trial["trial_seconds"] for trial in found["trials"])
         stages["around"] = sum(t["trial_seconds"] - sum(t["seconds"].values()) for t in found["trials"])
-        return Run(name, "harness", wall, stages, found["peak_memory_bytes"], found["trials"][0]["losses"])
+        return {
+            "name": name,
+            "side": "harness",
+            "wall": wall,
+            "seconds": stages,
+            "peak_memory_bytes": found["peak_memory_bytes"],
+            "losses": found["trials"][0]["losses"],
+        }
 
     def trial(self, arm: str, **keys: float) -> list[str]:
         """Return the overrides of one trial at the benchmark's learning rate."""
@@ -184,9 +178,13 @@ class Bench:
         start = time.perf_counter()
         with ThreadPoolExecutor(workers) as pool:
             runs = list(pool.map(lambda arm: self.harness(name, [self.trial(arm)], keys), ("dpo", "simpo")))
-        stages = {key: max(run.seconds.get(key, 0.0) for run in runs) for key in {**runs[0].seconds, **runs[1].seconds}}
-        peak = sum(run.peak_memory_bytes for run in runs)
-        return Run(name, "harness", time.perf_counter() - start, stages, peak, runs[0].losses)
+        stages = {**runs[0]["seconds"], **runs[1]["seconds"]}
+        return {
+            **runs[0],
+            "wall": time.perf_counter() - start,
+            "seconds": {key: max(run["seconds"].get(key, 0.0) for run in runs) for key in stages},
+            "peak_memory_bytes": sum(run["peak_memory_bytes"] for run in runs),
+        }
 
     def harness_grid(self, size: int = 8, name: str = "") -> Run:
         """Run the same grid, or its first trials, by the harness."""

@@ -176,9 +176,9 @@ class _Running:
         self.manifest["warnings"] += found.warnings
         peak = self.meter.peak_memory_bytes
         peak["train"] = max(peak.get("train", 0), found.peak_memory_bytes)
-        self._save(
-            **found.facts, done=[*self.manifest["done"], "train"], files=fingerprints(self.folder, {}, self.hashes)
-        )
+        files = fingerprints(self.folder, {}, self.hashes)
+        found.facts |= {"done": [*self.manifest["done"], "train"], "files": files}
+        self._save(**found.facts)
         shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
 
     def _evaluate(self, tokens: Tokens, split: str) -> None:

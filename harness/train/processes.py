@@ -55,12 +55,6 @@ class ProcessError(TypedDict):
     kind: str
 
 
-class Divergence(TypedDict):
-    """Contents of the result file of a run that diverged."""
-
-    diverged: str
-
-
 def train_in_processes(
     config: RunConfig, plan: BatchPlan, *, folder: Path, reference: Tensor | None, on_step: OnStep
 ) -> TrainResult:
@@ -185,7 +179,7 @@ def run_process(job: Path) -> None:
     import_logging_libraries()
     with trial_log(job / f"process-{rank}", f"process {rank}"):
         try:
-            found: dict[str, object] | Divergence = asdict(_train_share(job, rank))
+            found: dict[str, object] = asdict(_train_share(job, rank))
         except DivergedError as error:  # in all processes, at the same step
             found = {"diverged": str(error)}
         except BaseException as error:
