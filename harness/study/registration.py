@@ -14,6 +14,7 @@ from harness.study.files import Json, is_broken, locked, read_json, seal
 
 MARGIN = 0.05  # the smallest difference that matters, where a user gives none
 ALPHA = 0.05  # error rate of the decision
+CONTRAST = ("simpo", "dpo")  # first minus second, where a study has both arms
 
 Item = TypeVar("Item")
 
@@ -151,7 +152,7 @@ def contrast_of(arms: Sequence[str]) -> list[str]:
 
     SimPO minus DPO where both are there, else the first two; once registered, an arm that is added does not change it.
     """
-    ordered = [arm for arm in ("simpo", "dpo") if arm in arms]
+    ordered = [arm for arm in CONTRAST if arm in arms]
     ordered += [arm for arm in arms if arm not in ordered]
     return ordered[:2] if len(ordered) > 1 else []
 

@@ -23,7 +23,7 @@ from harness.config.launchers import LAUNCHERS
 from harness.config.machine import Machine, job_problem, processes_problem
 from harness.config.overrides import check_overrides, check_single, explain
 from harness.config.paths import CONF
-from harness.decide.lines import table_lines, verdict_line, warning_lines
+from harness.decide.words import table_lines, verdict_line, warning_lines
 from harness.study.errors import UsageError
 from harness.study.integrity import SPLITS
 from harness.study.log import prepare_process

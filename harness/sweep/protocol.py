@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from harness.config.schema import RunConfig
 from harness.decide.study import decide_study
 from harness.score.available import scoring_of, study_scorers
 from harness.score.study_scores import blocking, score_study
 from harness.score.trial_scores import collect_scores
+from harness.study.decision import Verdict
 from harness.study.errors import UsageError, is_outside, problem
 from harness.study.files import drop_temporaries, locked, locked_if_free
 from harness.study.integrity import drop_damaged, is_outdated
@@ -47,7 +47,7 @@ class StudyResult:
     """
 
     outcomes: list[Outcome]
-    verdict: dict[str, Any] | None
+    verdict: Verdict | None
     undecided: str
     report: Path | None
     launched: int
@@ -120,7 +120,7 @@ def _looks(design: Design) -> list[Sequence[int]]:
 def _result(
     runs: _Runs,
     design: Design,
-    verdict: dict[str, Any] | None,
+    verdict: Verdict | None,
     undecided: str,
     *,
     report: Path | None = None,
@@ -205,7 +205,7 @@ def _standing(trials: Sequence[Trial]) -> Iterator[tuple[Path, Outcome]]:
             yield trial.folder, trial.outcome("failed", why, retries=False)
 
 
-def _decided(study: Path) -> tuple[dict[str, Any] | None, str]:
+def _decided(study: Path) -> tuple[Verdict | None, str]:
     """Return the verdict, or None with the reason; a verdict on what the scores no longer say is taken away."""
     with locked(study):
         collect_scores(study)
@@ -216,7 +216,7 @@ def _decided(study: Path) -> tuple[dict[str, Any] | None, str]:
             return None, str(error)
 
 
-def _mirror(base: RunConfig, study: Path, verdict: dict[str, Any], trackers: Trackers) -> None:
+def _mirror(base: RunConfig, study: Path, verdict: Verdict, trackers: Trackers) -> None:
     """Log the study itself: the verdict as a summary, the figures and the report as pages."""
     from harness.report.prompts import answers_table  # loads matplotlib
     from harness.report.study import read_study as read_for_report
