@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from harness.decide.scores_file import read_scores
-from harness.study.identity import data_identity
+from harness.study.manifest import data_identity
 
 ARMS = ("simpo", "dpo")
 ACCURACIES = ("preference_accuracy_sum", "preference_accuracy_mean")

@@ -16,7 +16,7 @@ import pandas as pd
 
 from harness.config.trial_id import stored_trial_id
 from harness.decide.study import decision
-from harness.report.words import plural
+from harness.decide.words import plural
 from harness.score.exchange import GIVEN
 from harness.score.trial_scores import scores_again
 from harness.study.backup import NAMES, equals_backup

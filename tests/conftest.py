@@ -53,6 +53,14 @@ def tiny_model(config_class: Any = None, model_class: Any = None, **more: Any) -
     return (model_class or LlamaForCausalLM)(config).eval()
 
 
+def borrowed_base(config: Any) -> Any:
+    """Lend the base of a config, loaded for this purpose."""
+    from harness.config.checkpoint import Checkpoints
+    from harness.train.base import Bases
+
+    return Bases(Checkpoints().folder).borrow_base(config)
+
+
 def run_one(config: Any, splits: tuple[str, ...]) -> Any:
     """Run one config as a trial that answers these splits, in a context of its own."""
     from harness.sweep.design import single_trial

@@ -156,17 +156,20 @@ def manifest(arm: str, seed: int, trial_id: str, tokens: int) -> dict:
     return about
 
 
-def write_trial(folder: Path, arm: str, seed: int, prompts: list[dict]) -> list[dict]:
+def write_trial(folder: Path, arm: str, seed: int, prompts: list[dict], *, bare: bool = False) -> list[dict]:
     """Write one trial (or the base) and return its scores."""
     rng = np.random.default_rng([seed, len(arm)])
     answers = [answer(arm, row, rng) for row in prompts]
-    scores = score_rows(arm, seed, answers, rng)
     tokens = sum(row["tokens"] for row in answers)
+    if bare:
+        answers = [row | {"tokens": None} for row in answers]
+    scores = score_rows(arm, seed, answers, rng)
     write_json(folder / "manifest.json", manifest(arm, seed, folder.name, tokens))
     write_jsonl(folder / "completions.jsonl", [{k: v for k, v in row.items() if k != "right"} for row in answers])
     write_jsonl(folder / "scores.jsonl", scores)
     if arm != "sft":
-        write_jsonl(folder / "train.jsonl", curve(arm, rng))
+        if not bare:
+            write_jsonl(folder / "train.jsonl", curve(arm, rng))
         write_text(folder / "config.yaml", yaml.safe_dump({"method": {"name": arm}, "seed": seed}))
     return scores
 
@@ -225,13 +228,28 @@ def verdict_of(scores: pd.DataFrame, metric: str) -> dict:
     }
 
 
-def build_study(folder: Path, *, prompts: int = 60, seeds: tuple[int, ...] = (0, 1, 2), metric: str = "checks") -> Path:
-    """Write the study and return its folder."""
+def build_study(
+    folder: Path,
+    *,
+    prompts: int = 60,
+    seeds: tuple[int, ...] = (0, 1, 2),
+    metric: str = "checks",
+    bare: bool = False,
+) -> Path:
+    """Write the study and return its folder.
+
+    Args:
+        folder: where to.
+        prompts: golden prompts.
+        seeds: of each arm.
+        metric: what decides.
+        bare: leave out learning curves and lengths in tokens, whose figures take most of the time of a report.
+    """
     rows = make_prompts(prompts, "golden") + make_prompts(20, "dev")
-    scores = write_trial(folder / "base", "sft", 0, rows)
+    scores = write_trial(folder / "base", "sft", 0, rows, bare=bare)
     for arm in ARMS:
         for seed in seeds:
-            scores += write_trial(folder / "trials" / digest([arm, seed])[:12], arm, seed, rows)
+            scores += write_trial(folder / "trials" / digest([arm, seed])[:12], arm, seed, rows, bare=bare)
     frame = pd.DataFrame(scores, columns=list(SCORE_COLUMNS))
     write_text(folder / "scores.csv", frame.to_csv(index=False))
     write_text(folder / "study.yaml", yaml.safe_dump(settings(metric, seeds), sort_keys=False))

@@ -5,8 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,7 +28,7 @@ from tests.study_fixture import build_study
 
 RUN_SDS = {"none": (0.0, 0.0), "small": (0.01, 0.01), "large": (0.05, 0.05), "unequal": (0.005, 0.04)}
 REPEATS = 250
-GRID = list(itertools.product((3, 5, 8), (100, 300, 800), RUN_SDS, (1, 5)))
+GRID = [*itertools.product((3, 5, 8), (100, 300), RUN_SDS, (1, 5)), *itertools.product((3,), (800,), RUN_SDS, (1, 5))]
 
 
 def arms_of(scores: list[np.ndarray], clusters: np.ndarray | None = None) -> dict[str, ArmScores]:
@@ -44,13 +42,20 @@ def arms_of(scores: list[np.ndarray], clusters: np.ndarray | None = None) -> dic
 
 @pytest.mark.slow
 def test_false_winners_and_false_ties_stay_below_alpha_everywhere() -> None:
-    """Seeds x prompts x seed variance x clusters: no cell beyond 5% by 4 standard errors, none pooled beyond by 3."""
+    """Seeds x prompts x seed variance x clusters: no cell beyond 5% by 4 standard errors, none pooled beyond by 3.
+
+    The standard error of a cell is 1.4 points, that of the mean over the 56 cells 0.2. The same scores serve both
+    rates: moved apart by the margin, they are draws with a true difference of the margin.
+    """
     winners, ties = {}, {}
     for number, (seeds, prompts, run_sd, size) in enumerate(GRID):
         setting = Setting((seeds, seeds), prompts, cluster_size=size, run_sd=RUN_SDS[run_sd])
-        null = simulate(setting, 0.0, repeats=REPEATS, seed=number)
-        winners[seeds, prompts, run_sd, size] = null["simpo"] + null["dpo"]
-        ties[seeds, prompts, run_sd, size] = simulate(setting, setting.margin, repeats=REPEATS, seed=number)["tie"]
+        rng, words = np.random.default_rng(number), []
+        for _ in range(REPEATS):
+            first, second = draw(setting, 0.0, rng)
+            words.append((verdict_of([first, second], setting), verdict_of([first + setting.margin, second], setting)))
+        winners[seeds, prompts, run_sd, size] = np.mean([null in ("simpo", "dpo") for null, _ in words])
+        ties[seeds, prompts, run_sd, size] = np.mean([apart == "tie" for _, apart in words])
     for found in (winners, ties):
         error = math.sqrt(0.05 * 0.95 / REPEATS)
         assert max(found.values()) <= 0.05 + 4 * error, max(found.items(), key=lambda item: item[1])
@@ -116,7 +121,7 @@ def test_the_formulas_components_are_those_that_the_rule_estimates_on_average(se
 
 
 def test_what_is_said_to_be_needed_has_about_the_power_it_promises() -> None:
-    result = calibrate(Setting(), target=0.06, repeats=300)
+    result = calibrate(Setting(prompts=150), target=0.08, repeats=300)
     for name in ("seeds", "prompts"):
         found = result["needed"][name]
         if found["count"] is not None:
@@ -208,9 +213,3 @@ def test_bad_values_are_refused(arguments: list[str], words: str, capsys) -> Non
 def test_a_study_with_one_seed_is_refused_by_name(tmp_path: Path, capsys) -> None:
     assert main([str(build_study(tmp_path / "study", seeds=(0,)))]) == 2
     assert "an arm has one seed" in capsys.readouterr().err
-
-
-def test_the_command_needs_no_torch() -> None:
-    code = "import sys, harness.calibrate; print('torch' in sys.modules)"
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert ran.stdout.strip() == "False"

@@ -1,4 +1,1 @@
-"""What a paired sweep costs: the harness against TRL's own scripts, on the same pairs, in one run.
-
-Command: `python -m harness.bench`.
-"""
+"""Cost of a paired sweep: the harness against TRL's own scripts, on the same pairs, in one run."""

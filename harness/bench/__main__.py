@@ -85,7 +85,7 @@ def _measure(options: argparse.Namespace, scratch: Path) -> str:
     made = {run["name"] for run in result["runs"]}
     for job in [*_jobs(bench, options), *(_scale(options, scratch, made) if options.scale else [])]:
         result["matmul_flops_per_second"].append(matmul_rate(text.hidden_size, text.intermediate_size))
-        run = job().row()
+        run = job()
         result["runs"].append(run)
         print(f"{run['side']:8} {run['name']:45} {run['wall']:8.1f} s", file=sys.stderr)
         _save(options.out, result)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import TypedDict
 
-from harness.bench.runs import RunRow
+from harness.bench.runs import Run
 
 # Per row the harness's run, TRL's run, and the target for the ratio of seconds.
 TARGETS = (
@@ -31,7 +31,7 @@ class Result(TypedDict):
     matmul_flops_per_second: list[float]
     needed_flops: float
     needed_reference_flops: float
-    runs: list[RunRow]
+    runs: list[Run]
     versions: dict[str, str]
     commit: str | None
     hardware: Mapping[str, object]
@@ -59,11 +59,11 @@ def page(result: Result) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _runs_of(runs: Sequence[RunRow], side: str, name: str) -> list[RunRow]:
+def _runs_of(runs: Sequence[Run], side: str, name: str) -> list[Run]:
     return [run for run in runs if run["side"] == side and run["name"] == name]
 
 
-def _ratio_table(runs: Sequence[RunRow]) -> str:
+def _ratio_table(runs: Sequence[Run]) -> str:
     lines = [
         "| work | TRL's script, s | harness, s | ratio (range) | target | memory ratio | target |",
         "|---|---|---|---|---|---|---|",
@@ -118,7 +118,7 @@ def _loop_table(result: Result) -> str:
 
 def _loop_row(
     name: str,
-    runs: Sequence[RunRow],
+    runs: Sequence[Run],
     stage: str,
     needed: float,
     rates: Mapping[int, float],
@@ -134,7 +134,7 @@ def _loop_row(
     )
 
 
-def _overhead_table(runs: Sequence[RunRow]) -> str:
+def _overhead_table(runs: Sequence[Run]) -> str:
     """Show a trial's time beside training and reference pass, as a share of the training loop."""
     lines = [
         "Around the training loop: tokens, plan, hashes, manifest, scores, tracking (W&B offline, started once).",
@@ -151,7 +151,7 @@ def _overhead_table(runs: Sequence[RunRow]) -> str:
     return "\n".join(lines) if len(lines) > 4 else ""
 
 
-def _lever_table(runs: Sequence[RunRow]) -> str:
+def _lever_table(runs: Sequence[Run]) -> str:
     """Compare runs with a lever switched off with the runs of all levers."""
     lines = [
         "The effect of each lever: the same trial with one switched off, and with all that are listed for its arm.",
@@ -175,14 +175,14 @@ def _lever_table(runs: Sequence[RunRow]) -> str:
     return "\n".join(lines) if len(lines) > 4 else ""
 
 
-def _layout_table(runs: Sequence[RunRow]) -> str:
+def _layout_table(runs: Sequence[Run]) -> str:
     found = [run for run in runs if run["name"].startswith("2 trials, ")]
     lines = ["| layout of two trials (one DPO, one SimPO) | wall, s | memory, GB |", "|---|---|---|"]
     lines += [f"| {run['name'][10:]} | {run['wall']:.1f} | {run['peak_memory_bytes'] / 1e9:.2f} |" for run in found]
     return "\n".join(lines) if found else ""
 
 
-def _growth_tables(runs: Sequence[RunRow]) -> str:
+def _growth_tables(runs: Sequence[Run]) -> str:
     """Show seconds and memory for more trials and for more pairs."""
     tables = []
     for unit, title in (("trials", "trials of 32 pairs in one sweep"), ("pairs", "pairs, one DPO trial")):
@@ -200,7 +200,7 @@ def _growth_tables(runs: Sequence[RunRow]) -> str:
     return "\n\n".join(tables)
 
 
-def _stage_table(runs: Sequence[RunRow]) -> str:
+def _stage_table(runs: Sequence[Run]) -> str:
     lines = ["| run | wall, s | peak memory, GB | seconds by stage |", "|---|---|---|---|"]
     for run in runs:
         stages = ", ".join(f"{name} {seconds:.1f}" for name, seconds in run["seconds"].items() if seconds >= 0.05)
@@ -209,7 +209,7 @@ def _stage_table(runs: Sequence[RunRow]) -> str:
     return "\n".join(lines)
 
 
-def _loss_table(runs: Sequence[RunRow]) -> str:
+def _loss_table(runs: Sequence[Run]) -> str:
     """Show the losses side by side: the scripts tokenise for themselves, so that these are alike and not equal."""
     columns = [
         (side, name)

@@ -8,13 +8,11 @@ import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
-from harness.config.checkpoint import checkpoint_dir
 from harness.config.schema import RunConfig
-from harness.data.inputs import splits_of, tokens_of
+from harness.data.inputs import Inputs
 from harness.data.tokens import TokenPair
 from harness.study.errors import UsageError
 from harness.study.files import write_json, write_jsonl
@@ -29,20 +27,8 @@ SIMPO = ((2.0, 0.3), (2.0, 0.5), (2.5, 0.5), (10.0, 0.5))  # beta, gamma over be
 RATES = {"dpo": 5e-6, "simpo": 5e-6}
 
 
-class RunRow(TypedDict):
-    """A `Run` in cost.json."""
-
-    name: str
-    side: str
-    wall: float
-    seconds: dict[str, float]
-    peak_memory_bytes: int
-    losses: list[float]
-
-
-@dataclass(frozen=True)
-class Run:
-    """The cost of one run.
+class Run(TypedDict):
+    """The cost of one run, as cost.json holds it.
 
     Attributes:
         name: of the work, such as `dpo`.
@@ -58,18 +44,7 @@ class Run:
     wall: float
     seconds: dict[str, float]
     peak_memory_bytes: int
-    losses: list[float] = field(default_factory=list)
-
-    def row(self) -> RunRow:
-        """Return the run as cost.json holds it."""
-        return {
-            "name": self.name,
-            "side": self.side,
-            "wall": self.wall,
-            "seconds": self.seconds,
-            "peak_memory_bytes": self.peak_memory_bytes,
-            "losses": self.losses,
-        }
+    losses: list[float]
 
 
 class TrialCost(TypedDict):
@@ -112,14 +87,15 @@ class Bench:
         self.keys += [f"data.{split}={folder / split}.jsonl" for split in ("dev", "golden")] if pairs else []
         self.keys += [f"data.max_train_pairs={num_pairs}"]
         self.config: RunConfig = load_run(["+method=dpo", *self.keys])
-        self.rows = tokens_of(self.config).train.rows
+        self.inputs = Inputs()
+        self.rows = self.inputs.tokens(self.config).train.rows
         if len(self.rows) < num_pairs:
             raise UsageError(f"--num-pairs {num_pairs}: {train} has {len(self.rows)} that can be trained on")
         self._write_stock_pairs()
 
     def _write_stock_pairs(self) -> None:
         """Write the pairs as text in the order of the harness's plan, for the scripts."""
-        by_id = {pair.pair_id: pair for pair in splits_of(self.config).train}
+        by_id = {pair.pair_id: pair for pair in self.inputs.splits(self.config).train}
         ordered = [by_id[self.rows[i].pair_id] for i in plan_of(self.config, self.rows).order]
         write_jsonl(
             self.folder / "pairs.jsonl",
@@ -136,7 +112,7 @@ class Bench:
     @property
     def model_dir(self) -> str:
         """Folder of the checkpoint, for the scripts."""
-        return str(checkpoint_dir(self.config.model))
+        return str(self.inputs.checkpoints.folder(self.config.model))
 
     def stock(self, name: str, arm: str, **keys: float) -> Run:
         """Run one of TRL's scripts."""
@@ -146,15 +122,26 @@ class Bench:
         wall, found = _run_timed(
             [*command, str(self.folder / "stock"), *(f"{k}={json.dumps(v)}" for k, v in given.items())]
         )
-        return Run(name, "stock", wall, found["seconds"], found["peak_memory_bytes"], found["losses"])
+        return {
+            "name": name,
+            "side": "stock",
+            "wall": wall,
+            "seconds": found["seconds"],
+            "peak_memory_bytes": found["peak_memory_bytes"],
+            "losses": found["losses"],
+        }
 
     def stock_grid(self) -> Run:
         """Run the eight scripts of a grid one after the other."""
         runs = [self.stock("", "dpo", beta=beta) for beta in BETAS]
         runs += [self.stock("", "simpo", beta=beta, simpo_gamma=ratio * beta) for beta, ratio in SIMPO]
-        stages = {key: sum(run.seconds[key] for run in runs) for key in runs[0].seconds}
-        peak = max(run.peak_memory_bytes for run in runs)
-        return Run("grid", "stock", sum(run.wall for run in runs), stages, peak, runs[0].losses)
+        return {
+            **runs[0],
+            "name": "grid",
+            "wall": sum(run["wall"] for run in runs),
+            "seconds": {key: sum(run["seconds"][key] for run in runs) for key in runs[0]["seconds"]},
+            "peak_memory_bytes": max(run["peak_memory_bytes"] for run in runs),
+        }
 
     def harness(self, name: str, trials: list[list[str]], *more: str) -> Run:
         """Run trials by the harness in one process, with an empty cache of reference log-probs."""
@@ -168,7 +155,14 @@ class Bench:
                 stages[stage] = stages.get(stage, 0.0) + seconds
         stages["import"] = wall - sum(trial["trial_seconds"] for trial in found["trials"])
         stages["around"] = sum(t["trial_seconds"] - sum(t["seconds"].values()) for t in found["trials"])
-        return Run(name, "harness", wall, stages, found["peak_memory_bytes"], found["trials"][0]["losses"])
+        return {
+            "name": name,
+            "side": "harness",
+            "wall": wall,
+            "seconds": stages,
+            "peak_memory_bytes": found["peak_memory_bytes"],
+            "losses": found["trials"][0]["losses"],
+        }
 
     def trial(self, arm: str, **keys: float) -> list[str]:
         """Return the overrides of one trial at the benchmark's learning rate."""
@@ -184,9 +178,13 @@ class Bench:
         start = time.perf_counter()
         with ThreadPoolExecutor(workers) as pool:
             runs = list(pool.map(lambda arm: self.harness(name, [self.trial(arm)], keys), ("dpo", "simpo")))
-        stages = {key: max(run.seconds.get(key, 0.0) for run in runs) for key in {**runs[0].seconds, **runs[1].seconds}}
-        peak = sum(run.peak_memory_bytes for run in runs)
-        return Run(name, "harness", time.perf_counter() - start, stages, peak, runs[0].losses)
+        stages = {**runs[0]["seconds"], **runs[1]["seconds"]}
+        return {
+            **runs[0],
+            "wall": time.perf_counter() - start,
+            "seconds": {key: max(run["seconds"].get(key, 0.0) for run in runs) for key in stages},
+            "peak_memory_bytes": sum(run["peak_memory_bytes"] for run in runs),
+        }
 
     def harness_grid(self, size: int = 8, name: str = "") -> Run:
         """Run the same grid, or its first trials, by the harness."""

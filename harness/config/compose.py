@@ -12,7 +12,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
 from harness.config.arms import ARMS
-from harness.config.machine import workers_here
+from harness.config.machine import Machine
 from harness.config.paths import CONF, SWEEPS
 from harness.config.schema import EMBEDDED, AccelerateConfig, RunConfig, TrackingConfig, Tuning
 
@@ -80,7 +80,7 @@ def register_schemas() -> None:
     store.store(group="accelerate", name="schema", node=AccelerateConfig)
     for name, arm in ARMS.items():
         store.store(group="method", name=f"schema_{name}", node=arm.config)
-    OmegaConf.register_new_resolver("harness_workers", workers_here, replace=True)
+    OmegaConf.register_new_resolver("harness_workers", lambda count: Machine.here().workers(count), replace=True)
     for path in sorted(SWEEPS.glob("*.yaml")):
         node = OmegaConf.load(path)
         assert isinstance(node, DictConfig)

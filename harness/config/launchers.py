@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from harness.config.machine import workers_here
+from harness.config.machine import Machine
 
 _WAITING = 4  # processes that wait for each core or GPU
 
@@ -33,13 +33,13 @@ class Launcher:
     has_queue: bool = False
     trials_at_once: int | None = None
 
-    def at_once(self, processes: int) -> int:
+    def at_once(self, machine: Machine, processes: int) -> int:
         """Return how many trials of so many processes train beside each other."""
-        return self.trials_at_once or workers_here(processes)
+        return self.trials_at_once or machine.workers(processes)
 
-    def batch(self, trials: int, processes: int) -> int:
+    def batch(self, trials: int, machine: Machine, processes: int) -> int:
         """Return how many trials are launched together: all, or a few where each takes a process at once."""
-        return _WAITING * workers_here(processes) if self.one_process_each else trials
+        return _WAITING * machine.workers(processes) if self.one_process_each else trials
 
 
 LAUNCHERS = {

@@ -6,7 +6,6 @@ Imports torch only for the hardware's names.
 from __future__ import annotations
 
 import contextlib
-import functools
 import importlib.util
 import os
 import platform
@@ -59,22 +58,6 @@ def _find_gpus() -> tuple[str, ...]:
         )  # fmt: skip
         return tuple(listed.stdout.split())
     return ()
-
-
-@functools.cache
-def this_machine() -> Machine:
-    """Return the devices of this machine, looked up once."""  # until sweep passes its context
-    return Machine.here()
-
-
-def gpus() -> tuple[str, ...]:
-    """Return the names of this machine's GPUs."""  # until sweep passes its context
-    return this_machine().gpus
-
-
-def workers_here(processes: int = 1) -> int:
-    """Return how many trials run beside each other on this machine."""  # until sweep passes its context
-    return this_machine().workers(processes)
 
 
 def has_gpu() -> bool:

@@ -1,4 +1,4 @@
-"""Command `python -m harness.decide`: print the verdict on a study, or on any scores file, as JSON."""
+"""Command `python -m harness.decide`: a study or a scores file -> the verdict, as JSON on stdout."""
 
 from __future__ import annotations
 
@@ -7,38 +7,31 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from harness.decide.lines import table_lines, verdict_line, warning_lines
 from harness.decide.rule import verdict
 from harness.decide.scores_file import read_scores
 from harness.decide.study import decide_study
+from harness.decide.words import table_lines, verdict_line, warning_lines
+from harness.study.decision import Verdict
 from harness.study.errors import UsageError, in_one_sentence
 from harness.study.files import locked
-from harness.study.registration import ALPHA, MARGIN
-
-
-def _guard_option(text: str) -> dict[str, Any]:
-    metric, _, margin = text.rpartition(":")
-    try:
-        return {"metric": metric, "margin": float(margin)}
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text}: write METRIC:MARGIN, such as gsm8k:0.02") from error
+from harness.study.registration import ALPHA, CONTRAST, MARGIN, Guard
 
 
 @in_one_sentence("harness.decide")
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command: JSON on stdout, a table on stderr; exit status 2 with a message where scores cannot be used."""
+    """Run the command: JSON on stdout, a table on stderr; exit status 2 with a message for unusable scores."""
+    arms = ",".join(CONTRAST)
     parser = argparse.ArgumentParser(
         prog="python -m harness.decide",
         description="Print the verdict on a study, or on any scores file, as JSON.",
-        epilog="Example: python -m harness.decide scores.csv --metric checks --margin 0.03 --arms simpo,dpo",
+        epilog=f"Example: python -m harness.decide scores.csv --metric checks --margin 0.03 --arms {arms}",
     )
     parser.add_argument("source", type=Path, help="results/STUDY, or a .csv, .parquet or .jsonl file of scores")
     parser.add_argument("--metric", help="the scorer to decide on")
     parser.add_argument("--margin", type=float, help=f"smallest difference that matters (default {MARGIN})")
     parser.add_argument("--alpha", type=float, help=f"error rate (default {ALPHA})")
-    parser.add_argument("--arms", help="two arms; the difference is first minus second (default simpo,dpo)")
+    parser.add_argument("--arms", help=f"two arms; the difference is first minus second (default {arms})")
     parser.add_argument("--cluster", help="column that holds clusters of prompts (default: cluster, where it exists)")
     parser.add_argument("--guard", action="append", type=_guard_option, default=[], metavar="METRIC:MARGIN")
     options = parser.parse_args(argv)
@@ -48,29 +41,43 @@ def main(argv: Sequence[str] | None = None) -> int:
             with locked(options.source):
                 result = decide_study(options.source)
         else:
-            result = verdict(read_scores(options.source), **_rule(options))
+            result = _decide_file(options)
     except UsageError as error:
         print(f"harness.decide: {error}", file=sys.stderr)
         return 2
     print(json.dumps(result, indent=2))
     sys.stdout.flush()
-    # For people, and out of the way of whoever reads the JSON.
+    # For people: on stderr, apart from the JSON.
     print("\n".join([*table_lines(result), *warning_lines(result), verdict_line(result)]), file=sys.stderr)
     return 0
 
 
-def _rule(options: argparse.Namespace) -> dict[str, Any]:
-    arms = tuple((options.arms or "simpo,dpo").split(","))
-    margin, alpha = (
-        MARGIN if options.margin is None else options.margin,
-        ALPHA if options.alpha is None else options.alpha,
-    )
+def _guard_option(text: str) -> Guard:
+    metric, _, margin = text.rpartition(":")
+    try:
+        return {"metric": metric, "margin": float(margin)}
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text}: write METRIC:MARGIN, such as gsm8k:0.02") from error
+
+
+def _decide_file(options: argparse.Namespace) -> Verdict:
+    scores = read_scores(options.source)
+    arms = CONTRAST if options.arms is None else tuple(options.arms.split(","))
+    margin = MARGIN if options.margin is None else options.margin
+    alpha = ALPHA if options.alpha is None else options.alpha
     if len(arms) != 2 or arms[0] == arms[1]:
-        raise UsageError(f"--arms {options.arms}: give two different arms, such as simpo,dpo")
+        raise UsageError(f"--arms {options.arms}: give two different arms, such as {','.join(CONTRAST)}")
     if not 0 < margin < 1 or not 0 < alpha < 0.5:
         raise UsageError(f"--margin {margin} --alpha {alpha}: allowed: 0 < margin < 1 and 0 < alpha < 0.5")
-    rule = {"metric": options.metric, "cluster": options.cluster, "guards": options.guard}
-    return rule | {"margin": margin, "alpha": alpha, "arms": arms}
+    return verdict(
+        scores,
+        metric=options.metric,
+        margin=margin,
+        alpha=alpha,
+        arms=(arms[0], arms[1]),
+        cluster=options.cluster,
+        guards=options.guard,
+    )
 
 
 def _refuse_rule(options: argparse.Namespace) -> None:

@@ -1,24 +1,24 @@
-"""Read a scores file, whoever wrote it, check it, and lay it out as one array an arm: (num_seeds, num_prompts).
+"""Scores files of any origin -> checked scores in long form -> one array per arm, shape (num_seeds, num_prompts).
 
-Nothing is repaired: what is wrong is named, with arm, seed and prompt.
+Nothing is repaired: an unusable row is refused, with its arm, seed and prompt.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from harness.study.errors import UsageError
+from harness.study.files import Json
 from harness.study.scores_csv import read_scores_csv, read_scores_jsonl
 
 REQUIRED = ("arm", "seed", "score")
 DEFAULTS = {"config": "", "split": "golden", "scorer": "score", "unscored_reason": "", "stage": "", "flag": ""}
-PSEUDO_VALUES = "length_controlled"  # scorers of this name
+PSEUDO_VALUES = "length_controlled"  # prefix of the scorers whose rows are jackknife values
 _RUN = ["arm", "config", "seed"]
 _TRUTH = {"true": 1.0, "false": 0.0}
 
@@ -26,11 +26,11 @@ _TRUTH = {"true": 1.0, "false": 0.0}
 def read_scores(path: Path) -> pd.DataFrame:
     """Read CSV, Parquet or JSONL by its suffix.
 
-    Of a CSV every field but the score stays the text that it is: an arm may be called `NA` and a prompt `007`. Only an
-    empty score is a missing one.
+    Every field of a CSV but the score stays text: an arm may be called `NA` and a prompt `007`. Only an empty score is
+    a missing one.
 
     Raises:
-        UsageError: for a missing, unreadable or truncated file, or an unknown suffix.
+        UsageError: a missing, unreadable or truncated file, or an unknown suffix.
     """
     readers: dict[str, Callable[[Path], pd.DataFrame]]
     readers = {".csv": read_scores_csv, ".parquet": pd.read_parquet, ".jsonl": read_scores_jsonl}
@@ -43,19 +43,19 @@ def read_scores(path: Path) -> pd.DataFrame:
     except (ValueError, OSError) as error:
         raise UsageError(f"{path}: not readable as {path.suffix} ({error})") from error
     if "score" in frame:
-        numbers = _numbers(frame["score"])
-        if not _is_text(frame["score"], numbers).any():  # else it stays, for `checked` to quote
+        numbers = _as_numbers(frame["score"])
+        if not _is_no_number(frame["score"], numbers).any():  # else it stays, for `checked` to quote
             frame["score"] = numbers
     return frame
 
 
 def checked(scores: pd.DataFrame) -> pd.DataFrame:
-    """Return the scores with every column there, names as text, scores as floats in [0, 1], NaN where unscored.
+    """Return the scores with all columns: names as text, scores as floats in [0, 1], NaN where unscored.
 
-    Jackknife values (scorers called `length_controlled...`) may be any number: their mean is what lies in [0, 1].
+    Jackknife values (scorers called `length_controlled...`) may be any number: only their mean lies in [0, 1].
 
     Raises:
-        UsageError: with the number, arm, seed and prompt of the first bad row of the first kind found.
+        UsageError: the number, arm, seed and prompt of the first bad row of the first kind found.
     """
     missing = [column for column in REQUIRED if column not in scores.columns]
     if missing:
@@ -67,32 +67,32 @@ def checked(scores: pd.DataFrame) -> pd.DataFrame:
         raise UsageError("scores: no rows")
     frame = scores.reset_index(drop=True)
     for column, value in DEFAULTS.items():
-        frame[column] = _text(frame[column], blank=value) if column in frame else value
+        frame[column] = as_names(frame[column], blank=value) if column in frame else value
     names = ["arm", "seed", *(["prompt_id"] if "prompt_id" in frame else [])]
     for column in names:
-        frame[column] = _text(frame[column])
+        frame[column] = as_names(frame[column])
     for column in names:
         hint = "; leave the column out where a run has one score" if column == "prompt_id" else ""
-        _refuse(frame[frame[column] == ""], lambda _, c=column, h=hint: f"{c} is empty{h}")  # type: ignore[misc]
+        _refuse(frame[frame[column] == ""], f"{column} is empty{hint}")
     _check_scores(frame)
     hint = "" if "prompt_id" in frame else "; several scores a run need a prompt_id column"
     key = [*_RUN, "split", "scorer", "stage", *names[2:]]
-    _refuse(frame[frame.duplicated(key)], lambda _: f"this row stands twice{hint}")
+    _refuse(frame[frame.duplicated(key)], f"this row stands twice{hint}")
     return frame
 
 
 def _check_scores(frame: pd.DataFrame) -> None:
-    """Make the scores of a frame numbers, or refuse it."""
-    numbers = _numbers(frame["score"])
+    """Turn the scores of a frame into numbers, or refuse them."""
+    numbers = _as_numbers(frame["score"])
     _refuse(
-        frame[_is_text(frame["score"], numbers)],
+        frame[_is_no_number(frame["score"], numbers)],
         lambda row: f"score {row['score']!r} is not a number; leave it empty with an unscored_reason if there is none",
     )
     frame["score"] = numbers
     has_reason = frame["unscored_reason"] != ""
     _refuse(
         frame[numbers.isna() & ~has_reason],
-        lambda row: "the score is empty or NaN; a prompt without a score needs an unscored_reason",
+        "the score is empty or NaN; a prompt without a score needs an unscored_reason",
     )
     _refuse(
         frame[numbers.notna() & ~numbers.between(0, 1) & ~_are_pseudo_values(frame)],
@@ -107,50 +107,54 @@ def _check_scores(frame: pd.DataFrame) -> None:
 
 
 def _are_pseudo_values(frame: pd.DataFrame) -> pd.Series:
-    """Say which rows hold jackknife values: their mean is a win rate in [0, 1], single ones may lie outside."""
+    """Return which rows hold jackknife values: their mean is a win rate in [0, 1], single ones may lie outside."""
     return frame["scorer"].str.startswith(PSEUDO_VALUES) & np.isfinite(frame["score"])
 
 
-def _text(column: pd.Series, blank: str = "") -> pd.Series:
-    """Write names as text: 7 and 7.0 are "7", "007" and "NA" stay, and what is missing or empty is `blank`."""
-    objects = column.astype(object)
-    texts = objects.map(_name).where(objects.notna(), "").astype(object)
+def as_names(column: pd.Series, blank: str = "") -> pd.Series:
+    """Return names as text: 7 and 7.0 become "7", "007" and "NA" stay, missing and empty ones become `blank`."""
+    objects = column.astype("object")
+    texts = objects.map(_as_name).where(objects.notna(), "").astype("object")
     return texts.where(texts != "", blank)
 
 
-def _name(value: Any) -> str:
+def _as_name(value: Json) -> str:
     # Integers with a gap among them come out of pandas and Parquet as floats.
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
-def _numbers(scores: pd.Series) -> pd.Series:
-    """Return floats, NaN for what is none; true and false, as pass and fail, are 1 and 0."""
-    words = scores.astype(object).map(
+def _as_numbers(scores: pd.Series) -> pd.Series:
+    """Return floats, NaN where there is no number; true and false, as pass and fail, are 1 and 0."""
+    words = scores.astype("object").map(
         lambda score: _TRUTH.get(score.lower(), score) if isinstance(score, str) else score
     )
     return pd.to_numeric(words, errors="coerce").astype(float)
 
 
-def _is_text(scores: pd.Series, numbers: pd.Series) -> pd.Series:
-    return numbers.isna() & scores.notna() & (scores.astype(object) != "")
+def _is_no_number(scores: pd.Series, numbers: pd.Series) -> pd.Series:
+    return numbers.isna() & scores.notna() & (scores.astype("object") != "")
 
 
-def _refuse(rows: pd.DataFrame, message: Callable[[pd.Series], str]) -> None:
+def _refuse(rows: pd.DataFrame, message: str | Callable[[pd.Series], str]) -> None:
     """Raise a UsageError about the first of some rows, if there are any."""
     if len(rows):
         first = rows.iloc[0]
+        problem = message if isinstance(message, str) else message(first)
         prompt = f", prompt {first['prompt_id']}" if "prompt_id" in rows else ""
         where = f"row {rows.index[0] + 1} (arm {first['arm']}, seed {first['seed']}{prompt}, scorer {first['scorer']})"
-        raise UsageError(f"scores: {where}: {message(first)} ({len(rows)} such row{'s' if len(rows) > 1 else ''})")
+        raise UsageError(f"scores: {where}: {problem} ({len(rows)} such row{'s' if len(rows) > 1 else ''})")
 
 
 def choose_metric(frame: pd.DataFrame, metric: str | None, arms: Sequence[str] = ()) -> str:
-    """Return the scorer to decide on: the one asked for, or the only one.
+    """Return the scorer to decide on: the requested one, or the only one.
 
     Args:
         frame: checked scores.
-        metric: the scorer asked for.
-        arms: look at the rows of these alone; empty for all.
+        metric: the requested scorer.
+        arms: consider only rows of these arms; empty for all.
+
+    Raises:
+        UsageError: no rows of the arms, no such scorer, or several and none requested.
     """
     present = sorted(frame["arm"].unique())
     rows = frame[frame["arm"].isin(arms)] if arms else frame
@@ -175,8 +179,8 @@ class ArmScores:
 
     Attributes:
         config: the config's label.
-        seeds: one a row of `values`.
-        prompts: one a column of `values`; empty where a run has one score.
+        seeds: one per row of `values`.
+        prompts: one per column of `values`; empty where a run has one score.
         values: shape (num_seeds, num_prompts), or (num_seeds, 1) without prompts; NaN where unscored.
         clusters: label of each prompt.
         flags: rows' flag (`diverged`, `collapsed`) by seed, where there is one.
@@ -190,11 +194,11 @@ class ArmScores:
     flags: dict[str, str]
 
 
-def arm_scores(frame: pd.DataFrame, arm: str, config: str, cluster: str | None) -> ArmScores:
-    """Lay one config's rows of one scorer and split out as an array.
+def arm_scores(frame: pd.DataFrame, arm: str, config: str, cluster: str | None = None) -> ArmScores:
+    """Lay out one config's rows of one scorer and split as an array.
 
     Raises:
-        UsageError: where its runs were not scored on the same prompts, or rows of a prompt name several clusters.
+        UsageError: its runs were not scored on the same prompts, or rows of a prompt name several clusters.
     """
     rows = frame[(frame["arm"] == arm) & (frame["config"] == config)]
     if rows.empty:
@@ -203,9 +207,7 @@ def arm_scores(frame: pd.DataFrame, arm: str, config: str, cluster: str | None) 
     has_prompts = "prompt_id" in rows
     stages = ", ".join(sorted(rows["stage"].unique()))
     again = rows.duplicated(["seed", "prompt_id"] if has_prompts else ["seed"])
-    _refuse(
-        rows[again], lambda _: f"scored in several stages ({stages}); keep one, or call the one that counts confirm"
-    )
+    _refuse(rows[again], f"scored in several stages ({stages}); keep one, or call the one that counts confirm")
     order = sorted(rows["seed"].unique(), key=_by_number)
     if not has_prompts:
         values = rows.set_index("seed").loc[order, ["score"]].to_numpy(float)
@@ -214,7 +216,7 @@ def arm_scores(frame: pd.DataFrame, arm: str, config: str, cluster: str | None) 
     counts = rows.groupby("seed")["prompt_id"].nunique()
     if counts.nunique() > 1 or counts.iloc[0] != table.shape[1]:
         _refuse_unequal(arm, rows, list(table.columns))
-    clusters = _clusters(rows, cluster).reindex(table.columns)
+    clusters = _cluster_by_prompt(rows, cluster).reindex(table.columns)
     return ArmScores(
         config,
         tuple(order),
@@ -239,14 +241,14 @@ def _refuse_unequal(arm: str, rows: pd.DataFrame, prompts: Sequence[str]) -> Non
             )
 
 
-def _clusters(rows: pd.DataFrame, cluster: str | None) -> pd.Series:
+def _cluster_by_prompt(rows: pd.DataFrame, cluster: str | None) -> pd.Series:
     """Return each prompt's cluster: the named column's value, or the prompt itself where it is empty."""
     column = cluster or "cluster"
     if cluster and cluster not in rows:
         raise UsageError(f"--cluster {cluster}: no such column; found: {', '.join(map(str, rows.columns))}")
     if column not in rows:
         return pd.Series({prompt: prompt for prompt in rows["prompt_id"]})
-    labels = _text(rows[column])
+    labels = as_names(rows[column])
     labels = labels.where(labels != "", "prompt " + rows["prompt_id"])
     grouped = labels.groupby(rows["prompt_id"])
     several = grouped.nunique()
@@ -256,7 +258,7 @@ def _clusters(rows: pd.DataFrame, cluster: str | None) -> pd.Series:
     return grouped.first()
 
 
-def same_prompts(arms: dict[str, ArmScores]) -> None:
+def same_prompts(arms: Mapping[str, ArmScores]) -> None:
     """Raise a UsageError unless all arms were scored on the same prompts, in the same clusters."""
     (name_a, first), *others = arms.items()
     for name_b, other in others:

@@ -1,4 +1,4 @@
-"""Simulate studies and put them through the decision rule: how often it errs, and what it can find.
+"""Simulated studies through the decision rule: a setting -> shares of verdicts, error rates, detectable differences.
 
 Y[arm, seed, prompt] = 1/2 ± D/2 + prompt + arm-by-prompt + run + noise: the layout of `harness.decide.stats`.
 """
@@ -14,11 +14,10 @@ import numpy as np
 
 from harness.decide.rule import decide_interval
 from harness.decide.scores_file import ArmScores
-from harness.decide.stats import Components, compare, mean_variance
-from harness.study.registration import ALPHA, MARGIN
+from harness.decide.stats import Components, compare, mean_variance, residual_mean_square
+from harness.study.registration import ALPHA, CONTRAST, MARGIN
 
-ARMS = ("simpo", "dpo")
-# What is assumed before anything is known: the settings that the rule was chosen with (benchmarks/decision_rule.md).
+# Assumptions before any measurement: the settings that the rule was chosen with (benchmarks/decision_rule.md).
 RUN_SD, PROMPT_SD, NOISE_SD = 0.014, 0.25, 0.35
 _COMMON_SD = 0.2  # of a prompt's difficulty, which both arms share: it leaves the difference alone
 _DISCRETE_SDS = (0.12, 0.12)  # difficulty and arm-by-prompt SD of pass rates, which must stay within [0, 1]
@@ -29,16 +28,16 @@ class Setting:
     """A study to simulate; SDs are in units of the score, which is in [0, 1].
 
     Attributes:
-        seeds: of each arm.
+        seeds: per arm.
         prompts: golden prompts.
-        cluster_size: prompts of a cluster.
-        cluster_share: of the arm-by-prompt variance, the share that the prompts of a cluster have in common.
-        run_sd: SD of a run's mean over seeds, prompts being given, of each arm.
+        cluster_size: prompts per cluster.
+        cluster_share: share of the arm-by-prompt variance that is common to the prompts of a cluster.
+        run_sd: SD of a run's mean over seeds at fixed prompts, per arm.
         prompt_sd: SD over prompts of the difference between the arms.
-        noise_sd: SD of one answer's score around its run and its prompt; of passes and fails it follows from the rate.
+        noise_sd: SD of one answer's score around its run and its prompt; with `passes` it follows from the rate.
         passes: scores are 0 or 1.
         margin, alpha: of the rule.
-        looks: numbers of seeds, each with alpha over their number; empty for one look with all.
+        looks: numbers of seeds, each look at alpha over the number of looks; empty for one look with all seeds.
     """
 
     seeds: tuple[int, int] = (5, 5)
@@ -60,7 +59,7 @@ class Setting:
 
 
 def draw(setting: Setting, difference: float, rng: np.random.Generator) -> list[np.ndarray]:
-    """Draw the scores of both arms, each of shape (seeds, prompts); arm A is better by `difference`."""
+    """Draw the scores of both arms, each of shape (num_seeds, num_prompts); arm A is better by `difference`."""
     common_sd, own_sd = _DISCRETE_SDS if setting.passes else (_COMMON_SD, setting.prompt_sd)
     common = rng.normal(0, common_sd, setting.prompts)
     labels = np.arange(setting.prompts) // setting.cluster_size
@@ -79,12 +78,12 @@ def draw(setting: Setting, difference: float, rng: np.random.Generator) -> list[
 
 
 def verdict_of(scores: Sequence[np.ndarray], setting: Setting) -> str:
-    """Apply the rule to drawn scores: at each registered look, until one decides."""
+    """Apply the rule to drawn scores, look by look, until one decides."""
     looks = setting.looks or (max(setting.seeds),)
     name = "inconclusive"
     for look in looks:
         found = compare(scores[0][:look], scores[1][:look], setting.clusters)
-        name, _ = decide_interval(found, arms=ARMS, margin=setting.margin, alpha=setting.alpha / len(looks))
+        name, _ = decide_interval(found, arms=CONTRAST, margin=setting.margin, alpha=setting.alpha / len(looks))
         if name != "inconclusive":
             break
     return name
@@ -96,14 +95,14 @@ def simulate(setting: Setting, difference: float, *, repeats: int, seed: int = 0
     A share p has a Monte Carlo standard error of `sqrt(p (1 - p) / repeats)`.
     """
     rng = np.random.default_rng(seed)
-    counts = dict.fromkeys((*ARMS, "tie", "inconclusive"), 0)
+    counts = dict.fromkeys((*CONTRAST, "tie", "inconclusive"), 0)
     for _ in range(repeats):
         counts[verdict_of(draw(setting, difference, rng), setting)] += 1
     return {name: count / repeats for name, count in counts.items()}
 
 
 def components_of(setting: Setting) -> Components:
-    """Return the components that a setting's studies have on average, for the rule's formulas."""
+    """Return the expected components of a setting's studies."""
     answers = 0.25 - sum(sd**2 for sd in _DISCRETE_SDS) if setting.passes else setting.noise_sd**2
     prompt_sd = _DISCRETE_SDS[1] if setting.passes else setting.prompt_sd
     parts = [
@@ -134,12 +133,12 @@ def observed(arms: Mapping[str, ArmScores], *, margin: float, alpha: float, look
         margin, alpha, looks: of the study's rule.
 
     Raises:
-        ValueError: with fewer than two seeds in an arm, nothing tells runs from prompts.
+        ValueError: fewer than two seeds in an arm, so that runs and prompts cannot be separated.
     """
     first, second = (one.values for one in arms.values())
     if min(len(first), len(second)) < 2:
         raise ValueError("an arm has one seed, so that the noise of runs is not known; give the numbers as options")
-    noise = [_residual_mean_square(values) for values in (first, second)]
+    noise = [residual_mean_square(values) for values in (first, second)]
     runs = [
         values.mean(1).var(ddof=1) - ms / values.shape[1] for values, ms in zip((first, second), noise, strict=True)
     ]
@@ -163,21 +162,15 @@ def observed(arms: Mapping[str, ArmScores], *, margin: float, alpha: float, look
     )
 
 
-def _residual_mean_square(scores: np.ndarray) -> float:
-    seeds, prompts = scores.shape
-    rest = scores - scores.mean(1, keepdims=True) - scores.mean(0, keepdims=True) + scores.mean()
-    return float((rest**2).sum()) / ((seeds - 1) * (prompts - 1))
-
-
 def halves(values: np.ndarray, setting: Setting, *, most: int = 200) -> tuple[int, int]:
-    """Return how many splits of one arm's seeds into two halves were tried, and how many of them found a winner.
+    """Return the number of splits of one arm's seeds into two halves, and the number of splits with a winner.
 
     Both halves are the same method, so that a winner is false. The splits share runs: they are not independent.
 
     Args:
         values: shape (num_seeds, num_prompts), at least four seeds.
-        setting: gives clusters, margin and alpha.
-        most: a larger number of splits is thinned to this one, evenly.
+        setting: clusters, margin and alpha.
+        most: upper limit of the splits; more are thinned evenly.
     """
     seeds = range(len(values))
     splits = [half for half in itertools.combinations(seeds, len(values) // 2) if len(values) % 2 or 0 in half]
@@ -186,10 +179,10 @@ def halves(values: np.ndarray, setting: Setting, *, most: int = 200) -> tuple[in
     found = 0
     for half in splits:
         other = [seed for seed in seeds if seed not in half]
-        found += verdict_of([values[list(half)], values[other]], one_look) in ARMS
+        found += verdict_of([values[list(half)], values[other]], one_look) in CONTRAST
     return len(splits), found
 
 
 def detectable_before(seeds: int, prompts: int, *, alpha: float) -> float:
-    """Return the difference that a study can find with 80% power, under this module's assumptions."""
+    """Return the difference that a study detects with 80% power, under this module's assumptions."""
     return components_of(Setting(seeds=(seeds, seeds), prompts=prompts)).detectable(alpha)

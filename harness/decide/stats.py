@@ -18,17 +18,17 @@ POWER = 0.8
 
 @dataclass(frozen=True)
 class Components:
-    """What a difference between two arms is known from.
+    """A difference between arms with its variance by source, in the notation of DESIGN, section 5.
 
     Attributes:
         difference: mean of arm A minus mean of arm B.
         seed_variance: A = a_A + a_B, variance of the difference due to seeds.
         seed_df: its degrees of freedom (Welch-Satterthwaite); inf where no seed varies.
-        prompt_variance: c, variance of the difference due to prompts, with the runs' noise taken out.
-        prompt_df: clusters minus one; inf where there are no prompts.
-        num_seeds: of each arm.
+        prompt_variance: c, variance of the difference due to prompts, without the noise of the runs.
+        prompt_df: clusters minus one; inf without prompts.
+        num_seeds: number of seeds per arm.
         num_prompts: golden prompts; 0 where a run has one score.
-        num_clusters: of the prompts.
+        num_clusters: clusters of prompts.
     """
 
     difference: float
@@ -53,7 +53,7 @@ class Components:
         return sum(weight * _t(level, df) for weight, df in parts if weight > 0) / self.variance
 
     def half_width(self, level: float) -> float:
-        """Return t*(level) * sqrt(V), or, where nothing varied, what may have gone unseen.
+        """Return t*(level) * sqrt(V), or, where nothing varied, a bound on unseen deviations.
 
         C clusters without one deviation leave a share of up to 1 - (1 - level)**(1/C) of the population unseen (the
         exact form of the rule of three), and a difference in [-1, 1] can deviate from D by at most 1 + |D|. Without
@@ -136,7 +136,7 @@ def contrast(arms: Sequence[np.ndarray], weights: Sequence[float], clusters: np.
     if min(whole.num_seeds) < 2:
         return whole
     seed_variance, seed_df = _welch([scores.mean(1) for scores in arms], weights)
-    noise = sum(weight**2 * _residual(scores) for weight, scores in zip(weights, arms, strict=True))
+    noise = sum(w**2 * (residual_mean_square(scores) / scores.size) for scores, w in zip(arms, weights, strict=True))
     return replace(whole, seed_variance=seed_variance, seed_df=seed_df, prompt_variance=max(variance - noise, 0.0))
 
 
@@ -148,10 +148,10 @@ def compare_runs(means_a: np.ndarray, means_b: np.ndarray) -> Components:
         means_b: shape (num_seeds_b,).
 
     Raises:
-        ValueError: with fewer than two runs in an arm there is nothing to tell noise from.
+        ValueError: fewer than two runs in an arm, so that their noise cannot be estimated.
     """
     if min(len(means_a), len(means_b)) < 2:
-        raise ValueError("one score a run needs at least two runs an arm")
+        raise ValueError("one score per run needs at least two runs per arm")
     variance, df = _welch([means_a, means_b], [1.0, -1.0])
     difference = float(means_a.mean() - means_b.mean())
     return Components(difference, variance, df, 0.0, math.inf, (len(means_a), len(means_b)), 0, 0)
@@ -181,16 +181,15 @@ def _welch(means: Sequence[np.ndarray], weights: Sequence[float]) -> tuple[float
     return total, total**2 / spread
 
 
-def _residual(scores: np.ndarray) -> float:
-    """Return r, the run-by-prompt noise in the mean over prompts: two-way residual mean square over (S * P)."""
+def residual_mean_square(scores: np.ndarray) -> float:
+    """Return the residual mean square of the two-way layout of shape (num_seeds, num_prompts): noise of one score."""
     num_seeds, num_prompts = scores.shape
     residual = scores - scores.mean(1, keepdims=True) - scores.mean(0, keepdims=True) + scores.mean()
-    mean_square = float((residual**2).sum()) / ((num_seeds - 1) * (num_prompts - 1))
-    return mean_square / (num_seeds * num_prompts)
+    return float((residual**2).sum()) / ((num_seeds - 1) * (num_prompts - 1))
 
 
 def planned(components: Components, *, seeds: int, prompts: int) -> Components:
-    """Return what the components would be with so many seeds an arm and so many prompts, variances being equal."""
+    """Return the expected components with other numbers of seeds per arm and of prompts, at equal variances."""
     seed_factor = sum(components.num_seeds) / len(components.num_seeds) / seeds
     prompt_factor = components.num_prompts / prompts if components.num_prompts else 1.0
     ratio = components.num_clusters / components.num_prompts if components.num_prompts else 1.0
@@ -206,9 +205,16 @@ def planned(components: Components, *, seeds: int, prompts: int) -> Components:
 
 
 def needed(components: Components, target: float, alpha: float, *, most: int = 200) -> dict[str, int | None]:
-    """Return how many seeds an arm (at these prompts), or prompts (at these seeds), detect a difference of `target`.
+    """Return the seeds per arm (at these prompts) and the prompts (at these seeds) that detect a difference `target`.
 
-    None where the other source of noise alone is too large, or where more than `most` times as many would be needed.
+    Args:
+        components: of the study as it is.
+        target: the difference to detect with power `POWER`.
+        alpha: error rate of the two-sided test.
+        most: upper limit of the seeds per arm, and of the factor on the prompts.
+
+    Returns:
+        `{"seeds": n, "prompts": n}`; None where the other source of noise alone is too large, or beyond `most`.
     """
     seeds, prompts = min(components.num_seeds), components.num_prompts
     by_seeds = (n for n in range(max(seeds, 2), most + 1))

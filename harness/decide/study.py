@@ -1,48 +1,55 @@
-"""Decide which arm to ship: scores in, verdict out (DESIGN, section 5: unpaired seeds, paired prompts).
+"""The decision of a study: study.yaml and scores.csv -> verdict.json, and a line in the looks log.
 
-Command: `python -m harness.decide results/STUDY | SCORES_FILE`. Imports no torch; reads scores, whoever wrote them.
+Also the problems of the section `decide` of a config.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import pandas as pd
 
-from harness.config.arms import ARMS
+from harness.config.arms import BASE, title
 from harness.config.keys import shown
 from harness.config.schema import GUARD, RunConfig
+from harness.decide.looks import DecidingRuns, deciding_runs, log_look
 from harness.decide.rule import verdict
 from harness.decide.scores_file import read_scores
-from harness.study.decision import VERDICT_FILE, Look, edge_warnings, golden_problem, read_looks, write_looks
+from harness.study.decision import VERDICT_FILE, Verdict, edge_warnings, golden_problem
 from harness.study.errors import UsageError
-from harness.study.files import digest, write_json
+from harness.study.files import write_json
 from harness.study.manifest import data_identity
 from harness.study.registration import Registration, contrast_of, facts_warnings, read_study
 
-__all__ = ["decide_study", "verdict"]
+
+class Decision(NamedTuple):
+    """A verdict with its basis: the registration, and the runs that decided."""
+
+    verdict: Verdict
+    registered: Registration
+    runs: DecidingRuns
 
 
-def decide_study(study: Path) -> dict[str, Any]:
-    """Decide a study by its registered rule, enter the look in its ledger, and write verdict.json.
+def decide_study(study: Path) -> Verdict:
+    """Decide a study by its registered rule, log the look at golden, and write verdict.json.
 
     Raises:
-        UsageError: where the folder holds no scored study.
+        UsageError: the folder holds no scored study, or its scores cannot be decided on.
     """
-    result, registered, seeds = decision(study)
-    result["warnings"] = [*enter_look(study, registered, result["arms"], seeds), *result["warnings"]]
+    result, registered, runs = decision(study)
+    earlier = log_look(study, result["arms"], runs, registered.get("configs", {}))
+    result["warnings"] = [*earlier, *result["warnings"]]
     write_json(study / VERDICT_FILE, result)
     return result
 
 
-def decision(study: Path) -> tuple[dict[str, Any], Registration, dict[str, list[int]]]:
-    """Return what the rule says of a study's scores, its registration, and the seeds that decide; write nothing.
+def decision(study: Path) -> Decision:
+    """Apply a study's registered rule to its scores; write nothing.
 
     Raises:
-        UsageError: where the folder holds no scored study.
+        UsageError: the folder holds no scored study, or its scores cannot be decided on.
     """
     path = study / "study.yaml"
     if not path.is_file() or not (study / "scores.csv").is_file():
@@ -53,35 +60,40 @@ def decision(study: Path) -> tuple[dict[str, Any], Registration, dict[str, list[
     arms = registered.get("contrast") or contrast_of(registered["arms"])
     if len(arms) < 2:
         raise UsageError(f"{study}: only the arm {', '.join(registered['arms'])}; a decision needs two")
+    metric, seeds = registered["metric"], registered.get("seeds", {})
     scores = read_scores(study / "scores.csv")
-    _refuse_foreign(study, scores, arms, registered.get("seeds", {}))
-    seeds, looks = _seeds_of_look(study, scores, registered, arms)
+    _refuse_foreign(study, scores, arms, seeds)
+    try:
+        runs = deciding_runs(scores, metric=metric, arms=arms, seeds=seeds, looks=registered.get("looks") or [])
+    except UsageError as error:
+        raise UsageError(f"{study}: {error}") from error
     result = verdict(
-        _of_seeds(scores, seeds) if looks else scores,
-        metric=registered["metric"],
+        runs.scores,
+        metric=metric,
         margin=registered["margin"],
-        alpha=registered["alpha"] / max(1, len(looks)),
+        alpha=registered["alpha"] / max(1, len(runs.looks)),
         arms=(arms[0], arms[1]),
         guards=registered.get("guards") or (),
     )
-    if looks:
-        result["look"] = {"seeds": len(seeds[arms[0]]), "registered": looks, "alpha": registered["alpha"]}
+    if runs.looks:
+        reached = len(runs.seeds[arms[0]])
+        result["look"] = {"seeds": reached, "registered": runs.looks, "alpha": registered["alpha"]}
     identity = data_identity(study)
     if identity["status"] == "not proved":
         result["warnings"].append(f"identical data is NOT proved: {'; '.join(identity['reasons'])}")
-    base = scores[(scores["arm"] == "sft") & (scores["split"] == "golden") & (scores["scorer"] == registered["metric"])]
+    base = scores[(scores["arm"] == BASE) & (scores["split"] == "golden") & (scores["scorer"] == metric)]
     if len(base):
         result["base_mean"] = float(base["score"].mean())
     result["warnings"] += [
-        *_plan_warnings(registered, result, seeds),
+        *_plan_warnings(registered, result, runs.seeds),
         *registered.get("warnings", []),
         *facts_warnings(study),
     ]
-    return result, registered, seeds
+    return Decision(result, registered, runs)
 
 
 def _refuse_foreign(study: Path, scores: pd.DataFrame, arms: Sequence[str], seeds: Mapping[str, Sequence[int]]) -> None:
-    """Refuse golden scores of runs that were not registered or not selected, or that selected: they must not decide."""
+    """Refuse golden scores of unregistered or unselected runs, and of runs that selected: they must not decide."""
     golden = scores[(scores["split"] == "golden") & scores["arm"].isin(list(arms))]
     runs = golden[["arm", "config", "seed"]].drop_duplicates().itertuples(index=False, name=None)
     for arm, config, seed in runs:
@@ -93,42 +105,8 @@ def _refuse_foreign(study: Path, scores: pd.DataFrame, arms: Sequence[str], seed
             raise UsageError(f"{study / 'scores.csv'}: {problem}")
 
 
-def _seeds_of_look(
-    study: Path, scores: pd.DataFrame, registered: Mapping[str, Any], arms: Sequence[str]
-) -> tuple[dict[str, list[int]], list[int]]:
-    """Return the seeds that decide, and the registered looks.
-
-    Where looks are registered, the decision is on the first seeds of the largest look that all arms have reached.
-    """
-    seeds = {arm: list(registered.get("seeds", {}).get(arm, [])) for arm in arms}
-    looks = sorted(registered.get("looks") or [])
-    if not looks:
-        return seeds, []
-    golden = scores[(scores["split"] == "golden") & (scores["scorer"] == registered["metric"])]
-    reached = []
-    for arm in arms:
-        scored = set(golden[golden["arm"] == arm]["seed"].astype(str))
-        reached.append(next((i for i, seed in enumerate(seeds[arm]) if str(seed) not in scored), len(seeds[arm])))
-    count = max((look for look in looks if look <= min(reached)), default=0)
-    if not count:
-        raise UsageError(
-            f"{study}: its first registered look at golden is with {looks[0]} seeds an arm, and {min(reached)} are "
-            "scored; finish the study with the same command"
-        )
-    return {arm: found[:count] for arm, found in seeds.items()}, looks
-
-
-def _of_seeds(scores: pd.DataFrame, seeds: Mapping[str, Sequence[int]]) -> pd.DataFrame:
-    """Keep the golden rows of these seeds, and all other rows."""
-    wanted = {(arm, str(seed)) for arm, found in seeds.items() for seed in found}
-    runs = pd.Series(list(zip(scores["arm"], scores["seed"].astype(str), strict=True)), index=scores.index)
-    return scores[(scores["split"] != "golden") | ~scores["arm"].isin(list(seeds)) | runs.isin(wanted)]
-
-
-def _plan_warnings(
-    registered: Mapping[str, Any], result: Mapping[str, Any], decided_by: Mapping[str, Sequence[int]]
-) -> list[str]:
-    """Warn where what was scored is less than what was registered, or what was registered was not fair."""
+def _plan_warnings(registered: Registration, result: Verdict, decided_by: Mapping[str, Sequence[int]]) -> list[str]:
+    """Warn of registered seeds without scores, of unequal budgets, and of a selected config on the edge of its grid."""
     warnings = []
     for arm in result["arms"]:
         missing = [seed for seed in decided_by[arm] if str(seed) not in result["run_means"][arm]]
@@ -142,57 +120,12 @@ def _plan_warnings(
         shown = ", ".join(f"{arm} {len(found)}" for arm, found in configs.items())
         warnings.append(f"unequal budgets ({shown} configs): the best of many beats the best of few by luck alone")
     for arm, found in configs.items():
-        title = ARMS[arm].title if arm in ARMS else arm
-        warnings += [f"{title}: {text}" for text in edge_warnings(found, result["configs"][arm])]
+        warnings += [f"{title(arm)}: {text}" for text in edge_warnings(found, result["configs"][arm])]
     return warnings
 
 
-def enter_look(
-    study: Path, registered: Mapping[str, Any], contrast: list[str], seeds: Mapping[str, list[int]]
-) -> list[str]:
-    """Enter a look at golden and return the verdict's warnings of earlier looks with other runs.
-
-    The same seeds and configs are one look, however often they are decided: nothing is learned from it. Looks that were
-    registered (`decide.looks`) have their own error rate and count as one.
-
-    Args:
-        study: the study's folder.
-        registered: contents of study.yaml.
-        contrast: the two arms that are compared.
-        seeds: those that decide, by arm.
-
-    Raises:
-        UsageError: where the ledger is damaged.
-    """
-    by_arm = {arm: sorted(seeds[arm]) for arm in contrast}
-    configs = {arm: sorted(registered.get("configs", {}).get(arm, [])) for arm in contrast}
-    sha256 = digest({"contrast": contrast, "seeds": by_arm, "configs": configs})
-    looks = read_looks(study)
-    if not any(look["sha256"] == sha256 for look in looks):
-        now = datetime.now(UTC).isoformat(timespec="seconds")
-        looks.append(Look(contrast=contrast, seeds=by_arm, configs=configs, sha256=sha256, looked_at=now))
-        write_looks(study, looks)
-    planned = registered.get("looks") or []
-    surplus = [look for look in looks if {len(found) for found in look["seeds"].values()} - set(planned)]
-    if len(surplus) + (len(surplus) < len(looks)) < 2:
-        return []
-    history = ", then ".join(_shown(look) for look in looks)
-    return [
-        f"golden was looked at {len(looks)} times with other runs ({history}): a rule that is applied again as runs "
-        "are added finds a winner more often than alpha says; believe a winner only after a new study with fresh seeds"
-    ]
-
-
-def _shown(look: Mapping[str, Any]) -> str:
-    parts = []
-    for arm in look["contrast"]:
-        configs, seeds = len(look["configs"][arm]), len(look["seeds"][arm])
-        parts.append(f"{arm} {configs} config{'s' * (configs != 1)} x {seeds} seed{'s' * (seeds != 1)}")
-    return " and ".join(parts)
-
-
 def problems(config: RunConfig) -> Iterator[str]:
-    """Yield what is wrong with the form of the guards; `harness.score.available` checks their metrics."""
+    """Yield the malformed and repeated guards; `harness.score.available` checks their metrics."""
     metrics = []
     for guard in config.decide.guards:
         metric, margin = guard.get("metric"), guard.get("margin")

@@ -1,1 +1,1 @@
-"""From a policy to stored answers and held-out log-probabilities."""
+"""From a policy to answers and held-out log-probabilities."""

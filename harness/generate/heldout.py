@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 
 from harness.config.arms import ARMS
 from harness.config.schema import RunConfig
-from harness.data.inputs import tokens_of
 from harness.data.records import PairLogps
 from harness.data.tokens import TokenPair
 from harness.study.errors import DivergedError
@@ -31,7 +30,7 @@ def heldout_rows(
     split: str,
     *,
     base: Path,
-    pad_id: int | None = None,
+    pad_id: int,
 ) -> list[dict[str, str | int | float]]:
     """Return the rows of pairs.jsonl for one split (`harness.data.records.PairLogps`).
 
@@ -41,15 +40,13 @@ def heldout_rows(
         rows: the held-out pairs.
         split: their split.
         base: folder of the SFT base's own trial, whose log-probs are the reference. The base is its own reference.
-        pad_id: the tokenizer's padding; None: it is looked up.
+        pad_id: the tokenizer's padding.
 
     Raises:
         DivergedError: where the trained policy's log-probs are not finite; for the base it is a ValueError.
     """
     from harness.train.logps import pair_logps
 
-    if pad_id is None:  # until sweep passes its context
-        pad_id = tokens_of(config).chat.tokenizer.pad_token_id
     is_trained = ARMS[config.method.name].trainer is not None
     logps: list[list[float]] = pair_logps(policy, rows, pad_id=pad_id, desc=f"held-out {split}").tolist()
     broken = sum(not all(map(math.isfinite, pair)) for pair in logps)

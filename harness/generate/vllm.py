@@ -16,7 +16,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TypedDict
 
-from harness.config.checkpoint import checkpoint_dir
 from harness.config.compose import vllm_problem
 from harness.config.schema import RunConfig
 from harness.data.records import Completion, EvalPrompt
@@ -79,7 +78,7 @@ def answers_path(folder: Path, split: str) -> Path:
 
 
 def answer_folders(
-    work: Sequence[tuple[Path, str]], config: RunConfig, chat: ChatFormat, splits: Splits, scratch: Path
+    work: Sequence[tuple[Path, str]], config: RunConfig, chat: ChatFormat, splits: Splits, *, base: Path, scratch: Path
 ) -> None:
     """Answer splits with the adapters in trial folders, all in one pass; leaves `answers-SPLIT.jsonl` in each folder.
 
@@ -88,6 +87,7 @@ def answer_folders(
         config: of any of the trials: they share base model and decoding.
         chat: format of the prompts.
         splits: the prompts.
+        base: folder of the base.
         scratch: folder for the files of vLLM's process.
 
     Raises:
@@ -100,28 +100,26 @@ def answer_folders(
     for turn in range(max(len(turns) for turns in prompts.values())):  # second turns need the answers to the first
         asked = [(place, prompt) for place in work for prompt in (prompts[place[1]][turn : turn + 1] or [[]])[0]]
         requests = [(str(place[0] / "adapter"), prompt_ids(chat, prompt, found[place])) for place, prompt in asked]
-        job = vllm_job(config, sorted(chat.stop_ids), requests)
+        job = vllm_job(config, sorted(chat.stop_ids), requests, folder=base)
         for (place, prompt), answer in zip(asked, run_vllm(job, scratch), strict=True):
             found[place][prompt.prompt_id] = completion_of(chat, prompt, answer, place[1])
     for (folder, split), answers in found.items():
         write_jsonl(answers_path(folder, split), [asdict(answer) for answer in answers.values()])
 
 
-def vllm_job(
-    config: RunConfig, stop_ids: list[int], requests: Sequence[Request], *, folder: Path | None = None
-) -> VllmJob:
+def vllm_job(config: RunConfig, stop_ids: list[int], requests: Sequence[Request], *, folder: Path) -> VllmJob:
     """Return the contents of the work file.
 
     Args:
         config: a trial; all trials share base and decoding.
         stop_ids: ids that end an answer.
         requests: as in `VllmJob`.
-        folder: of the base; None: it is looked up (until sweep passes its context).
+        folder: of the base.
     """
     decoding = config.generate
     assert decoding.max_new_tokens is not None, "the profile fills it"
     return {
-        "model": str(folder or checkpoint_dir(config.model)),
+        "model": str(folder),
         "dtype": "bfloat16" if uses_bf16(config) else "float32",
         "max_lora_rank": 1 << max(3, (config.train.lora_rank - 1).bit_length()),  # vLLM supports 8, 16, 32, ...
         "sampling": {

@@ -1,41 +1,45 @@
-"""Where a study's numbers come from: identical data, splits, model, versions, machine, and the trials that failed."""
+"""Provenance and costs of a study: settings and manifests -> facts as text, tables of splits, hashes and costs."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import NamedTuple
 
 import pandas as pd
 
 from harness.config.arms import ARMS, title
+from harness.decide.words import MISSING, listing, percent, plural, points
 from harness.report.study import COMPLETE, FAILED, UNFINISHED, Study, Trial
 from harness.report.tables import Table, build
-from harness.report.words import MISSING, listing, percent, plural, points
-from harness.study.files import Reader, mapping, number
+from harness.study.files import Json, Reader, mapping, number, strings
+from harness.study.manifest import data_identity
 
-_SAID = ("warnings", "label_noise")  # shown elsewhere
-_SHOWN = 10  # settings that a study with hundreds of configs lists
-_FIRST = ("path", "rows", "pairs", "prompts", "sha256")
+_SHOWN_ELSEWHERE = ("warnings", "label_noise")
+_MAX_SETTINGS = 10  # listed of a study with hundreds of configs
+_FIRST_SPLIT_FACTS = ("path", "rows", "pairs", "prompts", "sha256")
+_STAGES = ("load", "reference", "train", "generate", "heldout", "score")
+_STAGE_TITLES = {"heldout": "held-out log-probs", "reference": "reference log-probs"}
+_TRAINED, _GENERATED = "Tokens trained on", "Tokens generated"
+_GIB = 2**30
+_LEAST_COST = 0.05  # a cost shown as 0.0 has no meaningful ratio
 
 
-def identity_of(study: Study) -> Mapping[str, Any]:
-    """Return whether the arms consumed identical data: status, reasons and hashes by seed."""
-    from harness.study.manifest import data_identity
-
+def identity_of(study: Study) -> Mapping[str, Json]:
+    """Return whether the arms consumed identical data: status, reasons, and hashes by seed."""
     try:
         return mapping(data_identity(study.folder))
     except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
-        # A manifest that is not of the harness's form proves nothing, and must not stop the report.
+        # A malformed manifest proves nothing, and must not stop the report.
         return {
             "status": "not proved",
             "reasons": [f"the manifests cannot be compared ({type(error).__name__}: {error})"],
         }
 
 
-def identity_sentence(identity: Mapping[str, Any]) -> str:
-    """Say whether the arms saw identical data: `proved` only where the hashes prove it."""
-    reasons = "; ".join(str(reason) for reason in identity.get("reasons") or ())
+def identity_sentence(identity: Mapping[str, Json]) -> str:
+    """Return a sentence on identical data: `proved` only where the hashes prove it."""
+    reasons = "; ".join(strings(identity.get("reasons")))
     if identity.get("status") == "proved":
         return (
             "Identical data: proved. Seed by seed, the hash of the token ids that each trainer consumed, in order, is "
@@ -47,7 +51,7 @@ def identity_sentence(identity: Mapping[str, Any]) -> str:
 
 
 def identity_table(study: Study) -> Table | None:
-    """Show the hashes of the consumed token ids: a row a seed, a column an arm."""
+    """Show the hashes of the consumed token ids: one row per seed, one column per arm."""
     rows: dict[str, dict[str, str]] = {}
     trials = [(study.label(config), trial) for config in study.configs for trial in config.trials]
     for label, trial in sorted(trials, key=lambda item: (item[1].seed is None, item[1].seed or 0)):
@@ -65,16 +69,19 @@ def identity_table(study: Study) -> Table | None:
 
 def split_table(study: Study) -> Table | None:
     """Show the splits with their counts and hashes, as study.yaml registered them."""
-    splits = {name: item for name, item in mapping(study.settings.get("data")).items() if _is_split(item)}
     rows = {}
-    for name, item in splits.items():
-        keys = [*(key for key in _FIRST if key in item), *(key for key in item if key not in _FIRST)]
+    for name, value in mapping(study.settings.get("data")).items():
+        item = mapping(value)
+        if not _is_split(item):
+            continue
+        first = [key for key in _FIRST_SPLIT_FACTS if key in item]
+        keys = [*first, *(key for key in item if key not in first)]
         rows[str(name)] = {str(key).replace("_", " "): _split_cell(str(key), item[key]) for key in keys}
     note = "study.yaml has the whole paths and hashes."
     return build("Splits, with the first 16 digits of their SHA-256", "Split", rows, {}, note) if rows else None
 
 
-def _split_cell(key: str, value: Any) -> str:
+def _split_cell(key: str, value: Json) -> str:
     if key == "bad_rows" and isinstance(value, list):
         return str(len(value))
     if key == "path" and str(value).count("/") > 1:
@@ -83,15 +90,15 @@ def _split_cell(key: str, value: Any) -> str:
 
 
 def facts(study: Study) -> dict[str, str]:
-    """Return all other facts of provenance, `{name: text}`."""
+    """Return all other facts of provenance, `{name: text}`; those without a value are left out."""
     trials = [*study.trials, *([study.base] if study.base else [])]
     settings = study.settings
     model = mapping(settings.get("model"))
     data = mapping(settings.get("data"))
-    others = {str(key): phrase(value) for key, value in data.items() if not _is_split(value) and key not in _SAID}
+    others = {key: item for key, item in data.items() if not _is_split(item) and key not in _SHOWN_ELSEWHERE}
     bad_rows = {name: mapping(item).get("bad_rows") for name, item in data.items()}
-    methods = sorted({f"{title(t.arm)}: {_method(t)}" for t in study.trials if t.manifest})
-    more = f"and {len(methods) - _SHOWN} more: see Trials"
+    methods = sorted({f"{title(t.arm)}: {_method_settings(t)}" for t in study.trials if t.manifest})
+    more = f"and {len(methods) - _MAX_SETTINGS} more: see Trials"
     rule = (
         f"margin {points(settings.get('margin'), signed=False)} points, alpha {phrase(settings.get('alpha'))}"
         if settings
@@ -100,23 +107,23 @@ def facts(study: Study) -> dict[str, str]:
     found = {
         "Model": phrase(model.get("path")),
         "Model revision": phrase(model.get("revision")),
-        "SHA-256 of the base's weights": _same(trials, "base_sha256") or phrase(model.get("base_sha256")),
+        "SHA-256 of the base's weights": _common_fact(trials, "base_sha256") or phrase(model.get("base_sha256")),
         "Label noise": _label_noise(study.trials),
-        "Pairs dropped after tokenisation": _same(trials, "dropped_pairs"),
+        "Pairs dropped after tokenisation": _common_fact(trials, "dropped_pairs"),
         **{f"Rows of {name} that cannot be used": phrase(rows) for name, rows in bad_rows.items() if rows},
-        **{f"Data: {name.replace('_', ' ')}": text for name, text in others.items()},
-        "Method settings": " | ".join(methods if len(methods) <= _SHOWN else [*methods[:_SHOWN], more]),
+        **{f"Data: {key.replace('_', ' ')}": phrase(item) for key, item in others.items()},
+        "Method settings": " | ".join(methods if len(methods) <= _MAX_SETTINGS else [*methods[:_MAX_SETTINGS], more]),
         "Decision rule": rule,
-        "Hardware": _same(trials, "hardware"),
-        "Versions": _same(trials, "versions"),
-        "Commit": _same(trials, "commit"),
+        "Hardware": _common_fact(trials, "hardware"),
+        "Versions": _common_fact(trials, "versions"),
+        "Commit": _common_fact(trials, "commit"),
         "Registered": phrase(settings.get("created")),
     }
     return {name: text for name, text in found.items() if text and text != MISSING}
 
 
 def failed_trials(study: Study) -> list[dict[str, str]]:
-    """Return the trials that have no result, with the error that they ended with."""
+    """Return the trials without a result, each with its error."""
     found = []
     for trial in study.trials:
         if trial.state not in (FAILED, UNFINISHED):
@@ -134,10 +141,10 @@ def failed_trials(study: Study) -> list[dict[str, str]]:
     return found
 
 
-def phrase(value: Any) -> str:
-    """Write a JSON value as one phrase."""
+def phrase(value: Json) -> str:
+    """Format a JSON value as one phrase."""
     if isinstance(value, Mapping):
-        return "; ".join(_entry(str(key), item) for key, item in value.items()) or "none"
+        return "; ".join(_phrase_of_item(str(key), item) for key, item in value.items()) or "none"
     if isinstance(value, list | tuple):
         shown = ", ".join(phrase(item) for item in value[:10])
         return (f"{shown} and {len(value) - 10} more" if len(value) > 10 else shown) or "none"
@@ -146,38 +153,38 @@ def phrase(value: Any) -> str:
     return MISSING if value is None or value == "" else str(value)
 
 
-def _entry(key: str, value: Any) -> str:
+def _phrase_of_item(key: str, value: Json) -> str:
     size = number(value)
     if key.endswith("_bytes") and size is not None:
         return f"{key.removesuffix('_bytes')}: {size / 2**30:.1f} GiB"
     return f"{key}: {phrase(value)}"
 
 
-def _method(trial: Trial) -> str:
-    """Write the arm's settings that were used: not its name, nor the rates that it would have had otherwise."""
+def _method_settings(trial: Trial) -> str:
+    """Format the arm's hyperparameters, without its name and unused default learning rates."""
     method = mapping(trial.manifest.get("method"))
     return phrase(
         {key: value for key, value in method.items() if key not in ("name", "learning_rates", "learning_rate_factor")}
     )
 
 
-def _is_split(value: Any) -> bool:
-    return isinstance(value, Mapping) and bool(set(_FIRST) & set(value))
+def _is_split(value: Json) -> bool:
+    return isinstance(value, Mapping) and bool(set(_FIRST_SPLIT_FACTS) & set(value))
 
 
-def _same(trials: list[Trial], key: str) -> str:
-    """Say a fact of all trials once, or each of its values with the number of trials that have it."""
+def _common_fact(trials: Sequence[Trial], key: str) -> str:
+    """Return a fact that all trials share, or each of its values with its number of trials."""
     values: dict[str, int] = {}
     for trial in trials:
-        if trial.manifest.get(key):
-            text = phrase(trial.manifest[key])
+        if value := trial.manifest.get(key):
+            text = phrase(value)
             values[text] = values.get(text, 0) + 1
     if len(values) <= 1:
         return next(iter(values), "")
     return "differs: " + " | ".join(f"{plural(count, 'trial')}: {text}" for text, count in values.items())
 
 
-def _label_noise(trials: tuple[Trial, ...]) -> str:
+def _label_noise(trials: Sequence[Trial]) -> str:
     texts = set()
     for trial in trials:
         noise = mapping(trial.manifest.get("label_noise"))
@@ -188,19 +195,12 @@ def _label_noise(trials: tuple[Trial, ...]) -> str:
     return "; ".join(sorted(texts)) or ("none" if trials else "")
 
 
-_STAGES = ("load", "reference", "train", "generate", "heldout", "score")
-_NAMES = {"heldout": "held-out log-probs", "reference": "reference log-probs"}
-_TRAINED, _GENERATED = "Tokens trained on", "Tokens generated"
-_GIB = 2**30
-_LEAST = 0.05  # what is shown as 0.0 has no ratio that means anything
-
-
 def cost_table(study: Study) -> Table | None:
     """Compare the configs over their complete trials on the engine that all arms have in common.
 
     Where the arms share no engine, each arm's costs are shown with its engine and without a ratio.
     """
-    used = engines(study)
+    used = _engines_by_arm(study)
     common = sorted(set.intersection(*used.values())) if used else []
     chosen = {
         study.label(config): [
@@ -211,40 +211,41 @@ def cost_table(study: Study) -> Table | None:
     chosen = {label: trials for label, trials in chosen.items() if trials}
     if not chosen:
         return None
-    frame = _means(chosen)
-    rows = {str(name): {label: _format(str(name), row[label]) for label in chosen} for name, row in frame.iterrows()}
+    frame = _mean_costs(chosen)
+    rows = {str(name): {label: _cost_cell(str(name), row[label]) for label in chosen} for name, row in frame.iterrows()}
     if common and len(chosen) > 1:
         first, second = list(chosen)[:2]
         heading = f"{title(chosen[first][0].arm)} / {title(chosen[second][0].arm)}"
         for name, cells in rows.items():
-            cells[heading] = _ratio(frame[first][name], frame[second][name])
+            cells[heading] = _ratio_cell(frame[first][name], frame[second][name])
     rows["Engine"] = {label: listing(sorted({_engine(t) for t in trials})) for label, trials in chosen.items()}
     rows["Seeds"] = {label: str(len(trials)) for label, trials in chosen.items()}
     arms = {label: trials[0].arm for label, trials in chosen.items()}
-    return build("Cost of one trial: mean over seeds", "Cost", rows, arms, *_notes(study, used, common))
+    return build("Cost of one trial: mean over seeds", "Cost", rows, arms, *_cost_notes(study, used, common))
 
 
-def _means(chosen: Mapping[str, Sequence[Trial]]) -> pd.DataFrame:
-    """Return the mean costs: a row a cost that was measured, in the order of the stages, a column a config.
+def _mean_costs(chosen: Mapping[str, Sequence[Trial]]) -> pd.DataFrame:
+    """Return the mean costs: one row per measured cost, in the order of the stages, and one column per config.
 
     A speed is mean tokens over mean seconds: a mean of the trials' speeds would overrate a single fast one.
     """
-    costs = {label: pd.DataFrame([measure(trial) for trial in trials]).mean() for label, trials in chosen.items()}
-    stages = [_second(stage) for stage in _STAGES]
+    costs = {label: pd.DataFrame([_costs_of(trial) for trial in trials]).mean() for label, trials in chosen.items()}
+    stages = [_seconds_of(stage) for stage in _STAGES]
     names = list(dict.fromkeys([*stages, *(name for mean in costs.values() for name in mean.index)]))
     names.sort(key=lambda name: not name.startswith("Seconds: "))
     frame = pd.DataFrame(costs).reindex(names).dropna(how="all")
     for tokens, stage in ((_TRAINED, "train"), (_GENERATED, "generate")):
-        if tokens in frame.index and _second(stage) in frame.index:
-            frame.loc[f"{tokens} per second"] = frame.loc[tokens] / frame.loc[_second(stage)].replace(0.0, float("nan"))
+        seconds = _seconds_of(stage)
+        if tokens in frame.index and seconds in frame.index:
+            frame.loc[f"{tokens} per second"] = frame.loc[tokens] / frame.loc[seconds].replace(0.0, float("nan"))
     return frame
 
 
-def _second(stage: str) -> str:
-    return f"Seconds: {_NAMES.get(stage, stage)}"
+def _seconds_of(stage: str) -> str:
+    return f"Seconds: {_STAGE_TITLES.get(stage, stage)}"
 
 
-def engines(study: Study) -> dict[str, set[str]]:
+def _engines_by_arm(study: Study) -> dict[str, set[str]]:
     """Return the engines of each arm's complete trials."""
     found: dict[str, set[str]] = {}
     for trial in study.trials:
@@ -253,11 +254,11 @@ def engines(study: Study) -> dict[str, set[str]]:
     return found
 
 
-def measure(trial: Trial) -> dict[str, float | None]:
-    """Return a trial's costs by name; None where something was not measured."""
+def _costs_of(trial: Trial) -> dict[str, float | None]:
+    """Return a trial's costs by name; None where a cost was not measured."""
     seconds, peak, tokens = (mapping(trial.manifest.get(key)) for key in ("seconds", "peak_memory_bytes", "tokens"))
     stages = [*(stage for stage in _STAGES if stage in seconds), *sorted(set(seconds) - set(_STAGES))]
-    costs = {_second(stage): number(seconds[stage]) for stage in stages}
+    costs = {_seconds_of(stage): number(seconds[stage]) for stage in stages}
     if stages:
         costs["Seconds in all"] = sum(value or 0.0 for value in costs.values())
     memory = number(peak.get("train"))
@@ -268,15 +269,15 @@ def measure(trial: Trial) -> dict[str, float | None]:
     }
 
 
-def _format(name: str, value: float) -> str:
+def _cost_cell(name: str, value: float) -> str:
     if number(value) is None:
         return MISSING
     digits = 0 if name.startswith("Tokens") else 2 if "GiB" in name else 1
     return f"{value:,.{digits}f}"
 
 
-def _ratio(first: float, second: float) -> str:
-    usable = all(number(value) is not None and value >= _LEAST for value in (first, second))
+def _ratio_cell(first: float, second: float) -> str:
+    usable = all(number(value) is not None and value >= _LEAST_COST for value in (first, second))
     return f"{first / second:.2f}×" if usable else MISSING
 
 
@@ -284,7 +285,7 @@ def _engine(trial: Trial) -> str:
     return str(trial.manifest.get("engine") or "unknown")
 
 
-def _notes(study: Study, used: Mapping[str, set[str]], common: list[str]) -> list[str]:
+def _cost_notes(study: Study, used: Mapping[str, set[str]], common: list[str]) -> list[str]:
     notes = ["A reference that was read from the cache costs next to nothing: the first trial of a study pays for all."]
     if not common:
         each = "; ".join(f"{title(arm)}: {listing(sorted(names))}" for arm, names in used.items())
@@ -297,36 +298,49 @@ def _notes(study: Study, used: Mapping[str, set[str]], common: list[str]) -> lis
     return notes
 
 
-def measured(study: Study) -> dict[str, list[dict[str, Any]]]:
-    """Return what training cost, by arm, and for arms with a reference by the way to it: a row a trial.
+class TrainingCost(NamedTuple):
+    """The cost of one training.
 
-    From the trials that were run side by side for their cost (`costs/`), if any; else from the study's own.
+    Attributes:
+        memory_bytes: peak of the training.
+        seconds: of the training; `reference_seconds` of the reference pass before it.
+        conditions: engine, hardware and number of training tokens: costs compare only where these are equal.
+    """
+
+    memory_bytes: float | None
+    seconds: float | None
+    reference_seconds: float | None
+    conditions: dict[str, str]
+
+
+def training_costs(study: Study) -> dict[str, list[TrainingCost]]:
+    """Return one entry per trial, by arm; arms with a reference by arm and reference mode (`dpo-cached`).
+
+    From the trials that ran side by side for their cost (`costs/`) if there are any, else from the study's own.
     """
     reader = Reader(study.folder)
-    paths = sorted((study.folder / "costs").glob("*/manifest.json"))
-    manifests = [reader.mapping(path) for path in paths]
+    manifests = [reader.mapping(path) for path in sorted((study.folder / "costs").glob("*/manifest.json"))]
     manifests = manifests or [dict(trial.manifest) for trial in study.trials if trial.state == COMPLETE]
-    found: dict[str, list[dict[str, Any]]] = {}
+    found: dict[str, list[TrainingCost]] = {}
     for manifest in manifests:
         seconds, peak = mapping(manifest.get("seconds")), mapping(manifest.get("peak_memory_bytes"))
-        arm = str(manifest.get("arm"))
-        way = manifest.get("reference") or ("adapter_off" if manifest.get("engine") == "stock" else "cached")
-        name = f"{arm}-{way}" if arm in ARMS and ARMS[arm].uses_reference else arm
-        found.setdefault(name, []).append(
-            {
-                "memory": number(peak.get("train")),
-                "seconds": number(seconds.get("train")),
-                "reference_seconds": number(seconds.get("reference")),
-                "engine": manifest.get("engine"),
-                "hardware": mapping(manifest.get("hardware")),
-                "tokens": mapping(manifest.get("tokens")).get("train"),
-            }
+        arm, engine = str(manifest.get("arm")), manifest.get("engine")
+        mode = manifest.get("reference") or ("adapter_off" if engine == "stock" else "cached")
+        name = f"{arm}-{mode}" if arm in ARMS and ARMS[arm].uses_reference else arm
+        conditions = {
+            "engine": str(engine),
+            "hardware": str(mapping(manifest.get("hardware"))),
+            "tokens": str(mapping(manifest.get("tokens")).get("train")),
+        }
+        cost = TrainingCost(
+            number(peak.get("train")), number(seconds.get("train")), number(seconds.get("reference")), conditions
         )
+        found.setdefault(name, []).append(cost)
     return found
 
 
 def mean_and_range(values: Sequence[float], scale: float) -> str:
-    """Write the mean of measurements, with their range where there are several."""
+    """Format the mean of measurements, with their range where there are several."""
     shown = [value / scale for value in values]
     mean = f"{sum(shown) / len(shown):.2f}"
     return mean if len(shown) == 1 else f"{mean} ({min(shown):.2f} to {max(shown):.2f})"

@@ -1,6 +1,6 @@
-"""The figures of a report: intervals, learning curves, lengths. All of matplotlib that the harness uses is here.
+"""The common figures of a report: a study -> intervals, learning curves and lengths, as SVG text with alt text.
 
-Files in, SVG text out. The same study gives the same bytes: fixed salt, no date, no clock, bundled font for the layout.
+The same study gives the same bytes: fixed salt, no date, no clock, bundled font for the layout.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -19,15 +18,15 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from harness.config.arms import BASE, title
-from harness.report.study import Config, Study, run_means
-from harness.report.style import INK, LINE, MUTED, PAPER, Drawing, Look, describe
-from harness.report.words import SCORERS, interval, levels, listing, percent, plural, points
+from harness.decide.words import confidences, interval, listing, percent, plural, points
+from harness.report.study import Config, Study
+from harness.report.style import INK, LINE, MUTED, PAPER, SCORERS, Drawing, Look, with_alt_text
 from harness.study.files import bounds, number
 from harness.study.text import one_line, visible
 
 WIDE, PANEL = 4.9, 4.3  # inches; a phone shows a figure at about this size, a desktop a panel beside a panel
 
-_STYLE: dict[str, Any] = {
+_STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "harness",
     "text.parse_math": False,  # a `$` in a label is a dollar
@@ -53,38 +52,38 @@ _STYLE: dict[str, Any] = {
     "axes.spines.right": False,
 }
 
-_LABEL = {"facecolor": PAPER, "edgecolor": "none", "pad": 1.5}
+_LABEL_BOX = {"facecolor": PAPER, "edgecolor": "none", "pad": 1.5}
 
 
 def draw_interval(study: Study, looks: Mapping[str, Look]) -> Drawing | None:
     """Draw the difference with its intervals, the margin and zero, and below it the run means of each arm."""
-    runs = [(config, run_means(study, config, study.metric, study.split)) for config in study.configs]
+    runs = [(config, study.run_means(config, study.metric, study.split)) for config in study.configs]
     runs = [(config, means) for config, means in runs if len(means)]
-    difference = number(study.verdict.get("difference")) if len(study.arms) > 1 else None
-    if difference is None and not runs:
+    middle = number(study.verdict.get("difference")) if len(study.arms) > 1 else None
+    if middle is None and not runs:
         return None
-    rows = ([1.5] if difference is not None else []) + ([0.45 * len(runs) + 0.35] if runs else [])
+    rows = ([1.5] if middle is not None else []) + ([0.45 * len(runs) + 0.35] if runs else [])
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots(len(rows), 1, squeeze=False, height_ratios=rows)[:, 0]
-        if difference is not None:
-            _draw_difference(axes[0], study, difference, looks)
+        if middle is not None:
+            _draw_difference(axes[0], study, middle, looks)
         if runs:
             _draw_runs(axes[-1], study, runs, looks)
 
-    said = say_difference(study) + say_runs(study, runs)
-    wide, narrow = levels(study)
+    alt_text = _difference_alt_text(study) + _runs_alt_text(study, runs)
+    wide, narrow = confidences(study.verdict)
     caption = (
         f"Thick bar: {narrow} interval (a tie needs it inside the shaded margin). Thin bar: {wide} interval (a winner "
         "needs it clear of zero). Below: a point is the mean of a run, the tick the mean of the arm's runs; seeds are "
         "not paired between arms."
     )
     return drawing(
-        "interval", "Difference between the arms, with intervals", said, caption, WIDE, sum(rows) + 0.75, draw
+        "interval", "Difference between the arms, with intervals", alt_text, caption, WIDE, sum(rows) + 0.75, draw
     )
 
 
-def _draw_difference(axes: Axes, study: Study, difference: float, looks: Mapping[str, Look]) -> None:
+def _draw_difference(axes: Axes, study: Study, middle: float, looks: Mapping[str, Look]) -> None:
     margin = number(study.verdict.get("margin"))
     ends = {level: bounds(study.verdict.get(level)) for level in ("ci95", "ci90")}
     if margin:
@@ -92,17 +91,16 @@ def _draw_difference(axes: Axes, study: Study, difference: float, looks: Mapping
             -100 * margin, 100 * margin, facecolor=LINE, alpha=0.45, hatch="////", edgecolor=PAPER, linewidth=0
         )
         name = f"margin ±{points(margin, signed=False)}"
-        axes.text(0, -0.7, name, ha="center", va="center", color=MUTED, fontsize=8, bbox=_LABEL, zorder=3)
+        axes.text(0, -0.7, name, ha="center", va="center", color=MUTED, fontsize=8, bbox=_LABEL_BOX, zorder=3)
     axes.axvline(0, color=INK, linewidth=1)
     for level, width in (("ci95", 1.4), ("ci90", 5.0)):
         if interval_ends := ends[level]:
             axes.plot([100 * end for end in interval_ends], [0, 0], color=INK, linewidth=width, solid_capstyle="butt")
-    axes.plot([100 * difference], [0], marker="D", markersize=8, color=PAPER, markeredgecolor=INK, markeredgewidth=1.6)
-    reach = 100 * max(abs(x) for x in (difference, margin or 0.0, *(e for pair in ends.values() for e in pair or ())))
+    axes.plot([100 * middle], [0], marker="D", markersize=8, color=PAPER, markeredgecolor=INK, markeredgewidth=1.6)
+    reach = 100 * max(abs(x) for x in (middle, margin or 0.0, *(e for pair in ends.values() for e in pair or ())))
     reach = max(1.15 * reach, 1.0)
-    label = f"{points(difference)} points" + (
-        f" ({levels(study)[0]}: {interval(ends['ci95'])})" if ends["ci95"] else ""
-    )
+    wide = f" ({confidences(study.verdict)[0]}: {interval(ends['ci95'])})" if ends["ci95"] else ""
+    label = f"{points(middle)} points{wide}"
     axes.text(0.5, 1.32, label, transform=axes.transAxes, ha="center", va="bottom", fontweight="bold", fontsize=10)
     axes.set(xlim=(-reach, reach), ylim=(-1.0, 0.7), yticks=[])
     axes.spines["left"].set_visible(False)
@@ -115,15 +113,15 @@ def _draw_difference(axes: Axes, study: Study, difference: float, looks: Mapping
 def _draw_runs(axes: Axes, study: Study, runs: Sequence[tuple[Config, pd.Series]], looks: Mapping[str, Look]) -> None:
     for row, (config, means) in enumerate(runs):
         look = looks[config.arm]
-        style: dict[str, Any] = {"color": look.light, "marker": look.marker, "linestyle": "none", "markersize": 7}
-        axes.plot(100 * means.to_numpy(), np.full(len(means), row), alpha=0.75, **style)
+        (dots,) = axes.plot(100 * means.to_numpy(), np.full(len(means), row), look.marker)
+        dots.set(color=look.light, alpha=0.75, markersize=7)
         axes.plot([100 * means.mean()] * 2, [row - 0.32, row + 0.32], color=look.light, linewidth=2)
     if study.base is not None:
-        base = run_means(study, Config(BASE, "", (study.base,)), study.metric, study.split)
+        base = study.run_means(Config(BASE, "", (study.base,)), study.metric, study.split)
         if len(base):
             axes.axvline(100 * base.mean(), color=MUTED, linestyle=":", linewidth=1.4)
-            name = f"base {percent(base.mean())}"
-            axes.text(100 * base.mean(), -0.62, name, ha="center", va="bottom", color=MUTED, fontsize=8, bbox=_LABEL)
+            name, box = f"base {percent(base.mean())}", _LABEL_BOX
+            axes.text(100 * base.mean(), -0.62, name, ha="center", va="bottom", color=MUTED, fontsize=8, bbox=box)
     names = [f"{looks[c.arm].glyph} {config_name(study, c)}" for c, _ in runs]
     axes.set(yticks=range(len(runs)), yticklabels=names, ylim=(len(runs) - 0.45, -0.72))
     axes.tick_params(axis="y", length=0)
@@ -132,16 +130,35 @@ def _draw_runs(axes: Axes, study: Study, runs: Sequence[tuple[Config, pd.Series]
     axes.set_xlabel(f"{SCORERS.get(study.metric, one_line(study.metric, 40))} on {study.split}, %")
 
 
+def _difference_alt_text(study: Study) -> str:
+    """Return the difference, its intervals and the margin; empty without a verdict."""
+    if number(study.verdict.get("difference")) is None or len(study.arms) < 2:
+        return ""
+    first, second = study.arms[:2]
+    text = f"{title(first)} minus {title(second)}: {points(study.verdict.get('difference'))} points"
+    for level, name in zip(("ci95", "ci90"), confidences(study.verdict), strict=True):
+        text += f", {name} interval {interval(study.verdict.get(level))}"
+    return f"{text}; margin {points(study.verdict.get('margin'), signed=False)}. "
+
+
+def _runs_alt_text(study: Study, runs: Sequence[tuple[Config, pd.Series]]) -> str:
+    """Return each config's mean and the means of its runs."""
+    return " ".join(
+        f"{config_name(study, config)}: mean {percent(means.mean())}, runs {listing(map(percent, means))}."
+        for config, means in runs
+    )
+
+
 def draw_learning(study: Study, looks: Mapping[str, Look]) -> list[Drawing]:
     """Draw each arm's learning curves in a figure of its own: the quantities differ between arms."""
     drawings = []
     for arm in study.arms:
         trials = [
-            trial for config in study.configs if config.arm == arm for trial in config.trials if _steps(trial.curve)
+            trial for config in study.configs if config.arm == arm for trial in config.trials if _has_steps(trial.curve)
         ]
         panels = [
             (key, label)
-            for key, label in _curves(arm)
+            for key, label in _curve_labels(arm)
             if any(key in t.curve and t.curve[key].notna().any() for t in trials)
         ]
         if panels:
@@ -149,7 +166,7 @@ def draw_learning(study: Study, looks: Mapping[str, Look]) -> list[Drawing]:
     return drawings
 
 
-def _curves(arm: str) -> tuple[tuple[str, str], ...]:
+def _curve_labels(arm: str) -> tuple[tuple[str, str], ...]:
     return (
         ("loss", f"{title(arm)} loss"),
         ("grad_norm", "Gradient norm"),
@@ -157,7 +174,7 @@ def _curves(arm: str) -> tuple[tuple[str, str], ...]:
     )
 
 
-def _steps(curve: pd.DataFrame) -> bool:
+def _has_steps(curve: pd.DataFrame) -> bool:
     return "step" in curve and len(curve) > 0
 
 
@@ -185,17 +202,17 @@ def _draw_arm(arm: str, curves: Sequence[pd.DataFrame], panels: Sequence[tuple[s
                 linestyle=look.dash,
                 marker=look.marker,
                 markersize=3.5,
-                markevery=_every(mean),
+                markevery=max(1, len(mean) // 12),
             )
             ax.set_title(label, loc="left")
         axes[0].set_title(f"{look.glyph} {title(arm)}", loc="right", color=look.light, fontweight="bold")
         axes[-1].set_xlabel("step")
         axes[-1].xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
 
-    said = say_learning(arm, {label: _mean_curve(curves, key) for key, label in panels}, len(curves))
+    alt_text = _learning_alt_text(arm, {label: _mean_curve(curves, key) for key, label in panels}, len(curves))
     several = "thin lines are runs, the thick line is their mean"
     caption = f"{title(arm)}: {several if len(curves) > 1 else 'one run'}."
-    return drawing(name, f"Learning curves of {title(arm)}", said, caption, PANEL, 1.35 * len(panels) + 0.6, draw)
+    return drawing(name, f"Learning curves of {title(arm)}", alt_text, caption, PANEL, 1.35 * len(panels) + 0.6, draw)
 
 
 def _mean_curve(curves: Sequence[pd.DataFrame], key: str) -> pd.Series:
@@ -203,8 +220,14 @@ def _mean_curve(curves: Sequence[pd.DataFrame], key: str) -> pd.Series:
     return rows.replace([np.inf, -np.inf], np.nan).groupby("step")[key].mean()
 
 
-def _every(mean: pd.Series) -> int:
-    return max(1, len(mean) // 12)
+def _learning_alt_text(arm: str, curves: Mapping[str, pd.Series], num_runs: int) -> str:
+    """Return the first and last value of each curve, the mean over runs by step."""
+    text = f"{title(arm)}, {plural(num_runs, 'run')}."
+    for label, curve in curves.items():
+        mean = curve.dropna()
+        ends = f"{mean.iloc[0]:.3g} at step {mean.index[0]:g}, {mean.iloc[-1]:.3g} at step {mean.index[-1]:g}"
+        text += f" {label}: {ends}."
+    return text
 
 
 def draw_lengths(study: Study, looks: Mapping[str, Look]) -> Drawing | None:
@@ -239,66 +262,44 @@ def draw_lengths(study: Study, looks: Mapping[str, Look]) -> Drawing | None:
             ax.set_ylabel("%")
         axes[-1].set_xlabel(f"tokens of a completion on {study.split}")
 
-    said = say_lengths(study, lengths)
+    alt_text = _lengths_alt_text(study, lengths)
     caption = "Share of completions by length, all seeds together, on one axis for all; the dashed line is the mean."
-    return drawing("lengths", "Length of the completions", said, caption, WIDE, 0.95 * len(lengths) + 0.6, draw)
+    return drawing("lengths", "Length of the completions", alt_text, caption, WIDE, 0.95 * len(lengths) + 0.6, draw)
+
+
+def _lengths_alt_text(study: Study, lengths: Sequence[tuple[Config, np.ndarray]]) -> str:
+    """Return mean, median and range of each config's lengths, in tokens."""
+    return " ".join(
+        f"{config_name(study, config)}: mean {tokens.mean():.1f}, median {np.median(tokens):.0f}, "
+        f"from {tokens.min():.0f} to {tokens.max():.0f} tokens."
+        for config, tokens in lengths
+    )
 
 
 def drawing(
-    name: str, heading: str, description: str, caption: str, width: float, height: float, draw: Callable[[Figure], None]
+    name: str, heading: str, alt_text: str, caption: str, width: float, height: float, draw: Callable[[Figure], None]
 ) -> Drawing:
-    """Draw a figure in the report's style; the same inputs give the same bytes."""
+    """Draw a figure in the report's style; the same inputs give the same bytes.
+
+    Args:
+        name: file name without `.svg`.
+        heading: title of the figure.
+        alt_text: its content with the numbers.
+        caption: how to read it.
+        width, height: inches.
+        draw: draws on the empty figure.
+    """
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=(width, height), layout="constrained")
         canvas = FigureCanvasSVG(figure)
         draw(figure)
         buffer = io.StringIO()
         canvas.print_svg(buffer, metadata={"Date": None})  # savefig would draw everything twice
-    text = describe(buffer.getvalue(), name=name, title=visible(heading), description=visible(description))
-    return Drawing(name, heading, description, caption, text, wide=width == WIDE)
+    text = with_alt_text(buffer.getvalue(), name=name, title=visible(heading), alt_text=visible(alt_text))
+    return Drawing(name, heading, alt_text, caption, text, wide=width == WIDE)
 
 
 def config_name(study: Study, config: Config) -> str:
-    """Name a config in prose, on one line: the arm, and what tells it from the arm's other configs."""
+    """Return a config's name in prose, on one line: the arm, and its label where the arm has other configs."""
     suffix = visible(study.label(config).removeprefix(config.arm))
     return title(config.arm) + (f"{suffix[:40]}…" if len(suffix) > 40 else suffix)
-
-
-def say_difference(study: Study) -> str:
-    """Say the difference, its intervals and the margin; nothing where there is no verdict."""
-    difference = number(study.verdict.get("difference"))
-    if difference is None or len(study.arms) < 2:
-        return ""
-    first, second = study.arms[:2]
-    said = f"{title(first)} minus {title(second)}: {points(difference)} points"
-    for level, name in zip(("ci95", "ci90"), levels(study), strict=True):
-        said += f", {name} interval {interval(study.verdict.get(level))}"
-    return f"{said}; margin {points(study.verdict.get('margin'), signed=False)}. "
-
-
-def say_runs(study: Study, runs: Sequence[tuple[Config, pd.Series]]) -> str:
-    """Say each config's mean and the means of its runs."""
-    return " ".join(
-        f"{config_name(study, config)}: mean {percent(means.mean())}, runs {listing(map(percent, means))}."
-        for config, means in runs
-    )
-
-
-def say_learning(arm: str, curves: Mapping[str, pd.Series], num_runs: int) -> str:
-    """Say where each curve begins and ends; the mean over runs, by step."""
-    said = f"{title(arm)}, {plural(num_runs, 'run')}."
-    for label, curve in curves.items():
-        mean = curve.dropna()
-        said += (
-            f" {label}: {mean.iloc[0]:.3g} at step {mean.index[0]:g}, {mean.iloc[-1]:.3g} at step {mean.index[-1]:g}."
-        )
-    return said
-
-
-def say_lengths(study: Study, lengths: Sequence[tuple[Config, np.ndarray]]) -> str:
-    """Say mean, median and range of each config's lengths, in tokens."""
-    return " ".join(
-        f"{config_name(study, config)}: mean {tokens.mean():.1f}, median {np.median(tokens):.0f}, "
-        f"from {tokens.min():.0f} to {tokens.max():.0f} tokens."
-        for config, tokens in lengths
-    )

@@ -1,11 +1,10 @@
-"""What single prompts say: their differences between the arms, sorted, and the scores of answers by their length."""
+"""Single prompts of a study: differences between the arms, scores by answer length, and answers side by side."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -14,43 +13,37 @@ from matplotlib.figure import Figure
 
 from harness.config.arms import BASE, title
 from harness.data.checks import failed_checks
+from harness.decide.words import MISSING, percent, plural, points
 from harness.report.figures import WIDE, config_name, drawing
-from harness.report.study import Config, Study, Trial
+from harness.report.study import Completion, Config, Study, Trial
 from harness.report.style import INK, MUTED, Drawing, Look
 from harness.report.tables import Table, build
-from harness.report.words import MISSING, percent, plural, points
-from harness.study.files import Reader, number
+from harness.study.files import Json, Reader, number
 from harness.study.text import cut, one_line
 
+MAX_PROMPTS = 40  # shown where no script runs
 _MOVED = 5  # prompts of each arm in the table
 _BINS = 8
-_LEAST = 40  # answers, for a curve over lengths
+_LEAST_ANSWERS = 40  # for a curve over lengths
 
 
 def prompt_differences(study: Study) -> pd.Series:
-    """Return the first arm's score minus the second's by prompt, seeds averaged, the largest first; may be empty."""
+    """Return the first arm's score minus the second's by prompt, mean over seeds, the largest first; may be empty."""
     if len(study.arms) < 2:
         return pd.Series(dtype=float)
-    first, second = (_by_prompt(study, arm) for arm in study.arms[:2])
+    first, second = (_prompt_means(study, arm) for arm in study.arms[:2])
     found = (first - second).dropna()
     return found.iloc[np.lexsort((found.index.to_numpy(str), -found.to_numpy()))] if len(found) else found
 
 
-def _by_prompt(study: Study, arm: str) -> pd.Series:
-    rows = _rows(study, next((config for config in study.configs if config.arm == arm), None))
-    return rows.groupby("prompt_id")["score"].mean()
-
-
-def _rows(study: Study, config: Config | None) -> pd.DataFrame:
-    rows = study.confirmed
-    if config is None:
-        return rows.iloc[:0]
-    mine = rows[(rows["arm"] == config.arm) & (rows["scorer"] == study.metric) & rows["score"].notna()]
-    return mine if config.arm == BASE else mine[mine["config"] == config.label]
+def _prompt_means(study: Study, arm: str) -> pd.Series:
+    """Return an arm's mean score of each prompt over seeds; unscored answers are left out."""
+    config = next((config for config in study.configs if config.arm == arm), Config(arm, "", ()))
+    return study.rows_of(config, study.metric).dropna(subset=["score"]).groupby("prompt_id")["score"].mean()
 
 
 def draw_prompts(study: Study, looks: Mapping[str, Look]) -> Drawing | None:
-    """Draw every prompt's difference, sorted: how many moved, how far, and which way."""
+    """Draw the difference of every prompt, sorted."""
     found = prompt_differences(study)
     if len(found) < 2:
         return None
@@ -69,23 +62,23 @@ def draw_prompts(study: Study, looks: Mapping[str, Look]) -> Drawing | None:
         axes.set_title(f"{looks[first].glyph} {title(first)} better on {ahead:,}", loc="left", color=looks[first].light)
         axes.set_title(f"{looks[second].glyph} {title(second)} on {behind:,}", loc="right", color=looks[second].light)
 
-    said = (
+    alt_text = (
         f"{title(first)} scores higher on {ahead} of {len(found)} prompts, {title(second)} on {behind}, and they score "
         f"the same on {same}. The mean difference is {points(found.mean())} points."
     )
     caption = (
         f"{title(first)} minus {title(second)} on each prompt, seeds averaged; the same on {same:,}; dashed: the mean."
     )
-    return drawing("prompts", "Differences by prompt", said, caption, WIDE, 2.1, draw)
+    return drawing("prompts", "Differences by prompt", alt_text, caption, WIDE, 2.1, draw)
 
 
 def moved_table(study: Study) -> Table | None:
-    """Show the prompts that moved most, each way."""
+    """Show the prompts with the largest differences in each direction."""
     found = prompt_differences(study)
     if len(found) < 2:
         return None
     texts = {row["prompt_id"]: row["prompt"] for trial in study.trials for row in study.completions(trial)}
-    first, second = (_by_prompt(study, arm) for arm in study.arms[:2])
+    first, second = (_prompt_means(study, arm) for arm in study.arms[:2])
     ends = [*found.index[:_MOVED], *(name for name in found.index[::-1][:_MOVED] if name not in found.index[:_MOVED])]
     rows = {
         name: {
@@ -104,19 +97,19 @@ def moved_table(study: Study) -> Table | None:
 
 
 def draw_length_scores(study: Study, looks: Mapping[str, Look]) -> Drawing | None:
-    """Draw the mean score of answers of like length, a line for the base and for each arm."""
+    """Draw the mean score of answers of similar length: one line for the base and for each arm."""
     curves = {}
     for config in study.with_base:
-        rows = _rows(study, config).dropna(subset=["tokens"])
-        if len(rows) >= _LEAST and rows["tokens"].nunique() > 1:
-            curves[config_name(study, config)] = (config.arm, _binned(rows))
+        rows = study.rows_of(config, study.metric).dropna(subset=["score", "tokens"])
+        if len(rows) >= _LEAST_ANSWERS and rows["tokens"].nunique() > 1:
+            curves[config_name(study, config)] = (config.arm, _means_by_length(rows))
     if not curves:
         return None
 
     def draw(figure: Figure) -> None:
-        _draw_curves(figure.subplots(), curves, looks, study.split)
+        _draw_length_curves(figure.subplots(), curves, looks, study.split)
 
-    said = " ".join(
+    alt_text = " ".join(
         f"{name}: {percent(line['score'].iloc[0])} at {line['tokens'].iloc[0]:.1f} tokens, "
         f"{percent(line['score'].iloc[-1])} at {line['tokens'].iloc[-1]:.1f}."
         for name, (_, line) in curves.items()
@@ -125,10 +118,10 @@ def draw_length_scores(study: Study, looks: Mapping[str, Look]) -> Drawing | Non
         "Mean score of answers of like length (as many in each point, but for ties). Longer answers that score "
         "higher may be better, or may please a judge by their length: see length-controlled scores."
     )
-    return drawing("length-scores", "Score by length", said, caption, WIDE, 2.4, draw)
+    return drawing("length-scores", "Score by length", alt_text, caption, WIDE, 2.4, draw)
 
 
-def _draw_curves(
+def _draw_length_curves(
     axes: Axes, curves: Mapping[str, tuple[str, pd.DataFrame]], looks: Mapping[str, Look], split: str
 ) -> None:
     for name, (arm, line) in curves.items():
@@ -146,23 +139,20 @@ def _draw_curves(
     axes.legend(fontsize=8)
 
 
-def _binned(rows: pd.DataFrame) -> pd.DataFrame:
-    """Return mean length and score in bins of about as many answers each; answers of one length stay together."""
+def _means_by_length(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return mean length and score in bins of about equal counts; answers of one length stay together."""
     bins = pd.qcut(rows["tokens"], _BINS, labels=False, duplicates="drop")
     return rows.groupby(bins)[["tokens", "score"]].mean()
 
 
-MAX_PROMPTS = 40  # shown where no script runs
-
-
 @dataclass(frozen=True)
 class Answer:
-    """What one policy answered.
+    """One policy's answer to a prompt.
 
     Attributes:
-        score: as the reader sees it; `value` is the number, None where there is none.
+        score: as text; `value` is the number, None where there is none.
         flags: signs of degeneration.
-        failed: checks of the prompt that the answer fails.
+        failed: the prompt's checks that the answer fails.
     """
 
     arm: str
@@ -192,7 +182,7 @@ class SideBySide:
 
     @property
     def first(self) -> tuple[Comparison, ...]:
-        """Those that are shown where no script runs."""
+        """The comparisons that are shown where no script runs."""
         return self.comparisons[:MAX_PROMPTS]
 
 
@@ -202,7 +192,7 @@ class _Policy:
 
     arm: str
     seed: int | None
-    answers: Mapping[str, Mapping[str, Any]]
+    answers: Mapping[str, Completion]
     scores: Mapping[str, float]
 
 
@@ -213,16 +203,16 @@ def side_by_side(study: Study) -> SideBySide:
     if not prompts:
         return SideBySide((), "No completions are stored in this study.")
     trained = [policy for policy in policies if policy.arm != BASE]
-    ordered = sorted(prompts, key=lambda prompt: (*_disagreement(prompt, trained, policies), prompt))
-    checks = _checks(study)
+    ordered = sorted(prompts, key=lambda prompt: (*_sort_key(prompt, trained, policies), prompt))
+    checks = _checks_by_prompt(study)
     shown = tuple(
-        Comparison(prompt, prompts[prompt], tuple(_answer(policy, prompt, checks) for policy in policies))
+        Comparison(prompt, prompts[prompt], tuple(_answer_of(policy, prompt, checks) for policy in policies))
         for prompt in ordered
     )
     return SideBySide(shown, _summary(study, len(prompts), trained))
 
 
-def _checks(study: Study) -> dict[str, list[dict[str, Any]]]:
+def _checks_by_prompt(study: Study) -> dict[str, list[Mapping[str, Json]]]:
     """Return the checks of each prompt of the shown split."""
     rows = Reader(study.folder).rows(study.folder / "prompts.jsonl")
     return {
@@ -245,42 +235,40 @@ def _policy(study: Study, config: Config) -> _Policy | None:
     if trial is None:
         return None
     answers = {row["prompt_id"]: row for row in trial.completions if row["split"] == study.split}
-    return _Policy(config.arm, trial.seed, answers, _scores(study, config, trial))
+    return _Policy(config.arm, trial.seed, answers, _scores_of_trial(study, config, trial))
 
 
-def _scores(study: Study, config: Config, trial: Trial) -> dict[str, float]:
-    rows = study.confirmed
-    mine = rows[(rows["arm"] == config.arm) & (rows["scorer"] == study.metric)]
+def _scores_of_trial(study: Study, config: Config, trial: Trial) -> dict[str, float]:
+    rows = study.rows_of(config, study.metric).dropna(subset=["score"])
     if config.arm != BASE:
-        mine = mine[(mine["config"] == config.label) & (mine["seed"] == trial.seed)]
-    mine = mine[mine["score"].notna()]
-    return dict(zip(mine["prompt_id"], mine["score"], strict=True))
+        rows = rows[rows["seed"] == trial.seed]
+    return dict(zip(rows["prompt_id"], rows["score"], strict=True))
 
 
-def _disagreement(prompt: str, trained: Sequence[_Policy], policies: Sequence[_Policy]) -> tuple[float, float, bool]:
-    """Sort key, largest disagreement first: between the arms, then with the base, then in the text alone."""
+def _sort_key(prompt: str, trained: Sequence[_Policy], policies: Sequence[_Policy]) -> tuple[float, float, bool]:
+    """Return a key that sorts the largest disagreement first: between the arms, then with the base, then in text."""
     texts = {policy.answers[prompt]["completion"] for policy in trained if prompt in policy.answers}
-    return (-_spread(prompt, trained), -_spread(prompt, policies), len(texts) <= 1)
+    return (-_score_range(prompt, trained), -_score_range(prompt, policies), len(texts) <= 1)
 
 
-def _spread(prompt: str, policies: Sequence[_Policy]) -> float:
+def _score_range(prompt: str, policies: Sequence[_Policy]) -> float:
     scores = [policy.scores[prompt] for policy in policies if prompt in policy.scores]
     return max(scores) - min(scores) if scores else 0.0
 
 
-def _answer(policy: _Policy, prompt: str, checks: Mapping[str, list[dict[str, Any]]]) -> Answer:
+def _answer_of(policy: _Policy, prompt: str, checks: Mapping[str, list[Mapping[str, Json]]]) -> Answer:
     row = policy.answers.get(prompt)
     score = number(policy.scores.get(prompt))
     if row is None:
         return Answer(policy.arm, "", MISSING, None, ("no completion stored",), (), None)
     text = "unscored" if score is None else percent(score, 0)
     flags = tuple(flag.replace("_", " ") for flag in row["flags"])
-    failed = _failed(row, checks.get(prompt, []))
+    failed = _failed_checks(row, checks.get(prompt, []))
     return Answer(policy.arm, row["completion"], text, score, flags, failed, row["tokens"])
 
 
-def _failed(row: Mapping[str, Any], checks: list[dict[str, Any]]) -> tuple[str, ...]:
-    """Return the checks that an answer fails; checks that this version does not know are left out."""
+def _failed_checks(row: Completion, checks: Sequence[Mapping[str, Json]]) -> tuple[str, ...]:
+    """Return the checks that an answer fails; none where a check is unknown or malformed."""
     try:
         return tuple(failed_checks(row["completion"], checks, ended="cut_off" not in row["flags"]))
     except (KeyError, TypeError, AttributeError, re.error):
@@ -303,12 +291,12 @@ def _summary(study: Study, total: int, trained: Sequence[_Policy]) -> str:
     )
 
 
-def answers_table(study: Study) -> tuple[list[str], list[list[Any]]]:
-    """Return columns and rows of the answers side by side, a prompt in each row, for a table in another program."""
+def answers_table(study: Study) -> tuple[list[str], list[list[str | float | None]]]:
+    """Return columns and rows of the answers side by side, one prompt per row, for a table in another program."""
     compared = side_by_side(study).comparisons
     arms = list(dict.fromkeys(answer.arm for one in compared for answer in one.answers))
     columns = ["prompt_id", "prompt", *arms, *(f"{arm} score" for arm in arms)]
-    rows = []
+    rows: list[list[str | float | None]] = []
     for one in compared:
         found = {answer.arm: answer for answer in one.answers}
         texts = [found[arm].text if arm in found else None for arm in arms]

@@ -1,13 +1,13 @@
-"""Figures of a search: dev scores of all configs, maps over two hyperparameters, the expected best of n configs."""
+"""The hyperparameter search of a study: dev scores of all configs -> figures, maps, and a table of sensitivity."""
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -17,21 +17,21 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
 from harness.config.arms import BASE, title
+from harness.decide.words import listing, percent, plural, points
 from harness.report.figures import PANEL, WIDE, drawing
 from harness.report.study import DIVERGED, FAILED, Config, Study
-from harness.report.style import INK, PAPER, Drawing, Look
+from harness.report.style import INK, PAPER, SCORERS, Drawing, Look
 from harness.report.tables import Table, build, columns
-from harness.report.words import SCORERS, listing, percent, plural, points
-from harness.study.files import mapping
+from harness.study.files import Json, mapping, strings
 from harness.study.text import one_line
 
 _MAPS = (("beta", "gamma_beta_ratio"), ("lr", "beta"))  # (across, down)
-_NAMES = {"beta": "β", "gamma_beta_ratio": "γ/β", "lr": "learning rate"}
+_KEY_TITLES = {"beta": "β", "gamma_beta_ratio": "γ/β", "lr": "learning rate"}
 _COLOURS = "cividis"  # lightness rises evenly, also for those who see few colours
 
 
 def draw_search(study: Study, looks: Mapping[str, Look]) -> list[Drawing]:
-    """Draw what the tuning stage found; nothing where no arm has several configs."""
+    """Draw the results of the tuning stage; nothing where no arm has several configs."""
     tried = tried_configs(study)
     if not tried:
         return []
@@ -62,14 +62,14 @@ def _draw_spread(tried: Mapping[str, Sequence[Tried]], metric: str, looks: Mappi
         axes.set_xlabel(f"{metric} on dev, %")
         axes.margins(x=0.05)
 
-    said = " ".join(_say(arm, configs) for arm, configs in tried.items())
+    alt_text = " ".join(_spread_alt_text(arm, configs) for arm, configs in tried.items())
     caption = (
         "A point is a config's mean over the tuning seeds; a cross collapsed or diverged; the large one was selected."
     )
-    return drawing("search-spread", "Dev scores of all configs", said, caption, WIDE, 0.55 * len(tried) + 0.9, draw)
+    return drawing("search-spread", "Dev scores of all configs", alt_text, caption, WIDE, 0.55 * len(tried) + 0.9, draw)
 
 
-def _say(arm: str, configs: Sequence[Tried]) -> str:
+def _spread_alt_text(arm: str, configs: Sequence[Tried]) -> str:
     means = [config.mean for config in configs]
     ruined = sum(config.ruined for config in configs)
     chosen = next((config for config in configs if config.selected), None)
@@ -94,28 +94,28 @@ def _draw_map(configs: Sequence[Tried], keys: tuple[str, str], look: Look) -> Dr
     others = sorted(
         {key for c in configs for key in c.values if key not in keys and len({o.values.get(key) for o in configs}) > 1}
     )
-    names = [_NAMES.get(key, key) for key in keys]
+    names = [_KEY_TITLES.get(key, key) for key in keys]
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
         axes.grid(visible=False)
-        _fill(axes, across, down, best)
+        _fill_map(axes, across, down, best)
         axes.set(xticks=range(len(across)), xticklabels=[f"{v:g}" for v in across], xlabel=names[0])
         axes.set(yticks=range(len(down)), yticklabels=[f"{v:g}" for v in down], ylabel=names[1])
         axes.set_title(f"{look.glyph} {look.title}", loc="left", color=look.light)
 
-    cells = "; ".join(
+    alt_text = "; ".join(
         f"{names[0]} {x:g}, {names[1]} {y:g}: {percent(one.mean)}{' (selected)' if one.selected else ''}"
         for (x, y), one in sorted(best.items())
     )
-    over = f" Each cell is the best over {listing(_NAMES.get(key, key) for key in others)}." if others else ""
+    over = f" Each cell is the best over {listing(_KEY_TITLES.get(key, key) for key in others)}." if others else ""
     caption = f"{look.title}: mean dev score in percent; the frame marks the selected config.{over}"
     name = "map-" + re.sub(r"[^a-z0-9]+", "-", f"{look.key}-{keys[0]}-{keys[1]}")
     heading = f"{look.title}: dev score by {names[0]} and {names[1]}"
-    return drawing(name, heading, cells, caption, PANEL, 0.42 * len(down) + 1.0, draw)
+    return drawing(name, heading, alt_text, caption, PANEL, 0.42 * len(down) + 1.0, draw)
 
 
-def _fill(
+def _fill_map(
     axes: Axes, across: Sequence[float], down: Sequence[float], best: Mapping[tuple[float, float], Tried]
 ) -> None:
     grid = np.array([[best[x, y].mean if (x, y) in best else math.nan for x in across] for y in down])
@@ -144,17 +144,20 @@ def _draw_expected(tried: Mapping[str, Sequence[Tried]], metric: str, looks: Map
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
         for arm, curve in curves.items():
-            style: dict[str, Any] = {
-                "color": looks[arm].light,
-                "marker": looks[arm].marker,
-                "linestyle": looks[arm].dash,
-            }
-            axes.plot(range(1, len(curve) + 1), 100 * np.array(curve), label=title(arm), markersize=4, **style)
+            axes.plot(
+                range(1, len(curve) + 1),
+                100 * np.array(curve),
+                label=title(arm),
+                color=looks[arm].light,
+                marker=looks[arm].marker,
+                linestyle=looks[arm].dash,
+                markersize=4,
+            )
         axes.set(xlabel="configs tried", ylabel=f"{metric} on dev, %")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.legend(frameon=False)
 
-    said = " ".join(
+    alt_text = " ".join(
         f"{title(arm)}: {percent(curve[0])} with one config, {percent(curve[-1])} with {len(curve)}."
         for arm, curve in curves.items()
     )
@@ -162,7 +165,7 @@ def _draw_expected(tried: Mapping[str, Sequence[Tried]], metric: str, looks: Map
         "Expected best dev score of n configs drawn from those that were tried (unbiased, up to half of them; Tang et "
         "al. 2020). It describes this search and tests nothing."
     )
-    return drawing("search-expected", "Expected best of n configs", said, caption, PANEL, 2.4, draw)
+    return drawing("search-expected", "Expected best of n configs", alt_text, caption, PANEL, 2.4, draw)
 
 
 @dataclass(frozen=True)
@@ -170,11 +173,11 @@ class Tried:
     """A config of the tuning stage.
 
     Attributes:
-        values: its hyperparameters by name.
-        mean: mean dev score over its tuning seeds; a collapsed or diverged run counts 0.
-        seeds: number of tuning seeds that it was trained with.
-        ruined: True where a run of it collapsed or diverged.
-        selected: True where dev selected it.
+        values: hyperparameters by name.
+        mean: mean dev score over the tuning seeds; a collapsed or diverged run counts 0.
+        seeds: number of its tuning seeds.
+        ruined: True where one of its runs collapsed or diverged.
+        selected: True for the config selected on dev.
     """
 
     arm: str
@@ -187,39 +190,42 @@ class Tried:
 
 
 def tried_configs(study: Study) -> dict[str, list[Tried]]:
-    """Return the configs of each arm that has several with dev scores; failed ones have none and are not here."""
-    rows = study.scores
-    seeds = study.settings.get("tuning_seeds") or []
+    """Return the configs with dev scores of each arm that has several; failed configs have none."""
+    rows = study.run_scores
+    seeds = _tuning_seeds(study)
     dev = rows[(rows["split"] == "dev") & (rows["scorer"] == study.metric) & (rows["arm"] != BASE)]
     dev = dev[dev["seed"].isin(seeds)] if seeds else dev
     ruined = {
         (trial.arm, trial.config)
         for trial in study.trials
-        if trial.state == DIVERGED or set(trial.manifest.get("flags") or []) & {"collapsed", "diverged"}
+        if trial.state == DIVERGED or {"collapsed", "diverged"} & set(strings(trial.manifest.get("flags")))
     }
     chosen = {arm: mapping(found).get("selected") for arm, found in mapping(study.selection.get("arms")).items()}
     means: dict[tuple[str, str], list[float]] = {}
-    runs = dev.groupby(["arm", "config", "seed"], sort=False, as_index=False)["score"].mean()  # of 500 trials at once
-    for arm, label, mean in runs[["arm", "config", "score"]].dropna().itertuples(index=False, name=None):
+    for arm, label, mean in dev[["arm", "config", "score"]].itertuples(index=False, name=None):
         means.setdefault((arm, label), []).append(mean)
     found: dict[str, list[Tried]] = {}
     for key, scores in means.items():
         is_ruined, is_selected = key in ruined, chosen.get(key[0]) == key[1]
-        one = Tried(*key, _values(key[1]), fmean(scores), len(scores), is_ruined, is_selected)
+        one = Tried(*key, _values_in(key[1]), fmean(scores), len(scores), is_ruined, is_selected)
         found.setdefault(key[0], []).append(one)
     return {arm: configs for arm in study.arms if len(configs := found.get(arm, [])) > 1}
 
 
-def _values(label: str) -> dict[str, float]:
-    pairs = (part.partition("=") for part in label.split(",") if "=" in part)
-    return {name: number for name, _, text in pairs if (number := _number(text)) is not None}
+def _values_in(label: str) -> dict[str, float]:
+    """Return the numeric hyperparameters that a config's label names."""
+    values = {}
+    for part in label.split(","):
+        name, separator, text = part.partition("=")
+        if separator:
+            with contextlib.suppress(ValueError):
+                values[name] = float(text)
+    return values
 
 
-def _number(text: str) -> float | None:
-    try:
-        return float(text)
-    except ValueError:
-        return None
+def _tuning_seeds(study: Study) -> list[Json]:
+    seeds = study.settings.get("tuning_seeds")
+    return list(seeds) if isinstance(seeds, list) else []
 
 
 def expected_best(scores: Sequence[float]) -> list[float]:
@@ -237,12 +243,12 @@ def expected_best(scores: Sequence[float]) -> list[float]:
 
 
 def sensitivity_table(study: Study) -> Table | None:
-    """Show the spread of dev scores over each arm's configs, and how many of them were ruined."""
+    """Show the spread of dev scores over each arm's configs, and the number of ruined ones."""
     tried = tried_configs(study)
     if not tried:
         return None
     rows: dict[str, dict[str, str]] = {}
-    base = _base_mean(study)
+    base = _base_mean_on_dev(study)
     for arm, configs in tried.items():
         means = np.array([config.mean for config in configs])
         low, middle, high = np.quantile(means, [0.25, 0.5, 0.75])
@@ -254,9 +260,9 @@ def sensitivity_table(study: Study) -> Table | None:
             "Lower quartile": percent(low),
             "Worst": percent(means.min()),
             "Standard deviation, points": points(means.std(ddof=1), signed=False),
-            "Collapsed or diverged": _share(sum(config.ruined for config in configs), len(configs)),
-            **_below(means, base),
-            "Failed trials, not counted above": str(_failed(study, arm)),
+            "Collapsed or diverged": _count_cell(sum(config.ruined for config in configs), len(configs)),
+            **_below_base(means, base),
+            "Failed trials, not counted above": str(_failed_trials(study, arm)),
             "Selected": next((config.label.replace(",", ", ") for config in configs if config.selected), "none yet"),
         }
         for name, cell in cells.items():
@@ -266,36 +272,34 @@ def sensitivity_table(study: Study) -> Table | None:
         "" if len(counts) == 1 else "The arms had unequal budgets: their bests and their spreads are not comparable."
     ]
     heads = columns(study, [Config(arm, "", ()) for arm in tried])
-    seeds = plural(len(study.settings.get("tuning_seeds") or []), "tuning seed")
+    seeds = plural(len(_tuning_seeds(study)), "tuning seed")
     caption = f"Dev scores over the configs that were tried ({seeds})"
     return build(caption, "Over configs", rows, heads, *notes)
 
 
-def _base_mean(study: Study) -> float | None:
-    rows = study.scores
-    dev = rows[(rows["split"] == "dev") & (rows["scorer"] == study.metric) & (rows["arm"] == BASE)]
-    mean = dev["score"].mean() if len(dev) else math.nan
-    return None if math.isnan(mean) else float(mean)
+def _base_mean_on_dev(study: Study) -> float | None:
+    means = study.run_means(Config(BASE, "", ()), study.metric, "dev")
+    return float(means.mean()) if len(means) else None
 
 
-def _below(means: np.ndarray, base: float | None) -> dict[str, str]:
-    """Count the configs that made the base worse: a ruined policy need not repeat itself to be one."""
-    return (
-        {} if base is None else {f"Below the SFT base ({percent(base)})": _share(int((means < base).sum()), len(means))}
-    )
+def _below_base(means: np.ndarray, base: float | None) -> dict[str, str]:
+    """Count the configs worse than the base: a policy can be ruined without a repetition."""
+    if base is None:
+        return {}
+    return {f"Below the SFT base ({percent(base)})": _count_cell(int((means < base).sum()), len(means))}
 
 
-def _share(count: int, total: int) -> str:
+def _count_cell(count: int, total: int) -> str:
     return f"{count} of {total} ({percent(count / total, 0)})"
 
 
-def _failed(study: Study, arm: str) -> int:
-    seeds = study.settings.get("tuning_seeds") or []
+def _failed_trials(study: Study, arm: str) -> int:
+    seeds = _tuning_seeds(study)
     return sum(trial.arm == arm and trial.state == FAILED and trial.seed in seeds for trial in study.trials)
 
 
 def is_fair(study: Study) -> bool:
     """Return True where the arms of the contrast were tuned with the same number of configs."""
     tried = tried_configs(study)
-    contrast = [arm for arm in mapping(dict.fromkeys(study.arms[:2], 1)) if arm in tried]
+    contrast = [arm for arm in study.arms[:2] if arm in tried]
     return len(contrast) == 2 and len({len(tried[arm]) for arm in contrast}) == 1

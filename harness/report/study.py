@@ -1,6 +1,6 @@
-"""One study, read from its folder into one object; half-finished, failed and broken trials are part of it.
+"""One study: its folder, in whatever state a sweep left it -> one object to read from.
 
-Input: `results/STUDY/` in whatever state a sweep left it. Nothing is written, and nothing here imports torch.
+Half-finished, failed and broken trials are part of it. Writes nothing, imports no torch.
 """
 
 from __future__ import annotations
@@ -9,13 +9,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import pandas as pd
 
 from harness.config.arms import BASE
+from harness.decide.looks import DecidingRuns, deciding_runs
+from harness.decide.scores_file import ArmScores, arm_scores, as_names
 from harness.study.errors import UsageError
-from harness.study.files import Reader, mapping, strings
+from harness.study.files import Json, Reader, mapping, strings
 from harness.study.manifest import is_as_written
 from harness.study.scores_csv import SCORE_COLUMNS, read_scores_csv
 
@@ -25,15 +27,26 @@ COMPLETE, DIVERGED, FAILED, UNFINISHED = "complete", "diverged", "failed", "unfi
 _STATES = {"complete": COMPLETE, "diverged": DIVERGED}
 
 
+class Completion(TypedDict):
+    """A row of completions.jsonl, complete whatever a broken or foreign file holds; `tokens` may be missing."""
+
+    split: str
+    prompt_id: str
+    prompt: str
+    completion: str
+    tokens: int | None
+    flags: list[str]
+
+
 @dataclass(frozen=True)
 class Trial:
-    """One training run (or the base), as far as it came.
+    """One training run (or the base), finished or not.
 
     Attributes:
         state: `complete`, `diverged`, `failed` or `unfinished`.
-        manifest, failure: the files of these names; empty where there is none.
-        steps: rows of train.jsonl, one a logged step.
-        completions: rows of completions.jsonl: split, prompt_id, prompt, completion, tokens and flags.
+        manifest, failure: contents of manifest.json and failure.json; empty where there is no such file.
+        steps: rows of train.jsonl, one per logged step.
+        completions: rows of completions.jsonl.
     """
 
     trial_id: str
@@ -41,19 +54,19 @@ class Trial:
     config: str
     seed: int | None
     state: str
-    manifest: Mapping[str, Any]
-    failure: Mapping[str, Any]
-    steps: tuple[Mapping[str, Any], ...]
-    completions: tuple[Mapping[str, Any], ...]
+    manifest: Mapping[str, Json]
+    failure: Mapping[str, Json]
+    steps: tuple[Mapping[str, Json], ...]
+    completions: tuple[Completion, ...]
 
     @cached_property
     def curve(self) -> pd.DataFrame:
-        """The steps, numbers only; made where it is drawn: of hundreds of trials a report draws a few."""
+        """The steps as a frame of numbers; built on demand, since a report draws few of hundreds of trials."""
         return pd.DataFrame(list(self.steps)).apply(pd.to_numeric, errors="coerce")
 
     @property
     def scored(self) -> bool:
-        """Whether its scores count: a diverged trial's do."""
+        """Whether its scores count; those of a diverged trial do."""
         return self.state in (COMPLETE, DIVERGED)
 
 
@@ -68,24 +81,24 @@ class Config:
 
 @dataclass(frozen=True)
 class Study:
-    """All that a study's folder says.
+    """The contents of a study's folder.
 
     Attributes:
         settings: study.yaml; empty where there is none.
-        scores: scores.csv, or the trials' scores.jsonl where the sweep has not come that far.
+        scores: scores.csv, or the trials' scores.jsonl while there is none.
         verdict: verdict.json; empty before the decision.
         problems: what could not be read, one sentence each.
         selection: selection.json; empty where nothing was tuned, or nothing is selected yet.
     """
 
     folder: Path
-    settings: Mapping[str, Any]
+    settings: Mapping[str, Json]
     base: Trial | None
     trials: tuple[Trial, ...]
     scores: pd.DataFrame
-    verdict: Mapping[str, Any]
+    verdict: Mapping[str, Json]
     problems: tuple[str, ...]
-    selection: Mapping[str, Any] = field(default_factory=dict)
+    selection: Mapping[str, Json] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -101,19 +114,19 @@ class Study:
 
     @property
     def metric(self) -> str:
-        """The scorer that decides; the first in the scores where nobody has said."""
+        """The scorer that decides; the first in the scores where none is registered."""
         first = next(iter(self.scores["scorer"].unique()), "")
         return str(self.verdict.get("metric") or self.settings.get("metric") or first)
 
     @cached_property
     def split(self) -> str:
-        """The split that is shown: `golden`, or `dev` as long as nothing golden is there."""
-        rows = list(self.scores["split"].unique()) + [c.get("split") for t in self.trials for c in t.completions[:1]]
+        """The split that is shown: `golden`, or `dev` while there is nothing on golden."""
+        rows = list(self.scores["split"].unique()) + [c["split"] for t in self.trials for c in t.completions[:1]]
         return "dev" if "dev" in rows and "golden" not in rows else "golden"
 
     @cached_property
     def confirmed(self) -> pd.DataFrame:
-        """Scores of the shown split: those of the confirmation, where configs were selected before."""
+        """Scores of the shown split: those of the confirm stage where there are any."""
         rows = self.scores[self.scores["split"] == self.split]
         confirm = rows[rows["stage"] == "confirm"]
         return confirm if len(confirm) else rows
@@ -122,7 +135,7 @@ class Study:
     def configs(self) -> tuple[Config, ...]:
         """The configs that stand for their arms: those with confirmed scores, or all while there are none.
 
-        Scores without trials, as another program may have written them, give configs without trials.
+        Scores without trials (of another program) give configs without trials.
         """
         rows = self.confirmed[self.confirmed["arm"] != BASE]
         runs = set(rows[["arm", "config", "seed"]].drop_duplicates().itertuples(index=False, name=None))
@@ -144,22 +157,76 @@ class Study:
         base = (Config(BASE, self.base.config, (self.base,)),) if self.base else ()
         return base + self.configs
 
-    def completions(self, trial: Trial) -> list[Mapping[str, Any]]:
+    @cached_property
+    def deciding(self) -> DecidingRuns:
+        """The runs that the verdict is about: those of the reached look where looks are registered, else all."""
+        looks = self.settings.get("looks")
+        counts = [look for look in looks if isinstance(look, int)] if isinstance(looks, list) else []
+        seeds = self.registered_seeds
+        try:
+            return deciding_runs(self.scores, metric=self.metric, arms=self.arms[:2], seeds=seeds, looks=counts)
+        except UsageError:  # no look is reached: nothing is decided yet
+            return DecidingRuns(self.scores, seeds, [])
+
+    @property
+    def registered_seeds(self) -> dict[str, list[int]]:
+        """The registered seeds per arm."""
+        seeds = mapping(self.settings.get("seeds"))
+        return {str(arm): list(row) for arm, row in seeds.items() if isinstance(row, list)}
+
+    @cached_property
+    def run_scores(self) -> pd.DataFrame:
+        """The mean score of each run: split, scorer, arm, config, seed, score; unscored prompts are left out."""
+        key = ["split", "scorer", "arm", "config", "seed"]
+        found = self.scores.groupby(key, sort=False, as_index=False).agg({"score": "mean"})
+        return found[found["score"].notna()]
+
+    def run_means(self, config: Config, scorer: str, split: str) -> pd.Series:
+        """Return the mean score of each run of a config, by seed; of the base, whatever its config is called."""
+        rows = self.run_scores
+        mine = rows[(rows["arm"] == config.arm) & (rows["split"] == split) & (rows["scorer"] == scorer)]
+        if config.arm != BASE:
+            mine = mine[mine["config"] == config.label]
+            if config.trials:
+                mine = mine[mine["seed"].isin([trial.seed for trial in config.trials])]
+        return mine.groupby("seed")["score"].mean()
+
+    def rows_of(self, config: Config, scorer: str) -> pd.DataFrame:
+        """Return a config's scores by one scorer on the shown split, one row per seed and prompt."""
+        rows = self.confirmed
+        mine = rows[(rows["arm"] == config.arm) & (rows["scorer"] == scorer)]
+        return mine if config.arm == BASE else mine[mine["config"] == config.label]
+
+    def arm_scores(self, config: Config, scorer: str) -> ArmScores | None:
+        """Return a config's scores on the shown split, shape (num_seeds, num_prompts), NaN where unscored.
+
+        Returns:
+            None without scores, or where its runs were not scored on the same prompts.
+        """
+        rows = self.rows_of(config, scorer)
+        rows = rows.assign(config=config.label, seed=as_names(rows["seed"]))
+        try:
+            return arm_scores(rows, config.arm, config.label)
+        except UsageError:
+            return None
+
+    def completions(self, trial: Trial) -> list[Completion]:
         """Return a trial's completions on the shown split."""
         return [row for row in trial.completions if row["split"] == self.split]
 
     def label(self, config: Config) -> str:
-        """Name a config: by its arm alone where the arm has no other."""
+        """Return a config's name: its arm alone where the arm has no other config."""
         alone = sum(other.arm == config.arm for other in self.configs) <= 1
         return config.arm if alone or config.arm == BASE else f"{config.arm} ({config.label.replace(',', ', ')})"
 
     def missing_runs(self) -> list[tuple[str, int]]:
         """List the registered (arm, seed) for which no trial was scored; a look at fewer seeds needs no more."""
         look = mapping(self.verdict.get("look")).get("seeds")
+        count = look if isinstance(look, int) else None
         done = {(trial.arm, trial.seed) for trial in self.trials if trial.scored}
-        registered = mapping(self.settings.get("seeds"))
-        rows = {str(arm): row[:look] for arm, row in registered.items() if isinstance(row, list)}
-        return [(arm, seed) for arm, row in rows.items() for seed in row if (arm, seed) not in done]
+        return [
+            (arm, seed) for arm, row in self.registered_seeds.items() for seed in row[:count] if (arm, seed) not in done
+        ]
 
 
 def read_study(folder: Path) -> Study:
@@ -204,9 +271,9 @@ def _read_trial(reader: Reader, folder: Path) -> Trial:
         reader.note(folder / "manifest.json", "it was changed after its trial wrote it")
         manifest = {}
     failure = reader.mapping(folder / "failure.json")
-    # The runner removes failure.json when a later attempt succeeds: where it stands, the last attempt failed.
+    # The runner removes failure.json when a later attempt succeeds: where it exists, the last attempt failed.
     state = FAILED if failure else _STATES.get(str(manifest.get("status")), UNFINISHED)
-    known = manifest or failure or _from_config(reader.mapping(folder / "config.yaml"))
+    known = manifest or failure or _name_in_config(reader.mapping(folder / "config.yaml"))
     seed = known.get("seed")
     return Trial(
         trial_id=folder.name,
@@ -221,15 +288,19 @@ def _read_trial(reader: Reader, folder: Path) -> Trial:
     )
 
 
-def _completion(row: dict[str, Any]) -> dict[str, Any]:
-    """Give a row all keys of a completion, whatever a broken or foreign file holds."""
-    texts = {key: str(row.get(key, "")) for key in ("split", "prompt_id", "prompt", "completion")}
+def _completion(row: Mapping[str, Json]) -> Completion:
     tokens = row.get("tokens")
-    flags = strings(row.get("flags"))
-    return {**texts, "tokens": tokens if isinstance(tokens, int) else None, "flags": flags}
+    return {
+        "split": str(row.get("split", "")),
+        "prompt_id": str(row.get("prompt_id", "")),
+        "prompt": str(row.get("prompt", "")),
+        "completion": str(row.get("completion", "")),
+        "tokens": tokens if isinstance(tokens, int) else None,
+        "flags": strings(row.get("flags")),
+    }
 
 
-def _from_config(config: dict[str, Any]) -> dict[str, Any]:
+def _name_in_config(config: Mapping[str, Json]) -> dict[str, Json]:
     return {"arm": mapping(config.get("method")).get("name", ""), "seed": config.get("seed")}
 
 
@@ -251,16 +322,5 @@ def _read_scores(reader: Reader, folder: Path) -> pd.DataFrame:
     for column in _NUMERIC:
         frame[column] = pd.to_numeric(frame[column], errors="coerce")
     texts = [column for column in SCORE_COLUMNS if column not in _NUMERIC]
-    frame[texts] = frame[texts].fillna("").astype(str)
+    frame[texts] = frame[texts].astype("object").where(frame[texts].notna(), "").astype(str)
     return frame
-
-
-def run_means(study: Study, config: Config, scorer: str, split: str) -> pd.Series:
-    """Return the mean score of each of a config's runs, by seed; unscored prompts are left out."""
-    rows = study.scores
-    mine = rows[(rows["arm"] == config.arm) & (rows["split"] == split) & (rows["scorer"] == scorer)]
-    if config.arm != BASE:
-        mine = mine[mine["config"] == config.label]
-    if config.arm != BASE and config.trials:
-        mine = mine[mine["seed"].isin([trial.seed for trial in config.trials])]
-    return mine.groupby("seed")["score"].mean().dropna()

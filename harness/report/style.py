@@ -1,4 +1,7 @@
-"""How an arm looks: one name, colour, marker and line style, the same in every figure, table and page."""
+"""Names and looks: an arm's name, colour, marker and line style, a scorer's title, and the SVG text of figures.
+
+The same in every figure, table and page.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,20 @@ from markupsafe import Markup
 
 from harness.config.arms import BASE, title
 
+PREFERENCE = "preference_accuracy"
+DEFINITIONS = {f"{PREFERENCE}_sum": "DPO's reward", f"{PREFERENCE}_mean": "SimPO's reward"}
+SCORERS = {
+    "checks": "All checks passed",
+    "checks_fraction": "Share of checks passed",
+    "ifeval": "All instructions followed (IFEval, strict)",
+    "ifeval_loose": "All instructions followed (IFEval, loose)",
+    "judge": "Win rate by the judge against the baseline",
+    "reward_model": "Win rate by the reward model against the baseline",
+    "length_controlled": "Length-controlled win rate",
+    PREFERENCE: "Preference accuracy, both rewards",
+    **{scorer: f"Preference accuracy by {text}" for scorer, text in DEFINITIONS.items()},
+}
+
 # The page's own colours in figure files; in a page each becomes the CSS variable of this name, which has a dark form.
 INK, MUTED, LINE, PAPER = "#1f2328", "#59636e", "#c8d1da", "#ffffff"
 THEME = {INK: "ink", MUTED: "muted", LINE: "line", PAPER: "card"}
@@ -21,11 +38,11 @@ class Look:
     """An arm's looks.
 
     Attributes:
-        title: its name in prose.
-        key: name of its CSS colour variable, `--arm-KEY`.
-        light, dark: its colour on white and on black paper.
+        title: name in prose.
+        key: suffix of the CSS colour variable, `--arm-KEY`.
+        light, dark: colour on white and on black paper.
         marker, dash: matplotlib's marker and line style.
-        glyph: the same marker as a character, for headings and Markdown.
+        glyph: the marker as a character, for headings and Markdown.
     """
 
     title: str
@@ -65,7 +82,7 @@ _SPARE = (("purple", "v", "solid"), ("ochre", "P", "dashed"))
 
 
 def looks(arms: Iterable[str]) -> Mapping[str, Look]:
-    """Give every arm its looks; arms unknown to the table take the spare ones in the order of their names."""
+    """Return the looks of arms and of the base; unknown arms take the spare ones in the order of their names."""
     names = sorted(set(arms) | {BASE})
     unknown = [arm for arm in names if arm not in _FIXED]
     spare = {arm: _SPARE[number % len(_SPARE)] for number, arm in enumerate(unknown)}
@@ -89,17 +106,17 @@ class Drawing:
     """A figure.
 
     Attributes:
-        name: the file's name without `.svg`.
-        title: what it shows, in a few words.
-        description: its content with the numbers, for those who do not see it.
+        name: file name without `.svg`.
+        title: content in a few words.
+        alt_text: content with its numbers, for readers who do not see the figure.
         caption: how to read it.
-        svg: the file's text.
-        wide: takes the page's width; others stand beside each other.
+        svg: text of the file.
+        wide: True for a figure of the page's width; others are placed side by side.
     """
 
     name: str
     title: str
-    description: str
+    alt_text: str
     caption: str
     svg: str
     wide: bool
@@ -109,13 +126,13 @@ class Drawing:
         return self.svg
 
 
-def describe(raw: str, *, name: str, title: str, description: str) -> str:
-    """Return a figure file: with title and description, without metadata, its ids prefixed with the figure's name.
+def with_alt_text(raw: str, *, name: str, title: str, alt_text: str) -> str:
+    """Return a figure file with title and alt text, without metadata, its ids prefixed with the figure's name.
 
-    Several such figures can stand in one page, since no id occurs twice.
+    One page can hold several such figures, since no id occurs twice.
     """
     root = ET.fromstring(raw)
-    _drop(root, "metadata")
+    _remove_elements(root, "metadata")
     for element in root.iter():
         if "id" in element.attrib:
             element.set("id", f"{name}-{element.attrib['id']}")
@@ -124,7 +141,7 @@ def describe(raw: str, *, name: str, title: str, description: str) -> str:
                 element.set(key, f"#{name}-{value[1:]}")
             elif "url(#" in value:
                 element.set(key, _REFERENCE.sub(rf"url(#{name}-\1)", value))
-    for number, (tag, text) in enumerate((("title", title), ("desc", description))):
+    for number, (tag, text) in enumerate((("title", title), ("desc", alt_text))):
         element = ET.Element(f"{{{_SVG}}}{tag}", {"id": f"{name}-{tag}"})
         element.text = text
         root.insert(number, element)
@@ -136,14 +153,14 @@ def describe(raw: str, *, name: str, title: str, description: str) -> str:
 
 
 def inline(figure: str, colours: Mapping[str, str]) -> Markup:
-    """Return a described figure for use inside a page.
+    """Return a figure for use inside a page.
 
     Args:
-        figure: what `describe` returned.
-        colours: {colour in the figure: name of the CSS variable that takes its place}.
+        figure: result of `with_alt_text`.
+        colours: {colour in the figure: name of the CSS variable that replaces it}.
     """
     root = ET.fromstring(figure)
-    _drop(root, "style")  # it would style the whole page
+    _remove_elements(root, "style")  # it would style the whole page
     for key in ("width", "height", "version"):
         root.attrib.pop(key, None)
     for element in root.iter():
@@ -160,7 +177,7 @@ def inline(figure: str, colours: Mapping[str, str]) -> Markup:
     return Markup(ET.tostring(root, encoding="unicode"))
 
 
-def _drop(root: ET.Element, tag: str) -> None:
+def _remove_elements(root: ET.Element, tag: str) -> None:
     for parent in list(root.iter()):
         for child in [child for child in parent if child.tag == f"{{{_SVG}}}{tag}"]:
             parent.remove(child)

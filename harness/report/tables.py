@@ -1,4 +1,4 @@
-"""The tables of a report as pandas frames of text, and their two renderings, HTML and Markdown.
+"""The tables of scores, completions, guards, trials and the judge: a study -> frames of text, as HTML or Markdown.
 
 Cells are plain text and may be hostile; they are escaped when a table is rendered, and nowhere before.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -15,12 +14,11 @@ from markupsafe import Markup
 
 from harness.config.arms import BASE, title
 from harness.decide.stats import contrast
-from harness.report.study import COMPLETE, Config, Study, run_means
-from harness.report.style import Look
-from harness.report.words import DEFINITIONS, MISSING, PREFERENCE, SCORERS, levels, percent, plural, points
+from harness.decide.words import MISSING, alpha_of, confidences, percent, plural, points
+from harness.report.study import COMPLETE, Config, Study
+from harness.report.style import DEFINITIONS, PREFERENCE, SCORERS, Look
 from harness.score.trial_scores import degenerate_shares
-from harness.study.files import Reader, mapping, number
-from harness.study.registration import ALPHA
+from harness.study.files import Json, Reader, mapping, number, strings
 from harness.study.text import html, markdown, one_line
 
 _CELL_LIMIT = 400
@@ -31,11 +29,11 @@ class Table:
     """A table for people.
 
     Attributes:
-        caption: what it shows.
-        frame: text cells; the index holds the row headers, its name heads them, columns head the rest.
+        caption: title of the table.
+        frame: text cells; the index holds the row headers under the index name, columns have headers of their own.
         arms: {column header: arm}, for columns that show an arm with its colour and marker.
-        notes: sentences below it.
-        code: cells are identifiers such as hashes.
+        notes: sentences below the table.
+        code: True where cells are identifiers such as hashes.
     """
 
     caption: str
@@ -47,7 +45,7 @@ class Table:
     def html(self, looks: Mapping[str, Look]) -> Markup:
         """Render with pandas; row and column headers have a scope."""
         frame = self.frame.map(lambda cell: str(html(cell, _CELL_LIMIT)))
-        heads = [str(self._head(str(name), looks)) for name in frame.columns]
+        heads = [str(self._html_head(str(name), looks)) for name in frame.columns]
         names = [str(html(name, _CELL_LIMIT)) for name in frame.index]
         corner = str(html(frame.index.name or ""))
         frame = frame.set_axis(names, axis=0).set_axis(heads, axis=1).rename_axis(columns=corner)
@@ -64,29 +62,30 @@ class Table:
     def markdown(self, looks: Mapping[str, Look]) -> Markup:
         """Render as a GitHub table."""
 
-        def text(cell: Any) -> str:
+        def text(cell: Json) -> str:
             return str(markdown(cell, _CELL_LIMIT))
 
         heads = [str(column) for column in self.frame.columns]
         columns = [
-            f"{looks[self.arms[h]].glyph} {text(_name(h, self.arms))}" if h in self.arms else text(h) for h in heads
+            f"{looks[self.arms[h]].glyph} {text(_column_title(h, self.arms))}" if h in self.arms else text(h)
+            for h in heads
         ]
-        rows = [[text(self.frame.index.name or "") or " ", *columns], ["---"] * (1 + len(columns))]
+        rows = [[text(str(self.frame.index.name or "")) or " ", *columns], ["---"] * (1 + len(columns))]
         rows += [
             [text(name), *map(text, row)] for name, row in zip(self.frame.index, self.frame.to_numpy(), strict=True)
         ]
         return Markup("\n".join(f"| {' | '.join(row)} |" for row in rows))
 
-    def _head(self, column: str, looks: Mapping[str, Look]) -> Markup:
+    def _html_head(self, column: str, looks: Mapping[str, Look]) -> Markup:
         if column not in self.arms:
             return html(column)
         look = looks[self.arms[column]]
         chip = '<span class="arm arm-{}"><span aria-hidden="true">{}</span> {}</span>'
-        return Markup(chip).format(look.key, look.glyph, html(_name(column, self.arms)))
+        return Markup(chip).format(look.key, look.glyph, html(_column_title(column, self.arms)))
 
 
-def _name(column: str, arms: Mapping[str, str]) -> str:
-    """Return a column's title: the arm's name in prose, with the config where the column says it."""
+def _column_title(column: str, arms: Mapping[str, str]) -> str:
+    """Return a column's title: the arm's name in prose, with the config where the header has one."""
     arm = arms[column]
     return title(arm) + column.removeprefix(arm)
 
@@ -94,8 +93,8 @@ def _name(column: str, arms: Mapping[str, str]) -> str:
 def build(
     caption: str, corner: str, rows: Mapping[str, Mapping[str, str]], arms: Mapping[str, str], *notes: str
 ) -> Table:
-    """Make a table from `{row header: {column header: cell}}`; a cell that a row lacks is shown as missing."""
-    frame = pd.DataFrame.from_dict(dict(rows), orient="index", dtype=object).fillna(MISSING)
+    """Build a table from `{row header: {column header: cell}}`; a cell that a row lacks is shown as missing."""
+    frame = pd.DataFrame.from_dict(dict(rows), orient="index", dtype="object").fillna(MISSING)
     frame.index.name = corner
     shown = {name: arm for name, arm in arms.items() if name in frame}
     return Table(caption, frame, shown, tuple(note for note in notes if note))
@@ -107,7 +106,7 @@ def columns(study: Study, configs: Sequence[Config]) -> dict[str, str]:
 
 
 def preference_table(study: Study) -> Table | None:
-    """Held-out preference accuracy by both definitions, before training (the base) and after."""
+    """Show held-out preference accuracy by both definitions, before training (the base) and after."""
     rows = {}
     for split in ("golden", "dev"):
         for scorer, definition in DEFINITIONS.items():
@@ -128,7 +127,7 @@ def preference_table(study: Study) -> Table | None:
 
 
 def degenerate_table(study: Study) -> Table | None:
-    """Count degenerate completions on the shown split, all seeds together."""
+    """Count degenerate completions on the shown split, over all seeds."""
     rows: dict[str, dict[str, str]] = {}
     for config in study.with_base:
         runs = [run for trial in config.trials if (run := study.completions(trial))]
@@ -149,7 +148,7 @@ def degenerate_table(study: Study) -> Table | None:
 
 
 def length_table(study: Study) -> Table | None:
-    """Length of the completions in tokens, words and characters."""
+    """Show the length of the completions in tokens, words and characters."""
     rows: dict[str, dict[str, str]] = {}
     for config in study.with_base:
         answers = [answer for trial in config.trials for answer in study.completions(trial)]
@@ -169,8 +168,8 @@ def length_table(study: Study) -> Table | None:
     return build(f"Length of the completions on the {study.split} set", "Length", rows, columns(study, study.with_base))
 
 
-def guard_table(guards: Sequence[Mapping[str, Any]]) -> Table | None:
-    """Show the guards, and whether the winner (or the first arm, where there is none) holds them."""
+def guard_table(guards: Sequence[Mapping[str, Json]]) -> Table | None:
+    """Show the guards, and whether the winner (or the first arm, where there is none) passes them."""
     rows = {}
     for guard in guards:
         passed, margin = guard.get("passed"), number(guard.get("margin"))
@@ -192,11 +191,11 @@ def guard_table(guards: Sequence[Mapping[str, Any]]) -> Table | None:
 
 
 def trial_table(study: Study) -> Table | None:
-    """Show one row a trial, whatever became of it."""
+    """Show one row per trial, in whatever state."""
     rows = {}
     arms, metric = list(study.arms), study.metric
-    scores = study.scores[(study.scores["split"] == study.split) & (study.scores["scorer"] == metric)]
-    means = scores.groupby(["arm", "config", "seed"])["score"].mean()  # at once: there may be 500 trials
+    runs = study.run_scores[(study.run_scores["split"] == study.split) & (study.run_scores["scorer"] == metric)]
+    means = runs.set_index(["arm", "config", "seed"])["score"].to_dict()
     for trial in sorted(
         study.trials, key=lambda t: (arms.index(t.arm) if t.arm in arms else 99, t.config, t.seed or 0)
     ):
@@ -219,49 +218,48 @@ def mean_cells(study: Study, scorer: str, split: str) -> dict[str, str]:
     """Return `{column header: mean, with the standard deviation over seeds}`."""
     cells = {}
     for config in study.with_base:
-        means = run_means(study, config, scorer, split)
+        means = study.run_means(config, scorer, split)
         if len(means):
             spread = f" ±\u00a0{points(means.std(ddof=1), signed=False)}" if len(means) > 1 else ""
             cells[study.label(config)] = percent(means.mean()) + spread
     return cells
 
 
-_SPREAD = "Standard deviation over seeds, points"
-
-
 def score_table(study: Study) -> Table | None:
-    """Every scorer's mean on the shown split, with its interval; the deciding one first."""
+    """Show every scorer's mean on the shown split, with its interval; the deciding one first."""
     names = [n for n in study.confirmed["scorer"].unique() if not n.startswith(PREFERENCE) or n == study.metric]
     names.sort(key=lambda name: name != study.metric)
     rows = {}
     for scorer in names:
         decides = " (decides)" if scorer == study.metric else ""
-        rows[SCORERS.get(scorer, scorer) + decides] = _cells(study, scorer)
+        rows[SCORERS.get(scorer, scorer) + decides] = _interval_cells(study, scorer)
     if not rows:
         return None
-    seeds = {study.label(c): len(run_means(study, c, study.metric, study.split)) for c in study.with_base}
-    rows[_SPREAD] = _spreads(study)
-    rows["Seeds"] = {label: str(count) for label, count in seeds.items()}
-    rows |= _unscored(study)
+    runs = {study.label(config): study.run_means(config, study.metric, study.split) for config in study.with_base}
+    rows["Standard deviation over seeds, points"] = {
+        label: points(means.std(ddof=1), signed=False) if len(means) > 1 else MISSING for label, means in runs.items()
+    }
+    rows["Seeds"] = {label: str(len(means)) for label, means in runs.items()}
+    rows |= _unscored_rows(study)
     return build(
         f"Scores on the {study.split} set: mean over prompts and seeds, higher is better",
         "Scorer",
         rows,
         columns(study, study.with_base),
-        f"In brackets the {levels(study)[0]} interval of that arm's mean, over seeds and prompts as in the decision "
-        "(with one seed over prompts alone). The arms answer the same prompts: that two intervals overlap does not "
-        "make them alike; look at the interval of the difference.",
+        f"In brackets the {confidences(study.verdict)[0]} interval of that arm's mean, over seeds and prompts as in "
+        "the decision (with one seed over prompts alone). The arms answer the same prompts: that two intervals overlap "
+        "does not make them alike; look at the interval of the difference.",
         ""
         if study.base
         else "No SFT base is stored in this study, so there is nothing to compare with before training.",
     )
 
 
-def _cells(study: Study, scorer: str) -> dict[str, str]:
+def _interval_cells(study: Study, scorer: str) -> dict[str, str]:
     """Return `{column header: mean and interval}`."""
     cells = {}
     for config in study.with_base:
-        means = run_means(study, config, scorer, study.split)
+        means = study.run_means(config, scorer, study.split)
         if len(means):
             ends = mean_interval(study, config, scorer)
             shown = f" ({100 * ends[0]:.1f} to {100 * ends[1]:.1f})" if ends else ""
@@ -275,34 +273,21 @@ def mean_interval(study: Study, config: Config, scorer: str) -> tuple[float, flo
     The variance is the rule's own (`harness.decide.stats.contrast`) with one arm: its seeds, and the prompts.
 
     Returns:
-        None with fewer than two prompts that are scored in all runs, or where the runs do not hold the same prompts.
+        None with fewer than two prompts or clusters scored in all runs, or where the runs differ in their prompts.
     """
-    rows = study.scores
-    rows = rows[(rows["arm"] == config.arm) & (rows["split"] == study.split) & (rows["scorer"] == scorer)]
-    rows = rows if config.arm == BASE else rows[rows["config"] == config.label]
-    if rows.empty or rows.duplicated(["seed", "prompt_id"]).any():
+    scores = study.arm_scores(config, scorer)
+    if scores is None:
         return None
-    table = rows.pivot(index="prompt_id", columns="seed", values="score").dropna()
-    if len(table) < 2:
+    scored = ~np.isnan(scores.values).any(axis=0)
+    try:
+        found = contrast([scores.values[:, scored]], [1.0], scores.clusters[scored])
+    except ValueError:
         return None
-    clusters = rows.drop_duplicates("prompt_id").set_index("prompt_id")["cluster"].reindex(table.index)
-    labels = clusters.to_numpy() if (clusters != "").all() else None
-    if labels is not None and len(set(labels)) < 2:
-        return None
-    alpha = number(study.verdict.get("alpha"))
-    found = contrast([table.to_numpy(dtype=float).T], [1.0], labels)
-    low, high = found.interval(1 - (ALPHA if alpha is None else alpha))
+    low, high = found.interval(1 - alpha_of(study.verdict))
     return float(np.clip(low, 0, 1)), float(np.clip(high, 0, 1))
 
 
-def _spreads(study: Study) -> dict[str, str]:
-    means = {study.label(c): run_means(study, c, study.metric, study.split) for c in study.with_base}
-    return {
-        label: points(found.std(ddof=1), signed=False) if len(found) > 1 else MISSING for label, found in means.items()
-    }
-
-
-def _unscored(study: Study) -> dict[str, dict[str, str]]:
+def _unscored_rows(study: Study) -> dict[str, dict[str, str]]:
     """Count prompts without a score, by reason, where there are any."""
     rows = study.confirmed
     empty = rows[rows["score"].isna() & (rows["scorer"] == study.metric)]
@@ -316,62 +301,58 @@ def _unscored(study: Study) -> dict[str, dict[str, str]]:
 
 
 def judge_table(study: Study) -> Table | None:
-    """Show the facts of judge.json; None where no judge has scored."""
+    """Show the facts of judge.json; None without them."""
     facts = Reader(study.folder).mapping(study.folder / "judge.json")
     if not facts:
         return None
     rows = {
         "Judge": f"{facts.get('model')}, template {facts.get('template')}",
-        "Comparisons": f"{_count(facts, 'comparisons')}, each in both orders; {_count(facts, 'unscored')} unscored, "
-        f"{_count(facts, 'unreadable_replies')} replies that were no verdict",
-        "Contradicts itself when the order changes": _share(facts, "flip_rate"),
-        "Ties": _share(facts, "tie_rate"),
-        "Verdicts for the answer shown first (fair: 50%)": _share(facts, "first_slot_rate"),
-        "Decided comparisons that the longer answer wins": _share(facts, "longer_wins_rate"),
-        "Agreement with known labels": _agreement(mapping(facts.get("calibration"))),
-        "The arms compared with each other": _head_to_head(mapping(facts.get("head_to_head"))),
-        "Cost of the last call": _cost(mapping(facts.get("cost"))),
+        "Comparisons": f"{_count_cell(facts, 'comparisons')}, each in both orders; "
+        f"{_count_cell(facts, 'unscored')} unscored, "
+        f"{_count_cell(facts, 'unreadable_replies')} replies that were no verdict",
+        "Contradicts itself when the order changes": percent(facts.get("flip_rate")),
+        "Ties": percent(facts.get("tie_rate")),
+        "Verdicts for the answer shown first (fair: 50%)": percent(facts.get("first_slot_rate")),
+        "Decided comparisons that the longer answer wins": percent(facts.get("longer_wins_rate")),
+        "Agreement with known labels": _agreement_cell(mapping(facts.get("calibration"))),
+        "The arms compared with each other": _head_to_head_cell(mapping(facts.get("head_to_head"))),
+        "Cost of the last call": _judge_cost_cell(mapping(facts.get("cost"))),
     }
     shown = {name: {"Found": text} for name, text in rows.items() if text != MISSING}
     note = "A contradiction counts as a tie. What was judged before is not asked for again, and costs nothing."
     return build("The judge", "What", shown, {}, note)
 
 
-def _count(facts: Mapping[str, Any], key: str) -> str:
+def _count_cell(facts: Mapping[str, Json], key: str) -> str:
     value = number(facts.get(key))
     return MISSING if value is None else f"{value:,.0f}"
 
 
-def _share(facts: Mapping[str, Any], key: str) -> str:
-    value = number(facts.get(key))
-    return MISSING if value is None else percent(value)
-
-
-def _agreement(known: Mapping[str, Any]) -> str:
+def _agreement_cell(known: Mapping[str, Json]) -> str:
     share, ends = number(known.get("agreement")), known.get("ci95")
     if share is None or not isinstance(ends, list):
         return MISSING
     return f"{percent(share)} of {known.get('pairs')} pairs, 95% {percent(ends[0])} to {percent(ends[1])}"
 
 
-def _head_to_head(found: Mapping[str, Any]) -> str:
-    rates, arms = mapping(found.get("win_rates")), found.get("arms") or []
+def _head_to_head_cell(found: Mapping[str, Json]) -> str:
+    rates, arms = mapping(found.get("win_rates")), strings(found.get("arms"))
     values = [value for value in map(number, rates.values()) if value is not None]
     if not values or len(arms) < 2:
         return MISSING
     spread = f" ({percent(min(values))} to {percent(max(values))} over {plural(len(values), 'seed')})"
-    names = f"{title(str(arms[0]))} against {title(str(arms[1]))}"
+    names = f"{title(arms[0])} against {title(arms[1])}"
     return (
         f"{names}: {percent(sum(values) / len(values))}{spread if len(values) > 1 else ''}; describes, does not decide"
     )
 
 
-def _cost(cost: Mapping[str, Any]) -> str:
+def _judge_cost_cell(cost: Mapping[str, Json]) -> str:
     dollars = number(cost.get("usd"))
     price = "" if dollars is None else f", ${dollars:.2f}"
     if not cost:
         return MISSING
     return (
-        f"{_count(cost, 'requests')} requests ({_count(cost, 'cached')} known before), {_count(cost, 'input_tokens')} "
-        f"tokens in and {_count(cost, 'output_tokens')} out{price}"
+        f"{_count_cell(cost, 'requests')} requests ({_count_cell(cost, 'cached')} known before), "
+        f"{_count_cell(cost, 'input_tokens')} tokens in and {_count_cell(cost, 'output_tokens')} out{price}"
     )

@@ -225,7 +225,7 @@ def mapping(value: object) -> dict[str, Any]:
     return dict(value) if isinstance(value, Mapping) else {}
 
 
-def strings(value: object) -> list[str]:
+def strings(value: Json) -> list[str]:
     """Return a list from an untrusted file as texts, and any other value as an empty list."""
     return [str(item) for item in value] if isinstance(value, list | tuple) else []
 
@@ -241,7 +241,7 @@ def number(value: object) -> float | None:
     return found if math.isfinite(found) else None
 
 
-def bounds(value: object) -> tuple[float, float] | None:
+def bounds(value: Json) -> tuple[float, float] | None:
     """Return the two ends of an interval from an untrusted file, and None for any other value."""
     ends = [number(end) for end in value] if isinstance(value, list | tuple) else []
     return (ends[0], ends[1]) if len(ends) == 2 and ends[0] is not None and ends[1] is not None else None

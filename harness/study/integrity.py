@@ -9,9 +9,9 @@ import math
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Final, TypedDict
+from typing import Final, TypedDict
 
-from harness.study.files import FileRecord, file_sha256, read_json, read_jsonl
+from harness.study.files import FileRecord, Json, file_sha256, read_json, read_jsonl
 from harness.study.manifest import Manifest
 
 SPLITS = ("dev", "golden")
@@ -31,7 +31,7 @@ READ_BYTES = 2**30
 class FileHashes:
     """SHA-256 of files, each file hashed once per state (inode, size, times).
 
-    A command asks several times which stages of a trial are done: its driver holds one such object and passes it on.
+    A command asks several times which stages of a trial are done: its driver holds one of these and passes it on.
     """
 
     def __init__(self) -> None:
@@ -136,6 +136,8 @@ def done_stages(
         read_bytes, hashes: as in `changed_files`.
     """
     done = set(manifest.get("done", []))
+    if not done:
+        return done
     known = manifest.get("files", {})
     changed = changed_files(folder, known, read_bytes=read_bytes, hashes=hashes)
     if "train" in done and _is_training_lost(folder, manifest, changed):
@@ -148,7 +150,7 @@ def done_stages(
         for split in done & set(SPLITS):
             if not all(map(is_whole, _SPLIT_FILES)):
                 done -= {split, "score"}
-    if not is_whole("scores.jsonl") or "config.yaml" in changed:  # the last stage, cheap, writes both
+    if "score" in done and ("config.yaml" in changed or not is_whole("scores.jsonl")):  # cheap, writes both
         done.discard("score")
     return done
 
@@ -225,7 +227,7 @@ class MicroBatch(TypedDict, total=False):
     micro_batch_size: int
     asked: int | None
     seeds: dict[str, int]
-    halved: list[dict[str, Any]]
+    halved: list[dict[str, Json]]
 
 
 def read_micro_batch(study: Path) -> MicroBatch:

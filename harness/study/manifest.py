@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, TypedDict
 
 from harness.study.errors import UsageError
-from harness.study.files import FileRecord, is_broken, read_json, seal, write_json
+from harness.study.files import FileRecord, Json, is_broken, read_json, seal, write_json
 
 FILE = "manifest.json"
 
@@ -19,7 +19,7 @@ class Provenance(TypedDict):
 
     versions: dict[str, str]
     commit: str | None
-    hardware: dict[str, Any]
+    hardware: dict[str, int | str | None]
 
 
 class Manifest(TypedDict, total=False):
@@ -54,12 +54,12 @@ class Manifest(TypedDict, total=False):
     divergence: str
     flags: list[str]
     done: list[str]
-    method: dict[str, Any]
+    method: dict[str, Json]
     engine: str
     reference: str
     versions: dict[str, str]
     commit: str | None
-    hardware: dict[str, Any]
+    hardware: dict[str, int | str | None]
     warnings: list[str]
     seconds: dict[str, float]
     peak_memory_bytes: dict[str, int]

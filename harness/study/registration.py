@@ -10,10 +10,11 @@ import yaml
 
 from harness.study.backup import write_twice
 from harness.study.errors import UsageError
-from harness.study.files import is_broken, locked, read_json, seal
+from harness.study.files import Json, is_broken, locked, read_json, seal
 
 MARGIN = 0.05  # the smallest difference that matters, where a user gives none
 ALPHA = 0.05  # error rate of the decision
+CONTRAST = ("simpo", "dpo")  # first minus second, where a study has both arms
 
 Item = TypeVar("Item")
 
@@ -60,7 +61,7 @@ class Registration(TypedDict):
     alpha: float
     guards: list[Guard]
     looks: list[int]
-    family: dict[str, Any]
+    family: dict[str, Json]
     model: RegisteredModel
     data: dict[str, Any]
     warnings: list[str]
@@ -151,7 +152,7 @@ def contrast_of(arms: Sequence[str]) -> list[str]:
 
     SimPO minus DPO where both are there, else the first two; once registered, an arm that is added does not change it.
     """
-    ordered = [arm for arm in ("simpo", "dpo") if arm in arms]
+    ordered = [arm for arm in CONTRAST if arm in arms]
     ordered += [arm for arm in arms if arm not in ordered]
     return ordered[:2] if len(ordered) > 1 else []
 

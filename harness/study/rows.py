@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, TypedDict
+from typing import TypedDict
+
+from harness.study.files import Json
 
 
 class TrialName(TypedDict):
@@ -38,10 +40,10 @@ class PromptRow(TypedDict):
     split: str
     prompt_id: str
     prompt: list[ChatMessage]
-    checks: list[dict[str, Any]]
+    checks: list[dict[str, Json]]
     cluster: str
     pairs: int
-    about: dict[str, Any]
+    about: dict[str, Json]
     follows: str | None
 
 

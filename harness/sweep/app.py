@@ -20,10 +20,10 @@ from omegaconf import DictConfig
 
 from harness.config.compose import register_schemas
 from harness.config.launchers import LAUNCHERS
-from harness.config.machine import job_problem, processes_problem, this_machine
+from harness.config.machine import Machine, job_problem, processes_problem
 from harness.config.overrides import check_overrides, check_single, explain
 from harness.config.paths import CONF
-from harness.decide.lines import table_lines, verdict_line, warning_lines
+from harness.decide.words import table_lines, verdict_line, warning_lines
 from harness.study.errors import UsageError
 from harness.study.integrity import SPLITS
 from harness.study.log import prepare_process
@@ -36,7 +36,7 @@ from harness.sweep.problems import compose_run, composing, find_warnings
 from harness.sweep.protocol import StudyResult, report_study, run_study
 from harness.sweep.registration import folder_name, register
 from harness.sweep.stages import run_trial
-from harness.sweep.trial import Context
+from harness.sweep.trial import Context, Trial
 
 # What Hydra answers by itself: help, the composed config, shell completion.
 _HYDRA_FLAGS = ("--help", "-h", "--hydra-help", "--cfg", "-c", "--info", "-i", "--shell-completion", "-sc", "--version")
@@ -64,18 +64,19 @@ def run_sweep(arguments: Sequence[str]) -> list[StudyResult]:
     with _context() as context, composing():
         with explain():
             master = compose("sweep", shared_overrides(parsed), return_hydra_config=True)
-        designs = list(designs_of(expand(parsed, master), master, Composer(), folder_name))
+        designs = list(designs_of(expand(parsed, master), master, Composer(), context.inputs, folder_name))
         warnings = [warnings_of(design) for design in designs]
         launching = Launching.configured(master, _hydra_context(master), context)
         if master.plan:
             for design, found in zip(designs, warnings, strict=True):
-                print_plan(design, found, launching.kind.at_once(design.any.accelerate.num_processes))
+                at_once = launching.kind.at_once(context.machine, design.any.accelerate.num_processes)
+                print_plan(design, found, context.machine, at_once)
             return []
         for design in designs:
-            _refuse_what_cannot_run(design, launching)
+            _refuse_what_cannot_run(design, launching, context.machine)
         for design, found in zip(designs, warnings, strict=True):
             register(design, ["harness.sweep", *arguments], warnings=found)
-        results = [run_study(design, launching.run) for design in designs]
+        results = [run_study(design, launching.run, context) for design in designs]
         if len(results) > 1:
             _report_again(results)
         return results
@@ -113,11 +114,11 @@ def _check_options(arguments: Sequence[str], *, allowed: Sequence[str] = ()) -> 
             raise UsageError(f"{argument}: unknown option; write KEY=VALUE, and see --help for the keys")
 
 
-def _refuse_what_cannot_run(design: Design, launching: Launching) -> None:
+def _refuse_what_cannot_run(design: Design, launching: Launching, machine: Machine) -> None:
     """Refuse a study for which this machine or the cluster's jobs have too little disk or too few devices."""
     accelerate = design.any.accelerate
-    refuse_what_does_not_fit(design, launching.kind.at_once(accelerate.num_processes))
-    problem = "" if launching.kind.is_elsewhere else processes_problem(accelerate, this_machine())
+    refuse_what_does_not_fit(design, machine, launching.kind.at_once(machine, accelerate.num_processes))
+    problem = "" if launching.kind.is_elsewhere else processes_problem(accelerate, machine)
     if problem := problem or job_problem(launching.requested, accelerate):
         raise UsageError(problem)
 
@@ -135,31 +136,37 @@ def run_single(arguments: Sequence[str]) -> int:
     if {"--help", "-h"} & set(arguments):
         print(_TRAIN_HELP)
         return 0
-    try:
-        _check_options(arguments, allowed=(_DEV_ONLY,))
-        overrides = [argument for argument in arguments if argument != _DEV_ONLY]
-        splits = ("dev",) if _DEV_ONLY in arguments else SPLITS
-        check_single(overrides)
-        check_overrides(overrides)
-        config = compose_run(overrides)
-        shared = [item for item in overrides if not item.lstrip("+").startswith(("method", "arms.", "seed="))]
-        base_config = compose_run([*shared, "+method=sft", "seed=0"])
-        design = Design(base_config, {config.method.name: [config]}, {config.method.name: {}}, [config.seed], [])
-        design = design.in_study(folder_name(config))
-        register(design, ["harness.train", *arguments], warnings=find_warnings(config))
-        base = replace(design.base, splits=splits)
-        trial = design.trial(design.any, config.seed, splits)
-        trial.refuse_golden()
-    except UsageError as error:
-        print(f"harness.train: {redact(error)}", file=sys.stderr)
-        return 2
     with _context() as context:
-        context.slots.take(LAUNCHERS["basic"], config.accelerate.num_processes)
+        try:
+            base, trial = _single_trial(arguments, context)
+        except UsageError as error:
+            print(f"harness.train: {redact(error)}", file=sys.stderr)
+            return 2
+        context.slots.take(LAUNCHERS["basic"], trial.config.accelerate.num_processes)
         outcome = run_trial(base, context)
         if outcome.status != "failed":
             outcome = run_trial(trial, context)
     print(f"{outcome.arm} {outcome.config} seed {outcome.seed}: {outcome.status} {outcome.message}")
     return 1 if outcome.status == "failed" else 0
+
+
+def _single_trial(arguments: Sequence[str], context: Context) -> tuple[Trial, Trial]:
+    """Register the study of one trial; return the SFT base and the trial."""
+    _check_options(arguments, allowed=(_DEV_ONLY,))
+    overrides = [argument for argument in arguments if argument != _DEV_ONLY]
+    splits = ("dev",) if _DEV_ONLY in arguments else SPLITS
+    check_single(overrides)
+    check_overrides(overrides)
+    config = compose_run(overrides)
+    shared = [item for item in overrides if not item.lstrip("+").startswith(("method", "arms.", "seed="))]
+    base_config = compose_run([*shared, "+method=sft", "seed=0"])
+    arm = config.method.name
+    design = Design(base_config, {arm: [config]}, {arm: {}}, [config.seed], [], context.inputs)
+    design = design.in_study(folder_name(config, context.inputs))
+    register(design, ["harness.train", *arguments], warnings=find_warnings(config))
+    trial = design.trial(design.any, config.seed, splits)
+    trial.refuse_golden()
+    return replace(design.base, splits=splits), trial
 
 
 def print_result(result: StudyResult) -> int:

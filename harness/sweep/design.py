@@ -19,13 +19,12 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from harness.config.arms import ARMS
-from harness.config.checkpoint import contents_sha256
 from harness.config.compose import load_defaults
 from harness.config.overrides import explain, is_axis, is_hydra, selected_arms, values_of
 from harness.config.schema import Reference, RunConfig, Tuning
 from harness.config.search import Params, Space, configs_of, is_interval, overrides_of
 from harness.config.trial_id import config_label, trial_id
-from harness.data.inputs import splits_of
+from harness.data.inputs import Inputs
 from harness.study.errors import UsageError
 from harness.study.integrity import SPLITS
 from harness.sweep.problems import find_warnings, resolve
@@ -195,6 +194,7 @@ class Design:
         spaces: the search space per arm.
         seeds: those that decide; fresh ones where configs are tuned.
         tuning_seeds: those that configs are selected with.
+        inputs: splits, token ids and hashes.
         composer: composes further configs.
         common: overrides that all trials share.
         family: None for a study of its own.
@@ -205,6 +205,7 @@ class Design:
     spaces: Mapping[str, Space]
     seeds: Sequence[int]
     tuning_seeds: Sequence[int]
+    inputs: Inputs
     composer: Composer = field(default_factory=Composer)
     common: Sequence[str] = ()
     family: Family | None = None
@@ -242,7 +243,7 @@ class Design:
             UnreachableError: if they cannot be fetched here.
         """
         if not self._contents:
-            self._contents |= contents_sha256(self.any, splits_of(self.any).facts)
+            self._contents |= self.inputs.contents(self.any)
         return self._contents
 
     def trial(self, config: RunConfig, seed: int, splits: Sequence[str]) -> Trial:
@@ -303,9 +304,9 @@ class Design:
         return replace(self, base_config=base, arms=arms, family=family, _trials={})
 
 
-def single_trial(config: RunConfig, splits: Sequence[str] = SPLITS) -> Trial:
+def single_trial(config: RunConfig, splits: Sequence[str] = SPLITS, *, inputs: Inputs | None = None) -> Trial:
     """Return one config with its seed as a trial, outside of any sweep; `config.study` names its study."""
-    return Design(config, {}, {}, [], []).trial(config, config.seed, splits)
+    return Design(config, {}, {}, [], [], inputs or Inputs()).trial(config, config.seed, splits)
 
 
 def ordered(configs: Mapping[str, Sequence[RunConfig]], seeds: Iterable[int]) -> list[tuple[RunConfig, int]]:
@@ -321,22 +322,34 @@ def ordered(configs: Mapping[str, Sequence[RunConfig]], seeds: Iterable[int]) ->
 
 
 def designs_of(
-    request: Request, master: DictConfig, composer: Composer, name: Callable[[RunConfig], str]
+    request: Request,
+    master: DictConfig,
+    composer: Composer,
+    inputs: Inputs,
+    study_name: Callable[[RunConfig, Inputs], str],
 ) -> Iterator[Design]:
-    """Yield the design of each study: one, or one per value of the family's key; `name` gives a config's study."""
+    """Yield the design of each study: one, or one per value of the family's key.
+
+    Args:
+        request: the command line.
+        master: the composed config that trials share.
+        composer: composes the configs.
+        inputs: splits, token ids and hashes.
+        study_name: names the study of a config.
+    """
     key, values = master.family.key, list(master.family["values"])
     if not key:
-        design = _design(request, [], composer)
-        yield design.in_study(name(design.any))
+        design = _design(request, [], composer, inputs)
+        yield design.in_study(study_name(design.any, inputs))
         return
     family = ""
     for value in values:
-        design = _design(request, [f"{key}={value}"], composer)
-        family = family or f"{name(design.any)}-{str(key).rpartition('.')[2]}"
+        design = _design(request, [f"{key}={value}"], composer, inputs)
+        family = family or f"{study_name(design.any, inputs)}-{str(key).rpartition('.')[2]}"
         yield design.in_study(f"{family}-{value:g}", Family(str(key), values, family, value))
 
 
-def _design(request: Request, fixed: Sequence[str], composer: Composer) -> Design:
+def _design(request: Request, fixed: Sequence[str], composer: Composer, inputs: Inputs) -> Design:
     common = [*request.common, *fixed]
     base = composer.compose([*common, "+method=sft", "seed=0"])
     arms = {}
@@ -350,7 +363,7 @@ def _design(request: Request, fixed: Sequence[str], composer: Composer) -> Desig
     suggested = base.search.trials or 0 if base.search.sampler == "tpe" else 0
     sizes = {arm: suggested or len(found) for arm, found in arms.items()}
     check_study(request, sizes, allow_unequal=base.allow_unequal_budgets)
-    design = Design(base, arms, request.spaces, request.seeds, request.tuning_seeds, composer, common)
+    design = Design(base, arms, request.spaces, request.seeds, request.tuning_seeds, inputs, composer, common)
     _check_looks(design)
     return design
 

@@ -11,11 +11,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from harness.config.checkpoint import checkpoint_dir
-from harness.config.machine import gpus
+from harness.config.machine import Machine
 from harness.config.schema import Engine, Precision, RunConfig, Tuning
 from harness.config.trial_id import config_label
-from harness.data.inputs import Tokens, num_steps, splits_of, tokens_of
+from harness.data.inputs import Tokens, num_steps
 from harness.decide.simulate import detectable_before
 from harness.study.decision import Selection, read_selection
 from harness.study.errors import UnreachableError, UsageError
@@ -25,7 +24,7 @@ from harness.sweep.trial import Trial
 from harness.train.memory import plan_of
 
 
-def print_plan(design: Design, warnings: Sequence[str], at_once: int = 1) -> None:
+def print_plan(design: Design, warnings: Sequence[str], machine: Machine, at_once: int = 1) -> None:
     """Print the trials of a study, their number and their size; nothing is run."""
     unknown = ""
     try:
@@ -38,7 +37,7 @@ def print_plan(design: Design, warnings: Sequence[str], at_once: int = 1) -> Non
     else:
         print(_size_of_a_trial(design))
     if not unknown:
-        print("\n".join(_cost(design, at_once)))
+        print("\n".join(_cost(design, machine, at_once)))
     print(_findable(design))
     if design.any.score.judge.model and not unknown:
         print(_judging(design))
@@ -77,16 +76,19 @@ def _selection(design: Design) -> Selection:
         return {}
 
 
-def _cost(design: Design, at_once: int) -> Sequence[str]:
+def _cost(design: Design, machine: Machine, at_once: int) -> Sequence[str]:
     tune, confirm = to_run(design)
-    found = estimate(design, tune=tune, confirm=confirm, rate=machine_rate(design.any), at_once=at_once)
+    rate = machine_rate(design, machine)
+    found = estimate(design, machine, tune=tune, confirm=confirm, rate=rate, at_once=at_once)
     return lines(found, tune=tune, confirm=confirm, keep=design.any.keep)
 
 
-def refuse_what_does_not_fit(design: Design, at_once: int) -> None:
+def refuse_what_does_not_fit(design: Design, machine: Machine, at_once: int) -> None:
     """Raise a UsageError where what is missing of a study does not fit on the disk."""
     tune, confirm = to_run(design)
-    found = estimate(design, tune=tune, confirm=confirm, rate=1e9, at_once=at_once)  # seconds do not matter here
+    found = estimate(
+        design, machine, tune=tune, confirm=confirm, rate=1e9, at_once=at_once
+    )  # seconds do not matter here
     may_keep_less = bool(tune) and design.any.keep == "all"
     refuse_full_disk(Path(design.any.results_dir), found.disk_bytes, may_keep_less=may_keep_less)
 
@@ -95,7 +97,7 @@ def _findable(design: Design) -> str:
     """Say what difference the study could find, before anything is trained."""
     seeds = len(design.seeds)
     try:
-        prompts = len(splits_of(design.any).golden_prompts)
+        prompts = len(design.inputs.splits(design.any).golden_prompts)
     except UnreachableError:
         return "what difference the study could find is not known without its golden prompts"
     least = 100 * detectable_before(seeds, prompts, alpha=design.base_config.decide.alpha)
@@ -111,7 +113,7 @@ def _judging(design: Design) -> str:
     from harness.score.judge_endpoint import estimate
     from harness.score.judge_protocol import load_template
 
-    config, splits = design.any, splits_of(design.any)
+    config, splits = design.any, design.inputs.splits(design.any)
     prompts = [(p, len(design.arms) * len(design.seeds)) for p in splits.golden_prompts]
     if config.decide.metric in ("judge", "length_controlled"):
         tuned = len(ordered(design.arms, design.tuning_seeds)) if design.tuned else 0
@@ -160,7 +162,7 @@ def _count(design: Design) -> str:
 def _size_of_a_trial(design: Design) -> str:
     """Say what one trial works through, and how long those took that are finished already."""
     trial = design.any
-    splits = splits_of(trial)
+    splits = design.inputs.splits(trial)
     pairs = len(splits.train)
     steps = num_steps(trial, pairs)
     answers = {"dev": len(splits.dev_prompts), "golden": len(splits.golden_prompts)}
@@ -190,6 +192,7 @@ _RUN_BYTES = 200_000  # manifest, config, log and W&B's own files
 class Checkpoint:
     """The sizes of a base: weights in all, and inputs plus outputs of its linear layers, summed."""
 
+    folder: Path
     parameters: int
     linear_parameters: int
     lora_sides: int
@@ -217,11 +220,12 @@ class Estimate:
     disk_bytes: int
 
 
-def estimate(design: Design, *, tune: int, confirm: int, rate: float, at_once: int = 1) -> Estimate:
+def estimate(design: Design, machine: Machine, *, tune: int, confirm: int, rate: float, at_once: int = 1) -> Estimate:
     """Estimate a study of so many trials by stage.
 
     Args:
         design: the study's plan.
+        machine: where it runs.
         tune: trials that tune and are still to be run.
         confirm: trials that decide and are still to be run.
         rate: of this machine's matrix products, in FLOP/s.
@@ -230,9 +234,11 @@ def estimate(design: Design, *, tune: int, confirm: int, rate: float, at_once: i
     if not tune + confirm:
         return Estimate(0.0, 0.0, 0, 0, 0, 0, 0)
     config = design.any
-    splits, size = splits_of(config), checkpoint_size(checkpoint_dir(config.model))
+    splits, tokens = design.inputs.splits(config), design.inputs.tokens(config)
+    folder = design.inputs.checkpoints.folder(config.model)
+    size = checkpoint_size(folder)
     dev, golden = len(splits.dev_prompts), len(splits.golden_prompts)
-    training = train_seconds(config, tokens_of(config), size, rate)
+    training = train_seconds(config, tokens, size, rate)
     answered = golden + (0 if design.tuned else dev)  # what a deciding trial answers
     weights, checkpoint = _weight_bytes(config, size)
     rows = len(splits.train) * (config.train.epochs or 1) // (config.train.batch_size or 1) * _STEP_BYTES
@@ -247,7 +253,7 @@ def estimate(design: Design, *, tune: int, confirm: int, rate: float, at_once: i
         trial_bytes=trial,
         weight_bytes=weights,
         checkpoint_bytes=checkpoint,
-        memory_bytes=config.accelerate.num_processes * memory_bytes(config, tokens_of(config), size),
+        memory_bytes=config.accelerate.num_processes * memory_bytes(config, tokens, size, machine),
         disk_bytes=(tune + confirm + 1) * trial + kept * weights + at_once * checkpoint + 2 * (dev + golden) * text,
     )
 
@@ -264,7 +270,7 @@ def checkpoint_size(folder: Path) -> Checkpoint:
             if len(shape) == 2 and not any(word in name for word in ("embed", "lm_head", "wte", "wpe")):
                 linear += math.prod(shape)
                 sides += sum(shape)
-    return Checkpoint(parameters, linear, sides)
+    return Checkpoint(folder, parameters, linear, sides)
 
 
 def train_seconds(config: RunConfig, tokens: Tokens, size: Checkpoint, rate: float) -> float:
@@ -276,7 +282,7 @@ def train_seconds(config: RunConfig, tokens: Tokens, size: Checkpoint, rate: flo
     flops *= (4 / 3 if train.gradient_checkpointing else 1) / config.accelerate.num_processes
     plan = plan_of(config, rows)
     batches = len(plan.order) / plan.micro_batch_size / config.accelerate.num_processes
-    python = batches * (_STEP_SECONDS[0] + _STEP_SECONDS[1] * _layers(config))
+    python = batches * (_STEP_SECONDS[0] + _STEP_SECONDS[1] * _layers(size))
     launched = _LAUNCH_SECONDS if config.accelerate.num_processes > 1 else 0.0
     return flops / rate * LOOP_OVER_PRODUCTS[train.engine] + python + launched
 
@@ -285,36 +291,36 @@ def answer_seconds(config: RunConfig, prompts: int, size: Checkpoint, rate: floa
     """Estimate the answers to so many prompts, were each as long as it may be; and what is around a trial."""
     length = config.generate.max_new_tokens or 0
     batches = -(-prompts // (config.generate.batch_size or 1))
-    python = batches * length * (_STEP_SECONDS[0] + _STEP_SECONDS[1] * _layers(config)) / 2  # forward only
+    python = batches * length * (_STEP_SECONDS[0] + _STEP_SECONDS[1] * _layers(size)) / 2  # forward only
     return 2.0 * size.parameters * prompts * length / (rate * _DECODING_SHARE) + python + _AROUND_SECONDS
 
 
-def memory_bytes(config: RunConfig, tokens: Tokens, size: Checkpoint) -> int:
+def memory_bytes(config: RunConfig, tokens: Tokens, size: Checkpoint, machine: Machine) -> int:
     """Estimate the memory of a process that trains: weights, gradients, AdamW's state, activations, and Python."""
     from transformers import AutoConfig
 
     from harness.train.memory import activation_bytes, largest_micro_batch
 
-    model = AutoConfig.from_pretrained(checkpoint_dir(config.model), trust_remote_code=False)
-    itemsize = 2 if _may_use_bf16(config) else 4
+    model = AutoConfig.from_pretrained(size.folder, trust_remote_code=False)
+    itemsize = 2 if _may_use_bf16(config, machine) else 4
     held = {Tuning.full: 4.0, Tuning.lora: float(itemsize), Tuning.qlora: 0.6}[config.train.tuning] * size.parameters
     trained = size.parameters if config.train.tuning is Tuning.full else config.train.lora_rank * size.lora_sides
     shares = config.train.engine is Engine.paired and config.train.levers.share_prefix
     count = largest_micro_batch(tokens.train.rows, plan_of(config, tokens.train.rows), share_prefix=shares)
-    kept = activation_bytes(model, count, itemsize) / (_layers(config) if config.train.gradient_checkpointing else 1)
+    kept = activation_bytes(model, count, itemsize) / (_layers(size) if config.train.gradient_checkpointing else 1)
     return int(held + 12 * trained + kept + _PROCESS_BYTES)
 
 
-def _may_use_bf16(config: RunConfig) -> bool:
+def _may_use_bf16(config: RunConfig, machine: Machine) -> bool:
     """Guess the arithmetic without torch: asking CUDA would settle which GPUs this process sees."""
     precision = config.train.precision
-    return precision is Precision.bf16 or (precision is Precision.auto and bool(gpus()))
+    return precision is Precision.bf16 or (precision is Precision.auto and bool(machine.gpus))
 
 
-def _layers(config: RunConfig) -> int:
+def _layers(size: Checkpoint) -> int:
     from transformers import AutoConfig
 
-    model = AutoConfig.from_pretrained(checkpoint_dir(config.model), trust_remote_code=False)
+    model = AutoConfig.from_pretrained(size.folder, trust_remote_code=False)
     return int(model.get_text_config().num_hidden_layers)
 
 
@@ -371,13 +377,16 @@ def lines(found: Estimate, *, tune: int, confirm: int, keep: str) -> Sequence[st
     ]
 
 
-def machine_rate(config: RunConfig) -> float:
+def machine_rate(design: Design, machine: Machine) -> float:
     """Measure how fast matrices are multiplied where training will run, in FLOP/s."""
     from harness.train.base import set_threads
     from harness.train.memory import matmul_rate
 
+    config = design.any
     set_threads(config)
-    text: Any = json.loads((checkpoint_dir(config.model) / "config.json").read_text())
+    text: Any = json.loads((design.inputs.checkpoints.folder(config.model) / "config.json").read_text())
     text = text.get("text_config", text)
     inner = int(text.get("hidden_size", 1024))
-    return matmul_rate(inner, int(text.get("intermediate_size") or 4 * inner), seconds=0.3, bf16=_may_use_bf16(config))
+    return matmul_rate(
+        inner, int(text.get("intermediate_size") or 4 * inner), seconds=0.3, bf16=_may_use_bf16(config, machine)
+    )

@@ -23,7 +23,6 @@ from omegaconf import DictConfig, open_dict
 from tqdm import tqdm
 
 from harness.config.launchers import Launcher, launcher_of
-from harness.data.inputs import splits_of, tokens_of
 from harness.generate.vllm import answers_path
 from harness.study.errors import UsageError
 from harness.study.integrity import done_stages
@@ -84,13 +83,16 @@ class Launching:
 
         work = [(trial.folder, split) for trial in trials for split in _unanswered(trial)]
         if work:
-            first = trials[0]
-            answer_folders(work, first.config, tokens_of(first.config).chat, splits_of(first.config), first.study)
+            first, inputs = trials[0], self._context.inputs
+            chat, splits = inputs.tokens(first.config).chat, inputs.splits(first.config)
+            base = inputs.checkpoints.folder(first.config.model)
+            answer_folders(work, first.config, chat, splits, base=base, scratch=first.study)
 
     def _run(self, trials: Sequence[Trial]) -> list[Outcome]:
         if self._hydra is None:
             return [self._run_here(trial) for trial in trials]
-        size = self.kind.batch(len(trials), trials[0].config.accelerate.num_processes)
+        processes = trials[0].config.accelerate.num_processes
+        size = self.kind.batch(len(trials), self._context.machine, processes)
         return [
             outcome
             for start in range(0, len(trials), size)

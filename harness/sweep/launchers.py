@@ -23,7 +23,7 @@ from hydra.plugins.launcher import Launcher as HydraLauncher
 from omegaconf import DictConfig, open_dict
 
 from harness.config.launchers import Launcher
-from harness.config.machine import gpus
+from harness.config.machine import Machine
 from harness.study.errors import UsageError
 
 
@@ -126,7 +126,8 @@ _POLL_SECONDS = 0.5
 class Slots:
     """The GPUs or cores that this process holds, each by a lock on a file that the kernel frees with the process."""
 
-    def __init__(self) -> None:
+    def __init__(self, machine: Machine) -> None:
+        self._machine = machine
         self._held: list[TextIO] = []
 
     def take(self, launcher: Launcher, count: int = 1) -> list[str]:
@@ -142,15 +143,16 @@ class Slots:
         Returns:
             The names of the slots; empty if none are needed.
         """
+        gpus = self._machine.gpus
         if launcher.is_elsewhere:
-            if len(gpus()) > count:  # more than requested: one process would spread over all of them
-                os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus()[:count])
+            if len(gpus) > count:  # more than requested: one process would spread over all of them
+                os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus[:count])
             return []
-        if self._held or not (launcher.one_process_each or len(gpus()) > 1):
+        if self._held or not (launcher.one_process_each or len(gpus) > 1):
             return []
-        names = gpus() or tuple(f"core-{number}" for number in range(len(os.sched_getaffinity(0))))
+        names = gpus or tuple(f"core-{number}" for number in range(self._machine.cores))
         slots = self._wait_for(names, min(count, len(names)))
-        if gpus():
+        if gpus:
             os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(slots)
         elif count == 1:
             os.environ["OMP_NUM_THREADS"] = "1"

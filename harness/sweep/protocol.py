@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from harness.config.schema import RunConfig
 from harness.decide.study import decide_study
 from harness.score.available import scoring_of, study_scorers
 from harness.score.study_scores import blocking, score_study
 from harness.score.trial_scores import collect_scores
+from harness.study.decision import Verdict
 from harness.study.errors import UsageError, is_outside, problem
 from harness.study.files import drop_temporaries, locked, locked_if_free
 from harness.study.integrity import drop_damaged, is_outdated
@@ -22,9 +22,9 @@ from harness.study.manifest import read_manifest
 from harness.study.outcome import Outcome, set_aside, standing_failure
 from harness.study.registration import read_study
 from harness.sweep.design import Design
-from harness.sweep.trial import Trial
+from harness.sweep.trial import Context, Trial
 from harness.sweep.tuning import tune
-from harness.track.tracker import track
+from harness.track.tracker import Trackers, track
 
 Launch = Callable[[Sequence[Trial]], list[Outcome]]
 
@@ -47,7 +47,7 @@ class StudyResult:
     """
 
     outcomes: list[Outcome]
-    verdict: dict[str, Any] | None
+    verdict: Verdict | None
     undecided: str
     report: Path | None
     launched: int
@@ -57,12 +57,13 @@ class StudyResult:
     unreported: str = ""
 
 
-def run_study(design: Design, launch: Launch) -> StudyResult:
+def run_study(design: Design, launch: Launch, context: Context) -> StudyResult:
     """Run what is missing of a study, then decide and report.
 
     Args:
         design: what to train.
         launch: runs trials and returns how they ended, in the same order.
+        context: state of this process.
     """
     study = design.study
     _drop_damaged(study)
@@ -92,7 +93,7 @@ def run_study(design: Design, launch: Launch) -> StudyResult:
         collect_scores(study)
         report, unreported = report_study(study)
     if runs.launched and verdict and report:
-        _mirror(design.base_config, study, verdict)
+        _mirror(design.base_config, study, verdict, context.trackers)
     return _result(runs, design, verdict, undecided, report=report, unreported=unreported)
 
 
@@ -119,7 +120,7 @@ def _looks(design: Design) -> list[Sequence[int]]:
 def _result(
     runs: _Runs,
     design: Design,
-    verdict: dict[str, Any] | None,
+    verdict: Verdict | None,
     undecided: str,
     *,
     report: Path | None = None,
@@ -204,7 +205,7 @@ def _standing(trials: Sequence[Trial]) -> Iterator[tuple[Path, Outcome]]:
             yield trial.folder, trial.outcome("failed", why, retries=False)
 
 
-def _decided(study: Path) -> tuple[dict[str, Any] | None, str]:
+def _decided(study: Path) -> tuple[Verdict | None, str]:
     """Return the verdict, or None with the reason; a verdict on what the scores no longer say is taken away."""
     with locked(study):
         collect_scores(study)
@@ -215,7 +216,7 @@ def _decided(study: Path) -> tuple[dict[str, Any] | None, str]:
             return None, str(error)
 
 
-def _mirror(base: RunConfig, study: Path, verdict: dict[str, Any]) -> None:
+def _mirror(base: RunConfig, study: Path, verdict: Verdict, trackers: Trackers) -> None:
     """Log the study itself: the verdict as a summary, the figures and the report as pages."""
     from harness.report.prompts import answers_table  # loads matplotlib
     from harness.report.study import read_study as read_for_report
@@ -228,6 +229,7 @@ def _mirror(base: RunConfig, study: Path, verdict: dict[str, Any]) -> None:
         job_type="study",
         tags=["study", verdict["verdict"], verdict["level"]],
         config=read_study(study / "study.yaml"),
+        trackers=trackers,
     ) as tracker:
         tracker.summarise({f"verdict/{key}": value for key, value in verdict.items()})
         tracker.table("side_by_side", *answers_table(read_for_report(study)))

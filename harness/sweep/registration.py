@@ -10,10 +10,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from harness.config.checkpoint import contents_sha256
 from harness.config.schema import RunConfig
 from harness.config.trial_id import plain, registered_section
-from harness.data.inputs import prompt_rows, splits_of, tokens_of
+from harness.data.inputs import Inputs, prompt_rows
 from harness.data.records import EvalPrompt
 from harness.data.splits import Splits
 from harness.score.available import allowed_scorers, registered_settings
@@ -27,9 +26,9 @@ from harness.study.scores_csv import MAX_UNSCORED
 from harness.sweep.design import Design
 
 
-def fixed_parts(config: RunConfig) -> dict[str, Any]:
+def fixed_parts(config: RunConfig, inputs: Inputs) -> dict[str, Any]:
     """Return what all trials of a study share and what its verdict depends on; a change makes another study."""
-    splits = splits_of(config)
+    splits = inputs.splits(config)
     metric = config.decide.metric or default_metric(config, splits)
     return {
         "question": config.question,
@@ -40,27 +39,27 @@ def fixed_parts(config: RunConfig) -> dict[str, Any]:
         "looks": list(config.decide.looks or []),
         "search": registered_section(config, "search"),
         "score": registered_settings(config, [metric, *(str(guard["metric"]) for guard in config.decide.guards)]),
-        "contents": contents_sha256(config, splits.facts),
+        "contents": inputs.contents(config),
         "data": registered_section(config, "data"),
         "train": registered_section(config, "train"),
         "generate": registered_section(config, "generate"),
     }
 
 
-def study_name(config: RunConfig) -> str:
+def study_name(config: RunConfig, inputs: Inputs) -> str:
     """Return the study's name: the one given, or the model's with a hash of the question."""
     if config.study is not None:
         return config.study
-    return f"{Path(config.model.path).name}-{digest(fixed_parts(config))[:8]}"
+    return f"{Path(config.model.path).name}-{digest(fixed_parts(config, inputs))[:8]}"
 
 
-def folder_name(config: RunConfig) -> str:
+def folder_name(config: RunConfig, inputs: Inputs) -> str:
     """Return the name of a config's study as a folder.
 
     A plan of a model or data set that cannot be fetched here goes without the hash of the question.
     """
     try:
-        name = study_name(config)
+        name = study_name(config, inputs)
     except UnreachableError:
         if not config.plan:
             raise
@@ -95,20 +94,21 @@ def _register(design: Design, command: Sequence[str], *, warnings: Sequence[str]
     """
     config = design.any
     folder = design.study
-    fixed = fixed_parts(config)
+    inputs = design.inputs
+    fixed = fixed_parts(config, inputs)
     path = folder / "study.yaml"
     for name in put_back(folder):
         say(f"{folder / name} was cut off or damaged and is put back from its backup copy")
     if not path.is_file():
         check_answerable(design, fixed)
-        tokens_of(config)  # what is wrong with tokenizer, template or lengths shows here, and not in the first trial
+        inputs.tokens(config)  # a wrong tokenizer, template or length is refused here, not in the first trial
     with locked(folder):
         old = read_study(path) if path.is_file() else None
         if old:
             _refuse_changes(path, old["fixed"], fixed)
         study = _study(folder.name, design, fixed, old or {}, command=shlex.join(command), warnings=warnings)
         refuse_late_configs(path, old, study)
-        _write_prompts(folder / "prompts.jsonl", to_jsonl(prompt_rows(splits_of(config))))
+        _write_prompts(folder / "prompts.jsonl", to_jsonl(prompt_rows(inputs.splits(config))))
         if study != old:
             write_study(path, study)
     return study
@@ -125,7 +125,7 @@ def _study(
 ) -> Registration:
     """Return the contents of study.yaml: what is registered already stays, arms, configs and seeds are added."""
     config, labels = design.any, design.labels()
-    facts = splits_of(config).facts
+    facts = design.inputs.splits(config).facts
     arms = merged(old.get("arms", []), list(labels))
     configs = dict(old.get("configs", {}))
     seeds = dict(old.get("seeds", {}))
@@ -171,7 +171,7 @@ def _family(design: Design) -> dict[str, Any]:
 
 def check_answerable(design: Design, fixed: dict[str, Any]) -> None:
     """Raise a UsageError where the splits cannot be scored on the metric or a guard."""
-    splits = splits_of(design.any)
+    splits = design.inputs.splits(design.any)
     needed = [("decide.metric", "golden", fixed["metric"])]
     needed += [("decide.guards", "golden", guard["metric"]) for guard in fixed["guards"]]
     needed += [("decide.metric", "dev", fixed["metric"])] if design.tuned else []

@@ -16,10 +16,9 @@ from typing import Any, Unpack
 
 import yaml
 
-from harness.config.checkpoint import contents_sha256
 from harness.config.machine import provenance
 from harness.config.trial_id import plain
-from harness.data.inputs import Tokens, num_steps, prompt_rows, splits_of, tokens_of
+from harness.data.inputs import Tokens, num_steps, prompt_rows
 from harness.generate.heldout import heldout_rows
 from harness.generate.vllm import drop_answers, stored_answers
 from harness.score.scorers import SCORERS
@@ -33,9 +32,9 @@ from harness.study.outcome import SPLIT_PREFIX, STEP, Outcome, describe, end_log
 from harness.sweep.problems import find_warnings
 from harness.sweep.trial import Context, Trial
 from harness.track.tracker import Tracker, track
-from harness.train.base import borrowed_base, borrowed_policy, import_logging_libraries, set_threads
+from harness.train.base import import_logging_libraries, set_threads
 from harness.train.checkpoints import drop_broken
-from harness.train.memory import Meter, settle_imports
+from harness.train.memory import Meter
 from harness.train.stage import TrainStage
 
 
@@ -117,13 +116,14 @@ class _Running:
             job_type=about["arm"],
             tags=[about["arm"], about["engine"], config.train.tuning.value],
             config=plain(config) | {"trial_id": about["trial_id"]},
+            trackers=self.context.trackers,
         ) as tracker:
             with self._stage("load"):
-                tokens = tokens_of(config)
+                tokens = self.context.inputs.tokens(config)
                 self._describe_data(tokens)
                 if self.trial.is_trained:  # imported once per process: no part of the training's seconds
                     importlib.import_module("harness.train.trainers")
-            settle_imports()
+            self.context.imports.freeze()
             if self.trial.is_trained and "train" not in about["done"]:
                 self._train(tokens, tracker)
             with self._lent:
@@ -136,9 +136,9 @@ class _Running:
         delete_weights(self.folder, self.manifest)
 
     def _describe_data(self, tokens: Tokens) -> None:
-        facts = splits_of(self.config).facts
+        facts = self.context.inputs.splits(self.config).facts
         self.manifest |= {
-            "base_sha256": contents_sha256(self.config, facts)["base"],
+            "base_sha256": self.context.inputs.contents(self.config)["base"],
             "data_sha256": tokens.train.sha256,
             "pairs": {"train": len(tokens.train.rows), "dev": len(tokens.dev.rows), "golden": len(tokens.golden.rows)},
             "dropped_pairs": {split: getattr(tokens, split).dropped for split in ("train", "dev", "golden")},
@@ -159,7 +159,16 @@ class _Running:
             tracker.log({STEP: step} | {f"train/{key}": value for key, value in logs.items()})
 
         base_sha256 = self.manifest["base_sha256"]
-        stage = TrainStage(self.config, tokens, self.folder, base_sha256, on_step, self._stage)
+        stage = TrainStage(
+            self.config,
+            tokens,
+            self.folder,
+            base_sha256,
+            on_step,
+            self._stage,
+            self.context.bases,
+            self.context.machine,
+        )
         found = stage.run(is_cost_trial=bool(self.trial.cost_name))
         path = self.folder / "train.jsonl"
         self.hashes.note(path, write_jsonl(path, found.steps))
@@ -167,9 +176,9 @@ class _Running:
         self.manifest["warnings"] += found.warnings
         peak = self.meter.peak_memory_bytes
         peak["train"] = max(peak.get("train", 0), found.peak_memory_bytes)
-        self._save(
-            **found.facts, done=[*self.manifest["done"], "train"], files=fingerprints(self.folder, {}, self.hashes)
-        )
+        files = fingerprints(self.folder, {}, self.hashes)
+        found.facts |= {"done": [*self.manifest["done"], "train"], "files": files}
+        self._save(**found.facts)
         shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
 
     def _evaluate(self, tokens: Tokens, split: str) -> None:
@@ -184,7 +193,7 @@ class _Running:
     def _answer(self, tokens: Tokens, split: str) -> None:
         from harness.generate.answers import generate_completions  # loads torch
 
-        config, splits = self.config, splits_of(self.config)
+        config, splits = self.config, self.context.inputs.splits(self.config)
         prompts = splits.dev_prompts if split == "dev" else splits.golden_prompts
         rows = tokens.dev.rows if split == "dev" else tokens.golden.rows
         with self._stage("generate"):
@@ -194,7 +203,18 @@ class _Running:
             )
         flagged = [asdict(c) | {"flags": completion_flags(c.completion, ended=c.ended)} for c in completions]
         with self._stage("heldout"):
-            pairs = heldout_rows(config, policy, rows, split, base=self.trial.study / "base") if rows else []
+            pairs = (
+                heldout_rows(
+                    config,
+                    policy,
+                    rows,
+                    split,
+                    base=self.trial.study / "base",
+                    pad_id=tokens.chat.tokenizer.pad_token_id,
+                )
+                if rows
+                else []
+            )
         for name, new in (("completions.jsonl", flagged), ("pairs.jsonl", pairs)):
             path = self.folder / name
             old = [row for row in read_jsonl(path) if row["split"] != split] if path.is_file() else []
@@ -206,8 +226,8 @@ class _Running:
     def _borrow_policy(self) -> Any:
         """Return what answers, the same for all splits; it is given back at the end of the run."""
         if self._policy is None:
-            is_trained = self.trial.is_trained
-            lent = borrowed_policy(self.config, self.folder) if is_trained else borrowed_base(self.config)
+            is_trained, bases = self.trial.is_trained, self.context.bases
+            lent = bases.borrow_policy(self.config, self.folder) if is_trained else bases.borrow_base(self.config)
             self._policy = self._lent.enter_context(lent)
         return self._policy
 
@@ -215,7 +235,7 @@ class _Running:
         """Score what is stored, and mirror the means and the completions."""
         base = self.trial.study / "base" if self.trial.is_trained else None
         with self._stage("score"):
-            prompts = [{**row} for row in prompt_rows(splits_of(self.config))]
+            prompts = [{**row} for row in prompt_rows(self.context.inputs.splits(self.config))]
             rows = score_trial(self.folder, prompts, tuple(SCORERS), base=base)
             self.manifest = load_manifest(self.folder)  # score_trial has added flags to it
         status = "diverged" if self.manifest["status"] == "diverged" else "complete"

@@ -8,8 +8,10 @@ from typing import Any
 
 from harness.config.arms import ARMS
 from harness.config.compose import config_from
+from harness.config.machine import Machine
 from harness.config.schema import RunConfig
 from harness.config.trial_id import config_label, plain
+from harness.data.inputs import Inputs
 from harness.study.decision import golden_problem
 from harness.study.errors import UsageError
 from harness.study.files import read_json, write_json
@@ -18,6 +20,9 @@ from harness.study.manifest import load_manifest, read_manifest
 from harness.study.outcome import Outcome
 from harness.study.rows import TrialName
 from harness.sweep.launchers import Slots
+from harness.track.tracker import Trackers
+from harness.train.base import Bases
+from harness.train.memory import FrozenImports
 
 
 @dataclass
@@ -25,12 +30,26 @@ class Context:
     """State that trials of one process share: made by the driver of a sweep, or by a worker process, and passed down.
 
     Attributes:
+        machine: its devices.
+        inputs: splits, token ids and hashes of the data sets and checkpoints in use.
+        bases: the base in memory, lent from trial to trial.
+        trackers: whether W&B can be reached.
         slots: the GPUs or cores that this process holds.
+        imports: keeps imported modules out of the garbage collector's rounds.
         hashes: of files of trials, each file hashed once per state.
     """
 
-    slots: Slots = field(default_factory=Slots)
+    machine: Machine = field(default_factory=Machine.here)
+    inputs: Inputs = field(default_factory=Inputs)
     hashes: FileHashes = field(default_factory=FileHashes)
+    trackers: Trackers = field(default_factory=Trackers)
+    imports: FrozenImports = field(default_factory=FrozenImports)
+    bases: Bases = field(init=False)
+    slots: Slots = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.bases = Bases(self.inputs.checkpoints.folder)
+        self.slots = Slots(self.machine)
 
 
 @dataclass(frozen=True)

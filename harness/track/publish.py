@@ -1,11 +1,11 @@
-"""Publish a study to Weights & Biases: upload its runs, and build a workspace and a report over them.
+"""Publish a study to Weights & Biases: a study's folder -> uploaded runs, a workspace and a report.
 
-`python -m harness.report results/STUDY --publish`. Needs an account; the pages are built before anybody logs in, so
-that what cannot be published is said first. The only file that knows wandb-workspaces.
+Needs an account. The pages are built before the login, so that an unpublishable study is refused first.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import re
@@ -13,36 +13,42 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, NamedTuple
 
 import yaml
 
 from harness.config.arms import BASE
-from harness.report import words
+from harness.decide.words import plural
 from harness.report.study import Study
 from harness.report.style import looks
+from harness.report.summary import summarise
 from harness.report.tables import score_table
 from harness.score.settings import links_among, links_problem
 from harness.study.errors import UsageError
-from harness.study.files import Reader, mapping, write_json
+from harness.study.files import Json, Reader, mapping, write_json
 from harness.study.outcome import SPLIT_PREFIX, STEP
 from harness.study.text import one_line
+
+if TYPE_CHECKING:
+    import wandb_workspaces.reports.v2 as wr
+    import wandb_workspaces.workspaces as ws
+    from wandb_workspaces.reports.v2.interface import Block
 
 TIMEOUT_SECONDS = 20
 _PUBLISHED = "published.json"
 
 
 class NotPublishedError(Exception):
-    """The study is ready, and W&B did not take it; the message says what to do."""
+    """The study is ready, and W&B did not accept it; the message names the next step."""
 
 
 def publish_study(study: Study, entity: str | None = None) -> dict[str, str]:
-    """Upload a study's offline runs, and write its workspace and report; the second time, the same two are renewed.
+    """Upload a study's offline runs, and write its workspace and report; a second call updates the same two pages.
 
     Args:
-        study: what is published.
-        entity: the account or team that it goes to; None for WANDB_ENTITY's, else the user's own. What the study says
-            of it does not count: somebody else may have written it.
+        study: the study to publish.
+        entity: account or team; None for WANDB_ENTITY, else the user's own. The entity in the study's files is not
+            used: somebody else may have written it.
 
     Returns:
         `{"workspace": URL, "report": URL}`, also written to `wandb/published.json` in the study's folder.
@@ -54,51 +60,62 @@ def publish_study(study: Study, entity: str | None = None) -> dict[str, str]:
     """
     if importlib.util.find_spec("wandb_workspaces") is None:
         raise UsageError("--publish needs wandb-workspaces; install it: pip install 'dpo-simpo-harness[publish]'")
-    tracking = _tracking(study)
+    target = _registered_target(study)
     offline = sorted(str(path) for path in study.folder.glob("wandb/offline-run-*"))
     if not offline and not any(study.folder.glob("wandb/run-*")):
         raise UsageError(
             f"{study.folder}: no W&B runs (tracking=none?); a study that is run with tracking=wandb has them"
         )
-    project = _project(study, tracking)
-    build_workspace(study, "entity", project)  # what cannot be built is said before anybody is asked for a key
-    build_report(study, "", project)
-    owner = _entity(study, len(offline), entity or os.environ.get("WANDB_ENTITY"), tracking.get("entity"))
+    _check_project(study, target.project)
+    build_workspace(study, "entity", target.project)  # an unpublishable study is refused before the login
+    build_report(study, "", target.project)
+    owner = _entity(study, len(offline), entity or os.environ.get("WANDB_ENTITY"), target.entity)
     if offline:
-        _sync(study, offline, owner, project)
-    return _save(study, owner, project)
+        _sync(study, offline, owner, target.project)
+    return _save(study, owner, target.project)
 
 
-def _tracking(study: Study) -> Mapping[str, Any]:
-    """Return the tracking section of the base's config: project and entity."""
-    try:
+class _Target(NamedTuple):
+    """Project and entity in the tracking section of the base's config."""
+
+    project: str
+    entity: str | None
+
+
+def _registered_target(study: Study) -> _Target:
+    tracking: Mapping[str, Json] = {}
+    with contextlib.suppress(OSError, yaml.YAMLError):
         text = (study.folder / "base" / "config.yaml").read_text(encoding="utf-8")
-        return mapping(mapping(yaml.safe_load(text)).get("tracking"))
-    except (OSError, yaml.YAMLError):
-        return {}
+        tracking = mapping(mapping(yaml.safe_load(text)).get("tracking"))
+    entity = tracking.get("entity")
+    return _Target(str(tracking.get("project") or "dpo-vs-simpo"), None if entity is None else str(entity))
 
 
-def _project(study: Study, tracking: Mapping[str, Any]) -> str:
-    """Return the project's name, and refuse runs that hold other files than their own."""
-    project = str(tracking.get("project") or "dpo-vs-simpo")
+def _check_project(study: Study, project: str) -> None:
+    """Refuse a name that is no project's, and runs with files from outside their folder."""
     if not re.fullmatch(r"[\w.-]+( [\w.-]+)*", project):
         raise UsageError(f"tracking.project={one_line(project, 80)}: no name of a W&B project; allowed: a-z, 0-9, -, _")
     runs = list(study.folder.glob("wandb/offline-run-*"))
     paths = [path for run in runs for path in [run, *run.glob("*.wandb"), run / "files", *run.glob("files/**/*")]]
     if links := links_among(paths, study.folder):
         raise UsageError(links_problem(links))
-    return project
 
 
-def _entity(study: Study, runs: int, wanted: str | None, named: Any) -> str:
-    """Return whose the pages will be: the one that the user wants, else the account's own.
+def _entity(study: Study, runs: int, wanted: str | None, named: str | None) -> str:
+    """Return the owner of the pages: the wanted one, else the account's own entity.
+
+    Args:
+        study: the study to publish.
+        runs: number of runs to upload.
+        wanted: entity that the user names.
+        named: entity that the study names.
 
     Raises:
-        UsageError: the study names somebody else, and the user nobody.
-        NotPublishedError: there is no account, or it cannot be reached.
+        UsageError: the study names an entity that is not the account's own, and the user none.
+        NotPublishedError: no account, or it cannot be reached.
     """
     ready = (
-        f"Prepared: {words.plural(runs, 'offline run')} to upload, a workspace and a report. To publish them, log in "
+        f"Prepared: {plural(runs, 'offline run')} to upload, a workspace and a report. To publish them, log in "
         f"(`wandb login`, or WANDB_API_KEY in the environment) and run `python -m harness.report {study.folder} "
         f"--publish` again; to upload the runs alone: `wandb sync {study.folder}/wandb/offline-run-*`"
     )
@@ -116,14 +133,15 @@ def _entity(study: Study, runs: int, wanted: str | None, named: Any) -> str:
     if not wanted and named not in (None, owner):
         place = one_line(named, 80)
         raise UsageError(
-            f"tracking.entity={place}: only the study says that it goes there, and what a results folder says is not "
-            f"used to send anything; allowed: what you type; add --entity {shlex.quote(place)} or --entity {owner}"
+            f"tracking.entity={place}: only the study names this entity, and the files of a results folder do not "
+            f"decide where anything is sent; allowed: what you type; add --entity {shlex.quote(place)} or --entity "
+            f"{owner}"
         )
     return owner
 
 
 def _sync(study: Study, offline: Sequence[str], entity: str, project: str) -> None:
-    """Upload offline runs; those that were uploaded before are left out by W&B's own command."""
+    """Upload offline runs; W&B's own command leaves out those that were uploaded before."""
     place = ["--entity", entity, "--project", project]  # the runs themselves may name another one
     command = [sys.executable, "-m", "wandb", "sync", "--yes", *place, *offline]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -136,7 +154,7 @@ def _sync(study: Study, offline: Sequence[str], entity: str, project: str) -> No
 
 
 def _save(study: Study, entity: str, project: str) -> dict[str, str]:
-    """Save both pages, under the addresses that they had before where they are still there."""
+    """Save both pages, under their earlier addresses where these still exist."""
     import wandb_workspaces.reports.v2 as wr
     import wandb_workspaces.workspaces as ws
 
@@ -148,7 +166,7 @@ def _save(study: Study, entity: str, project: str) -> dict[str, str]:
     }
     try:
         for name, (page, kind) in pages.items():
-            urls[name] = str(_renewed(page, kind, known.get(name)).save().url)
+            urls[name] = str(_at_address(page, kind, known.get(name)).save().url)
             write_json(study.folder / "wandb" / _PUBLISHED, {**known, **urls})
     except Exception as error:  # neither library has a base of its own for its errors
         raise NotPublishedError(
@@ -157,10 +175,12 @@ def _save(study: Study, entity: str, project: str) -> dict[str, str]:
     return urls
 
 
-def _renewed(page: Any, kind: Any, url: Any) -> Any:
-    """Put a page's content under the address that it had before; return it as it is where that is gone or no such page.
+def _at_address(
+    page: ws.Workspace | wr.Report, kind: type[ws.Workspace | wr.Report], url: Json
+) -> ws.Workspace | wr.Report:
+    """Return the existing page at an address with the content of `page`; `page` itself where there is no such page.
 
-    The study names the address: it must not make this user's other pages those of the study.
+    The study names the address: it must not overwrite this user's other pages.
     """
     if not url:
         return page
@@ -176,7 +196,7 @@ def _renewed(page: Any, kind: Any, url: Any) -> Any:
     return old
 
 
-def build_workspace(study: Study, entity: str, project: str) -> Any:
+def build_workspace(study: Study, entity: str, project: str) -> ws.Workspace:
     """Return the workspace: the study's runs grouped by arm; scores, training and figures as sections."""
     import wandb_workspaces.reports.v2 as wr
     import wandb_workspaces.workspaces as ws
@@ -203,8 +223,8 @@ def build_workspace(study: Study, entity: str, project: str) -> Any:
     )
 
 
-def build_report(study: Study, entity: str, project: str) -> Any:
-    """Return the report: verdict, interval, what to do next, scores, training of each arm by itself, completions."""
+def build_report(study: Study, entity: str, project: str) -> wr.Report:
+    """Return the report: verdict, interval, next step, scores, training of each arm by itself, completions."""
     import wandb_workspaces.reports.v2 as wr
 
     of_study = _runset(study, entity, project, "study", "Verdict")
@@ -212,13 +232,14 @@ def build_report(study: Study, entity: str, project: str) -> Any:
         _runset(study, entity, project, arm, look.title) for arm, look in looks(study.arms).items() if arm in study.arms
     ]
     scores = score_table(study)
-    blocks: list[Any] = [
-        wr.H1(text=_plain(words.headline(study))),
-        wr.P(text=_plain(words.reason(study))),
-        wr.P(text=_plain(words.LEVELS.get(str(study.verdict.get("level")), ""))),
-        wr.UnorderedList(items=[_plain(f"{name}: {text}") for name, text in words.key_facts(study).items()] or ["–"]),
+    summary = summarise(study)
+    blocks: list[Block] = [
+        wr.H1(text=_plain(summary.headline)),
+        wr.P(text=_plain(summary.reason)),
+        wr.P(text=_plain(summary.level)),
+        wr.UnorderedList(items=[_plain(f"{name}: {text}") for name, text in summary.key_facts.items()] or ["–"]),
         wr.H2(text="What to do next"),
-        wr.P(text=_plain(words.next_step(study))),
+        wr.P(text=_plain(summary.next_step)),
         wr.H2(text="Figures and completions"),
         wr.PanelGrid(runsets=[of_study], panels=_pages(study)),
         wr.H2(text="Scores"),
@@ -249,7 +270,7 @@ def _plain(text: str) -> str:
     return one_line(text, 2000)
 
 
-def _runset(study: Study, entity: str, project: str, job_type: str, name: str) -> Any:
+def _runset(study: Study, entity: str, project: str, job_type: str, name: str) -> wr.Runset:
     import wandb_workspaces.reports.v2 as wr
     from wandb_workspaces import expr
 
@@ -262,14 +283,14 @@ def _score_keys(scorers: Sequence[str]) -> list[str]:
 
 
 def _training_keys(study: Study) -> list[str]:
-    """Return what the trials' training logs hold, as W&B knows it: losses, gradients and rewards."""
+    """Return the W&B names of the metrics in the training logs: losses, gradients and rewards."""
     logged = {key for trial in study.trials for step in trial.steps for key in step}
     wanted = ("loss", "grad_norm", "rewards/margins", "rewards/accuracies", "logps/chosen", "learning_rate")
     return [f"train/{key}" for key in wanted if key in logged]
 
 
-def _pages(study: Study) -> list[Any]:
-    """Return panels for what the study's own run holds: its figures, the whole report, the answers side by side."""
+def _pages(study: Study) -> list[wr.MediaBrowser | wr.WeavePanelSummaryTable]:
+    """Return panels of the study's own run: its figures, the whole report, the answers side by side."""
     import wandb_workspaces.reports.v2 as wr
 
     keys = [f"figures/{path.stem}" for path in sorted((study.folder / "figures").glob("*.svg"))]

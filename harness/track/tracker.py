@@ -269,7 +269,7 @@ def _stop_service() -> None:
 
 
 def problems(config: RunConfig) -> Iterator[str]:
-    """Yield what is wrong with the section `tracking`."""
+    """Yield the problems of the section `tracking`."""
     project = config.tracking.project
     if not project.strip() or len(project) > 128 or set(project) & set("/\\#?%:"):
         yield (

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from harness.config.checkpoint import checkpoint_dir
 from harness.config.machine import has_gpu
 from harness.config.schema import ModelConfig, Precision, RunConfig, Tuning
 
@@ -49,19 +48,19 @@ def is_quantised(model: PreTrainedModel) -> bool:
     return bool(getattr(model, "is_loaded_in_4bit", False))
 
 
-def load_base(config: RunConfig, *, folder: Path | None = None, on_gpu: bool = True) -> PreTrainedModel:
+def load_base(config: RunConfig, folder: Path, *, on_gpu: bool = True) -> PreTrainedModel:
     """Load the base's weights: fp32 on a CPU; bf16 or 4 bits where only an adapter is trained on a GPU.
 
     Args:
         config: the trial.
-        folder: of the checkpoint; None: it is looked up.
+        folder: of the checkpoint.
         on_gpu: to the GPU, where there is one; else into the machine's memory, to be sharded from there.
     """
     import torch
 
     tuning = config.train.tuning
     dtype = torch.bfloat16 if uses_bf16(config) and tuning is not Tuning.full else torch.float32
-    return load_model(folder or checkpoint_dir(config.model), dtype, quantise=tuning is Tuning.qlora, on_gpu=on_gpu)
+    return load_model(folder, dtype, quantise=tuning is Tuning.qlora, on_gpu=on_gpu)
 
 
 def load_model(folder: Path, dtype: torch.dtype, *, quantise: bool = False, on_gpu: bool = True) -> PreTrainedModel:
@@ -107,7 +106,7 @@ class Bases:
         folder_of: finds a checkpoint's folder.
     """
 
-    def __init__(self, folder_of: Callable[[ModelConfig], Path] = checkpoint_dir) -> None:
+    def __init__(self, folder_of: Callable[[ModelConfig], Path]) -> None:
         self._folder_of = folder_of
         self._models: dict[BaseKey, PreTrainedModel] = {}
         self._pristine: dict[BaseKey, dict[str, torch.Tensor]] = {}
@@ -122,14 +121,14 @@ class Bases:
         """
         folder = self._folder_of(config.model)
         if not config.train.levers.reuse_base:
-            yield load_base(config, folder=folder)
+            yield load_base(config, folder)
             return
         key = BaseKey(folder, uses_bf16(config), config.train.tuning)
         model = self._models.pop(key, None)
         if model is None:
             self._models.clear()  # one base in memory, not two
             self._pristine.clear()
-            model = load_base(config, folder=folder)
+            model = load_base(config, folder)
         attention, sums = model.config._attn_implementation, weight_checksums(model)
         if trains_all and key not in self._pristine:
             self._pristine[key] = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
@@ -213,9 +212,3 @@ def weight_checksums(model: PreTrainedModel) -> list[int]:
         words = len(bits) // 8 * 8  # as 64-bit integers, which wrap around: exact, and at the speed of memory
         sums.append(int(bits[:words].view(torch.int64).sum()) + int(bits[words:].sum()))
     return sums
-
-
-DEFAULT_BASES = Bases()  # until sweep passes its context: this and the three functions below go
-borrowed_base = DEFAULT_BASES.borrow_base
-borrowed_policy = DEFAULT_BASES.borrow_policy
-release_base = DEFAULT_BASES.release

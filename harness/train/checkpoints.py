@@ -1,4 +1,4 @@
-"""Checkpoints while a trial trains: sealed by a file that is written last, and resumed from where the seal holds."""
+"""Checkpoints of a trial in training: each sealed by a file that is written last; a trial resumes from the newest."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CONSUMED_FILE = "consumed.json"
 
 
 def seal_checkpoint(checkpoint: Path, consumed: ConsumedTokens) -> None:
-    """Write what had been consumed by then and the hash of each file; all files are on the disk before."""
+    """Write the consumption hash so far and the hash of each file, once all files are on the disk."""
     files = {}
     for path in sorted(path for path in checkpoint.rglob("*") if path.is_file()):
         with path.open("rb") as file:
@@ -26,20 +26,20 @@ def seal_checkpoint(checkpoint: Path, consumed: ConsumedTokens) -> None:
 
 
 def last_checkpoint(folder: Path) -> tuple[Path, ConsumedTokens] | None:
-    """Return the newest checkpoint that is whole, with the hash of what had been consumed by then."""
-    whole = ((checkpoint, _consumed(checkpoint)) for checkpoint in reversed(checkpoints(folder)))
-    return next(((checkpoint, consumed) for checkpoint, consumed in whole if consumed), None)
+    """Return the newest complete checkpoint, with its consumption hash."""
+    found = ((checkpoint, _consumed(checkpoint)) for checkpoint in reversed(checkpoints(folder)))
+    return next(((checkpoint, consumed) for checkpoint, consumed in found if consumed), None)
 
 
 def drop_broken(folder: Path) -> None:
-    """Delete checkpoints that are not whole: libraries that write into one again read what they find there."""
+    """Delete incomplete checkpoints: a library that writes into such a folder again reads the files in it."""
     for checkpoint in checkpoints(folder):
         if not _consumed(checkpoint):
             shutil.rmtree(checkpoint)
 
 
 def _consumed(checkpoint: Path) -> ConsumedTokens | None:
-    """Return what had been consumed at a checkpoint; None where it is not whole."""
+    """Return the consumption hash of a checkpoint; None where it is incomplete or changed."""
     try:
         found = read_json(checkpoint / CONSUMED_FILE)
         is_sealed = found.pop("sha256") == digest(found)

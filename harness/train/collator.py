@@ -152,16 +152,16 @@ def _codes(padded: Sequence[PaddedRows], packed: Packed | None) -> tuple[Tensor,
 
 def _expected_codes(collated: Collated) -> Tensor:
     """Return the codes that count, from the pairs alone."""
-    chosen = [(row.prompt_ids, row.chosen_ids) for row in collated.rows]
-    rejected = [(row.prompt_ids, row.rejected_ids) for row in collated.rows]
-    parts: list[np.ndarray] = []
-    for prompt, answer in chosen + rejected:
-        codes = np.array(answer, dtype=np.int64) + 1
-        parts += [np.array(prompt, dtype=np.int64) + 1, codes + (codes << 32)]
-    for shared, answers in collated.groups:
-        parts.append(np.array([*shared, *itertools.chain(*(ids[:-1] for ids in answers))], dtype=np.int64) + 1)
-    parts += [np.array(ids, dtype=np.int64) + 1 for _, answers in collated.groups for ids in answers]
-    return torch.from_numpy(np.concatenate(parts))
+    rows, groups = collated.rows, collated.groups
+    padded = [ids for row in rows for ids in (row.prompt_ids, row.chosen_ids)]
+    padded += [ids for row in rows for ids in (row.prompt_ids, row.rejected_ids)]
+    packed = [ids for prompt, answers in groups for ids in (prompt, *(answer[:-1] for answer in answers))]
+    targets = [answer for _, answers in groups for answer in answers]
+    parts = [*padded, *packed, *targets]
+    lengths = [len(ids) for ids in parts]
+    codes = np.fromiter(itertools.chain.from_iterable(parts), dtype=np.int64, count=sum(lengths)) + 1
+    is_label = np.repeat([i < len(padded) and i % 2 for i in range(len(parts))], lengths)
+    return torch.from_numpy(codes + ((codes * is_label) << 32))
 
 
 def checksum(codes: Tensor, counted: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING
 
 from harness.config.schema import RunConfig, Tuning
 from harness.data.plan import BatchPlan, make_plan
@@ -28,14 +28,6 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 USABLE_SHARE = 0.6  # of the memory, for activations; the rest is for optimiser and system
-
-
-class OutOfMemoryTrial(TypedDict):
-    """What a study records of a trial that ran out of memory."""
-
-    trial_id: str
-    arm: str
-    seed: int
 
 
 def plan_of(config: RunConfig, rows: Sequence[TokenPair], *, micro: int | None = None) -> BatchPlan:
@@ -77,13 +69,13 @@ def note_seed(config: RunConfig, size: int) -> None:
         write_json(study / MICRO_BATCH_FILE, found)
 
 
-def halve(config: RunConfig, tried: int, *, about: OutOfMemoryTrial) -> int:
+def halve(config: RunConfig, tried: int, *, trial_id: str) -> int:
     """Make the study's micro-batch smaller than the one that did not fit; return it.
 
     Args:
         config: the trial.
         tried: the micro-batch that did not fit.
-        about: the study's record of the trial.
+        trial_id: of the trial, which the study records.
 
     Raises:
         DoesNotFitError: where no micro-batch is smaller.
@@ -95,7 +87,8 @@ def halve(config: RunConfig, tried: int, *, about: OutOfMemoryTrial) -> int:
             return known
         smaller = smaller_than(config, tried)
         found = read_micro_batch(study)
-        halved = [*found.get("halved", []), {**about, "from": tried, "to": smaller}]
+        about = {"trial_id": trial_id, "arm": config.method.name, "seed": config.seed, "from": tried, "to": smaller}
+        halved = [*found.get("halved", []), about]
         about_study = {"micro_batch_size": smaller, "asked": config.train.micro_batch_size}
         write_json(study / MICRO_BATCH_FILE, about_study | {"seeds": found.get("seeds", {}), "halved": halved})
     return smaller
@@ -233,9 +226,6 @@ class FrozenImports:
         if len(sys.modules) > self._num_modules:
             gc.freeze()
             self._num_modules = len(sys.modules)
-
-
-settle_imports = FrozenImports().freeze  # until sweep passes its context
 
 
 def matmul_rate(inner: int, outer: int, *, rows: int = 512, seconds: float = 2.0, bf16: bool = False) -> float:

@@ -10,7 +10,7 @@ the padded computation up to rounding.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -59,26 +59,20 @@ class Packed:
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Packed:
         """Return the batch with its tensors on a device; data loaders call this as they call a tensor's `to`."""
-        if self.input_ids.device == torch.device(device):
-            return self
-        return replace(
-            self,
-            input_ids=self.input_ids.to(device, non_blocking=non_blocking),
-            position_ids=self.position_ids.to(device, non_blocking=non_blocking),
-            masks=tuple(mask.to(device, non_blocking=non_blocking) for mask in self.masks),
-            predicting=self.predicting.to(device, non_blocking=non_blocking),
-            targets=self.targets.to(device, non_blocking=non_blocking),
-        )
+        return self._with_tensors(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Packed:
         """Return the batch in page-locked memory, from which copies to a GPU do not block."""
+        return self._with_tensors(Tensor.pin_memory)
+
+    def _with_tensors(self, move: Callable[[Tensor], Tensor]) -> Packed:
         return replace(
             self,
-            input_ids=self.input_ids.pin_memory(),
-            position_ids=self.position_ids.pin_memory(),
-            masks=tuple(mask.pin_memory() for mask in self.masks),
-            predicting=self.predicting.pin_memory(),
-            targets=self.targets.pin_memory(),
+            input_ids=move(self.input_ids),
+            position_ids=move(self.position_ids),
+            masks=tuple(map(move, self.masks)),
+            predicting=move(self.predicting),
+            targets=move(self.targets),
         )
 
 

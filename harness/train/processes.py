@@ -55,12 +55,6 @@ class ProcessError(TypedDict):
     kind: str
 
 
-class Divergence(TypedDict):
-    """Contents of the result file of a run that diverged."""
-
-    diverged: str
-
-
 def train_in_processes(
     config: RunConfig, plan: BatchPlan, *, folder: Path, reference: Tensor | None, on_step: OnStep
 ) -> TrainResult:
@@ -185,7 +179,7 @@ def run_process(job: Path) -> None:
     import_logging_libraries()
     with trial_log(job / f"process-{rank}", f"process {rank}"):
         try:
-            found: dict[str, object] | Divergence = asdict(_train_share(job, rank))
+            found: dict[str, object] = asdict(_train_share(job, rank))
         except DivergedError as error:  # in all processes, at the same step
             found = {"diverged": str(error)}
         except BaseException as error:
@@ -221,7 +215,8 @@ def _train_share(job: Path, rank: int) -> TrainResult:
     set_threads(config)
     if has_gpu():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    tokens = Inputs().tokens(config)
+    inputs = Inputs()
+    tokens = inputs.tokens(config)
     path = job / "reference.safetensors"
     steps = (job / "steps.jsonl").open("w", encoding="utf-8") if rank == 0 else None
 
@@ -234,7 +229,8 @@ def _train_share(job: Path, rank: int) -> TrainResult:
     plan = plan_of(config, tokens.train.rows, micro=planned["micro_batch_size"])
     if plan.sha256 != planned["sha256"]:
         raise RuntimeError("the training data have changed since the trial began: the batch plan is another one")
-    base = load_base(config, on_gpu=config.accelerate.distributed_type == "MULTI_GPU")  # else it is sharded from here
+    folder = inputs.checkpoints.folder(config.model)
+    base = load_base(config, folder, on_gpu=config.accelerate.distributed_type == "MULTI_GPU")  # else sharded from here
     try:
         result = train_arm(
             config,

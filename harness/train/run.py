@@ -6,13 +6,14 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING
 
 from harness.config.arms import ARMS, DPOMarginConfig, SimPOConfig
 from harness.config.machine import has_gpu
 from harness.config.schema import Engine, Reference, RunConfig, Tuning
 from harness.data.plan import BatchPlan, ConsumedTokens, share_of
 from harness.data.tokens import ChatFormat, TokenPair
+from harness.study.manifest import Manifest
 from harness.train.adapter import (
     adapter_config,
     adapter_on_quantised,
@@ -39,15 +40,6 @@ OnStep = Callable[[int, dict[str, float]], None]
 ArgumentValue = str | float | bool | list[str] | None
 
 
-class TrainFacts(TypedDict):
-    """Entries of the manifest that training makes."""
-
-    consumed_tokens_sha256: str
-    parameters: dict[str, int]
-    packed: bool
-    why_padded: str
-
-
 @dataclass(frozen=True)
 class TrainResult:
     """What training returns beside the weights.
@@ -71,7 +63,7 @@ class TrainResult:
     peak_memory_bytes: int = 0
 
     @property
-    def facts(self) -> TrainFacts:
+    def facts(self) -> Manifest:
         """Return the entries of the manifest."""
         return {
             "consumed_tokens_sha256": self.consumed_tokens_sha256,
@@ -176,7 +168,7 @@ def build_trainer(
         train_dataset=Dataset.from_dict({ROW: list(plan.order) if processes == 1 else list(range(len(rows)))}),
         processing_class=chat.tokenizer,
         peft_config=adapter_config(config) if config.train.tuning is Tuning.lora else None,
-        **({"ref_model": load_base(config)} if has_reference_model else {}),
+        **({"ref_model": load_base(config, Path(model.name_or_path))} if has_reference_model else {}),
     )
     trainer.data_collator = trainer.pair_collator(rows, with_margin(reference, rows, config))
     trainer.comparison = TensorComparison()

@@ -13,17 +13,18 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING
 
 from harness.config.arms import ARMS, DPOMarginConfig, SimPOConfig
-from harness.config.machine import processes_problem, this_machine
+from harness.config.machine import Machine, processes_problem
 from harness.config.schema import EMBEDDED, Engine, Reference, RunConfig, Tuning
 from harness.data.inputs import Tokens
 from harness.data.plan import BatchPlan, expected_tokens_sha256, padding_share, trained_tokens
 from harness.study.errors import DivergedError, NoRoomError, UsageError
 from harness.study.log import say
-from harness.train.base import DEFAULT_BASES, Bases
-from harness.train.memory import OutOfMemoryTrial, halve, note_seed, plan_of, smaller_than
+from harness.study.manifest import Manifest
+from harness.train.base import Bases
+from harness.train.memory import halve, note_seed, plan_of, smaller_than
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,22 +35,6 @@ if TYPE_CHECKING:
 
 # Full fine-tuning at or above this rate warns: published runs collapsed at 1e-5; the embedded model is tiny.
 _COLLAPSE_RATE = {"own": 5e-6, "embedded": 1e-3}
-
-
-class StageFacts(TypedDict, total=False):
-    """Entries of the manifest that the stage makes; those after `padding_share` where they apply."""
-
-    batch_plan_sha256: str
-    micro_batch_size: int
-    expected_tokens_sha256: str
-    padding_share: float
-    consumed_tokens_sha256: str
-    parameters: dict[str, int]
-    packed: bool
-    why_padded: str
-    tokens: dict[str, int]
-    status: str
-    divergence: str
 
 
 @dataclass
@@ -63,7 +48,7 @@ class Trained:
         peak_memory_bytes: as in `TrainResult`.
     """
 
-    facts: StageFacts
+    facts: Manifest
     steps: list[dict[str, float]] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     peak_memory_bytes: int = 0
@@ -81,6 +66,7 @@ class TrainStage:
         on_step: called after each step.
         clock: a context manager per stage's name, which measures the block.
         bases: the base cache of this process.
+        machine: its devices.
     """
 
     config: RunConfig
@@ -89,7 +75,8 @@ class TrainStage:
     base_sha256: str
     on_step: OnStep
     clock: Callable[[str], AbstractContextManager[None]]
-    bases: Bases = DEFAULT_BASES  # until sweep passes its context
+    bases: Bases
+    machine: Machine
 
     def run(self, *, is_cost_trial: bool = False) -> Trained:
         """Train, with a smaller micro-batch where it does not fit; the checkpoints stay, for the caller to delete.
@@ -101,7 +88,7 @@ class TrainStage:
             UsageError: where this machine cannot run the requested processes.
             DoesNotFitError: where not even the smallest micro-batch fits.
         """
-        if problem := processes_problem(self.config.accelerate, this_machine()):
+        if problem := processes_problem(self.config.accelerate, self.machine):
             raise UsageError(problem)
         micro = None
         while True:
@@ -209,8 +196,7 @@ class TrainStage:
         shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
         if is_cost_trial:
             return smaller_than(config, tried)
-        about: OutOfMemoryTrial = {"trial_id": self.folder.name, "arm": config.method.name, "seed": config.seed}
-        smaller = halve(config, tried, about=about)
+        smaller = halve(config, tried, trial_id=self.folder.name)
         say(
             f"{config.method.name} seed {config.seed} ran out of memory with {tried} pairs at once: trials of the "
             f"study now train with {smaller}, and as many pairs per step as before"

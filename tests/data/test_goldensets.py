@@ -16,7 +16,7 @@ from harness.score.exchange import alpaca_eval_rows, arena_hard_rows, markdown_c
 from harness.study.errors import UsageError
 from harness.study.files import write_jsonl
 from harness.sweep.problems import load_run
-from harness.train.base import borrowed_base
+from tests.conftest import borrowed_base
 
 ALPACA = [
     {"instruction": f"Do task {i}.", "dataset": "helpful_base", "output": "x", "generator": "g"} for i in range(3)

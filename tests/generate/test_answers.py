@@ -11,8 +11,7 @@ from transformers import MistralConfig, MistralForCausalLM
 from harness.data.inputs import splits_of, tokens_of
 from harness.generate.answers import ROUND_TOKENS, generate_completions
 from harness.sweep.problems import load_run
-from harness.train.base import borrowed_base
-from tests.conftest import tiny_model
+from tests.conftest import borrowed_base, tiny_model
 
 CONFIG = load_run(["+method=dpo", "data.max_golden_prompts=48", "generate.max_new_tokens=40"])
 

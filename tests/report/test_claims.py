@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import pytest
 import yaml
 
-from harness.report.claims import Claim, claims, family_table, levels_of, slope_difference
+from harness.report.claims import Claim, claims
 from harness.report.page import render_report
 from harness.report.study import read_study
-from harness.report.words import disagreement
 from harness.study.files import read_json, read_jsonl, write_json, write_jsonl
 from tests.study_fixture import HARDWARE, build_study
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    return build_study(tmp_path / "study")
+    return build_study(tmp_path / "study", prompts=30)
 
 
 def claim(folder: Path, words: str) -> Claim:
@@ -158,79 +155,6 @@ def test_sensitivity_compares_deviations_from_the_median(simpo: float, dpo: floa
     assert f"mean deviation {shown} points" in found.figure
 
 
-def family(folder: Path, slopes: dict[str, float], levels: tuple[float, ...] = (0.0, 0.1, 0.2, 0.3)) -> list[Path]:
-    """Studies that differ in label noise; an arm loses `slope` of its score for each unit of noise, exactly."""
-    made = []
-    for level in levels:
-        study = build_study(folder / f"noise-{level:g}")
-        scores = pd.read_csv(study / "scores.csv", keep_default_na=False)
-        golden = (scores["split"] == "golden") & (scores["scorer"] == "checks")
-        for arm, slope in slopes.items():
-            mine = golden & (scores["arm"] == arm)
-            place = scores.loc[mine, "prompt_id"].rank(method="dense")
-            scores.loc[mine, "score"] = 0.6 + 0.002 * (place - place.mean()) / place.max() + slope * level
-        scores.to_csv(study / "scores.csv", index=False)
-        settings = yaml.safe_load((study / "study.yaml").read_text())
-        settings.pop("sha256", None)
-        settings["family"] = {"name": "noise", "key": "data.label_noise", "value": level}
-        (study / "study.yaml").write_text(yaml.safe_dump(settings))
-        made.append(study)
-    return made
-
-
-def test_robustness_is_the_difference_of_the_slopes(tmp_path: Path) -> None:
-    """SimPO loses 9 points for each 10% of noise, DPO 4: a difference of -5 points."""
-    made = family(tmp_path, {"simpo": -0.9, "dpo": -0.4})
-    found = claim(made[0], "is less robust")
-    assert found.status == "holds"
-    assert "points for each 10% of labels flipped: −9.0 and −4.0; difference −5.0" in found.figure
-    assert claim(made[3], "is less robust") == found, "every study of the family says the same"
-
-
-def test_slopes_are_those_of_least_squares_on_the_run_means(tmp_path: Path) -> None:
-    made = family(tmp_path, {})
-    levels = levels_of(read_study(made[0]))
-    for level in levels:
-        level.arms.update({arm: replace(scores, values=scores.values.copy()) for arm, scores in level.arms.items()})
-    rng = np.random.default_rng(0)
-    for level in levels:
-        for scores in level.arms.values():
-            scores.values[:] = rng.random(scores.values.shape)
-    slopes = {
-        arm: np.polyfit([x.value for x in levels], [x.arms[arm].values.mean(1) for x in levels], 1)[0]
-        for arm in ("simpo", "dpo")
-    }
-    found = slope_difference(levels)
-    assert found.difference == pytest.approx(slopes["simpo"].mean() - slopes["dpo"].mean())
-    assert found.seed_variance == pytest.approx(sum(values.var(ddof=1) / 3 for values in slopes.values()))
-
-
-def test_a_family_with_other_prompts_or_too_few_levels_is_not_tested(tmp_path: Path) -> None:
-    two = family(tmp_path / "two", {}, (0.0, 0.1))
-    assert "2 of its levels are scored, and a slope wants 3" in claim(two[0], "is less robust").figure
-    made = family(tmp_path / "other", {})
-    scores = pd.read_csv(made[1] / "scores.csv", keep_default_na=False)
-    first = scores.loc[scores["split"] == "golden", "prompt_id"].iloc[0]
-    scores[scores["prompt_id"] != first].to_csv(made[1] / "scores.csv", index=False)
-    assert "noise-0.1 has other seeds or golden prompts" in claim(made[0], "is less robust").figure
-    (made[1] / "scores.csv").write_text("nonsense")
-    assert len(levels_of(read_study(made[0]))) == 3
-
-
-def test_every_member_shows_the_family(tmp_path: Path) -> None:
-    made = family(tmp_path, {"simpo": -0.9, "dpo": -0.4})
-    table = family_table(read_study(made[2]))
-    assert table is not None
-    assert list(table.frame.index) == [
-        *("data.label_noise=0", "data.label_noise=0.1", "data.label_noise=0.2 (this study)", "data.label_noise=0.3")
-    ]
-    assert table.frame.loc["data.label_noise=0.3", "simpo"] == "33.0%"
-    assert table.frame.loc["data.label_noise=0.3", "Difference, points"] == "−15.0"
-    render_report(made[2])
-    for page in ("report.html", "report.md"):
-        assert "The same study at other values of data" in (made[2] / page).read_text()
-
-
 def test_a_guard_measures_the_tax(folder: Path) -> None:
     """`checks_fraction` taken as a guard: SimPO's answers are better in the fixture, so it loses nothing."""
     settings = yaml.safe_load((folder / "study.yaml").read_text())
@@ -259,29 +183,3 @@ def test_the_report_has_the_table_and_a_half_done_study_breaks_nothing(folder: P
     (folder / "scores.csv").unlink()
     render_report(folder)
     assert claim(folder, "wins on golden").status == "not tested"
-
-
-def controlled(folder: Path, shift: float) -> None:
-    """Add length-controlled scores: the raw ones, moved for SimPO."""
-    scores = pd.read_csv(folder / "scores.csv", keep_default_na=False)
-    raw = scores[(scores["scorer"] == "checks") & (scores["split"] == "golden")]
-    level = np.where(raw["arm"] == "simpo", 0.5 + shift, 0.5) + 0.001 * raw["prompt_id"].rank(method="dense") / len(raw)
-    more = raw.assign(scorer="length_controlled", score=level)
-    pd.concat([scores, more]).to_csv(folder / "scores.csv", index=False)
-
-
-def test_a_length_controlled_verdict_that_differs_is_in_the_first_paragraph(folder: Path) -> None:
-    decide(folder, verdict="simpo", margin=0.05)
-    controlled(folder, -0.2)
-    said = disagreement(read_study(folder))
-    assert "length-controlled scores (length_controlled) say otherwise than the raw ones that decide: dpo" in said
-    assert "−20.0 points" in said
-    render_report(folder)
-    text = (folder / "report.md").read_text()
-    assert text.index("say otherwise") < text.index("## ")
-
-
-def test_a_length_controlled_verdict_that_agrees_is_not_mentioned(folder: Path) -> None:
-    decide(folder, verdict="simpo", margin=0.05)
-    controlled(folder, 0.2)
-    assert disagreement(read_study(folder)) == ""

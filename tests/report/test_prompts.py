@@ -39,7 +39,7 @@ def test_the_figure_says_how_many_moved_each_way(folder: Path) -> None:
     drawing = draw_prompts(study, looks(study.arms))
     assert drawing is not None
     ahead, behind = int((wanted > 0).sum()), int((wanted < 0).sum())
-    assert f"SimPO scores higher on {ahead} of 80 prompts, DPO on {behind}" in drawing.description
+    assert f"SimPO scores higher on {ahead} of 80 prompts, DPO on {behind}" in drawing.alt_text
     assert drawing == draw_prompts(read_study(folder), looks(study.arms))
 
 
@@ -62,7 +62,7 @@ def test_scores_by_length_are_means_of_answers_of_like_length(folder: Path) -> N
     mine = rows[(rows["arm"] == "simpo") & (rows["scorer"] == "checks")]
     bins = pd.qcut(mine["tokens"], 8, labels=False, duplicates="drop")
     first = mine[bins == bins.min()]
-    assert f"SimPO: {100 * first['score'].mean():.1f}% at {first['tokens'].mean():.1f} tokens" in drawing.description
+    assert f"SimPO: {100 * first['score'].mean():.1f}% at {first['tokens'].mean():.1f} tokens" in drawing.alt_text
 
 
 def test_both_stand_in_the_report_and_one_arm_alone_has_neither_difference(folder: Path, tmp_path: Path) -> None:

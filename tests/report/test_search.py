@@ -115,12 +115,11 @@ def test_figures_show_each_config_and_say_what_they_show(folder: Path) -> None:
         *("search-spread", "search-expected"),
         *("map-simpo-beta-gamma-beta-ratio", "map-simpo-lr-beta", "map-dpo-lr-beta"),
     }
-    said = drawings["map-simpo-beta-gamma-beta-ratio"].description
+    said = drawings["map-simpo-beta-gamma-beta-ratio"].alt_text
     assert "β 2, γ/β 0.3: 45.0%" in said, "the better of the two learning rates"
     assert "Each cell is the best over learning rate" in drawings["map-simpo-beta-gamma-beta-ratio"].caption
     assert (
-        "SimPO: 8 configs from 0.0% to 70.0%, 1 collapsed or diverged; selected: "
-        in drawings["search-spread"].description
+        "SimPO: 8 configs from 0.0% to 70.0%, 1 collapsed or diverged; selected: " in drawings["search-spread"].alt_text
     )
     assert "tests nothing" in drawings["search-expected"].caption
     again = {one.name: one.svg for one in draw_search(study, looks(study.arms))}

@@ -25,7 +25,7 @@ from harness.sweep import launch
 from harness.sweep.design import single_trial
 from harness.sweep.problems import compose_run
 from harness.sweep.trial import Context
-from harness.train.memory import settle_imports
+from harness.train.memory import FrozenImports
 from tests.conftest import SMALL
 from tests.study_fixture import build_study
 
@@ -71,14 +71,15 @@ def test_the_progress_bar_asks_only_trials_that_have_begun_and_are_not_known_to_
 
 def test_what_is_imported_later_is_taken_out_of_the_collectors_rounds_too(monkeypatch) -> None:
     frozen: list[int] = []
-    settle_imports()
+    imports = FrozenImports()
+    imports.freeze()
     monkeypatch.setattr(gc, "freeze", lambda: frozen.append(len(sys.modules)))
-    settle_imports()
+    imports.freeze()
     assert frozen == []
     for number in range(1000):  # more modules than this process has had at any time before
         monkeypatch.setitem(sys.modules, f"soak{number}", ModuleType(f"soak{number}"))
-    settle_imports()
-    settle_imports()
+    imports.freeze()
+    imports.freeze()
     assert len(frozen) == 1
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -22,11 +23,17 @@ from tests.study_fixture import build_study
 OFFLINE = TrackingConfig(backend="wandb", mode="offline")
 
 
-@pytest.fixture
-def study(tmp_path: Path) -> Path:
-    folder = build_study(tmp_path / "results" / "a-study", prompts=12)
+@pytest.fixture(scope="module")
+def reported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A study with its report."""
+    folder = build_study(tmp_path_factory.mktemp("reported") / "a-study", prompts=12)
     render_report(folder)
     return folder
+
+
+@pytest.fixture
+def study(reported: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(reported, tmp_path / "results" / "a-study"))
 
 
 def log_runs(study: Path) -> None:

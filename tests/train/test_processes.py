@@ -26,12 +26,11 @@ from harness.data.plan import BatchPlan, share_of
 from harness.study.errors import DivergedError, UsageError, WorkerDiedError
 from harness.study.files import read_json, write_json
 from harness.sweep.problems import compose_run, load_run
-from harness.train.base import borrowed_base
 from harness.train.logps import reference_logps
 from harness.train.memory import plan_of
 from harness.train.processes import train_in_processes
 from harness.train.run import TrainResult, train_arm
-from tests.conftest import SMALL, overriding, run_one, training_overrides
+from tests.conftest import SMALL, borrowed_base, overriding, run_one, training_overrides
 
 ROOT = Path(__file__).resolve().parents[2]
 STEP = ["train.batch_size=8", "train.micro_batch_size=2", "method.learning_rate=2e-4"]
