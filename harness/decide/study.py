@@ -19,7 +19,7 @@ from harness.decide.rule import verdict
 from harness.decide.scores_file import read_scores
 from harness.study.decision import VERDICT_FILE, Verdict, edge_warnings, golden_problem
 from harness.study.errors import UsageError
-from harness.study.files import write_json
+from harness.study.files import FileCache, write_json
 from harness.study.manifest import data_identity
 from harness.study.registration import Registration, contrast_of, facts_warnings, read_study
 
@@ -32,20 +32,20 @@ class Decision(NamedTuple):
     runs: DecidingRuns
 
 
-def decide_study(study: Path) -> Verdict:
+def decide_study(study: Path, files: FileCache | None = None) -> Verdict:
     """Decide a study by its registered rule, log the look at golden, and write verdict.json.
 
     Raises:
         UsageError: the folder holds no scored study, or its scores cannot be decided on.
     """
-    result, registered, runs = decision(study)
+    result, registered, runs = decision(study, files)
     earlier = log_look(study, result["arms"], runs, registered.get("configs", {}))
     result["warnings"] = [*earlier, *result["warnings"]]
     write_json(study / VERDICT_FILE, result)
     return result
 
 
-def decision(study: Path) -> Decision:
+def decision(study: Path, files: FileCache | None = None) -> Decision:
     """Apply a study's registered rule to its scores; write nothing.
 
     Raises:
@@ -78,7 +78,7 @@ def decision(study: Path) -> Decision:
     if runs.looks:
         reached = len(runs.seeds[arms[0]])
         result["look"] = {"seeds": reached, "registered": runs.looks, "alpha": registered["alpha"]}
-    identity = data_identity(study)
+    identity = data_identity(study, files)
     if identity["status"] == "not proved":
         result["warnings"].append(f"identical data is NOT proved: {'; '.join(identity['reasons'])}")
     base = scores[(scores["arm"] == BASE) & (scores["split"] == "golden") & (scores["scorer"] == metric)]

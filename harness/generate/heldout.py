@@ -16,7 +16,7 @@ from harness.config.schema import RunConfig
 from harness.data.records import PairLogps
 from harness.data.tokens import TokenPair
 from harness.study.errors import DivergedError
-from harness.study.files import read_jsonl
+from harness.study.files import FileCache, read_jsonl
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -31,6 +31,7 @@ def heldout_rows(
     *,
     base: Path,
     pad_id: int,
+    files: FileCache | None = None,
 ) -> list[dict[str, str | int | float]]:
     """Return the rows of pairs.jsonl for one split (`harness.data.records.PairLogps`).
 
@@ -41,6 +42,7 @@ def heldout_rows(
         split: their split.
         base: folder of the SFT base's own trial, whose log-probs are the reference. The base is its own reference.
         pad_id: the tokenizer's padding.
+        files: cache of this process.
 
     Raises:
         DivergedError: where the trained policy's log-probs are not finite; for the base it is a ValueError.
@@ -53,7 +55,7 @@ def heldout_rows(
     if broken:
         error = DivergedError if is_trained else ValueError
         raise error(f"the log-probs of {broken} of {len(rows)} held-out {split} pairs are not finite numbers")
-    reference = _stored_logps(base, split, rows) if is_trained else logps
+    reference = _stored_logps(base, split, rows, files) if is_trained else logps
     return [
         asdict(
             PairLogps(
@@ -72,8 +74,8 @@ def heldout_rows(
     ]
 
 
-def _stored_logps(base: Path, split: str, rows: tuple[TokenPair, ...]) -> list[list[float]]:
+def _stored_logps(base: Path, split: str, rows: tuple[TokenPair, ...], files: FileCache | None) -> list[list[float]]:
     """Return the log-probs of chosen and rejected that the base's trial stored for these pairs."""
-    found = {(row["split"], row["pair_id"]): row for row in read_jsonl(base / "pairs.jsonl")}
+    found = {(row["split"], row["pair_id"]): row for row in read_jsonl(base / "pairs.jsonl", files)}
     stored = [found[split, row.pair_id] for row in rows]
     return [[row["chosen_sum_logps"], row["rejected_sum_logps"]] for row in stored]

@@ -28,7 +28,7 @@ _LEAST_COST = 0.05  # a cost shown as 0.0 has no meaningful ratio
 def identity_of(study: Study) -> Mapping[str, Json]:
     """Return whether the arms consumed identical data: status, reasons, and hashes by seed."""
     try:
-        return mapping(data_identity(study.folder))
+        return mapping(data_identity(study.folder, study.files))
     except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
         # A malformed manifest proves nothing, and must not stop the report.
         return {
@@ -318,7 +318,7 @@ def training_costs(study: Study) -> dict[str, list[TrainingCost]]:
 
     From the trials that ran side by side for their cost (`costs/`) if there are any, else from the study's own.
     """
-    reader = Reader(study.folder)
+    reader = Reader(study.folder, study.files)
     manifests = [reader.mapping(path) for path in sorted((study.folder / "costs").glob("*/manifest.json"))]
     manifests = manifests or [dict(trial.manifest) for trial in study.trials if trial.state == COMPLETE]
     found: dict[str, list[TrainingCost]] = {}

@@ -27,7 +27,7 @@ from harness.report.study import Study, read_study
 from harness.report.style import PREFERENCE, THEME, Drawing, Look, inline, looks
 from harness.report.summary import disagreement, summarise, warnings
 from harness.report.tables import Table
-from harness.study.files import Json, write_text
+from harness.study.files import FileCache, Json, write_text
 from harness.study.text import cut, cut_note, fence, html, markdown, visible
 
 _TEMPLATES = Path(__file__).parent / "templates"
@@ -36,13 +36,13 @@ _MAX_CHARACTERS = 1500  # shown of a prompt or an answer
 _ESCAPES = {ord("<"): "\\u003c", ord(">"): "\\u003e", ord("&"): "\\u0026"}
 
 
-def render_report(study: Path) -> Path:
+def render_report(study: Path, files: FileCache | None = None) -> Path:
     """Write report.html, report.md and figures/ of a study in any state; return the path of report.html.
 
     Raises:
         UsageError: the folder is not a study.
     """
-    found = read_study(study)
+    found = read_study(study, files)
     arm_looks = looks(found.arms)
     figures = _figures(found, arm_looks)
     content = _content(found, arm_looks, figures)

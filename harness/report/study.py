@@ -17,7 +17,7 @@ from harness.config.arms import BASE
 from harness.decide.looks import DecidingRuns, deciding_runs
 from harness.decide.scores_file import ArmScores, arm_scores, as_names
 from harness.study.errors import UsageError
-from harness.study.files import Json, Reader, mapping, strings
+from harness.study.files import FileCache, Json, Reader, mapping, strings
 from harness.study.manifest import is_as_written
 from harness.study.scores_csv import SCORE_COLUMNS, read_scores_csv
 
@@ -89,6 +89,7 @@ class Study:
         verdict: verdict.json; empty before the decision.
         problems: what could not be read, one sentence each.
         selection: selection.json; empty where nothing was tuned, or nothing is selected yet.
+        files: cache of the files, for parts of the report that read more of them.
     """
 
     folder: Path
@@ -99,6 +100,7 @@ class Study:
     verdict: Mapping[str, Json]
     problems: tuple[str, ...]
     selection: Mapping[str, Json] = field(default_factory=dict)
+    files: FileCache = field(default_factory=FileCache)
 
     @property
     def name(self) -> str:
@@ -229,19 +231,25 @@ class Study:
         ]
 
 
-def read_study(folder: Path) -> Study:
+def read_study(folder: Path, files: FileCache | None = None) -> Study:
     """Read a study.
+
+    Args:
+        folder: of the study.
+        files: cache of this process; None reads each file anew.
 
     Raises:
         UsageError: the folder is absent, or holds none of the files of a study.
     """
     _check_folder(folder)
-    reader = Reader(folder)
+    files = files or FileCache()
+    reader = Reader(folder, files)
     root = folder / "trials"
     trials = [_read_trial(reader, path) for path in sorted(root.iterdir()) if path.is_dir()] if root.is_dir() else []
     base = _read_trial(reader, folder / "base") if (folder / "base").is_dir() else None
     return Study(
         folder=folder,
+        files=files,
         settings=reader.mapping(folder / "study.yaml"),
         base=base if base and (base.manifest or base.completions) else None,
         trials=tuple(trials),

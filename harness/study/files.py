@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import io
 import json
 import math
 import os
 import re
 import sys
 import tempfile
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias, TypedDict
@@ -18,6 +20,8 @@ from typing import Any, TypeAlias, TypedDict
 import yaml
 
 SEAL = "sha256"
+_KEPT_BYTES = 64 * 2**20
+_State: TypeAlias = tuple[Path, int, int, int, int]
 
 Json: TypeAlias = "bool | int | float | str | Sequence[Json] | Mapping[str, Json] | None"  # as read from a file
 
@@ -95,7 +99,7 @@ def write_text(path: Path, text: str) -> FileRecord:
         OSError: with the file's name, where it cannot be written.
     """
     sys.audit("harness.write", str(path))
-    content = text.encode("utf-8", "backslashreplace")
+    content = _encoded(text)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -111,6 +115,10 @@ def write_text(path: Path, text: str) -> FileRecord:
             error.filename = str(path)  # the system's error names no file
         raise
     return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def _encoded(text: str) -> bytes:
+    return text.encode("utf-8", "backslashreplace")
 
 
 def drop_temporaries(folder: Path) -> None:
@@ -130,14 +138,64 @@ def to_json(value: object) -> str:
     return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def read_json(path: Path) -> Any:
+class FileCache:
+    """Contents and hashes of files: each state of a file (inode, size, times) is read once.
+
+    The driver of a command makes one and passes it down. The contents that were used last are kept, up to 64 MiB;
+    larger files are hashed as a stream.
+    """
+
+    def __init__(self) -> None:
+        self._contents: OrderedDict[_State, bytes] = OrderedDict()
+        self._hashes: dict[_State, str] = {}
+
+    def content(self, path: Path) -> bytes:
+        """Return the bytes of a file."""
+        state = _state(path)
+        if state not in self._contents:
+            self._keep(state, path.read_bytes())
+        self._contents.move_to_end(state)
+        return self._contents[state]
+
+    def sha256(self, path: Path) -> str:
+        """Return the SHA-256 (hex) of a file."""
+        state = _state(path)
+        if state not in self._hashes:
+            is_small = path.stat().st_size <= _KEPT_BYTES // 4
+            found = hashlib.sha256(self.content(path)).hexdigest() if is_small else file_sha256(path)
+            self._hashes[state] = found
+        return self._hashes[state]
+
+    def write_text(self, path: Path, text: str) -> FileRecord:
+        """Write a file as `write_text` does, and keep its content."""
+        record, state = write_text(path, text), _state(path)
+        self._hashes[state] = record["sha256"]
+        self._keep(state, _encoded(text))
+        return record
+
+    def _keep(self, state: _State, content: bytes) -> None:
+        self._contents[state] = content
+        while sum(map(len, self._contents.values())) > _KEPT_BYTES and len(self._contents) > 1:
+            self._contents.popitem(last=False)
+
+
+def _state(path: Path) -> _State:
+    about = path.stat()
+    return path, about.st_ino, about.st_size, about.st_mtime_ns, about.st_ctime_ns
+
+
+def read_json(path: Path, files: FileCache | None = None) -> Any:
     """Read a JSON file.
+
+    Args:
+        path: of the file.
+        files: cache of this process; None reads the file anew.
 
     Raises:
         ValueError: with the file's name, where it is truncated or damaged.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads((files.content(path) if files else path.read_bytes()).decode("utf-8"))
     except ValueError as error:
         raise ValueError(f"{path}: not readable as JSON ({error}); delete it and run the same command again") from error
 
@@ -152,13 +210,13 @@ def to_jsonl(rows: Iterable[Mapping[str, Any]]) -> str:
     return "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
 
 
-def read_jsonl(path: Path) -> Iterator[Any]:
-    """Yield the JSON value of each line.
+def read_jsonl(path: Path, files: FileCache | None = None) -> Iterator[Any]:
+    """Yield the JSON value of each line; `files` as in `read_json`.
 
     Raises:
         ValueError: with file and line, at a broken line.
     """
-    with path.open(encoding="utf-8") as file:
+    with io.StringIO(files.content(path).decode()) if files else path.open(encoding="utf-8") as file:
         for number, line in enumerate(file, start=1):
             try:
                 yield json.loads(line)
@@ -173,8 +231,8 @@ class Reader:
         problems: one sentence per file that could not be read.
     """
 
-    def __init__(self, study: Path) -> None:
-        self.study = study
+    def __init__(self, study: Path, files: FileCache | None = None) -> None:
+        self.study, self.files = study, files
         self.problems: list[str] = []
 
     def note(self, path: Path, error: Exception | str) -> None:
@@ -187,7 +245,11 @@ class Reader:
         if not path.exists():
             return {}
         try:
-            value = read_json(path) if path.suffix == ".json" else yaml.safe_load(path.read_text(encoding="utf-8"))
+            value = (
+                read_json(path, self.files)
+                if path.suffix == ".json"
+                else yaml.safe_load(path.read_text(encoding="utf-8"))
+            )
         except (OSError, ValueError, yaml.YAMLError) as error:
             self.note(path, error)
             return {}
@@ -202,7 +264,7 @@ class Reader:
         if not path.exists():
             return rows
         try:
-            for row in read_jsonl(path):
+            for row in read_jsonl(path, self.files):
                 if not isinstance(row, dict):
                     raise ValueError(f"row {len(rows) + 1} is not a mapping")
                 rows.append(_without_surrogates(row))

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Final, TypedDict
 
-from harness.study.files import FileRecord, Json, file_sha256, read_json, read_jsonl
+from harness.study.files import FileCache, FileRecord, Json, read_json, read_jsonl
 from harness.study.manifest import Manifest
 
 SPLITS = ("dev", "golden")
@@ -28,53 +28,27 @@ _SPLIT_FILES = ("completions.jsonl", "pairs.jsonl")
 READ_BYTES = 2**30
 
 
-class FileHashes:
-    """SHA-256 of files, each file hashed once per state (inode, size, times).
-
-    A command asks several times which stages of a trial are done: its driver holds one of these and passes it on.
-    """
-
-    def __init__(self) -> None:
-        self._known: dict[tuple[Path, int, int, int, int], str] = {}
-
-    def sha256(self, path: Path) -> str:
-        """Return the SHA-256 (hex) of a file."""
-        state = _state(path)
-        if state not in self._known:
-            self._known[state] = file_sha256(path)
-        return self._known[state]
-
-    def note(self, path: Path, record: FileRecord) -> None:
-        """Remember the hash of a file that was just written, so that it need not be read for it."""
-        self._known[_state(path)] = record["sha256"]
-
-
-def _state(path: Path) -> tuple[Path, int, int, int, int]:
-    about = path.stat()
-    return path, about.st_ino, about.st_size, about.st_mtime_ns, about.st_ctime_ns
-
-
-def fingerprint(path: Path, hashes: FileHashes | None = None) -> FileRecord:
+def fingerprint(path: Path, files: FileCache | None = None) -> FileRecord:
     """Return a file's size and SHA-256."""
-    return {"bytes": path.stat().st_size, "sha256": (hashes or FileHashes()).sha256(path)}
+    return {"bytes": path.stat().st_size, "sha256": (files or FileCache()).sha256(path)}
 
 
 def fingerprints(
-    folder: Path, known: Mapping[str, FileRecord], hashes: FileHashes | None = None
+    folder: Path, known: Mapping[str, FileRecord], files: FileCache | None = None
 ) -> dict[str, FileRecord]:
     """Return the record of each file of a trial by its name in the folder.
 
     Args:
         folder: of the trial.
         known: earlier records; weights of the same size are not read again.
-        hashes: of this process; None hashes each file anew.
+        files: cache of this process; None reads each file anew.
     """
-    hashes = hashes or FileHashes()
+    files = files or FileCache()
     found = {}
     for path in _recorded_files(folder):
         name = path.relative_to(folder).as_posix()
         old = known.get(name) if _is_weights(name) else None
-        found[name] = old if old and old["bytes"] == path.stat().st_size else fingerprint(path, hashes)
+        found[name] = old if old and old["bytes"] == path.stat().st_size else fingerprint(path, files)
     return found
 
 
@@ -93,7 +67,7 @@ def changed_files(
     known: Mapping[str, FileRecord],
     *,
     read_bytes: float = READ_BYTES,
-    hashes: FileHashes | None = None,
+    files: FileCache | None = None,
 ) -> set[str]:
     """Return the names of the files that are gone or changed.
 
@@ -101,13 +75,13 @@ def changed_files(
         folder: of the trial, or of a checkpoint.
         known: the records of its files.
         read_bytes: larger files are compared by size alone.
-        hashes: of this process; None hashes each file anew.
+        files: cache of this process; None reads each file anew.
     """
-    hashes = hashes or FileHashes()
+    files = files or FileCache()
     return {
         name
         for name, record in known.items()
-        if leads_out(name) or not _is_same(folder / name, record, read_bytes, hashes)
+        if leads_out(name) or not _is_same(folder / name, record, read_bytes, files)
     }
 
 
@@ -116,30 +90,30 @@ def leads_out(name: str) -> bool:
     return Path(name).is_absolute() or ".." in Path(name).parts
 
 
-def _is_same(path: Path, record: FileRecord, read_bytes: float, hashes: FileHashes) -> bool:
+def _is_same(path: Path, record: FileRecord, read_bytes: float, files: FileCache) -> bool:
     if not path.is_file():
         return False
     size = path.stat().st_size
     if size != record.get("bytes"):
         return False
-    return size > read_bytes or hashes.sha256(path) == record.get("sha256")
+    return size > read_bytes or files.sha256(path) == record.get("sha256")
 
 
 def done_stages(
-    folder: Path, manifest: Manifest, *, read_bytes: float = READ_BYTES, hashes: FileHashes | None = None
+    folder: Path, manifest: Manifest, *, read_bytes: float = READ_BYTES, files: FileCache | None = None
 ) -> set[str]:
     """Return the stages that need not run again; a lost or damaged file takes its stage with it.
 
     Args:
         folder: of the trial.
         manifest: its manifest.
-        read_bytes, hashes: as in `changed_files`.
+        read_bytes, files: as in `changed_files`.
     """
     done = set(manifest.get("done", []))
     if not done:
         return done
     known = manifest.get("files", {})
-    changed = changed_files(folder, known, read_bytes=read_bytes, hashes=hashes)
+    changed = changed_files(folder, known, read_bytes=read_bytes, files=files)
     if "train" in done and _is_training_lost(folder, manifest, changed):
         return set()
 
@@ -166,20 +140,20 @@ def _is_training_lost(folder: Path, manifest: Manifest, changed: set[str]) -> bo
     return not trained or outdated or any(map(_is_weights, changed))
 
 
-def resume_stages(folder: Path, manifest: Manifest, hashes: FileHashes | None = None) -> list[str]:
+def resume_stages(folder: Path, manifest: Manifest, files: FileCache | None = None) -> list[str]:
     """Return the stages that need not run again, and delete damaged files, so that no stage reads them.
 
     The missing stages may need the weights: they are hashed, however large.
     """
-    done = done_stages(folder, manifest, read_bytes=math.inf, hashes=hashes)
-    drop_damaged(folder, manifest, hashes)
+    done = done_stages(folder, manifest, read_bytes=math.inf, files=files)
+    drop_damaged(folder, manifest, files)
     return sorted(done)
 
 
-def drop_damaged(folder: Path, manifest: Manifest, hashes: FileHashes | None = None) -> None:
+def drop_damaged(folder: Path, manifest: Manifest, files: FileCache | None = None) -> None:
     """Delete a trial's damaged JSONL files: no stage may read half of one, and each is made again."""
     known = manifest.get("files", {})
-    changed = changed_files(folder, known, hashes=hashes)
+    changed = changed_files(folder, known, files=files)
     for path in folder.glob("*.jsonl"):
         if path.name in changed or not (path.name in known or _has_whole_rows(path)):
             path.unlink(missing_ok=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, TypedDict
 
 from harness.study.errors import UsageError
-from harness.study.files import FileRecord, Json, is_broken, read_json, seal, write_json
+from harness.study.files import FileCache, FileRecord, Json, is_broken, read_json, seal, to_json
 
 FILE = "manifest.json"
 
@@ -85,15 +85,15 @@ class Manifest(TypedDict, total=False):
     sha256: str
 
 
-def write_manifest(folder: Path, manifest: Manifest) -> None:
+def write_manifest(folder: Path, manifest: Manifest, files: FileCache | None = None) -> None:
     """Write a trial's manifest with its seal."""
-    write_json(folder / FILE, seal(manifest))
+    (files or FileCache()).write_text(folder / FILE, to_json(seal(manifest)))
 
 
-def read_manifest(folder: Path) -> Manifest:
+def read_manifest(folder: Path, files: FileCache | None = None) -> Manifest:
     """Return a trial's manifest without its seal; empty where it is absent, damaged or changed."""
     try:
-        found: Manifest = read_json(folder / FILE)
+        found: Manifest = read_json(folder / FILE, files)
     except (OSError, ValueError):  # absent, cut off or damaged
         return {}
     if not is_as_written(found):
@@ -102,13 +102,13 @@ def read_manifest(folder: Path) -> Manifest:
     return found
 
 
-def load_manifest(folder: Path) -> Manifest:
+def load_manifest(folder: Path, files: FileCache | None = None) -> Manifest:
     """Return a trial's manifest without its seal.
 
     Raises:
         UsageError: where it is absent, damaged or changed.
     """
-    manifest = read_manifest(folder)
+    manifest = read_manifest(folder, files)
     if not manifest:
         raise UsageError(
             f"{folder / FILE}: is lost, damaged or was changed since its trial wrote it; run the sweep's command "
@@ -145,9 +145,9 @@ class DataIdentity(TypedDict):
     by_seed: dict[str, dict[str, str]]
 
 
-def data_identity(study: Path) -> DataIdentity:
+def data_identity(study: Path, files: FileCache | None = None) -> DataIdentity:
     """Compare, seed by seed, the token ids that the trainers of a study's arms consumed."""
-    trials, reasons = _manifests(study)
+    trials, reasons = _manifests(study, files)
     complete = [trial for trial in trials if trial.get("status") == "complete"]
     arms = sorted({trial["arm"] for trial in complete})
     by_seed: dict[str, dict[str, str]] = {}
@@ -164,13 +164,13 @@ def data_identity(study: Path) -> DataIdentity:
     return {"status": "not proved" if reasons else "proved", "reasons": reasons, "by_seed": by_seed}
 
 
-def _manifests(study: Path) -> tuple[list[Manifest], list[str]]:
+def _manifests(study: Path, files: FileCache | None) -> tuple[list[Manifest], list[str]]:
     """Return the manifests of a study's trials, and one reason per manifest that cannot be believed."""
     found: list[Manifest] = []
     reasons = []
     for path in sorted((study / "trials").glob(f"*/{FILE}")):
         try:
-            manifest = read_json(path)
+            manifest = read_json(path, files)
         except ValueError as error:
             reasons.append(f"manifest of trial {path.parent.name} is not readable: {error}")
             continue

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
@@ -25,6 +25,7 @@ from tqdm import tqdm
 from harness.config.launchers import Launcher, launcher_of
 from harness.generate.vllm import answers_path
 from harness.study.errors import UsageError
+from harness.study.files import FileCache
 from harness.study.integrity import done_stages
 from harness.study.log import prepare_process
 from harness.study.manifest import read_manifest
@@ -63,15 +64,15 @@ class Launching:
 
     def run(self, trials: Sequence[Trial]) -> list[Outcome]:
         """Run trials; if vLLM answers, all are trained first and then answered for in one pass."""
-        with show_progress(trials):
+        with show_progress(trials, FileCache() if self._hydra else None) as advance:
             if trials[0].config.generate.backend == "vllm":
-                trained = self._run([replace(trial, splits=()) for trial in trials])
+                trained = self._run([replace(trial, splits=()) for trial in trials], advance)
                 try:
                     self._answer(trials)
                 except RuntimeError as error:
                     why = f"generate: {error}"
                     return [replace(x, status="failed", message=why) if x.status == "complete" else x for x in trained]
-            return self._run(trials)
+            return self._run(trials, advance)
 
     def _answer(self, trials: Sequence[Trial]) -> None:
         """Answer the missing splits of trained trials in one pass of vLLM.
@@ -88,9 +89,9 @@ class Launching:
             base = inputs.checkpoints.folder(first.config.model)
             answer_folders(work, first.config, chat, splits, base=base, scratch=first.study)
 
-    def _run(self, trials: Sequence[Trial]) -> list[Outcome]:
+    def _run(self, trials: Sequence[Trial], advance: Callable[[], bool | None]) -> list[Outcome]:
         if self._hydra is None:
-            return [self._run_here(trial) for trial in trials]
+            return [self._run_here(trial, advance) for trial in trials]
         processes = trials[0].config.accelerate.num_processes
         size = self.kind.batch(len(trials), self._context.machine, processes)
         return [
@@ -99,12 +100,14 @@ class Launching:
             for outcome in self._run_as_jobs(trials[start : start + size], self._hydra)
         ]
 
-    def _run_here(self, trial: Trial) -> Outcome:
+    def _run_here(self, trial: Trial, advance: Callable[[], bool | None]) -> Outcome:
         self._context.slots.take(self.kind, trial.config.accelerate.num_processes)
         try:
             return run_trial(trial, self._context)
         except Exception as error:
             return _failed(trial, error)
+        finally:
+            advance()
 
     def _run_as_jobs(self, trials: Sequence[Trial], launcher: HydraLauncher) -> list[Outcome]:
         """Launch jobs; if the launcher gives up because a worker died, launch the incomplete trials again.
@@ -112,10 +115,10 @@ class Launching:
         A job that still runs holds its trial's lock: its second launch waits for it, and finds the trial complete.
         """
         problem = ""
-        with _trial_files(trials) as files:
+        with _trial_files(trials) as paths:
             for _ in range(1 + _RELAUNCHES):
-                left = [n for n, trial in enumerate(trials) if _is_left(trial)]
-                jobs = [[f"trial={_quoted(files[n])}"] for n in left]
+                left = [n for n, trial in enumerate(trials) if _is_left(trial, self._context.files)]
+                jobs = [[f"trial={_quoted(paths[n])}"] for n in left]
                 try:
                     returns: Sequence[JobReturn] = launcher.launch(jobs, initial_job_idx=0)
                 except UsageError:
@@ -125,10 +128,10 @@ class Launching:
                     continue
                 ended = dict(zip(left, returns, strict=True))
                 return [
-                    _outcome_of(trial, ended[n]) if n in ended else _ended_before(trial, problem)
+                    _outcome_of(trial, ended[n]) if n in ended else _ended_before(trial, problem, self._context.files)
                     for n, trial in enumerate(trials)
                 ]
-        return [_ended_before(trial, problem) for trial in trials]
+        return [_ended_before(trial, problem, self._context.files) for trial in trials]
 
 
 def _unanswered(trial: Trial) -> list[str]:
@@ -197,9 +200,9 @@ def _quoted(path: Path) -> str:
     return f"'{text}'"
 
 
-def _is_left(trial: Trial) -> bool:
+def _is_left(trial: Trial, files: FileCache) -> bool:
     """Return whether a trial is launched: it is incomplete, and has not failed by an error of its own."""
-    return not trial.is_complete() and not own_failure(trial.folder)
+    return not trial.is_complete(files) and not own_failure(trial.folder)
 
 
 def _outcome_of(trial: Trial, job: JobReturn) -> Outcome:
@@ -214,34 +217,41 @@ def _failed(trial: Trial, error: Exception) -> Outcome:
     return trial.outcome("failed", f"{type(error).__name__}: {error}")
 
 
-def _ended_before(trial: Trial, problem: str) -> Outcome:
+def _ended_before(trial: Trial, problem: str, files: FileCache) -> Outcome:
     """Return how a trial ended in an earlier launch; without a trace it was lost with its worker."""
-    if trial.is_complete():
-        return trial.finished()
+    if trial.is_complete(files):
+        return trial.finished(files)
     if why := own_failure(trial.folder):
         return trial.outcome("failed", why, retries=not standing_failure(trial.folder))
     return trial.outcome("failed", f"worker: {problem}")
 
 
 @contextlib.contextmanager
-def show_progress(trials: Sequence[Trial]) -> Iterator[None]:
-    """Show a bar of complete trials, read from their folders, whichever process or machine runs them."""
-    done = threading.Event()
+def show_progress(trials: Sequence[Trial], files: FileCache | None = None) -> Iterator[Callable[[], bool | None]]:
+    """Show a bar of complete trials; yield the function that adds one to it.
+
+    Args:
+        trials: that are launched.
+        files: cache of this process, if trials run in other processes: their folders are polled.
+    """
+    ended = threading.Event()
     with tqdm(total=len(trials), desc="trials", delay=2, unit="trial", leave=False) as bar:
 
         def watch() -> None:
             left = [(trial, trial.folder / "manifest.json") for trial in trials]
-            while not done.wait(POLL_SECONDS):
-                # Of hundreds of trials only those are looked into that have begun and were not complete before.
-                left = [(trial, path) for trial, path in left if not (path.exists() and trial.is_complete())]
+            while not ended.wait(POLL_SECONDS):
+                # Of hundreds of trials only those are read that have begun and were not complete before.
+                left = [(trial, path) for trial, path in left if not (path.exists() and trial.is_complete(files))]
                 complete = len(trials) - len(left)
                 if complete > bar.n:  # refreshing for its own sake fills a log with lines
                     bar.update(complete - bar.n)
 
         thread = threading.Thread(target=watch, daemon=True)
-        thread.start()
+        if files is not None:
+            thread.start()
         try:
-            yield
+            yield bar.update
         finally:
-            done.set()
-            thread.join()
+            ended.set()
+            if files is not None:
+                thread.join()

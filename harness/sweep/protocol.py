@@ -16,7 +16,7 @@ from harness.score.study_scores import blocking, score_study
 from harness.score.trial_scores import collect_scores
 from harness.study.decision import Verdict
 from harness.study.errors import UsageError, is_outside, problem
-from harness.study.files import drop_temporaries, locked, locked_if_free
+from harness.study.files import FileCache, drop_temporaries, locked, locked_if_free
 from harness.study.integrity import drop_damaged, is_outdated
 from harness.study.manifest import read_manifest
 from harness.study.outcome import Outcome, set_aside, standing_failure
@@ -24,7 +24,7 @@ from harness.study.registration import read_study
 from harness.sweep.design import Design
 from harness.sweep.trial import Context, Trial
 from harness.sweep.tuning import tune
-from harness.track.tracker import Trackers, track
+from harness.track.tracker import track
 
 Launch = Callable[[Sequence[Trial]], list[Outcome]]
 
@@ -66,8 +66,8 @@ def run_study(design: Design, launch: Launch, context: Context) -> StudyResult:
         context: state of this process.
     """
     study = design.study
-    _drop_damaged(study)
-    runs = _Runs(launch, design, study)
+    _drop_damaged(study, context.files)
+    runs = _Runs(launch, design, study, context.files)
     verdict, undecided = None, ""
     if runs.finish("base", [design.base]):
         undecided = "the SFT base, which every arm is measured against, could not be scored"
@@ -85,19 +85,19 @@ def run_study(design: Design, launch: Launch, context: Context) -> StudyResult:
         for seeds in _looks(design):
             runs.finish("confirm", design.deciding(selected, seeds))
             blocked = runs.blocking()
-            verdict, undecided = (None, blocked) if blocked else _decided(study)
+            verdict, undecided = (None, blocked) if blocked else _decided(study, context.files)
             if verdict and verdict["verdict"] != "inconclusive":
                 break
         runs.finish("costs", design.cost_trials(selected) if verdict else [])
     with locked(study):
         collect_scores(study)
-        report, unreported = report_study(study)
+        report, unreported = report_study(study, context.files)
     if runs.launched and verdict and report:
-        _mirror(design.base_config, study, verdict, context.trackers)
+        _mirror(design.base_config, study, verdict, context)
     return _result(runs, design, verdict, undecided, report=report, unreported=unreported)
 
 
-def _drop_damaged(study: Path) -> None:
+def _drop_damaged(study: Path, files: FileCache) -> None:
     """Delete what was damaged, or left half written, in trials that do not run; one that runs sees to itself.
 
     Scorers of the whole study write into finished trials, under the study's lock.
@@ -108,7 +108,7 @@ def _drop_damaged(study: Path) -> None:
                 with locked_if_free(folder) as free:
                     if free:
                         drop_temporaries(folder)
-                        drop_damaged(folder, read_manifest(folder))
+                        drop_damaged(folder, read_manifest(folder, files), files)
 
 
 def _looks(design: Design) -> list[Sequence[int]]:
@@ -134,9 +134,9 @@ def _result(
 class _Runs:
     """How trials ended, and which of them were launched, over the several launches of a study."""
 
-    def __init__(self, launch: Launch, design: Design, study: Path) -> None:
+    def __init__(self, launch: Launch, design: Design, study: Path, files: FileCache) -> None:
         self._launch = launch
-        self._design, self._study = design, study
+        self._design, self._study, self._files = design, study, files
         self.problems: list[str] = []
         self.ended: dict[Path, Outcome] = {}
         self.launched: set[Path] = set()
@@ -150,7 +150,7 @@ class _Runs:
     def finish(self, stage: str, trials: Sequence[Trial]) -> int:
         """Launch the trials that are not complete, note how all of them ended, and return how many failed."""
         trials = list({trial.folder: trial for trial in trials}.values())
-        missing = [trial for trial in trials if not trial.is_complete()]
+        missing = [trial for trial in trials if not trial.is_complete(self._files)]
         stand = {} if self._design.base_config.retry_failed else dict(_standing(missing))
         missing = [trial for trial in missing if trial.folder not in stand]
         for trial in missing:
@@ -159,13 +159,15 @@ class _Runs:
         while missing:
             new |= dict(zip([trial.folder for trial in missing], self._launch(missing), strict=True))
             now = {
-                trial.folder: new.get(trial.folder) or trial.finished() for trial in trials if trial.folder not in stand
+                trial.folder: new.get(trial.folder) or trial.finished(self._files)
+                for trial in trials
+                if trial.folder not in stand
             }
-            missing = [trial for trial in trials if _is_outdated(trial, now.get(trial.folder))]
+            missing = [trial for trial in trials if _is_outdated(trial, now.get(trial.folder), self._files)]
         self.launched |= set(new)
         before = len(self.ended)
         new |= stand
-        self.ended |= {trial.folder: new.get(trial.folder) or trial.finished() for trial in trials}
+        self.ended |= {trial.folder: new.get(trial.folder) or trial.finished(self._files) for trial in trials}
         self.stages[stage] = self.stages.get(stage, 0) + len(self.ended) - before
         if stage in ("tune", "confirm"):
             self._score(["dev"] if stage == "tune" else ["golden"])
@@ -191,11 +193,11 @@ class _Runs:
         return "; ".join(blocking(self.problems, needed))
 
 
-def _is_outdated(trial: Trial, outcome: Outcome | None) -> bool:
+def _is_outdated(trial: Trial, outcome: Outcome | None, files: FileCache) -> bool:
     """Whether a trial that is finished has to train again, since another one of its seed has run out of memory."""
     if outcome is None or outcome.status != "complete" or trial.cost_name:
         return False
-    return is_outdated(trial.study, trial.seed, read_manifest(trial.folder).get("micro_batch_size"))
+    return is_outdated(trial.study, trial.seed, read_manifest(trial.folder, files).get("micro_batch_size"))
 
 
 def _standing(trials: Sequence[Trial]) -> Iterator[tuple[Path, Outcome]]:
@@ -205,18 +207,18 @@ def _standing(trials: Sequence[Trial]) -> Iterator[tuple[Path, Outcome]]:
             yield trial.folder, trial.outcome("failed", why, retries=False)
 
 
-def _decided(study: Path) -> tuple[Verdict | None, str]:
+def _decided(study: Path, files: FileCache) -> tuple[Verdict | None, str]:
     """Return the verdict, or None with the reason; a verdict on what the scores no longer say is taken away."""
     with locked(study):
         collect_scores(study)
         try:
-            return decide_study(study), ""
+            return decide_study(study, files), ""
         except UsageError as error:
             (study / "verdict.json").unlink(missing_ok=True)
             return None, str(error)
 
 
-def _mirror(base: RunConfig, study: Path, verdict: Verdict, trackers: Trackers) -> None:
+def _mirror(base: RunConfig, study: Path, verdict: Verdict, context: Context) -> None:
     """Log the study itself: the verdict as a summary, the figures and the report as pages."""
     from harness.report.prompts import answers_table  # loads matplotlib
     from harness.report.study import read_study as read_for_report
@@ -229,21 +231,21 @@ def _mirror(base: RunConfig, study: Path, verdict: Verdict, trackers: Trackers) 
         job_type="study",
         tags=["study", verdict["verdict"], verdict["level"]],
         config=read_study(study / "study.yaml"),
-        trackers=trackers,
+        trackers=context.trackers,
     ) as tracker:
         tracker.summarise({f"verdict/{key}": value for key, value in verdict.items()})
-        tracker.table("side_by_side", *answers_table(read_for_report(study)))
+        tracker.table("side_by_side", *answers_table(read_for_report(study, context.files)))
         for figure in sorted((study / "figures").glob("*.svg")):
             tracker.page(f"figures/{figure.stem}", figure)
         tracker.page("report", study / "report.html")
 
 
-def report_study(study: Path) -> tuple[Path | None, str]:
+def report_study(study: Path, files: FileCache | None = None) -> tuple[Path | None, str]:
     """Write the report; return its path, or None with the reason: a verdict is told where no page can be written."""
     from harness.report.page import render_report  # loads matplotlib
 
     try:
-        return render_report(study), ""
+        return render_report(study, files), ""
     except Exception as error:
         if isinstance(error, UsageError) or not is_outside(error):
             raise

@@ -24,7 +24,7 @@ from harness.generate.vllm import drop_answers, stored_answers
 from harness.score.scorers import SCORERS
 from harness.score.trial_scores import completion_flags, score_trial
 from harness.study.errors import DivergedError
-from harness.study.files import FileRecord, locked, read_jsonl, write_jsonl, write_text
+from harness.study.files import FileRecord, locked, read_jsonl, to_jsonl
 from harness.study.integrity import DELETED, delete_weights, fingerprints, resume_stages, without_weights
 from harness.study.log import LOG, say, trial_log
 from harness.study.manifest import Manifest, load_manifest, read_manifest, write_manifest
@@ -41,8 +41,8 @@ from harness.train.stage import TrainStage
 def run_trial(trial: Trial, context: Context) -> Outcome:
     """Run the missing stages of a trial; an error is written to failure.json and returned, never raised."""
     with locked(trial.folder):
-        if trial.is_complete():
-            return trial.finished()
+        if trial.is_complete(context.files):
+            return trial.finished(context.files)
         running: _Running | None = None
         try:
             running = _Running(trial, context)
@@ -65,7 +65,7 @@ class _Running:
     """The state of a running trial: its manifest, its clock and the current stage."""
 
     def __init__(self, trial: Trial, context: Context) -> None:
-        self.trial, self.context, self.hashes = trial, context, context.hashes
+        self.trial, self.context, self.files = trial, context, context.files
         self.config, self.folder, self.stage = trial.config, trial.folder, "load"
         self.meter = Meter()
         self.manifest = self._stored_manifest() or self._new_manifest()
@@ -75,12 +75,12 @@ class _Running:
 
     def _stored_manifest(self) -> Manifest:
         """Read how far an earlier run came; empty if nothing of it can be used."""
-        found = read_manifest(self.folder)
+        found = read_manifest(self.folder, self.files)
         if not found and (self.folder / "manifest.json").is_file():
             say(f"{self.folder / 'manifest.json'} is damaged or was changed: the trial runs again")
         if found.get("trial_id") != self.trial.trial_id:
             return {}
-        found["done"] = resume_stages(self.folder, found, self.hashes)
+        found["done"] = resume_stages(self.folder, found, self.files)
         if found.pop(DELETED, None) and not {"score", *self.trial.splits} <= set(found["done"]):
             found["done"] = []  # the missing stages need weights that are deleted: they are trained again
         return found
@@ -107,7 +107,9 @@ class _Running:
         """Run the missing stages in order, mirrored to the tracker."""
         config, about = self.config, self.manifest
         set_threads(config)
-        write_text(self.folder / "config.yaml", yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True))
+        self.files.write_text(
+            self.folder / "config.yaml", yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True)
+        )
         with track(
             config.tracking,
             folder=self.trial.study,
@@ -171,12 +173,12 @@ class _Running:
         )
         found = stage.run(is_cost_trial=bool(self.trial.cost_name))
         path = self.folder / "train.jsonl"
-        self.hashes.note(path, write_jsonl(path, found.steps))
+        self.files.write_text(path, to_jsonl(found.steps))
         end_log(self.folder)
         self.manifest["warnings"] += found.warnings
         peak = self.meter.peak_memory_bytes
         peak["train"] = max(peak.get("train", 0), found.peak_memory_bytes)
-        files = fingerprints(self.folder, {}, self.hashes)
+        files = fingerprints(self.folder, {}, self.files)
         found.facts |= {"done": [*self.manifest["done"], "train"], "files": files}
         self._save(**found.facts)
         shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
@@ -203,22 +205,14 @@ class _Running:
             )
         flagged = [asdict(c) | {"flags": completion_flags(c.completion, ended=c.ended)} for c in completions]
         with self._stage("heldout"):
+            base, pad_id = self.trial.study / "base", tokens.chat.tokenizer.pad_token_id
             pairs = (
-                heldout_rows(
-                    config,
-                    policy,
-                    rows,
-                    split,
-                    base=self.trial.study / "base",
-                    pad_id=tokens.chat.tokenizer.pad_token_id,
-                )
-                if rows
-                else []
+                heldout_rows(config, policy, rows, split, base=base, pad_id=pad_id, files=self.files) if rows else []
             )
         for name, new in (("completions.jsonl", flagged), ("pairs.jsonl", pairs)):
             path = self.folder / name
-            old = [row for row in read_jsonl(path) if row["split"] != split] if path.is_file() else []
-            self.hashes.note(path, write_jsonl(path, old + new))
+            old = [row for row in read_jsonl(path, self.files) if row["split"] != split] if path.is_file() else []
+            self.files.write_text(path, to_jsonl(old + new))
         drop_answers(self.folder, split)
         spent = self.manifest["tokens"]
         spent["generated"] = spent.get("generated", 0) + sum(c.tokens for c in completions)
@@ -237,7 +231,7 @@ class _Running:
         with self._stage("score"):
             prompts = [{**row} for row in prompt_rows(self.context.inputs.splits(self.config))]
             rows = score_trial(self.folder, prompts, tuple(SCORERS), base=base)
-            self.manifest = load_manifest(self.folder)  # score_trial has added flags to it
+            self.manifest = load_manifest(self.folder, self.files)  # score_trial has added flags to it
         status = "diverged" if self.manifest["status"] == "diverged" else "complete"
         self._save(status=status, done=sorted({*self.manifest["done"], "score"}), files=self._files())
         scores: dict[str, list[float]] = {}
@@ -248,7 +242,7 @@ class _Running:
         tracker.log({STEP: steps} | {name: fmean(values) for name, values in scores.items()})
         tracker.summarise({"status": status})
         path = self.folder / "completions.jsonl"
-        answers = list(read_jsonl(path)) if path.is_file() else []
+        answers = list(read_jsonl(path, self.files)) if path.is_file() else []
         columns = ("split", "prompt_id", "prompt", "completion", "tokens", "ended")
         tracker.table("completions", columns, [[row[column] for column in columns] for row in answers])
 
@@ -258,17 +252,17 @@ class _Running:
         LOG.info("%s", name)
         with self.meter.stage(name):
             yield
-        if name in ("load", "reference"):  # the save of their results has the clock of the other stages
+        if name == "reference":  # the save of their results has the clock of the other stages
             self._save()
 
     def _files(self) -> dict[str, FileRecord]:
-        return fingerprints(self.folder, self.manifest.get("files", {}), self.hashes)
+        return fingerprints(self.folder, self.manifest.get("files", {}), self.files)
 
     def _save(self, **facts: Unpack[Manifest]) -> None:
         self.manifest["seconds"] |= dict(self.meter.seconds)
         self.manifest["peak_memory_bytes"] |= self.meter.peak_memory_bytes
         self.manifest |= facts
-        write_manifest(self.folder, self.manifest)
+        write_manifest(self.folder, self.manifest, self.files)
 
 
 def drops_weights(trial: Trial) -> bool:

@@ -14,8 +14,8 @@ from harness.config.trial_id import config_label, plain
 from harness.data.inputs import Inputs
 from harness.study.decision import golden_problem
 from harness.study.errors import UsageError
-from harness.study.files import read_json, write_json
-from harness.study.integrity import FileHashes, done_stages
+from harness.study.files import FileCache, read_json, write_json
+from harness.study.integrity import done_stages
 from harness.study.manifest import load_manifest, read_manifest
 from harness.study.outcome import Outcome
 from harness.study.rows import TrialName
@@ -36,12 +36,12 @@ class Context:
         trackers: whether W&B can be reached.
         slots: the GPUs or cores that this process holds.
         imports: keeps imported modules out of the garbage collector's rounds.
-        hashes: of files of trials, each file hashed once per state.
+        files: contents and hashes of files, each state of a file read once.
     """
 
     machine: Machine = field(default_factory=Machine.here)
     inputs: Inputs = field(default_factory=Inputs)
-    hashes: FileHashes = field(default_factory=FileHashes)
+    files: FileCache = field(default_factory=FileCache)
     trackers: Trackers = field(default_factory=Trackers)
     imports: FrozenImports = field(default_factory=FrozenImports)
     bases: Bases = field(init=False)
@@ -100,12 +100,12 @@ class Trial:
         """Whether a trainer runs: the base is only answered and scored."""
         return ARMS[self.arm].trainer is not None
 
-    def is_complete(self) -> bool:
+    def is_complete(self, files: FileCache | None = None) -> bool:
         """Return whether the manifest has all stages of this very config, and their files are as they were."""
-        manifest = read_manifest(self.folder)
+        manifest = read_manifest(self.folder, files)
         if manifest.get("trial_id") != self.trial_id:
             return False
-        return {"score", *self.splits} <= done_stages(self.folder, manifest)
+        return {"score", *self.splits} <= done_stages(self.folder, manifest, files=files)
 
     def refuse_golden(self) -> None:
         """Raise a UsageError if this run of its study must not be scored on golden."""
@@ -118,9 +118,9 @@ class Trial:
         """Return how this trial ended."""
         return Outcome(**self.name, status=status, message=message, retries=retries)
 
-    def finished(self) -> Outcome:
+    def finished(self, files: FileCache | None = None) -> Outcome:
         """Read how this trial ended; it is complete."""
-        facts = load_manifest(self.folder)
+        facts = load_manifest(self.folder, files)
         return self.outcome(facts["status"], facts.get("divergence", ""))
 
 

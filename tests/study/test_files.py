@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from harness.study.files import (
+    FileCache,
     Reader,
     digest,
     drop_temporaries,
@@ -24,7 +25,7 @@ from harness.study.files import (
     write_json,
     write_text,
 )
-from harness.study.integrity import FileHashes, changed_files, fingerprint
+from harness.study.integrity import changed_files, fingerprint
 
 
 def test_a_write_returns_the_record_of_the_file_and_tells_the_audit_hooks(tmp_path: Path) -> None:
@@ -82,7 +83,7 @@ def test_a_seal_holds_until_something_is_changed() -> None:
 
 def test_a_file_is_hashed_once_per_state(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
-    hashes = FileHashes()
+    hashes = FileCache()
     record = write_text(path, "one\n")
     hashes.note(path, record)
     reads: list[str] = []
