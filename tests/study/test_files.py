@@ -21,6 +21,7 @@ from harness.study.files import (
     locked,
     locked_if_free,
     number,
+    read_jsonl,
     seal,
     write_json,
     write_text,
@@ -81,22 +82,31 @@ def test_a_seal_holds_until_something_is_changed() -> None:
     assert not is_broken({"a": None})
 
 
-def test_a_file_is_hashed_once_per_state(tmp_path: Path) -> None:
+def test_each_state_of_a_file_is_read_once(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
-    hashes = FileCache()
-    record = write_text(path, "one\n")
-    hashes.note(path, record)
+    files = FileCache()
+    record = files.write_text(path, '{"a": 1}\n')
     reads: list[str] = []
     listening = [True]
     sys.addaudithook(lambda event, args: reads.append(args[0]) if listening and event == "open" else None)
-    assert hashes.sha256(path) == record["sha256"]
-    assert str(path) not in reads
-    write_text(path, "two\n")
+    assert files.sha256(path) == record["sha256"]
+    assert list(read_jsonl(path, files)) == [{"a": 1}]
+    assert str(path) not in reads, "what was written is known"
+    write_text(path, '{"a": 2}\n')
     for _ in range(3):
-        assert changed_files(tmp_path, {"rows.jsonl": record}, hashes=hashes) == {"rows.jsonl"}
+        assert changed_files(tmp_path, {"rows.jsonl": record}, files=files) == {"rows.jsonl"}
+        assert list(read_jsonl(path, files)) == [{"a": 2}]
     listening.clear()
-    assert reads.count(str(path)) == 1
-    assert hashes.sha256(path) == file_sha256(path)
+    assert [str(name) for name in reads].count(str(path)) == 1
+    assert files.sha256(path) == file_sha256(path)
+
+
+def test_contents_are_kept_up_to_a_limit_and_read_again_beyond(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("harness.study.files._KEPT_BYTES", 10)
+    files = FileCache()
+    for name in "abc":
+        files.write_text(tmp_path / name, name * 6)
+    assert [files.content(tmp_path / name) for name in "abc"] == [b"aaaaaa", b"bbbbbb", b"cccccc"]
 
 
 def test_a_lock_is_free_again_after_its_block(tmp_path: Path) -> None:
