@@ -192,7 +192,7 @@ def _shown(look: Mapping[str, Any]) -> str:
 
 
 def problems(config: RunConfig) -> Iterator[str]:
-    """Yield what is wrong with the form of the guards; `harness.score.available` checks their metrics."""
+    """Yield what is wrong with the form of the guards; `harness.score.scorers` checks their metrics."""
     metrics = []
     for guard in config.decide.guards:
         metric, margin = guard.get("metric"), guard.get("margin")

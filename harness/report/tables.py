@@ -18,7 +18,7 @@ from harness.decide.stats import contrast
 from harness.report.study import COMPLETE, Config, Study, run_means
 from harness.report.style import Look
 from harness.report.words import DEFINITIONS, MISSING, PREFERENCE, SCORERS, levels, percent, plural, points
-from harness.score.trial_scores import degenerate_shares
+from harness.score.trial_scores import FlaggedRow, degenerate_shares
 from harness.study.files import Reader, mapping, number
 from harness.study.registration import ALPHA
 from harness.study.text import html, markdown, one_line
@@ -140,7 +140,7 @@ def degenerate_table(study: Study) -> Table | None:
         for flag, text in (("empty", "Empty"), ("cut_off", "Cut off at the token limit"), ("repetition", "Repetition")):
             count = sum(flag in answer["flags"] for answer in answers)
             rows.setdefault(text, {})[label] = f"{count:,} ({percent(count / len(answers))})"
-        same = max(degenerate_shares(run)["same_answer"] for run in runs)
+        same = max(degenerate_shares([_flagged(row) for row in run])["same_answer"] for run in runs)
         rows.setdefault("Most frequent answer of a run", {})[label] = percent(same)
     if not rows:
         return None
@@ -315,6 +315,10 @@ def _unscored(study: Study) -> dict[str, dict[str, str]]:
     return {"Unscored (not counted as 0)": cells} if cells else {}
 
 
+def _flagged(row: Mapping[str, Any]) -> FlaggedRow:
+    return {"completion": row["completion"], "flags": row["flags"]}
+
+
 def judge_table(study: Study) -> Table | None:
     """Show the facts of judge.json; None where no judge has scored."""
     facts = Reader(study.folder).mapping(study.folder / "judge.json")
@@ -329,7 +333,6 @@ def judge_table(study: Study) -> Table | None:
         "Verdicts for the answer shown first (fair: 50%)": _share(facts, "first_slot_rate"),
         "Decided comparisons that the longer answer wins": _share(facts, "longer_wins_rate"),
         "Agreement with known labels": _agreement(mapping(facts.get("calibration"))),
-        "The arms compared with each other": _head_to_head(mapping(facts.get("head_to_head"))),
         "Cost of the last call": _cost(mapping(facts.get("cost"))),
     }
     shown = {name: {"Found": text} for name, text in rows.items() if text != MISSING}
@@ -352,18 +355,6 @@ def _agreement(known: Mapping[str, Any]) -> str:
     if share is None or not isinstance(ends, list):
         return MISSING
     return f"{percent(share)} of {known.get('pairs')} pairs, 95% {percent(ends[0])} to {percent(ends[1])}"
-
-
-def _head_to_head(found: Mapping[str, Any]) -> str:
-    rates, arms = mapping(found.get("win_rates")), found.get("arms") or []
-    values = [value for value in map(number, rates.values()) if value is not None]
-    if not values or len(arms) < 2:
-        return MISSING
-    spread = f" ({percent(min(values))} to {percent(max(values))} over {plural(len(values), 'seed')})"
-    names = f"{title(str(arms[0]))} against {title(str(arms[1]))}"
-    return (
-        f"{names}: {percent(sum(values) / len(values))}{spread if len(values) > 1 else ''}; describes, does not decide"
-    )
 
 
 def _cost(cost: Mapping[str, Any]) -> str:

@@ -14,6 +14,7 @@ from harness.config.arms import title
 from harness.decide.lines import confidence
 from harness.decide.rule import verdict
 from harness.report.study import DIVERGED, FAILED, UNFINISHED, Study, run_means
+from harness.score.scorers import SCORERS as TABLE
 from harness.study.errors import UsageError
 from harness.study.files import bounds, mapping, number
 from harness.study.registration import ALPHA, MARGIN
@@ -27,17 +28,7 @@ LEVELS = {
     "speaks of the methods with these settings on this data, not of one lucky run.",
 }
 DEFINITIONS = {f"{PREFERENCE}_sum": "DPO's reward", f"{PREFERENCE}_mean": "SimPO's reward"}
-SCORERS = {
-    "checks": "All checks passed",
-    "checks_fraction": "Share of checks passed",
-    "ifeval": "All instructions followed (IFEval, strict)",
-    "ifeval_loose": "All instructions followed (IFEval, loose)",
-    "judge": "Win rate by the judge against the baseline",
-    "reward_model": "Win rate by the reward model against the baseline",
-    "length_controlled": "Length-controlled win rate",
-    PREFERENCE: "Preference accuracy, both rewards",
-    **{scorer: f"Preference accuracy by {text}" for scorer, text in DEFINITIONS.items()},
-}
+SCORERS = {name: scorer.title for name, scorer in TABLE.items()}
 
 
 def percent(value: Any, digits: int = 1) -> str:

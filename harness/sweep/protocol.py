@@ -12,8 +12,8 @@ from typing import Any
 
 from harness.config.schema import RunConfig
 from harness.decide.study import decide_study
-from harness.score.available import scoring_of, study_scorers
-from harness.score.study_scores import blocking, score_study
+from harness.score.scorers import study_scorers
+from harness.score.study_scores import blocking, score_study, scoring_of
 from harness.score.trial_scores import collect_scores
 from harness.study.errors import UsageError, is_outside, problem
 from harness.study.files import drop_temporaries, locked, locked_if_free

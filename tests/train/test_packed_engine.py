@@ -12,9 +12,8 @@ import torch
 
 import harness.train.logps
 import harness.train.packed
-from harness.config.schema import Engine, LeversConfig, Reference, RunConfig, Tuning
 import harness.train.trainers
-from harness.config.schema import Engine, Reference, RunConfig, Tuning
+from harness.config.schema import Engine, LeversConfig, Reference, RunConfig, Tuning
 from harness.data.inputs import tokens_of
 from harness.data.plan import ConsumedTokens
 from harness.data.tokens import TokenPair
