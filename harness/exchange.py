@@ -6,106 +6,67 @@ Command: `python -m harness.exchange export | annotations | outputs ...`. Import
 from __future__ import annotations
 
 import argparse
+import json
+import math
 import re
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any, NotRequired, TypedDict
 
-from harness.score.exchange import Question, adopt, alpaca_eval_rows, annotation_scores, arena_hard_rows, dumps
-from harness.score.trial_scores import trial_folders
+import numpy as np
+import pandas as pd
+
+from harness.config.arms import ARMS, BASE
+from harness.data.inputs import prompt_row
+from harness.data.records import prompt_id
+from harness.data.splits import evaluation_prompts
+from harness.data.table import read_table
+from harness.score.answers import read_outputs
+from harness.score.length_control import length_controlled
+from harness.score.trial_scores import completion_flags, trial_folders
 from harness.study.errors import UsageError, in_one_sentence
-from harness.study.files import read_jsonl, write_text
-from harness.study.manifest import load_manifest
-from harness.study.registration import ALPHA, MARGIN
+from harness.study.files import digest, file_sha256, read_jsonl, write_jsonl, write_text
+from harness.study.integrity import fingerprints
+from harness.study.manifest import Manifest, load_manifest, write_manifest
+from harness.study.registration import ALPHA, MARGIN, Registration, contrast_of, write_study
+from harness.study.rows import CompletionRow, PromptRow
 from harness.study.scores_csv import write_scores
 from harness.study.text import one_line
 
+GIVEN = "given answers"  # study.yaml's model of a study of given answers
+_CONFIG = "given"
+_MAX_BAD = 0.01
 _RUN = re.compile(r"([a-z_]+)(?::(\d+))?=(.+)")
 
-
-def export(study: Path, form: str, out: Path) -> list[Path]:
-    """Write the golden answers of the base and of every run for another tool.
-
-    Args:
-        study: its folder.
-        form: `alpaca_eval` (GENERATOR/model_outputs.json) or `arena_hard` (model_answer/GENERATOR.jsonl).
-        out: the folder to write into; a generator is called ARM-sSEED, or `sft`.
-
-    Raises:
-        UsageError: for a folder that is no study, or one whose golden set is not Arena-Hard's.
-    """
-    if not (study / "prompts.jsonl").is_file():
-        raise UsageError(f"{study}: no study with answers; give a folder under results/ that harness.sweep wrote")
-    prompts = [row for row in read_jsonl(study / "prompts.jsonl") if row["split"] == "golden"]
-    written = []
-    for folder in trial_folders(study):
-        manifest, path = load_manifest(folder), folder / "completions.jsonl"
-        rows = [row for row in read_jsonl(path) if row["split"] == "golden"] if path.is_file() else []
-        if not rows:
-            continue
-        name = "sft" if folder.name == "base" else f"{manifest['arm']}-s{manifest['seed']}"
-        if not re.fullmatch(r"[\w-]+", name):  # it becomes a file's name
-            raise UsageError(f"{folder}: {one_line(name, 80)} is no name of a run; allowed: letters, digits, _ and -")
-        answers = {row["prompt_id"]: row["completion"] for row in rows}
-        if form == "alpaca_eval":
-            target, text = (
-                out / name / "model_outputs.json",
-                dumps(alpaca_eval_rows(prompts, answers, name), lines=False),
-            )
-        else:
-            tokens = {row["prompt_id"]: row["tokens"] for row in rows}
-            found = arena_hard_rows(prompts, answers, name, tokens)
-            if not found:
-                raise UsageError(f"{study}: its golden set is not Arena-Hard's: its tools know none of these prompts")
-            target, text = out / "model_answer" / f"{name}.jsonl", dumps(found, lines=True)
-        write_text(target, text)
-        written.append(target)
-    if not written:
-        raise UsageError(f"{study}: no golden answers yet; finish the study first")
-    return written
+RunKey = tuple[str, int]  # arm, seed
 
 
-def _runs(given: Sequence[str]) -> dict[tuple[str, int], str]:
-    runs: dict[tuple[str, int], str] = {}
-    for text in given:
-        match = _RUN.fullmatch(text)
-        if not match:
-            raise UsageError(f"{text}: write ARM=FILE, or ARM:SEED=FILE for each of several seeds, as simpo:1=a.json")
-        place = (match[1], int(match[2] or 0))
-        if place in runs:
-            raise UsageError(
-                f"{text}: {match[1]} seed {place[1]} is given twice; number the seeds, as {match[1]}:2=FILE"
-            )
-        if not Path(match[3]).is_file():
-            raise UsageError(f"{text}: no such file")
-        runs[place] = match[3]
-    return runs
+class Annotation(TypedDict):
+    """One row of AlpacaEval's annotations.json; preference: 1 (output_1 wins) to 2 (output_2 wins), 0 for a draw."""
+
+    instruction: str
+    output_1: str | None
+    output_2: str | None
+    preference: float | None
+    generator_2: NotRequired[str]
 
 
-def _export(options: argparse.Namespace) -> str:
-    written = export(options.study, options.form, options.out or options.study / "exports")
-    return "\n".join(map(str, written))
+@dataclass(frozen=True)
+class Question:
+    """The question of a study: the metric that decides, the margin and the error rate."""
 
-
-def _annotations(options: argparse.Namespace) -> str:
-    runs = {place: Path(path) for place, path in _runs(options.runs).items()}
-    scores = annotation_scores(runs)
-    write_scores(options.out, scores)
-    arms = ",".join(dict.fromkeys(arm for arm, _ in runs))
-    return f"{options.out}\nNow: python -m harness.decide {options.out} --metric win_rate --arms {arms}"
-
-
-def _outputs(options: argparse.Namespace) -> str:
-    command = shlex.join(["python", "-m", "harness.exchange", *sys.argv[1:]])
-    question = Question(options.metric, options.margin, options.alpha)
-    study = adopt(options.study, options.golden, _runs(options.runs), options.baseline, question, command)
-    return f"{study}\nNow: python -m harness.score {study} {options.metric} ...; python -m harness.decide {study}"
+    metric: str
+    margin: float = MARGIN
+    alpha: float = ALPHA
 
 
 @in_one_sentence("harness.exchange")
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command."""
+    """Run the command and return its exit status."""
     parser = argparse.ArgumentParser(prog="python -m harness.exchange", description=__doc__.split("\n", maxsplit=1)[0])
     commands = parser.add_subparsers(required=True, metavar="export | annotations | outputs")
     one = commands.add_parser("export", help="write golden answers for AlpacaEval or Arena-Hard")
@@ -134,6 +95,325 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"harness.exchange: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _export(options: argparse.Namespace) -> str:
+    written = export(options.study, options.form, options.out or options.study / "exports")
+    return "\n".join(map(str, written))
+
+
+def _annotations(options: argparse.Namespace) -> str:
+    runs = {key: Path(path) for key, path in _read_runs(options.runs).items()}
+    write_scores(options.out, annotation_scores(runs))
+    arms = ",".join(dict.fromkeys(arm for arm, _ in runs))
+    return f"{options.out}\nNow: python -m harness.decide {options.out} --metric win_rate --arms {arms}"
+
+
+def _outputs(options: argparse.Namespace) -> str:
+    command = shlex.join(["python", "-m", "harness.exchange", *sys.argv[1:]])
+    question = Question(options.metric, options.margin, options.alpha)
+    study = adopt(options.study, options.golden, _read_runs(options.runs), options.baseline, question, command)
+    return f"{study}\nNow: python -m harness.score {study} {options.metric} ...; python -m harness.decide {study}"
+
+
+def _read_runs(given: Sequence[str]) -> dict[RunKey, str]:
+    """Parse `ARM[:SEED]=FILE` words."""
+    runs: dict[RunKey, str] = {}
+    for text in given:
+        match = _RUN.fullmatch(text)
+        if not match:
+            raise UsageError(f"{text}: write ARM=FILE, or ARM:SEED=FILE for each of several seeds, as simpo:1=a.json")
+        key = (match[1], int(match[2] or 0))
+        if key in runs:
+            raise UsageError(f"{text}: {match[1]} seed {key[1]} is given twice; number the seeds, as {match[1]}:2=FILE")
+        if not Path(match[3]).is_file():
+            raise UsageError(f"{text}: no such file")
+        runs[key] = match[3]
+    return runs
+
+
+def export(study: Path, form: str, out: Path) -> list[Path]:
+    """Write the golden answers of the base and of every run for another tool.
+
+    Args:
+        study: its folder.
+        form: `alpaca_eval` (GENERATOR/model_outputs.json) or `arena_hard` (model_answer/GENERATOR.jsonl).
+        out: the folder to write into; a generator is called ARM-sSEED, or `sft`.
+
+    Raises:
+        UsageError: for a folder that is no study, or one whose golden set is not Arena-Hard's.
+    """
+    if not (study / "prompts.jsonl").is_file():
+        raise UsageError(f"{study}: no study with answers; give a folder under results/ that harness.sweep wrote")
+    prompts: list[PromptRow] = [row for row in read_jsonl(study / "prompts.jsonl") if row["split"] == "golden"]
+    written = []
+    for folder in trial_folders(study):
+        path = folder / "completions.jsonl"
+        rows = [row for row in read_jsonl(path) if row["split"] == "golden"] if path.is_file() else []
+        if not rows:
+            continue
+        name = _generator(folder)
+        answers = {row["prompt_id"]: row["completion"] for row in rows}
+        if form == "alpaca_eval":
+            target = out / name / "model_outputs.json"
+            text = json.dumps(alpaca_eval_rows(prompts, answers, name), indent=2, ensure_ascii=False) + "\n"
+        else:
+            found = arena_hard_rows(prompts, answers, name, {row["prompt_id"]: row["tokens"] for row in rows})
+            if not found:
+                raise UsageError(f"{study}: its golden set is not Arena-Hard's: its tools know none of these prompts")
+            target = out / "model_answer" / f"{name}.jsonl"
+            text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in found)
+        write_text(target, text)
+        written.append(target)
+    if not written:
+        raise UsageError(f"{study}: no golden answers yet; finish the study first")
+    return written
+
+
+def _generator(folder: Path) -> str:
+    """Return the name of a run, which becomes the name of a file."""
+    manifest = load_manifest(folder)
+    name = BASE if folder.name == "base" else f"{manifest['arm']}-s{manifest['seed']}"
+    if not re.fullmatch(r"[\w-]+", name):
+        raise UsageError(f"{folder}: {one_line(name, 80)} is no name of a run; allowed: letters, digits, _ and -")
+    return name
+
+
+def alpaca_eval_rows(prompts: Sequence[PromptRow], answers: Mapping[str, str], generator: str) -> list[dict[str, str]]:
+    """Return AlpacaEval's model_outputs: one object per prompt, in the order of the golden file."""
+    return [
+        {
+            "dataset": str(row["about"].get("dataset", "")),
+            "instruction": row["prompt"][-1]["content"],
+            "output": answers[row["prompt_id"]],
+            "generator": generator,
+        }
+        for row in prompts
+        if row["prompt_id"] in answers and not row.get("follows")
+    ]
+
+
+def arena_hard_rows(
+    prompts: Sequence[PromptRow], answers: Mapping[str, str], generator: str, tokens: Mapping[str, int]
+) -> list[dict[str, Any]]:
+    """Return the rows of Arena-Hard's model_answer file, in the golden file's version of the format."""
+    rows = []
+    for row in prompts:
+        if row["prompt_id"] not in answers or row["about"].get("form") != "arena_hard":
+            continue
+        answer, name = answers[row["prompt_id"]], row["about"]["id"]
+        metadata = {"token_len": tokens.get(row["prompt_id"], 0), **markdown_counts(answer)}
+        if row["about"]["version"] == "v0.1":
+            turns = [{"content": answer}]
+            about = {"question_id": name, "answer_id": f"{generator}-{name}", "model_id": generator, "tstamp": 0.0}
+            rows.append(about | {"choices": [{"index": 0, "turns": turns}], "conv_metadata": metadata})
+        else:
+            said = {"role": "assistant", "content": {"answer": answer}}
+            about = {"uid": name, "ans_id": f"{generator}-{name}", "model": generator, "tstamp": 0.0}
+            rows.append(about | {"messages": [*row["prompt"], said], "metadata": metadata})
+    return rows
+
+
+def markdown_counts(text: str) -> dict[str, dict[str, int]]:
+    """Count headings, list items and bold spans outside of code, as Arena-Hard's style control does."""
+    text = re.sub("```([^`]*)```", "", text)
+    headings = {f"h{n}": len(re.findall(rf"^#{{{n}}}\s", text, re.MULTILINE)) for n in range(1, 7)}
+    items = {
+        "ordered": len(re.findall(r"^\s*\d+\.\s", text, re.MULTILINE)),
+        "unordered": len(re.findall(r"^\s*[-*+]\s", text, re.MULTILINE)),
+    }
+    bold = {"**": len(re.findall(r"\*\*[^*\n]+\*\*", text)), "__": len(re.findall(r"__[^_\n]+__", text))}
+    return {"header_count": headings, "list_count": items, "bold_count": bold}
+
+
+def annotation_scores(runs: Mapping[RunKey, Path]) -> pd.DataFrame:
+    """Return scores in long form from annotations, one file per run: `win_rate` and `length_controlled`.
+
+    The length-controlled scores leave out the instruction difficulty, which AlpacaEval publishes on the Hub alone.
+    """
+    frames = []
+    for (arm, seed), path in runs.items():
+        rows = read_annotations(path)
+        wins = preferences(rows)
+        known = ~np.isnan(wins)
+        controlled = np.full(len(rows), math.nan)
+        controlled[known] = length_controlled(wins[known], differences(rows)[known]).pseudo_values
+        for scorer, scores in (("win_rate", wins), ("length_controlled", controlled)):
+            frames.append(_score_frame(arm, seed, rows, scorer, scores))
+    return pd.concat(frames, ignore_index=True)
+
+
+def read_annotations(path: Path) -> list[Annotation]:
+    """Return the annotations of one model.
+
+    Raises:
+        UsageError: for a file that is not of AlpacaEval's form, of several models, or a preference out of range.
+    """
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path}: not readable as JSON ({error}); give AlpacaEval's annotations.json") from error
+    needed = {"instruction", "output_1", "output_2", "preference"}
+    is_list = isinstance(rows, list) and bool(rows)
+    if not is_list or not all(isinstance(row, dict) and needed <= row.keys() for row in rows):
+        raise UsageError(f"{path}: not AlpacaEval's annotations: a list of objects with {', '.join(sorted(needed))}")
+    models = {str(row.get("generator_2", "")) for row in rows}
+    if len(models) > 1:
+        raise UsageError(
+            f"{path}: annotations of several models ({', '.join(sorted(models))}); give one file per model"
+        )
+    for number, row in enumerate(rows, start=1):
+        value = row["preference"]
+        if value is not None and not (
+            isinstance(value, int | float) and (value == 0 or 1 <= value <= 2 or math.isnan(value))
+        ):
+            raise UsageError(f"{path}: annotation {number}: preference {value!r}; allowed: 1 to 2, or 0 for a draw")
+    return rows
+
+
+def preferences(rows: Sequence[Annotation]) -> np.ndarray:
+    """Return the model's preferences in [0, 1], shape (num_rows,); NaN where the judge gave none."""
+    coded = np.array([math.nan if row["preference"] is None else float(row["preference"]) for row in rows])
+    return np.where(coded == 0, 0.5, coded - 1)
+
+
+def differences(rows: Sequence[Annotation]) -> np.ndarray:
+    """Return the model's characters minus the baseline's, shape (num_rows,)."""
+    return np.array([float(len(row["output_2"] or "") - len(row["output_1"] or "")) for row in rows])
+
+
+def _score_frame(arm: str, seed: int, rows: Sequence[Annotation], scorer: str, scores: np.ndarray) -> pd.DataFrame:
+    ids = pd.Series([prompt_id([{"role": "user", "content": row["instruction"]}]) for row in rows])
+    again = ids.groupby(ids).cumcount()  # AlpacaEval has a few instructions twice: each is a prompt of its own
+    columns = {
+        "arm": arm,
+        "config": _CONFIG,
+        "seed": seed,
+        "split": "golden",
+        "prompt_id": ids.where(again == 0, ids + "#" + again.astype(str)),
+        "scorer": scorer,
+        "score": scores,
+        "cluster": ids,
+        "tokens": None,
+        "chars": [len(row["output_2"] or "") for row in rows],
+        "unscored_reason": ["the judge gave no preference" if math.isnan(score) else "" for score in scores],
+        "stage": "confirm",
+        "flag": "",
+    }
+    return pd.DataFrame(columns)
+
+
+def adopt(
+    study: Path, golden: str, runs: Mapping[RunKey, str], baseline: str, question: Question, command: str
+) -> Path:
+    """Build a study folder from answers of other tools, so that score and decide can run on it.
+
+    Args:
+        study: its folder, which must not exist yet.
+        golden: the golden set, in any form that `data.golden` reads.
+        runs: files of answers by arm and seed.
+        baseline: file of the answers that every arm is compared with, in place of an SFT base's.
+        question: metric, margin and error rate.
+        command: the command line, for the report.
+
+    Raises:
+        UsageError: for a study that exists, an unknown arm, a single arm, or answers that do not fit the golden set.
+    """
+    if study.exists():
+        raise UsageError(f"{study}: exists already; give another folder")
+    arms = list(dict.fromkeys(arm for arm, _ in runs))
+    trained = [name for name, arm in ARMS.items() if arm.trainer]
+    if len(arms) < 2 or not set(arms) <= set(trained):
+        raise UsageError(
+            f"arms {', '.join(arms) or 'none'}: give answers of two arms out of {', '.join(trained)}, as simpo:1=FILE"
+        )
+    table = read_table(golden, key="data.golden", revision=None, max_bad_fraction=_MAX_BAD)
+    prompts = [prompt_row("golden", prompt, 0) for prompt in evaluation_prompts(table.rows)]
+    answers = {key: read_outputs(path, prompts, key=f"{key[0]}:{key[1]}") for key, path in runs.items()}
+    base = read_outputs(baseline, prompts, key="--baseline")
+    for name, found in (*answers.items(), ("--baseline", base)):
+        lacking = len(prompts) - len(found)
+        if lacking:
+            raise UsageError(f"{name}: no answer to {lacking} of {len(prompts)} golden prompts; answer all of them")
+    facts = table.facts | {"prompts": len(prompts)}
+    write_study(study / "study.yaml", _registration(study.name, arms, list(runs), facts, question, command))
+    write_jsonl(study / "prompts.jsonl", prompts)
+    _write_run(study / "base", (BASE, 0), prompts, base, baseline)
+    for key, found in answers.items():
+        name = digest([*key, file_sha256(Path(runs[key]))])[:12]
+        _write_run(study / "trials" / name, key, prompts, found, runs[key])
+    return study
+
+
+def _registration(
+    name: str, arms: list[str], runs: Sequence[RunKey], facts: dict[str, Any], question: Question, command: str
+) -> Registration:
+    fixed = {
+        "metric": question.metric,
+        "margin": question.margin,
+        "alpha": question.alpha,
+        "guards": [],
+        "looks": [],
+        "golden": facts["sha256"],
+    }
+    return {
+        "study": name,
+        "question": "Which of the given answers are better?",
+        "arms": arms,
+        "contrast": contrast_of(arms),
+        "configs": {arm: [_CONFIG] for arm in arms},
+        "seeds": {arm: [seed for one, seed in runs if one == arm] for arm in arms},
+        "tuned": [],
+        "tuning_seeds": [],
+        "metric": question.metric,
+        "margin": question.margin,
+        "alpha": question.alpha,
+        "guards": [],
+        "looks": [],
+        "family": {},
+        "model": {"path": GIVEN, "revision": None, "base_sha256": ""},
+        "data": {"golden": facts},
+        "warnings": ["the answers were made elsewhere: how their policies were trained and tuned is not known here"],
+        "command": command,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "fixed": fixed,
+        "fixed_sha256": digest(fixed),
+    }
+
+
+def _write_run(folder: Path, key: RunKey, prompts: Sequence[PromptRow], answers: Mapping[str, str], path: str) -> None:
+    """Write one run: its answers, no pairs, and a manifest that names the file of the answers."""
+    write_jsonl(folder / "completions.jsonl", [_completion(row, answers[row["prompt_id"]]) for row in prompts])
+    write_jsonl(folder / "pairs.jsonl", [])
+    write_jsonl(folder / "scores.jsonl", [])
+    arm, seed = key
+    manifest: Manifest = {
+        "trial_id": folder.name,
+        "arm": arm,
+        "config": _CONFIG if arm != BASE else "base",
+        "seed": seed,
+        "status": "complete",
+        "flags": [],
+        "done": ["golden", "score"],
+        "warnings": [],
+        "base_sha256": "",
+        "source": {"sha256": file_sha256(Path(path))},
+        "seconds": {},
+        "files": fingerprints(folder, {}),
+    }
+    write_manifest(folder, manifest)
+
+
+def _completion(row: PromptRow, answer: str) -> CompletionRow:
+    return {
+        "split": "golden",
+        "prompt_id": row["prompt_id"],
+        "prompt": row["prompt"][-1]["content"],
+        "completion": answer,
+        "tokens": len(answer.split()),  # words: the tokenizer of the answers is not known
+        "ended": True,
+        "flags": completion_flags(answer, ended=True),
+    }
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import pandas as pd
 from harness.config.trial_id import stored_trial_id
 from harness.decide.study import decision
 from harness.decide.words import plural
-from harness.score.exchange import GIVEN
+from harness.exchange import GIVEN
 from harness.score.trial_scores import scores_again
 from harness.study.backup import NAMES, equals_backup
 from harness.study.decision import VERDICT_FILE
@@ -157,7 +157,7 @@ def _foreign_entries(folder: Path, files: Set[str], folders: Set[str]) -> Iterat
 def _score_problems(study: Path, folders: Sequence[Path]) -> Iterator[str]:
     """Score the stored answers again and compare; then compare scores.csv with the trials' scores."""
     reader = Reader(study)
-    prompts = reader.rows(study / "prompts.jsonl")
+    prompts: list[Any] = list(reader.rows(study / "prompts.jsonl"))
     stored: list[dict[str, Any]] = []
     for folder in folders:
         rows = reader.rows(folder / "scores.jsonl")

@@ -332,7 +332,6 @@ class ScoreConfig:
         calibration_pairs: pairs with known labels: to measure the judge's own error.
         max_cost_usd: limit on the judge's cost per command.
         labeller: who labelled the training pairs, such as `gpt-4`; a judge of the same name raises a warning.
-        head_to_head: let the judge also compare the two arms' answers with each other, seed by seed.
         judge, reward_model, length_control, lm_eval: settings of these scorers.
     """
 
@@ -341,7 +340,6 @@ class ScoreConfig:
     calibration_pairs: str | None = None
     max_cost_usd: float | None = bounded(None, at_least=0.0)
     labeller: str | None = None
-    head_to_head: bool = False
     judge: JudgeConfig = field(default_factory=JudgeConfig)
     reward_model: RewardModelConfig = field(default_factory=RewardModelConfig)
     length_control: LengthControlConfig = field(default_factory=LengthControlConfig)

@@ -125,7 +125,7 @@ def _plan_warnings(registered: Registration, result: Verdict, decided_by: Mappin
 
 
 def problems(config: RunConfig) -> Iterator[str]:
-    """Yield the malformed and repeated guards; `harness.score.available` checks their metrics."""
+    """Yield what is wrong with the form of the guards; `harness.score.scorers` checks their metrics."""
     metrics = []
     for guard in config.decide.guards:
         metric, margin = guard.get("metric"), guard.get("margin")

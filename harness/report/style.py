@@ -13,20 +13,11 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 from harness.config.arms import BASE, title
+from harness.score.scorers import SCORERS as TABLE
 
 PREFERENCE = "preference_accuracy"
 DEFINITIONS = {f"{PREFERENCE}_sum": "DPO's reward", f"{PREFERENCE}_mean": "SimPO's reward"}
-SCORERS = {
-    "checks": "All checks passed",
-    "checks_fraction": "Share of checks passed",
-    "ifeval": "All instructions followed (IFEval, strict)",
-    "ifeval_loose": "All instructions followed (IFEval, loose)",
-    "judge": "Win rate by the judge against the baseline",
-    "reward_model": "Win rate by the reward model against the baseline",
-    "length_controlled": "Length-controlled win rate",
-    PREFERENCE: "Preference accuracy, both rewards",
-    **{scorer: f"Preference accuracy by {text}" for scorer, text in DEFINITIONS.items()},
-}
+SCORERS = {name: scorer.title for name, scorer in TABLE.items()}
 
 # The page's own colours in figure files; in a page each becomes the CSS variable of this name, which has a dark form.
 INK, MUTED, LINE, PAPER = "#1f2328", "#59636e", "#c8d1da", "#ffffff"

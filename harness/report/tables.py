@@ -15,10 +15,10 @@ from markupsafe import Markup
 from harness.config.arms import BASE, title
 from harness.decide.stats import contrast
 from harness.decide.words import MISSING, alpha_of, confidences, percent, plural, points
-from harness.report.study import COMPLETE, Config, Study
+from harness.report.study import COMPLETE, Completion, Config, Study
 from harness.report.style import DEFINITIONS, PREFERENCE, SCORERS, Look
-from harness.score.trial_scores import degenerate_shares
-from harness.study.files import Json, Reader, mapping, number, strings
+from harness.score.trial_scores import FlaggedRow, degenerate_shares
+from harness.study.files import Json, Reader, mapping, number
 from harness.study.text import html, markdown, one_line
 
 _CELL_LIMIT = 400
@@ -139,7 +139,7 @@ def degenerate_table(study: Study) -> Table | None:
         for flag, text in (("empty", "Empty"), ("cut_off", "Cut off at the token limit"), ("repetition", "Repetition")):
             count = sum(flag in answer["flags"] for answer in answers)
             rows.setdefault(text, {})[label] = f"{count:,} ({percent(count / len(answers))})"
-        same = max(degenerate_shares(run)["same_answer"] for run in runs)
+        same = max(degenerate_shares([_flagged(row) for row in run])["same_answer"] for run in runs)
         rows.setdefault("Most frequent answer of a run", {})[label] = percent(same)
     if not rows:
         return None
@@ -300,6 +300,10 @@ def _unscored_rows(study: Study) -> dict[str, dict[str, str]]:
     return {"Unscored (not counted as 0)": cells} if cells else {}
 
 
+def _flagged(row: Completion) -> FlaggedRow:
+    return {"completion": row["completion"], "flags": row["flags"]}
+
+
 def judge_table(study: Study) -> Table | None:
     """Show the facts of judge.json; None without them."""
     facts = Reader(study.folder).mapping(study.folder / "judge.json")
@@ -315,7 +319,6 @@ def judge_table(study: Study) -> Table | None:
         "Verdicts for the answer shown first (fair: 50%)": percent(facts.get("first_slot_rate")),
         "Decided comparisons that the longer answer wins": percent(facts.get("longer_wins_rate")),
         "Agreement with known labels": _agreement_cell(mapping(facts.get("calibration"))),
-        "The arms compared with each other": _head_to_head_cell(mapping(facts.get("head_to_head"))),
         "Cost of the last call": _judge_cost_cell(mapping(facts.get("cost"))),
     }
     shown = {name: {"Found": text} for name, text in rows.items() if text != MISSING}
@@ -333,18 +336,6 @@ def _agreement_cell(known: Mapping[str, Json]) -> str:
     if share is None or not isinstance(ends, list):
         return MISSING
     return f"{percent(share)} of {known.get('pairs')} pairs, 95% {percent(ends[0])} to {percent(ends[1])}"
-
-
-def _head_to_head_cell(found: Mapping[str, Json]) -> str:
-    rates, arms = mapping(found.get("win_rates")), strings(found.get("arms"))
-    values = [value for value in map(number, rates.values()) if value is not None]
-    if not values or len(arms) < 2:
-        return MISSING
-    spread = f" ({percent(min(values))} to {percent(max(values))} over {plural(len(values), 'seed')})"
-    names = f"{title(arms[0])} against {title(arms[1])}"
-    return (
-        f"{names}: {percent(sum(values) / len(values))}{spread if len(values) > 1 else ''}; describes, does not decide"
-    )
 
 
 def _judge_cost_cell(cost: Mapping[str, Json]) -> str:

@@ -7,7 +7,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from harness.score.available import BENCHMARKS, COMPARING
 from harness.score.scorers import SCORERS
 from harness.score.study_scores import rescore
 from harness.study.errors import UsageError, in_one_sentence
@@ -16,21 +15,20 @@ from harness.study.text import redact
 
 @in_one_sentence("harness.score")
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command."""
+    """Run the command and return its exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m harness.score",
         description="Score the stored completions and log-probs of a study; trains nothing, generates nothing.",
         epilog="Example: python -m harness.score results/my-study judge length_controlled score.judge.model=NAME "
         "score.judge.base_url=http://127.0.0.1:8000/v1",
     )
-    allowed = ", ".join((*SCORERS, *COMPARING, BENCHMARKS))
     parser.add_argument("study", type=Path, help="a folder under results/")
     parser.add_argument(
         "scorers",
         nargs="*",
         metavar="SCORER",
-        help=f"out of {allowed}, or a Python file of yours; default: those that need nothing but what is stored; "
-        "beside them score.KEY=VALUE, and trust_study=true to use addresses, variables and files that the study names",
+        help=f"out of {', '.join(SCORERS)}, or a Python file of yours; default: the scorers of stored outputs alone; "
+        "also score.KEY=VALUE, and trust_study=true to use addresses, variables and files that the study names",
     )
     arguments = parser.parse_args(argv)
     overrides = [text for text in arguments.scorers if "=" in text]

@@ -1,6 +1,7 @@
-"""What a judge is asked, and how its reply is read: templates of `conf/judge/`.
+"""The judge's protocol: two answers -> prompts in both orders -> replies -> a score in [0, 1]; facts about the judge.
 
-Answers are hostile text: each placeholder is filled once, in one pass, and no answer can write the marks around it.
+Templates: `conf/judge/`. Answers are hostile text: placeholders are filled in one pass, and no answer can forge the
+marks around it.
 """
 
 from __future__ import annotations
@@ -9,10 +10,10 @@ import json
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, TypedDict
 
 import yaml
 
@@ -23,6 +24,9 @@ from harness.study.errors import UsageError
 from harness.study.files import digest
 from harness.study.text import one_line
 
+if TYPE_CHECKING:
+    from openai.types.shared_params import ResponseFormatJSONSchema
+
 _PLACEHOLDER = re.compile(r"\{(instruction|first|second|mark)\}")
 _KEYS = {"system", "user", "pattern", "verdicts"}
 _NEEDED = ("{instruction}", "{first}", "{second}")
@@ -30,13 +34,13 @@ _NEEDED = ("{instruction}", "{first}", "{second}")
 
 @dataclass(frozen=True)
 class Template:
-    """A judge's prompt.
+    """A prompt for two answers, and the verdicts that it allows.
 
     Attributes:
         system: text of the system turn; may be empty.
         user: text of the user's turn.
-        pattern: finds the verdict in a reply; its group is the verdict, and the last match counts.
-        verdicts: the score in [0, 1] of the answer that was shown first, by verdict.
+        pattern: its group matches a verdict in a reply; the last match counts.
+        verdicts: score in [0, 1] of the answer shown first, by verdict.
         sha256: of all of these.
     """
 
@@ -47,9 +51,9 @@ class Template:
     sha256: str
 
     def messages(self, instruction: str, first: str, second: str) -> list[Message]:
-        """Return the turns to send."""
+        """Return the turns to send, with `first` and `second` in the places of the two answers."""
         filled = {"instruction": instruction, "first": first, "second": second}
-        # A code that the texts do not hold, the same each time: replies are cached by what was asked.
+        # A mark that the texts do not contain, and the same in every run: replies are cached by their prompt.
         mark = digest(filled)[:12]
         filled["mark"] = mark
 
@@ -60,9 +64,9 @@ class Template:
         return [*system, {"role": "user", "content": fill(self.user)}]
 
     def score(self, reply: str) -> float | None:
-        """Return the score of the answer that was shown first, or None where the reply is no verdict.
+        """Return the score of the answer shown first, or None where the reply is no verdict.
 
-        A reply that was held to the schema is JSON with one key, `verdict`.
+        A reply in the schema's form is JSON with one key, `verdict`.
         """
         try:
             given = json.loads(reply)
@@ -75,16 +79,21 @@ class Template:
         return self.verdicts.get(found[-1]) if found else None
 
     @property
-    def schema(self) -> dict[str, Any]:
-        """The response format that holds a reply to one of the verdicts (OpenAI's `json_schema`)."""
-        verdict = {"type": "string", "enum": list(self.verdicts)}
-        schema = {
-            "type": "object",
-            "properties": {"verdict": verdict},
-            "required": ["verdict"],
-            "additionalProperties": False,
+    def schema(self) -> ResponseFormatJSONSchema:
+        """The response format that limits a reply to one of the verdicts (OpenAI's `json_schema`)."""
+        return {
+            "type": "json_schema",
+            "json_schema": {
+                "name": "verdict",
+                "schema": {
+                    "type": "object",
+                    "properties": {"verdict": {"type": "string", "enum": list(self.verdicts)}},
+                    "required": ["verdict"],
+                    "additionalProperties": False,
+                },
+                "strict": True,
+            },
         }
-        return {"type": "json_schema", "json_schema": {"name": "verdict", "schema": schema, "strict": True}}
 
 
 def shipped_templates() -> list[str]:
@@ -93,7 +102,7 @@ def shipped_templates() -> list[str]:
 
 
 def template_path(name: str) -> Path:
-    """Return the file of a template: one of `conf/judge/`, or one of your own."""
+    """Return the file of a template: a name in `conf/judge/`, or a path."""
     return CONF / "judge" / f"{name}.yaml" if name in shipped_templates() else Path(name)
 
 
@@ -101,7 +110,7 @@ def load_template(name: str) -> Template:
     """Read a template.
 
     Raises:
-        UsageError: for an unknown name, a file that is no template, or verdicts that the pattern cannot find.
+        UsageError: for an unknown name, a file of another form, or verdicts with one possible winner.
     """
     path, key = template_path(name), f"score.judge.template={name}"
     if not path.is_file():
@@ -136,14 +145,14 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Judgement:
-    """What the judge made of a comparison.
+    """The judge's result on one comparison.
 
     Attributes:
         score: of `answer` against `baseline`: the mean over both orders, 0.5 where they contradict each other.
-        shown_first: the answer's score where it was shown first; None without a verdict, or where nobody was asked.
+        shown_first: the answer's score where it was shown first; None without a verdict or without a request.
         shown_second: the same where it was shown second.
-        reason: why there is no score; or, beside a score, why nobody had to be asked.
-        unreadable: replies that were no verdict.
+        reason: why there is no score; beside a score, why no request was needed.
+        unreadable: number of replies that were no verdict.
     """
 
     score: float | None
@@ -154,29 +163,29 @@ class Judgement:
 
     @property
     def flipped(self) -> bool:
-        """Whether each order has another winner."""
+        """Whether the two orders have different winners."""
         if self.shown_first is None or self.shown_second is None:
             return False
         return (self.shown_first - 0.5) * (self.shown_second - 0.5) < 0
 
 
 def compare_all(comparisons: Sequence[Comparison], template: Template, endpoint: Endpoint) -> list[Judgement]:
-    """Judge every comparison; equal ones, and those that need no judge, are not asked for twice or at all."""
-    known = {comparison: _without_asking(comparison) for comparison in comparisons}
+    """Judge each comparison in both orders; equal comparisons are requested once."""
+    known = {comparison: _judge_without_request(comparison) for comparison in comparisons}
     asked = [comparison for comparison, judgement in known.items() if judgement is None]
-    prompts = [prompt for c in asked for prompt in _both_orders(c, template)]
+    prompts = [prompt for comparison in asked for prompt in _both_orders(comparison, template)]
     missing = [messages for messages in prompts if endpoint.stored(messages) is None]
     if missing:
         config = endpoint.config
         print(f"judge {config.model}: {len(asked):,} comparisons; {estimate(config, missing)}", file=sys.stderr)
-    verdicts = _verdicts(prompts, template, endpoint)
+    verdicts = _ask_for_verdicts(prompts, template, endpoint)
     for i, comparison in enumerate(asked):
-        known[comparison] = _judgement(verdicts[2 * i], verdicts[2 * i + 1])
+        known[comparison] = _combine(verdicts[2 * i], verdicts[2 * i + 1])
     return [judgement for comparison in comparisons if (judgement := known[comparison]) is not None]
 
 
-def _without_asking(comparison: Comparison) -> Judgement | None:
-    """Judge what needs no judge: the same text, and no text at all, which loses whatever a judge would say of it."""
+def _judge_without_request(comparison: Comparison) -> Judgement | None:
+    """Judge equal texts as a tie and an empty text as the loser; None for other comparisons."""
     answer, baseline = comparison.answer.strip(), comparison.baseline.strip()
     if answer == baseline:
         return Judgement(0.5, reason="both answers are the same")
@@ -192,33 +201,33 @@ def _both_orders(comparison: Comparison, template: Template) -> tuple[list[Messa
 
 @dataclass(frozen=True)
 class _Verdict:
-    """The score of the answer shown first, or why there is none."""
+    """The score of the answer shown first, or the reason why there is none."""
 
     score: float | None
     reason: str
     unreadable: int
 
 
-def _verdicts(prompts: Sequence[list[Message]], template: Template, endpoint: Endpoint) -> list[_Verdict]:
-    """Ask, and ask once more for the verdict alone where a reply holds none."""
-    found = [_read(reply, template, 0) for reply in endpoint.ask(prompts)]
+def _ask_for_verdicts(prompts: Sequence[list[Message]], template: Template, endpoint: Endpoint) -> list[_Verdict]:
+    """Ask each prompt; where a reply is no verdict, ask once more for the verdict alone."""
+    found = [_read_reply(reply, template, 0) for reply in endpoint.ask(prompts)]
     again = [i for i, verdict in enumerate(found) if verdict.unreadable]
     if again:
         labels = ", ".join(template.verdicts)
         reminder: Message = {"role": "user", "content": f"Reply with your verdict and nothing else, one of: {labels}"}
-        replies = endpoint.ask([_reminded(prompts[i], endpoint, reminder) for i in again])
+        replies = endpoint.ask([_with_reminder(prompts[i], endpoint, reminder) for i in again])
         for i, reply in zip(again, replies, strict=True):
-            found[i] = _read(reply, template, 1)
+            found[i] = _read_reply(reply, template, 1)
     return found
 
 
-def _reminded(messages: list[Message], endpoint: Endpoint, reminder: Message) -> list[Message]:
-    """Return the conversation with the unreadable reply in it."""
+def _with_reminder(messages: list[Message], endpoint: Endpoint, reminder: Message) -> list[Message]:
+    """Append the unreadable reply and the reminder."""
     said: Message = {"role": "assistant", "content": endpoint.stored(messages) or ""}
     return [*messages, said, reminder]
 
 
-def _read(reply: Reply, template: Template, unreadable: int) -> _Verdict:
+def _read_reply(reply: Reply, template: Template, unreadable: int) -> _Verdict:
     if reply.text is None:
         return _Verdict(None, reply.reason, unreadable)
     score = template.score(reply.text)
@@ -227,7 +236,8 @@ def _read(reply: Reply, template: Template, unreadable: int) -> _Verdict:
     return _Verdict(score, "", unreadable)
 
 
-def _judgement(first: _Verdict, second: _Verdict) -> Judgement:
+def _combine(first: _Verdict, second: _Verdict) -> Judgement:
+    """Combine the verdicts of both orders; in `second` the answer was shown second."""
     unreadable = first.unreadable + second.unreadable
     shown_second = None if second.score is None else 1 - second.score
     if first.score is None or shown_second is None:
@@ -236,16 +246,30 @@ def _judgement(first: _Verdict, second: _Verdict) -> Judgement:
     return Judgement(0.5, first.score, shown_second, "", unreadable) if judgement.flipped else judgement
 
 
-def judge_facts(comparisons: Sequence[Comparison], judgements: Sequence[Judgement]) -> dict[str, Any]:
-    """Return what the judgements say of the judge, as shares of what each is a share of.
+class ReplyFacts(TypedDict):
+    """Facts about a judge out of its judgements; rates are shares in [0, 1], None without cases.
 
-    Returns:
-        `comparisons`, `unscored`, `unreadable_replies`, `flip_rate` (both orders answered, and each another winner),
-        `tie_rate`, `first_slot_rate` (decided replies that prefer what was shown first; 0.5 is fair),
-        `longer_wins_rate` (decided comparisons of different lengths that the longer answer wins); None without cases.
+    Attributes:
+        comparisons, unscored, unreadable_replies: numbers.
+        flip_rate: comparisons with two verdicts whose orders have different winners.
+        tie_rate: scored comparisons with score 0.5.
+        first_slot_rate: decided verdicts for the answer shown first; 0.5 is fair.
+        longer_wins_rate: decided comparisons of different lengths that the longer answer wins.
     """
+
+    comparisons: int
+    unscored: int
+    unreadable_replies: int
+    flip_rate: float | None
+    tie_rate: float | None
+    first_slot_rate: float | None
+    longer_wins_rate: float | None
+
+
+def judge_facts(comparisons: Sequence[Comparison], judgements: Sequence[Judgement]) -> ReplyFacts:
+    """Return consistency and biases of a judge on these comparisons."""
     asked = [j for j in judgements if j.shown_first is not None and j.shown_second is not None]
-    slots = [s > 0.5 for j in judgements for s in _slots(j) if s != 0.5]
+    slots = [s > 0.5 for j in judgements for s in _first_slot_scores(j) if s != 0.5]
     longer = [
         (j.score > 0.5) == (len(c.answer) > len(c.baseline))
         for c, j in zip(comparisons, judgements, strict=True)
@@ -255,23 +279,18 @@ def judge_facts(comparisons: Sequence[Comparison], judgements: Sequence[Judgemen
         "comparisons": len(judgements),
         "unscored": sum(j.score is None for j in judgements),
         "unreadable_replies": sum(j.unreadable for j in judgements),
-        "flip_rate": _share([j.flipped for j in asked]),
-        "tie_rate": _share([j.score == 0.5 for j in judgements if j.score is not None]),
-        "first_slot_rate": _share(slots),
-        "longer_wins_rate": _share(longer),
+        "flip_rate": _rate([j.flipped for j in asked]),
+        "tie_rate": _rate([j.score == 0.5 for j in judgements if j.score is not None]),
+        "first_slot_rate": _rate(slots),
+        "longer_wins_rate": _rate(longer),
     }
 
 
-def _slots(judgement: Judgement) -> list[float]:
-    """Return the score of what was shown first, for each order that has a verdict."""
+def _first_slot_scores(judgement: Judgement) -> list[float]:
+    """Return the score of the answer shown first, for each order with a verdict."""
     first = [] if judgement.shown_first is None else [judgement.shown_first]
     return first + ([] if judgement.shown_second is None else [1 - judgement.shown_second])
 
 
-def _share(cases: Sequence[bool]) -> float | None:
+def _rate(cases: Sequence[bool]) -> float | None:
     return fmean(cases) if cases else None
-
-
-def as_row(judgement: Judgement) -> dict[str, Any]:
-    """Return a judgement as a row of a JSON-lines file."""
-    return asdict(judgement)

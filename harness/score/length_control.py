@@ -1,61 +1,86 @@
-"""The scorer `length_controlled`: the preferences of the judge or the reward model, at no difference of length.
+"""The scorer `length_controlled`: preferences of the judge or the reward model, predicted at equal length.
 
-Each run has its own regression; the score of a prompt is its jackknife value, so that the
-decision rule sees the win rate's own uncertainty. Such values may lie outside of [0, 1]; their mean is the win rate.
+Input: preferences.jsonl per run -> jackknife values per prompt, and length_controlled.json in the study's folder.
+One logistic regression per run and split (Dubois et al. 2024, arXiv 2404.04475). The mean of the jackknife values is
+the win rate, and their spread gives the decision rule its uncertainty. Single values may lie outside [0, 1].
 """
 
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 
 from harness.config.schema import LengthControlConfig, ScoreConfig
-from harness.score.answers import Preference, Stored, read_preferences
+from harness.config.trial_id import plain
+from harness.score.answers import Preference, Run, Stored, read_preferences
 from harness.study.errors import UsageError
-from harness.study.files import write_json
-from harness.study.manifest import Manifest
+from harness.study.files import Json, write_json
 
 FACTS = "length_controlled.json"
-SOURCES = ("judge", "reward_model")
+SOURCES = ("judge", "reward_model")  # in the order of choice
+GAMED_WEIGHT = 0.1  # AlpacaEval 2: the two gamed baselines together weigh 0.2 in the fit
 _MIN_PROMPTS = 3
+_PRIOR = 1e-3  # precision of a Gaussian prior per weight: a policy that wins everything gets finite weights
+_STEPS = 50  # of Newton's method
+# Limits of the warnings: shift of the win rate, and share of answers that are longer (or shorter).
+_MAX_SHIFT = 0.1
+_MIN_LONGER = 0.05
 
 
-def control_runs(stored: Stored, config: ScoreConfig, cache: Path) -> dict[Path, list[Preference]]:
-    """Control the preferences that an earlier scorer has kept; writes length_controlled.json into the study's folder.
+class RunFacts(TypedDict):
+    """Length-controlled and raw win rate of a run on golden, the share of its longer answers, and its problems."""
+
+    arm: str
+    config: str
+    seed: int
+    win_rate: float
+    raw: float
+    longer: float
+    problems: list[str]
+
+
+class LengthControlFacts(TypedDict):
+    """length_controlled.json: the source scorer, the difficulty file, facts by run, and warnings for the report."""
+
+    of: str
+    difficulty: str | None
+    runs: dict[str, RunFacts]
+    warnings: list[str]
+
+
+def length_control_settings(score: ScoreConfig) -> dict[str, Json]:
+    """Return the registered settings of length control."""
+    return {"length_control": plain(score.length_control)}
+
+
+def control_runs(stored: Stored, config: LengthControlConfig) -> dict[Path, list[Preference]]:
+    """Control the stored preferences of another scorer; writes length_controlled.json into the study's folder.
 
     Raises:
         UsageError: where no run has such preferences, or AlpacaEval's files do not fit.
     """
-    source = _source(stored, config.length_control)
-    difficulty = _difficulty(config.length_control, stored)
-    gamed = _gamed(config.length_control)
+    source = _source(stored, config)
+    difficulty = _difficulty(config, stored)
+    gamed = _gamed(config)
     found: dict[Path, list[Preference]] = {}
-    facts: dict[str, Any] = {"of": source, "difficulty": config.length_control.difficulty, "runs": {}}
+    facts: LengthControlFacts = {"of": source, "difficulty": config.difficulty, "runs": {}, "warnings": []}
     for run in stored.runs:
         kept = [one for one in read_preferences(run.folder, source) if not run.failed and one.split in stored.splits]
-        splits = sorted({one.split for one in kept})
         found[run.folder] = []
-        for split in splits:
+        for split in sorted({one.split for one in kept}):
             rows = [one for one in kept if one.split == split]
             fitted, values = _control(rows, difficulty if split == "golden" else {}, gamed)
             found[run.folder] += values
             if fitted and split == "golden" and run is not stored.runs[0]:
-                facts["runs"][run.folder.name] = _facts(run.manifest, fitted)
-    named = {f"{row['arm']} seed {row['seed']}": row["problems"] for row in facts["runs"].values()}
-    facts["warnings"] = [f"length_controlled, {name}: {text}" for name, texts in named.items() for text in texts]
+                facts["runs"][run.folder.name] = _run_facts(run, fitted)
+                facts["warnings"] += [f"length_controlled, {run.title}: {text}" for text in fitted.problems()]
     write_json(stored.study / FACTS, facts)
     return found
-
-
-def _facts(manifest: Manifest, fitted: LengthControlled) -> dict[str, Any]:
-    about = {"arm": manifest["arm"], "config": manifest["config"], "seed": manifest["seed"]}
-    rates = {"win_rate": fitted.win_rate, "raw": fitted.raw, "longer": fitted.longer}
-    return {**about, **rates, "problems": fitted.problems()}
 
 
 def _source(stored: Stored, config: LengthControlConfig) -> str:
@@ -69,28 +94,40 @@ def _source(stored: Stored, config: LengthControlConfig) -> str:
     )
 
 
+def _run_facts(run: Run, fitted: LengthControlled) -> RunFacts:
+    return {
+        "arm": run.manifest["arm"],
+        "config": run.manifest["config"],
+        "seed": run.manifest["seed"],
+        "win_rate": fitted.win_rate,
+        "raw": fitted.raw,
+        "longer": fitted.longer,
+        "problems": fitted.problems(),
+    }
+
+
 def _control(
-    rows: Sequence[Preference], difficulty: dict[str, float], gamed: Gamed | None
+    rows: Sequence[Preference], difficulty: Mapping[str, float], gamed: Gamed | None
 ) -> tuple[LengthControlled | None, list[Preference]]:
-    """Return the fit and the jackknife value of each prompt; prompts without a preference have no value either."""
-    known = [one for one in rows if one.preference is not None]
-    lost = [_of(one, None, one.reason or "has no preference") for one in rows if one.preference is None]
+    """Return the fit, and per prompt its jackknife value; a prompt without a preference has no value."""
+    known = [(one, one.preference) for one in rows if one.preference is not None]
+    lost = [_controlled(one, None, one.reason or "has no preference") for one in rows if one.preference is None]
     if len(known) < _MIN_PROMPTS:
-        return None, [*lost, *(_of(one, None, "fewer than three preferences") for one in known)]
-    preferences = np.array([one.preference for one in known], dtype=float)
-    differences = np.array([one.answer_chars - one.baseline_chars for one in known], dtype=float)
-    given = np.array([difficulty[one.prompt_id] for one in known]) if difficulty else None
+        return None, [*lost, *(_controlled(one, None, "fewer than three preferences") for one, _ in known)]
+    preferences = np.array([preference for _, preference in known])
+    differences = np.array([float(one.answer_chars - one.baseline_chars) for one, _ in known])
+    given = np.array([difficulty[one.prompt_id] for one, _ in known]) if difficulty else None
     fitted = length_controlled(preferences, differences, difficulty=given, gamed=gamed if difficulty else None)
     values = zip(known, fitted.pseudo_values.tolist(), strict=True)
-    return fitted, [*lost, *(_of(one, value, "") for one, value in values)]
+    return fitted, [*lost, *(_controlled(one, value, "") for (one, _), value in values)]
 
 
-def _of(one: Preference, value: float | None, reason: str) -> Preference:
+def _controlled(one: Preference, value: float | None, reason: str) -> Preference:
     return Preference(one.split, one.prompt_id, value, one.answer_chars, one.baseline_chars, reason)
 
 
 def _difficulty(config: LengthControlConfig, stored: Stored) -> dict[str, float]:
-    """Read AlpacaEval's instruction difficulty, one number a golden prompt in the order of the golden file."""
+    """Read AlpacaEval's instruction difficulty by prompt_id: one number per golden prompt, in the file's order."""
     if config.difficulty is None:
         return {}
     golden = [row["prompt_id"] for row in stored.prompts if row["split"] == "golden"]
@@ -114,28 +151,19 @@ def _gamed(config: LengthControlConfig) -> Gamed | None:
 
 
 def _read_csv(path: str, key: str, columns: Sequence[str] = ()) -> list[list[float]]:
-    """Read numbers; of all columns, the last one counting, where none are named."""
+    """Read these columns as numbers; the last column where none are named."""
     try:
         with Path(path).open(encoding="utf-8", newline="") as file:
             rows = list(csv.DictReader(file))
         return [[float(row[name]) for name in columns or list(row)[-1:]] for row in rows]
     except (OSError, KeyError, ValueError, TypeError) as error:
-        needed = ", ".join(columns) or "one number a row, under a heading"
+        needed = ", ".join(columns) or "one number per row, under a heading"
         raise UsageError(f"score.length_control.{key}={path}: not readable ({error}); needed: {needed}") from error
-
-
-# A weak Gaussian prior on each weight: without it, a policy that wins every comparison has no finite weights.
-_PRIOR = 1e-3
-_STEPS = 50
-GAMED_WEIGHT = 0.1  # AlpacaEval 2: the two gamed baselines together weigh 0.2 in the fit
-
-LARGE_SHIFT = 0.1
-FEW_LONGER = 0.05
 
 
 @dataclass(frozen=True)
 class Gamed:
-    """Comparisons of a gamed baseline (longer or shorter on purpose) with the baseline itself; AlpacaEval 2 adds them.
+    """Comparisons of gamed baselines (longer or shorter on purpose) with the baseline, as AlpacaEval 2 adds them.
 
     Attributes:
         preferences: (num_rows,) in [0, 1], 1 where the gamed answer wins.
@@ -153,11 +181,11 @@ class LengthControlled:
     """A length-controlled win rate.
 
     Attributes:
-        win_rate: predicted at no difference of length, in [0, 1].
+        win_rate: predicted at equal length, in [0, 1].
         raw: the mean preference.
-        pseudo_values: (num_prompts,) jackknife values n*W - (n-1)*W without this prompt; their mean is the win rate up
-            to terms of order 1/n, and their spread is its standard error's. Single ones may lie outside [0, 1].
-        longer: share of the prompts where the policy's answer is the longer one.
+        pseudo_values: (num_prompts,) jackknife values n*W - (n-1)*W_i, with W_i the win rate without prompt i. Their
+            mean is the win rate up to order 1/n; their standard deviation / sqrt(n) is its standard error.
+        longer: share of the prompts with a longer answer than the baseline's.
     """
 
     win_rate: float
@@ -166,11 +194,11 @@ class LengthControlled:
     longer: float
 
     def problems(self) -> list[str]:
-        """Say where the model predicts beyond what was seen."""
+        """Say where the prediction is an extrapolation."""
         found = []
-        if abs(self.win_rate - self.raw) > LARGE_SHIFT:
+        if abs(self.win_rate - self.raw) > _MAX_SHIFT:
             found.append(f"length control moves the win rate from {self.raw:.1%} to {self.win_rate:.1%}")
-        if not FEW_LONGER <= self.longer <= 1 - FEW_LONGER:
+        if not _MIN_LONGER <= self.longer <= 1 - _MIN_LONGER:
             found.append(
                 f"{self.longer:.0%} of the answers are longer than the baseline's: no difference of length is outside "
                 "of what was compared, and the length-controlled win rate is an extrapolation"
@@ -185,19 +213,19 @@ def length_controlled(
     difficulty: np.ndarray | None = None,
     gamed: Gamed | None = None,
 ) -> LengthControlled:
-    """Fit one policy's preferences and predict its win rate at no difference of length.
+    """Fit one policy's preferences and predict its win rate at equal length.
 
     Args:
         preferences: (num_prompts,) in [0, 1]: 1 where the policy wins, 0.5 for a tie.
         differences: (num_prompts,) length of the policy's answer minus the baseline's, in characters.
-        difficulty: (num_prompts,) of AlpacaEval's instructions; left out for other prompts, which have none.
+        difficulty: (num_prompts,) of AlpacaEval's instructions; None for other prompts.
         gamed: AlpacaEval's regularisation; needs `difficulty`.
 
     Raises:
-        ValueError: for fewer than three prompts, or preferences outside of [0, 1].
+        ValueError: for fewer than three prompts, preferences outside [0, 1], or lengths that are not finite.
     """
     count = len(preferences)
-    if count < 3:
+    if count < _MIN_PROMPTS:
         raise ValueError(f"{count} preferences; a length-controlled win rate needs at least three")
     if np.any((preferences < 0) | (preferences > 1)) or not np.all(np.isfinite(differences)):
         raise ValueError("preferences must lie in [0, 1] and lengths be numbers")
@@ -214,9 +242,9 @@ def length_controlled(
 
 
 def _features(differences: np.ndarray, difficulty: np.ndarray | None) -> np.ndarray:
-    """Return (num_prompts, 2 or 3): the constant, tanh of the standardised difference, the difficulty.
+    """Return (num_prompts, 2 or 3): the constant, tanh of the scaled difference, the difficulty.
 
-    The difference is scaled and not centred: no difference of length must stay 0.
+    The difference is scaled and not centred, so that equal length stays 0.
     """
     scale = differences.std(ddof=1)
     length = np.tanh(differences / scale) if scale > 0 else np.zeros(len(differences))
@@ -225,7 +253,7 @@ def _features(differences: np.ndarray, difficulty: np.ndarray | None) -> np.ndar
 
 
 def _gamed_rows(gamed: Gamed | None) -> tuple[np.ndarray, np.ndarray] | None:
-    """Return preferences and features of the gamed baselines; they have no constant: to win is not theirs."""
+    """Return preferences and features of the gamed baselines; their constant is 0, as they are the baseline itself."""
     if gamed is None:
         return None
     columns = [np.zeros(len(gamed.preferences)), np.tanh(gamed.differences), gamed.difficulty]
@@ -251,14 +279,14 @@ def _fit(
         gradient = features.T @ (rows * (preferences - predicted)) - prior @ weights
         hessian = (features * (rows * predicted * (1 - predicted))[:, None]).T @ features + prior
         step = np.linalg.solve(hessian, gradient)
-        weights = weights + step * min(1.0, 5.0 / max(np.abs(step).max(), 1e-12))  # far steps overshoot
+        weights = weights + step * min(1.0, 5.0 / max(np.abs(step).max(), 1e-12))  # longer steps overshoot
         if np.abs(step).max() < 1e-9:
             break
     return weights
 
 
 def _predicted(weights: np.ndarray, difficulty: np.ndarray | None) -> float:
-    """Return the mean prediction at no difference of length."""
+    """Return the mean prediction at equal length."""
     if difficulty is None:
         return float(_sigmoid(weights[0]))
     return float(_sigmoid(weights[0] + weights[2] * difficulty).mean())

@@ -1,16 +1,16 @@
-"""The scorer `reward_model`: any Hugging Face sequence-classification reward model, on stored answers.
+"""The scorer `reward_model`: a Hugging Face sequence-classification reward model on stored answers.
 
-Prompt and answer are put through the reward model's own chat template once; its scalar output is the reward. A score is
-the win against the baseline's answer to the same prompt (1, 0.5 for equal rewards, 0): rewards have no scale of their
-own, so their means over prompts say little. The raw rewards stand beside it in preferences.jsonl.
+Input: stored answers -> preferences per run. The model's chat template formats prompt and answer; its scalar output is
+the reward. The score is the win against the baseline's answer to the same prompt (1, 0.5 for equal rewards, 0), since
+rewards have no common scale. The raw rewards stand beside it in preferences.jsonl.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, TypedDict
 
 from tqdm import tqdm
 
@@ -20,42 +20,91 @@ from harness.data.records import Message
 from harness.score.answers import Preference, Stored, conversation
 from harness.score.judge_endpoint import Cache
 from harness.study.errors import UnreachableError, UsageError
-from harness.study.files import digest
+from harness.study.files import Json, digest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class StoredReward(TypedDict):
+    """A cached reward."""
+
+    reward: float
+
+
+def reward_model_problems(score: ScoreConfig) -> Iterator[str]:
+    """Yield what the scorer lacks: a path, or the folder that it names."""
+    path = score.reward_model.path
+    if path is None:
+        yield "score.reward_model.path=null: give the folder or Hub id of a reward model"
+    elif (path.startswith((".", "/", "~")) or path.count("/") != 1) and not Path(path).is_dir():
+        yield f"score.reward_model.path={path}: no such folder; allowed: a folder or a Hub id (owner/name)"
+
+
+def reward_model_settings(score: ScoreConfig) -> dict[str, Json]:
+    """Return the registered settings of the reward model; empty where none is set up."""
+    config = score.reward_model
+    if not config.path:
+        return {}
+    folder = checkpoint_dir(ModelConfig(config.path, config.revision))
+    return {"reward_model": {"weights_sha256": base_sha256(folder), "max_length": config.max_length}}
+
+
+def reward_runs(stored: Stored, config: RewardModelConfig, cache: Path) -> dict[Path, list[Preference]]:
+    """Score every run that does not score as worst already against the baseline."""
+    model = RewardModel(config, cache)
+    cases = [(run, row, (row["split"], row["prompt_id"])) for run, row in stored.cases()]
+    own = model.rewards([(conversation(row, run.answers), run.answers[key]) for run, row, key in cases])
+    other = model.rewards([(conversation(row, stored.baseline), stored.baseline[key]) for _, row, key in cases])
+    found: dict[Path, list[Preference]] = {run.folder: [] for run in stored.runs}
+    for (run, _, key), reward, baseline in zip(cases, own, other, strict=True):
+        wins, reason = _win(reward, baseline)
+        lengths = (len(run.answers[key]), len(stored.baseline[key]))
+        details: dict[str, float | str | None] = {"reward": reward, "baseline_reward": baseline}
+        found[run.folder].append(Preference(*key, wins, *lengths, reason, details))
+    return found
+
+
+def _win(reward: float | None, baseline: float | None) -> tuple[float | None, str]:
+    """Return 1 for the higher reward, 0.5 for equal rewards, 0 else; None with a reason where one is missing."""
+    if reward is None or baseline is None:
+        return None, "longer than score.reward_model.max_length"
+    return (0.5 if reward == baseline else float(reward > baseline)), ""
 
 
 class RewardModel:
-    """A reward model, loaded when the first reward that is not in the cache is asked for.
+    """A reward model; its weights are loaded for the first reward that is not cached.
 
     Args:
-        config: which one.
-        cache: folder of the rewards that are known.
+        config: path, revision, batch size and maximum length.
+        cache: folder of cached rewards.
 
     Raises:
-        UsageError: for no model, one without safetensors, or one that is no reward model.
+        UsageError: for a checkpoint that is not there, has no safetensors, or is of another kind.
     """
 
     def __init__(self, config: RewardModelConfig, cache: Path) -> None:
-        if config.path is None:
-            raise UsageError("score.reward_model.path=null: give the folder or Hub id of a reward model")
         from transformers import AutoTokenizer
 
+        assert config.path is not None, "checked by `reward_model_problems`"
         self.config = config
         try:
             self.folder = checkpoint_dir(ModelConfig(config.path, config.revision))
         except UnreachableError as error:
-            raise UnreachableError(f"score.reward_{error}") from error  # it says what is wrong with a model.path
+            raise UnreachableError(f"score.reward_{error}") from error  # the message begins with model.path
         problems = list(checkpoint_problems(self.folder))
         if problems:
             raise UsageError("\n".join(f"score.reward_model.path={config.path}: {problem}" for problem in problems))
         self.tokenizer = AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
-        self._cache = Cache(cache / "rewards.sqlite")
+        self._cache: Cache[StoredReward] = Cache(cache / "rewards.sqlite")
         self._weights = base_sha256(self.folder)
-        self._model: Any = None
+        self._model: PreTrainedModel | None = None
 
     def rewards(self, texts: Sequence[tuple[list[Message], str]]) -> list[float | None]:
         """Return the reward of each answer to its conversation; None where it is longer than `max_length` tokens."""
         ids = [self._ids(turns, answer) for turns, answer in tqdm(texts, desc="tokenise", delay=5, leave=False)]
-        keys = [digest([self._weights, _dtype_name(), one]) for one in ids]
+        dtype = _dtype_name()
+        keys = [digest([self._weights, dtype, one]) for one in ids]
         known = {key: found["reward"] for key in set(keys) if (found := self._cache.get(key))}
         missing = {key: one for key, one in zip(keys, ids, strict=True) if key not in known}
         fits = {key: one for key, one in missing.items() if len(one) <= self.config.max_length}
@@ -72,7 +121,7 @@ class RewardModel:
         prompt = "\n\n".join(turn["content"] for turn in turns)
         return list(self.tokenizer(prompt, answer)["input_ids"])
 
-    def _compute(self, missing: dict[str, list[int]]) -> list[tuple[str, float]]:
+    def _compute(self, missing: Mapping[str, list[int]]) -> list[tuple[str, float]]:
         import torch
 
         if not missing:
@@ -92,62 +141,35 @@ class RewardModel:
             raise UsageError(f"score.reward_model.path={self.config.path}: {len(bad)} rewards are no numbers (NaN)")
         return found
 
-    def _loaded(self) -> Any:
+    def _loaded(self) -> PreTrainedModel:
+        if self._model is None:
+            self._model = self._load()
+        return self._model
+
+    def _load(self) -> PreTrainedModel:
+        import torch
         from transformers import AutoModelForSequenceClassification
 
-        if self._model is None:
-            import torch
-
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-            model, loaded = AutoModelForSequenceClassification.from_pretrained(
-                self.folder,
-                dtype=getattr(torch, _dtype_name()),
-                trust_remote_code=False,
-                use_safetensors=True,
-                output_loading_info=True,
+        model, loaded = AutoModelForSequenceClassification.from_pretrained(
+            self.folder,
+            dtype=getattr(torch, _dtype_name()),
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+        if loaded["missing_keys"] or model.config.num_labels != 1:
+            raise UsageError(
+                f"score.reward_model.path={self.config.path}: no reward model: it has {model.config.num_labels} "
+                f"outputs (allowed: 1) and lacks {', '.join(sorted(loaded['missing_keys'])) or 'no weights'}; missing "
+                "weights would be random"
             )
-            if loaded["missing_keys"] or model.config.num_labels != 1:
-                raise UsageError(
-                    f"score.reward_model.path={self.config.path}: no reward model: it has {model.config.num_labels} "
-                    f"outputs (allowed: 1) and lacks {', '.join(sorted(loaded['missing_keys'])) or 'no weights'}; what "
-                    "lacks would be random"
-                )
-            self._model = model.to(device)
-            if self.tokenizer.pad_token is None:
-                self.tokenizer.pad_token = self.tokenizer.eos_token
-            self._model.config.pad_token_id = self.tokenizer.pad_token_id  # finds the last token of each row
-            self._model.eval()
-        return self._model
+        if self.tokenizer.pad_token is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+        model.config.pad_token_id = self.tokenizer.pad_token_id  # the model finds the last token of a row by it
+        return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 
 def _dtype_name() -> str:
     import torch
 
     return "bfloat16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "float32"
-
-
-def reward_runs(stored: Stored, config: ScoreConfig, cache: Path) -> dict[Path, list[Preference]]:
-    """Score every run that is not scored as worst already against the baseline."""
-    model = RewardModel(config.reward_model, cache)
-    cases = [(run, row) for run in stored.runs if not run.failed for row in stored.of_run(run)]
-    keys = [(row["split"], row["prompt_id"]) for _, row in cases]
-    own = model.rewards(
-        [(conversation(row, run.answers), run.answers[key]) for (run, row), key in zip(cases, keys, strict=True)]
-    )
-    other = model.rewards(
-        [(conversation(row, stored.baseline), stored.baseline[key]) for (_, row), key in zip(cases, keys, strict=True)]
-    )
-    found: dict[Path, list[Preference]] = {run.folder: [] for run in stored.runs}
-    for (run, _), key, reward, baseline in zip(cases, keys, own, other, strict=True):
-        found[run.folder].append(_preference(key, reward, baseline, run.answers[key], stored.baseline[key]))
-    return found
-
-
-def _preference(
-    key: tuple[str, str], reward: float | None, baseline: float | None, answer: str, other: str
-) -> Preference:
-    known = reward is not None and baseline is not None
-    wins = None if not known else 0.5 if reward == baseline else float(reward > baseline)  # type: ignore[operator]
-    reason = "" if known else "longer than score.reward_model.max_length"
-    raw = {"reward": reward, "baseline_reward": baseline}
-    return Preference(*key, wins, len(answer), len(other), reason, raw)

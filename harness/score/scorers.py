@@ -1,167 +1,245 @@
-"""The scorers: what is stored of a trial in, one score in [0, 1] a prompt out. Higher is better. Imports no torch."""
+"""The table of scorers: name, title, needs, problems, registered settings and run function of each.
+
+Adding a scorer is one row here and one file beside this one. No other module compares a scorer's name.
+A Python file of the user is a scorer, too: `find_scorer` makes its row.
+"""
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
-import os
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
+from enum import Enum
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
-from harness.data.checks import failed_checks
+from harness.config.keys import shown
+from harness.config.schema import RunConfig, ScoreConfig
+from harness.data.records import EvalPrompt
+from harness.score.accuracy import (
+    score_checks,
+    score_checks_fraction,
+    score_preference,
+    score_preference_mean,
+    score_preference_sum,
+)
+from harness.score.answers import Preference, Score, Scoring, Stored, TrialOutputs, outputs_of, write_preferences
+from harness.score.judge import (
+    PlannedAnswer,
+    judge_problems,
+    judge_runs,
+    judge_settings,
+    other_judge_problem,
+    planned_judging,
+)
+from harness.score.length_control import SOURCES, control_runs, length_control_settings
+from harness.score.lm_eval import (
+    PREFIX,
+    benchmark_problem,
+    benchmark_settings,
+    ifeval_problem,
+    run_benchmarks,
+    score_ifeval,
+    score_ifeval_loose,
+)
+from harness.score.reward_model import reward_model_problems, reward_model_settings, reward_runs
 from harness.study.errors import UsageError
+from harness.study.files import Json, file_sha256, read_jsonl
 
-Rows = list[dict[str, Any]]
+TrialScorer = Callable[[TrialOutputs], list[Score]]
+ScoresByName = Mapping[str, Mapping[Path, Sequence[Score]]]  # by name in the scores, by folder of the run
+StudyScorer = Callable[[Stored, Scoring], ScoresByName]
+
+
+class Needs(Enum):
+    """What a scorer reads."""
+
+    CHECKS = "rows with checks"
+    INSTRUCTIONS = "rows with IFEval's instructions"
+    PAIRS = "rows with chosen and rejected"
+    ANSWERS = "the answers of the whole study"
+    WEIGHTS = "the weights of the base and of all runs that answered golden"
+
+
+def _nothing(score: ScoreConfig) -> Iterator[str]:
+    yield from ()
 
 
 @dataclass(frozen=True)
-class TrialOutputs:
-    """What a scorer may look at.
+class Scorer:
+    """One row of the table. A scorer of one trial has `score_trial`, a scorer of the whole study `score_study`.
 
     Attributes:
-        prompts: rows of the study's prompts.jsonl (`split`, `prompt_id`, `prompt`, `checks`, `cluster`, `pairs`).
-        completions: rows of completions.jsonl.
-        pairs: rows of pairs.jsonl (`harness.data.records.PairLogps`).
+        name: in the scores, and on the command line.
+        title: the name in prose.
+        needs: what it reads.
+        score_trial: stored outputs of one run -> scores.
+        score_study: stored answers of the study -> scores by name and run.
+        is_set_up: whether a config sets it up.
+        names: the names of its scores for a config; empty stands for the row's own name.
+        setup: how to set it up, for messages; `{task}` is the part of a name after the colon.
+        problems: what keeps it from working with a config.
+        keys: config keys, or groups of keys, that it reads.
+        settings: registered settings: a change of one makes another question.
+        registered_problem: refuses other settings than the registered ones when a study is scored again.
+        sources: scorers whose preferences it reads; they run before it.
+        planned_cost: upper bound on its cost for planned answers of `max_new_tokens` tokens.
     """
 
-    prompts: Rows
-    completions: Rows
-    pairs: Rows
+    name: str
+    title: str
+    needs: Needs
+    score_trial: TrialScorer | None = None
+    score_study: StudyScorer | None = None
+    is_set_up: Callable[[ScoreConfig], bool] = lambda score: True
+    names: Callable[[ScoreConfig], Sequence[str]] = lambda score: ()
+    setup: str = ""
+    problems: Callable[[ScoreConfig], Iterable[str]] = _nothing
+    keys: tuple[str, ...] = ()
+    settings: Callable[[ScoreConfig], dict[str, Json]] = lambda score: {}
+    registered_problem: Callable[[Mapping[str, Any], ScoreConfig], str | None] = lambda registered, score: None
+    sources: tuple[str, ...] = ()
+    planned_cost: Callable[[ScoreConfig, Sequence[PlannedAnswer], int], str] | None = None
+
+    @property
+    def has_tasks(self) -> bool:
+        """Whether its scores are named NAME:TASK."""
+        return "{task}" in self.setup
+
+    def reads(self, key: str) -> bool:
+        """Return whether the scorer reads a config key."""
+        return any(key == own or key.startswith(f"{own}.") for own in self.keys)
 
 
-@dataclass(frozen=True)
-class Score:
-    """A score in [0, 1] for one prompt; None with a reason where there is none."""
+def _comparing(name: str, compare: Callable[[Stored, Scoring], dict[Path, list[Preference]]]) -> StudyScorer:
+    """Turn a comparison with the baseline into a scorer; its preferences are stored beside the scores."""
 
-    split: str
-    prompt_id: str
-    score: float | None
-    unscored_reason: str = ""
+    def run(stored: Stored, scoring: Scoring) -> ScoresByName:
+        found = compare(stored, scoring)
+        for folder, preferences in found.items():
+            write_preferences(folder, name, preferences, stored.splits)
+        return {
+            name: {
+                folder: [Score(one.split, one.prompt_id, one.preference, one.reason) for one in preferences]
+                for folder, preferences in found.items()
+            }
+        }
 
-
-def _checks(outputs: TrialOutputs) -> Iterable[tuple[dict[str, Any], int, int]]:
-    by_prompt = {(row["split"], row["prompt_id"]): row["checks"] for row in outputs.prompts}
-    for row in outputs.completions:
-        checks = by_prompt.get((row["split"], row["prompt_id"])) or []
-        if checks:
-            yield row, len(failed_checks(row["completion"], checks, ended=row["ended"])), len(checks)
-
-
-def score_checks(outputs: TrialOutputs) -> list[Score]:
-    """Score 1 where a completion passes all checks of its prompt, else 0."""
-    return [Score(row["split"], row["prompt_id"], float(failed == 0)) for row, failed, _ in _checks(outputs)]
+    return run
 
 
-def score_checks_fraction(outputs: TrialOutputs) -> list[Score]:
-    """Score the share of a prompt's checks that the completion passes."""
-    return [Score(row["split"], row["prompt_id"], 1 - failed / total) for row, failed, total in _checks(outputs)]
+def _score_benchmarks(stored: Stored, scoring: Scoring) -> ScoresByName:
+    assert scoring.base is not None, "`Scoring` has a base where a scorer needs weights"
+    return run_benchmarks(stored, scoring.config.lm_eval, scoring.base)
 
 
-def _preference(outputs: TrialOutputs, accuracy: Callable[[dict[str, Any]], float]) -> list[Score]:
-    """Average the accuracies of the pairs of one prompt: prompts are what is sampled, not pairs.
-
-    A prompt of which no pair has log-probs, since all were dropped at tokenisation, is unscored and says so.
-    """
-    by_prompt: dict[tuple[str, str], list[float]] = defaultdict(list)
-    for row in outputs.pairs:
-        by_prompt[row["split"], row["prompt_id"]].append(accuracy(row))
-    answered = {split for split, _ in by_prompt}
-    dropped = [
-        Score(row["split"], row["prompt_id"], None, "all its pairs were dropped at tokenisation (see dropped_pairs)")
-        for row in outputs.prompts
-        if row["pairs"] and row["split"] in answered and (row["split"], row["prompt_id"]) not in by_prompt
-    ]
-    return [Score(split, prompt_id, fmean(values)) for (split, prompt_id), values in by_prompt.items()] + dropped
-
-
-def _prefers(chosen: float, rejected: float) -> float:
-    return 0.5 if chosen == rejected else float(chosen > rejected)
-
-
-def _sum_accuracy(row: dict[str, Any]) -> float:
-    chosen = row["chosen_sum_logps"] - row["chosen_ref_sum_logps"]
-    return _prefers(chosen, row["rejected_sum_logps"] - row["rejected_ref_sum_logps"])
-
-
-def _mean_accuracy(row: dict[str, Any]) -> float:
-    chosen = row["chosen_sum_logps"] / row["chosen_tokens"]
-    return _prefers(chosen, row["rejected_sum_logps"] / row["rejected_tokens"])
-
-
-def score_preference_sum(outputs: TrialOutputs) -> list[Score]:
-    """Score whether the policy prefers the chosen answer by DPO's reward: the summed log-ratio to the base."""
-    return _preference(outputs, _sum_accuracy)
-
-
-def score_preference_mean(outputs: TrialOutputs) -> list[Score]:
-    """Score whether the policy prefers the chosen answer by SimPO's reward: the mean log-prob."""
-    return _preference(outputs, _mean_accuracy)
-
-
-def score_preference(outputs: TrialOutputs) -> list[Score]:
-    """Score the mean of both definitions, so that neither arm is judged by its own reward alone."""
-    return _preference(outputs, lambda row: (_sum_accuracy(row) + _mean_accuracy(row)) / 2)
-
-
-def _instructions(scorer: str, outputs: TrialOutputs) -> list[Score]:
-    """Score answers to prompts with IFEval's instructions; where they cannot be checked here, not at all."""
-    asked = {
-        (row["split"], row["prompt_id"]): (row["about"]["instructions"], row["prompt"][-1]["content"])
-        for row in outputs.prompts
-        if row.get("about", {}).get("instructions")
-    }
-    scores = []
-    for row in outputs.completions if asked and ifeval_problem() is None else ():
-        key = (row["split"], row["prompt_id"])
-        if key not in asked:
-            continue
-        try:
-            scores.append(Score(*key, follows_instructions(scorer, *asked[key], row["completion"])))
-        except (LookupError, TypeError, ValueError) as error:
-            scores.append(Score(*key, None, why_unchecked(error)))
-    return scores
-
-
-def score_ifeval(outputs: TrialOutputs) -> list[Score]:
-    """Score 1 where a completion follows all verifiable instructions of its prompt, else 0."""
-    return _instructions("ifeval", outputs)
-
-
-def score_ifeval_loose(outputs: TrialOutputs) -> list[Score]:
-    """Score as `ifeval`, leaving out the first line, the last line and asterisks where that helps."""
-    return _instructions("ifeval_loose", outputs)
-
-
-SCORERS: dict[str, Callable[[TrialOutputs], list[Score]]] = {
-    "checks": score_checks,
-    "checks_fraction": score_checks_fraction,
-    "ifeval": score_ifeval,
-    "ifeval_loose": score_ifeval_loose,
-    "preference_accuracy": score_preference,
-    "preference_accuracy_sum": score_preference_sum,
-    "preference_accuracy_mean": score_preference_mean,
+# The first scorer that a golden set allows decides by default. Scorers of the whole study run in this order.
+SCORERS: dict[str, Scorer] = {
+    row.name: row
+    for row in (
+        Scorer("checks", "All checks passed", Needs.CHECKS, score_checks),
+        Scorer("checks_fraction", "Share of checks passed", Needs.CHECKS, score_checks_fraction),
+        Scorer("ifeval", "All instructions followed (IFEval, strict)", Needs.INSTRUCTIONS, score_ifeval),
+        Scorer("ifeval_loose", "All instructions followed (IFEval, loose)", Needs.INSTRUCTIONS, score_ifeval_loose),
+        Scorer("preference_accuracy", "Preference accuracy, both rewards", Needs.PAIRS, score_preference),
+        Scorer("preference_accuracy_sum", "Preference accuracy by DPO's reward", Needs.PAIRS, score_preference_sum),
+        Scorer("preference_accuracy_mean", "Preference accuracy by SimPO's reward", Needs.PAIRS, score_preference_mean),
+        Scorer(
+            "judge",
+            "Win rate by the judge against the baseline",
+            Needs.ANSWERS,
+            score_study=_comparing("judge", lambda stored, scoring: judge_runs(stored, scoring.config, scoring.cache)),
+            is_set_up=lambda score: bool(score.judge.model),
+            setup="set score.judge.model",
+            problems=judge_problems,
+            keys=("score.judge", "score.baseline", "score.calibration_pairs"),
+            settings=judge_settings,
+            registered_problem=other_judge_problem,
+            planned_cost=planned_judging,
+        ),
+        Scorer(
+            "reward_model",
+            "Win rate by the reward model against the baseline",
+            Needs.ANSWERS,
+            score_study=_comparing(
+                "reward_model",
+                lambda stored, scoring: reward_runs(stored, scoring.config.reward_model, scoring.cache),
+            ),
+            is_set_up=lambda score: bool(score.reward_model.path),
+            setup="set score.reward_model.path",
+            problems=reward_model_problems,
+            keys=("score.reward_model", "score.baseline"),
+            settings=reward_model_settings,
+        ),
+        Scorer(
+            "length_controlled",
+            "Length-controlled win rate",
+            Needs.ANSWERS,
+            score_study=_comparing(
+                "length_controlled", lambda stored, scoring: control_runs(stored, scoring.config.length_control)
+            ),
+            is_set_up=lambda score: any(SCORERS[source].is_set_up(score) for source in SOURCES),
+            setup="set score.judge.model or score.reward_model.path",
+            keys=("score.length_control",),
+            settings=length_control_settings,
+            sources=SOURCES,
+        ),
+        Scorer(
+            "lm_eval",
+            "Benchmarks of lm-evaluation-harness",
+            Needs.WEIGHTS,
+            score_study=_score_benchmarks,
+            is_set_up=lambda score: bool(score.lm_eval.tasks),
+            names=lambda score: [f"{PREFIX}{task}" for task in score.lm_eval.tasks],
+            setup="add {task} to score.lm_eval.tasks",
+            problems=lambda score: filter(None, [benchmark_problem(score.lm_eval)]),
+            keys=("score.lm_eval", "model", "train.tuning"),
+            settings=benchmark_settings,
+        ),
+    )
 }
-
-Scorer = Callable[[TrialOutputs], list[Score]]
+TRIAL_SCORERS: dict[str, TrialScorer] = {row.name: row.score_trial for row in SCORERS.values() if row.score_trial}
 
 
 def is_file(name: str) -> bool:
-    """Return True where a scorer is given as a file."""
+    """Return whether a scorer is given as a Python file."""
     return name.endswith(".py")
 
 
 def scorer_name(name: str) -> str:
-    """Return the name that a scorer has in the scores: that of its file, without `.py`."""
+    """Return a scorer's name in the scores: for a file, its name without `.py`."""
     return Path(name).stem if is_file(name) else name
 
 
+def find_scorer(name: str) -> Scorer | None:
+    """Return the row of a scorer: by its own name, by the name of one of its scores (`lm_eval:TASK`), or of a file."""
+    if is_file(name):
+        return _own_scorer(name)
+    own_name, colon, _ = name.partition(":")
+    row = SCORERS.get(own_name)
+    return row if not colon or name.startswith(PREFIX) else None
+
+
+def _own_scorer(path: str) -> Scorer:
+    name = scorer_name(path)
+
+    def run(stored: Stored, scoring: Scoring) -> ScoresByName:
+        scorer = load_scorer(path)
+        prompts = list(read_jsonl(stored.study / "prompts.jsonl"))
+        return {name: {run.folder: scorer(outputs_of(run.folder, prompts)) for run in stored.runs}}
+
+    return Scorer(
+        name,
+        name,
+        Needs.ANSWERS,
+        score_study=run,
+        problems=lambda score: filter(None, [own_scorer_problem(path)]),
+        settings=lambda score: {name: file_sha256(Path(path))},
+    )
+
+
 def own_scorer_problem(path: str) -> str | None:
-    """Say why a file cannot be a scorer, as far as it shows without running it."""
+    """Say why a file cannot be a scorer, without running it; None where it may be one."""
     if not Path(path).is_file():
         return f"{path}: no such file; give a Python file with a function `score`"
     if not scorer_name(path).isidentifier() or scorer_name(path) in SCORERS:
@@ -169,11 +247,12 @@ def own_scorer_problem(path: str) -> str | None:
     return None
 
 
-def load_scorer(path: str) -> Scorer:
-    """Load a file's function `score`.
+def load_scorer(path: str) -> TrialScorer:
+    """Load the function `score` of a Python file.
 
     Raises:
-        UsageError: for no such file, one that fails, or one without the function.
+        UsageError: for no such file, a file that fails, or one without the function. The returned function raises it
+            where `score` fails or returns anything but `Score`s.
     """
     problem = own_scorer_problem(path)
     if problem:
@@ -203,68 +282,150 @@ def load_scorer(path: str) -> Scorer:
     return checked
 
 
-SENTENCES = "python -m nltk.downloader punkt_tab"
-EXTRA = "pip install 'dpo-simpo-harness[lm-eval]'"
-_METRICS = {"ifeval": "prompt_level_strict_acc", "ifeval_loose": "prompt_level_loose_acc"}
+def study_scorers(score: ScoreConfig) -> list[str]:
+    """Return the scorers of the whole study that a config sets up, by their names in the scores."""
+    rows = [row for row in SCORERS.values() if row.score_study and row.is_set_up(score)]
+    return [name for row in rows for name in _score_names(row, score)] + _own_names(score)
 
 
-def ifeval_problem() -> str | None:
-    """Say why instructions cannot be checked here, or None where they can."""
-    missing = [name for name in ("lm_eval", "langdetect", "immutabledict", "nltk") if find_spec(name) is None]
-    return f"{', '.join(missing)} not installed ({EXTRA})" if missing else None
+def _score_names(row: Scorer, score: ScoreConfig) -> Sequence[str]:
+    return row.names(score) or [row.name]
 
 
-@contextlib.contextmanager
-def _no_download() -> Iterator[None]:
-    """Keep lm-evaluation-harness from downloading at import: it does so in the first of several processes only."""
-    rank = os.environ.get("LOCAL_RANK")
-    os.environ["LOCAL_RANK"] = "1"
-    try:
-        yield
-    finally:
-        if rank is None:
-            del os.environ["LOCAL_RANK"]
-        else:
-            os.environ["LOCAL_RANK"] = rank
+def _own_names(score: ScoreConfig) -> list[str]:
+    return [scorer_name(name) for name in score.scorers if is_file(name)]
 
 
-def follows_instructions(scorer: str, instructions: Mapping[str, Any], prompt: str, answer: str) -> float:
-    """Return 1.0 where the answer follows all instructions, else 0.0.
+def known_scorers(score: ScoreConfig) -> list[str]:
+    """Return every scorer that a metric or a guard may name."""
+    return [*TRIAL_SCORERS, *study_scorers(score)]
 
-    Args:
-        scorer: `ifeval` or `ifeval_loose`.
-        instructions: `instruction_id_list` and `kwargs` of an IFEval row.
-        prompt: its text.
-        answer: the completion.
 
-    Raises:
-        LookupError: where an instruction needs NLTK's sentence data and it is not installed.
-        KeyError: for an instruction that the installed version does not know.
+def unknown_scorer(name: str, score: ScoreConfig) -> str:
+    """Say what a scorer lacks to be set up, or that there is none of this name."""
+    row, task = find_scorer(name), name.partition(":")[2]
+    if row and row.setup and bool(task) == row.has_tasks:
+        return f"{name} is not set up; {row.setup.format(task=task)}"
+    others = [f"{row.name}:TASK" if row.has_tasks else row.name for row in SCORERS.values() if row.setup]
+    return (
+        f"no such scorer; scorers: {', '.join(known_scorers(score))}; also {', '.join(others)} and files of your own "
+        "(docs/scorers.md)"
+    )
+
+
+def run_names(score: ScoreConfig, names: Sequence[str] = ()) -> list[str]:
+    """Return the study-level scorers to run: all configured ones, or the requested ones; files by their paths."""
+    files = {scorer_name(path): path for path in [*score.scorers, *names] if is_file(path)}
+    found = []
+    for name in names or study_scorers(score):
+        row = find_scorer(name)
+        if scorer_name(name) in files:
+            found.append(files[scorer_name(name)])
+        elif row and row.score_study:
+            found.append(row.name)
+    return list(dict.fromkeys(found))
+
+
+def with_sources(score: ScoreConfig, names: Sequence[str]) -> list[str]:
+    """Add the configured scorers whose preferences these scorers read."""
+    set_up = study_scorers(score)
+    sources = [source for row in _rows(names) for source in row.sources if source in set_up and source not in names]
+    return [*dict.fromkeys(sources), *names]
+
+
+def in_order(names: Sequence[str]) -> list[str]:
+    """Sort scorers so that each runs after its sources; files come last."""
+    order = {name: place for place, name in enumerate(SCORERS)}
+    return sorted(names, key=lambda name: order.get(name, len(order)))
+
+
+def _rows(names: Iterable[str]) -> list[Scorer]:
+    return [row for name in names if (row := find_scorer(name))]
+
+
+def reads(names: Iterable[str], key: str) -> bool:
+    """Return whether one of these scorers reads a config key."""
+    return any(row.reads(key) for row in _rows(names))
+
+
+def problems(config: RunConfig) -> Iterator[str]:
+    """Yield what keeps the scorers of a study from working, and metrics that no scorer has."""
+    score, known = config.score, known_scorers(config.score)
+    yield from score_problems(score, run_names(score))
+    metric = config.decide.metric
+    if metric is not None and metric not in known:
+        yield f"decide.metric={metric}: {unknown_scorer(metric, score)}"
+    for guard in config.decide.guards:
+        if set(guard) == {"metric", "margin"} and guard["metric"] not in known:
+            yield f"decide.guards: {shown(guard)}: {unknown_scorer(str(guard['metric']), score)}"
+    if config.keep == "none" and score.lm_eval.tasks:
+        yield "keep=none: score.lm_eval.tasks are run on the weights of the trials that decide; use keep=confirmed"
+
+
+def score_problems(score: ScoreConfig, names: Sequence[str]) -> Iterator[str]:
+    """Yield what keeps these scorers from working: a missing package, key, file or setting."""
+    for row in _rows(in_order(names)):
+        yield from row.problems(score)
+    for name in score.scorers:
+        if not is_file(name) and name not in known_scorers(score):
+            yield f"score.scorers: {name}: {unknown_scorer(name, score)}"
+    for key, path in (("baseline", score.baseline), ("calibration_pairs", score.calibration_pairs)):
+        if path is not None and not Path(path).exists():
+            yield f"score.{key}={path}: no such file"
+
+
+def allowed_scorers(score: ScoreConfig, prompts: Sequence[EvalPrompt], *, has_pairs: bool, split: str) -> list[str]:
+    """Return the scorers that a split's rows allow, the default one first.
+
+    Checks come first, then IFEval's instructions, then pairs, then the configured scorers of the whole study.
     """
-    with _no_download():
-        from lm_eval.tasks.ifeval.utils import process_results
-    import langdetect
-
-    langdetect.DetectorFactory.seed = 0  # else the language of a short answer changes from run to run
-    document = {"key": 0, "prompt": prompt, **instructions}
-    return float(process_results(document, [answer])[_METRICS[scorer]])
-
-
-def why_unchecked(error: Exception) -> str:
-    """Say why instructions could not be checked."""
-    if isinstance(error, KeyError):
-        return f"the instruction {error} is not known to the installed lm-evaluation-harness"
-    if isinstance(error, LookupError):
-        return f"an instruction needs NLTK's sentence data ({SENTENCES})"
-    return f"the instructions cannot be checked ({type(error).__name__}: {error})"
+    is_there = {
+        Needs.CHECKS: any(prompt.checks for prompt in prompts),
+        Needs.INSTRUCTIONS: has_instructions(prompts) and ifeval_problem() is None,
+        Needs.PAIRS: has_pairs,
+        Needs.ANSWERS: True,
+        Needs.WEIGHTS: split == "golden",
+    }
+    rows = [row for row in SCORERS.values() if is_there[row.needs] and row.is_set_up(score)]
+    return [name for row in rows for name in _score_names(row, score)] + _own_names(score)
 
 
-def unchecked(asked: Iterable[tuple[Mapping[str, Any], str]]) -> Counter[str]:
-    """Count the (instructions, prompt) that cannot be checked on this machine, by reason."""
-    found: Counter[str] = Counter()
-    for instructions, prompt in asked:
-        try:
-            follows_instructions("ifeval", instructions, prompt, "Yes, it is.")
-        except (LookupError, TypeError, ValueError) as error:
-            found[why_unchecked(error)] += 1
-    return found
+def has_instructions(prompts: Sequence[EvalPrompt]) -> bool:
+    """Return whether some prompts have IFEval's instructions."""
+    return any(prompt.about.get("instructions") for prompt in prompts)
+
+
+def needs_instructions(name: str) -> bool:
+    """Return whether a scorer checks IFEval's instructions."""
+    row = find_scorer(name)
+    return row is not None and row.needs is Needs.INSTRUCTIONS
+
+
+def registered_settings(score: ScoreConfig, metrics: Sequence[str]) -> dict[str, Json]:
+    """Return the settings of the scorers of these metrics, for the registration: a change of one is another question.
+
+    Where no metric is of a scorer of the whole study, those of all configured ones.
+    """
+    names = with_sources(score, run_names(score, [name for name in metrics if name not in TRIAL_SCORERS]))
+    settings: dict[str, Json] = {}
+    for row in _rows(in_order(names)):
+        settings |= row.settings(score)
+    if score.baseline and reads(names, "score.baseline"):
+        settings["baseline_sha256"] = file_sha256(Path(score.baseline))
+    return settings
+
+
+def planned_costs(
+    score: ScoreConfig,
+    metric: str | None,
+    golden: Sequence[PlannedAnswer],
+    dev: Sequence[PlannedAnswer],
+    max_new_tokens: int,
+) -> list[str]:
+    """Return one line per configured scorer that costs money; it scores dev only where the metric needs it."""
+    selecting = with_sources(score, run_names(score, [metric])) if metric else []
+    return [
+        row.planned_cost(score, [*golden, *(dev if row.name in selecting else ())], max_new_tokens)
+        for row in SCORERS.values()
+        if row.planned_cost and row.is_set_up(score)
+    ]

@@ -16,6 +16,8 @@ from harness.config.schema import Engine, Precision, RunConfig, Tuning
 from harness.config.trial_id import config_label
 from harness.data.inputs import Tokens, num_steps
 from harness.decide.simulate import detectable_before
+from harness.score.judge import PlannedAnswer
+from harness.score.scorers import planned_costs
 from harness.study.decision import Selection, read_selection
 from harness.study.errors import UnreachableError, UsageError
 from harness.study.manifest import read_manifest
@@ -39,8 +41,8 @@ def print_plan(design: Design, warnings: Sequence[str], machine: Machine, at_onc
     if not unknown:
         print("\n".join(_cost(design, machine, at_once)))
     print(_findable(design))
-    if design.any.score.judge.model and not unknown:
-        print(_judging(design))
+    for line in [] if unknown else _scoring_costs(design):
+        print(line)
     print(f"{'trial':14}{'stage':9}{'arm':14}{'seed':>5}  {'state':10}config")
     if unknown:
         for stage, config, seed in _planned(design):
@@ -108,25 +110,14 @@ def _findable(design: Design) -> str:
     )
 
 
-def _judging(design: Design) -> str:
-    """Say how often the judge will be asked at most, and what that may cost."""
-    from harness.score.judge_endpoint import estimate
-    from harness.score.judge_protocol import load_template
-
+def _scoring_costs(design: Design) -> list[str]:
+    """Return one line per configured scorer that costs money."""
     config, splits = design.any, design.inputs.splits(design.any)
-    prompts = [(p, len(design.arms) * len(design.seeds)) for p in splits.golden_prompts]
-    if config.decide.metric in ("judge", "length_controlled"):
-        tuned = len(ordered(design.arms, design.tuning_seeds)) if design.tuned else 0
-        prompts += [(p, tuned) for p in splits.dev_prompts]
-    template = load_template(config.score.judge.template)
-    longest = "word " * (config.generate.max_new_tokens or 0)  # an answer that runs to its limit
-    asked = [
-        template.messages(prompt.prompt[-1]["content"], longest, longest)
-        for prompt, times in prompts
-        for _ in range(2 * times)
-    ]
-    most = estimate(config.score.judge, asked)
-    return f"judge {config.score.judge.model}: at most {most}, were every answer as long as it may be"
+    deciding = len(design.arms) * len(design.seeds)
+    tuning = len(ordered(design.arms, design.tuning_seeds)) if design.tuned else 0
+    golden = [PlannedAnswer(prompt.prompt, deciding) for prompt in splits.golden_prompts]
+    dev = [PlannedAnswer(prompt.prompt, tuning) for prompt in splits.dev_prompts]
+    return planned_costs(config.score, config.decide.metric, golden, dev, config.generate.max_new_tokens or 0)
 
 
 def _trials(design: Design) -> list[tuple[str, Trial]]:

@@ -21,7 +21,7 @@ from harness.config.schema import RunConfig
 from harness.data import inputs
 from harness.decide import study as decide
 from harness.generate import vllm
-from harness.score import available
+from harness.score import scorers
 from harness.study.errors import UsageError
 from harness.track import tracker
 from harness.train import stage as train
@@ -32,7 +32,7 @@ _FOLDER_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}")
 def find_problems(config: RunConfig) -> list[str]:
     """Return one message per value that is out of range, missing, or impossible in combination."""
     stages = (
-        checkpoint.problems, inputs.problems, tracker.problems, available.problems, decide.problems, vllm.problems,
+        checkpoint.problems, inputs.problems, tracker.problems, scorers.problems, decide.problems, vllm.problems,
         train.problems,
     )  # fmt: skip
     found = [*range_problems(config), *_folder_problems(config)]

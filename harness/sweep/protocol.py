@@ -11,8 +11,8 @@ from pathlib import Path
 
 from harness.config.schema import RunConfig
 from harness.decide.study import decide_study
-from harness.score.available import scoring_of, study_scorers
-from harness.score.study_scores import blocking, score_study
+from harness.score.scorers import study_scorers
+from harness.score.study_scores import blocking, score_study, scoring_of
 from harness.score.trial_scores import collect_scores
 from harness.study.decision import Verdict
 from harness.study.errors import UsageError, is_outside, problem

@@ -15,8 +15,8 @@ from harness.config.trial_id import plain, registered_section
 from harness.data.inputs import Inputs, prompt_rows
 from harness.data.records import EvalPrompt
 from harness.data.splits import Splits
-from harness.score.available import allowed_scorers, registered_settings
-from harness.score.scorers import unchecked
+from harness.score.lm_eval import unchecked
+from harness.score.scorers import allowed_scorers, needs_instructions, registered_settings
 from harness.study.backup import put_back
 from harness.study.errors import UnreachableError, UsageError
 from harness.study.files import digest, locked, to_jsonl, write_text
@@ -38,7 +38,7 @@ def fixed_parts(config: RunConfig, inputs: Inputs) -> dict[str, Any]:
         "guards": plain(config.decide.guards),
         "looks": list(config.decide.looks or []),
         "search": registered_section(config, "search"),
-        "score": registered_settings(config, [metric, *(str(guard["metric"]) for guard in config.decide.guards)]),
+        "score": registered_settings(config.score, [metric, *(str(guard["metric"]) for guard in config.decide.guards)]),
         "contents": inputs.contents(config),
         "data": registered_section(config, "data"),
         "train": registered_section(config, "train"),
@@ -184,7 +184,7 @@ def check_answerable(design: Design, fixed: dict[str, Any]) -> None:
                 f"scorers that {split} allows: {', '.join(allowed) or 'none'}; "
                 f"`checks` need rows with checks, `preference_accuracy` rows with chosen and rejected"
             )
-        if metric.startswith("ifeval"):
+        if needs_instructions(metric):
             _check_instructions(splits.dev_prompts if split == "dev" else splits.golden_prompts, f"{key}={metric}")
 
 
@@ -223,7 +223,7 @@ def scorers_of(config: RunConfig, splits: Splits, split: str) -> list[str]:
     """Return the scorers that a split's rows allow, and those that the config sets up; the default one first."""
     is_dev = split == "dev"
     prompts, pairs = (splits.dev_prompts, splits.dev_pairs) if is_dev else (splits.golden_prompts, splits.golden_pairs)
-    return allowed_scorers(config, prompts, has_pairs=bool(pairs), split=split)
+    return allowed_scorers(config.score, prompts, has_pairs=bool(pairs), split=split)
 
 
 def default_metric(config: RunConfig, splits: Splits) -> str:

@@ -21,7 +21,7 @@ from harness.config.trial_id import plain
 from harness.data.inputs import Tokens, num_steps, prompt_rows
 from harness.generate.heldout import heldout_rows
 from harness.generate.vllm import drop_answers, stored_answers
-from harness.score.scorers import SCORERS
+from harness.score.scorers import TRIAL_SCORERS
 from harness.score.trial_scores import completion_flags, score_trial
 from harness.study.errors import DivergedError
 from harness.study.files import FileRecord, locked, read_jsonl, to_jsonl
@@ -229,8 +229,8 @@ class _Running:
         """Score what is stored, and mirror the means and the completions."""
         base = self.trial.study / "base" if self.trial.is_trained else None
         with self._stage("score"):
-            prompts = [{**row} for row in prompt_rows(self.context.inputs.splits(self.config))]
-            rows = score_trial(self.folder, prompts, tuple(SCORERS), base=base)
+            prompts = prompt_rows(self.context.inputs.splits(self.config))
+            rows = score_trial(self.folder, prompts, tuple(TRIAL_SCORERS), base=base)
             self.manifest = load_manifest(self.folder, self.files)  # score_trial has added flags to it
         status = "diverged" if self.manifest["status"] == "diverged" else "complete"
         self._save(status=status, done=sorted({*self.manifest["done"], "score"}), files=self._files())

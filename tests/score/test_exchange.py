@@ -12,9 +12,8 @@ import pytest
 from harness.decide.rule import verdict
 from harness.decide.scores_file import read_scores
 from harness.decide.study import decide_study
-from harness.exchange import main
+from harness.exchange import annotation_scores, differences, main, preferences, read_annotations
 from harness.report.page import render_report
-from harness.score.exchange import annotation_scores, differences, preferences, read_annotations
 from harness.score.length_control import length_controlled
 from harness.score.study_scores import rescore
 from harness.study.errors import UsageError
@@ -146,7 +145,7 @@ def test_a_run_whose_name_leads_out_of_the_folder_is_not_written(tmp_path: Path,
 
 
 def test_answers_made_elsewhere_are_judged_decided_and_reported(tmp_path: Path, capsys) -> None:
-    golden = [{"instruction": f"Task {i}", "dataset": "own"} for i in range(60)]
+    golden = [{"instruction": f"Task {i}", "dataset": "own"} for i in range(30)]
     write_jsonl(tmp_path / "golden.jsonl", golden)
 
     def outputs(name: str, length: int) -> str:
@@ -180,7 +179,7 @@ def test_answers_made_elsewhere_are_judged_decided_and_reported(tmp_path: Path, 
         )
     assert failed == []
     found = decide_study(study)
-    assert (found["verdict"], found["level"], found["n_prompts"]) == ("simpo", "method", 60)
+    assert (found["verdict"], found["level"], found["n_prompts"]) == ("simpo", "method", 30)
     assert any("made elsewhere" in text for text in found["warnings"])
     assert any("longer answer wins 100%" in text for text in found["warnings"])
     assert "SimPO" in render_report(study).read_text(encoding="utf-8")

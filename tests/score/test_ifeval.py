@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from harness.config.paths import embedded_dir as study_dir
-from harness.score.scorers import follows_instructions, ifeval_problem, unchecked
+from harness.score.lm_eval import follows_instructions, ifeval_problem, unchecked
 from harness.study.errors import UsageError
 from harness.study.files import write_jsonl
 from harness.sweep.app import run_sweep
@@ -38,13 +38,13 @@ SENTENCES = {
     ],
 )
 def test_all_instructions_must_be_followed_and_loose_forgives_a_first_line(instructions, answer, strict, loose) -> None:
-    assert follows_instructions("ifeval", instructions, "Write.", answer) == strict
-    assert follows_instructions("ifeval_loose", instructions, "Write.", answer) == loose
+    assert follows_instructions(instructions, "Write.", answer, strict=True) == strict
+    assert follows_instructions(instructions, "Write.", answer, strict=False) == loose
 
 
 def test_the_process_is_left_as_it_was(monkeypatch) -> None:
     monkeypatch.setenv("LOCAL_RANK", "3")
-    follows_instructions("ifeval", NO_COMMA, "Write.", "x")
+    follows_instructions(NO_COMMA, "Write.", "x", strict=True)
     assert os.environ["LOCAL_RANK"] == "3"
     assert ifeval_problem() is None
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from harness.config.schema import JudgeConfig, Structured
@@ -32,6 +32,7 @@ def longer(first: str, second: str) -> float:
 
 
 class TestTemplates:
+    @settings(max_examples=50, deadline=None)
     @given(st.text(), st.text(), st.text())
     def test_every_text_stands_in_the_prompt_once_between_marks_that_it_cannot_write(self, asked, first, second):
         user = ALPACA.messages(asked, first, second)[1]["content"]
@@ -90,7 +91,7 @@ class TestTemplates:
 
 def ask(server: JudgeServer, comparisons: list[Comparison], folder: Path, **keys: Any):
     """Judge comparisons; the judgements, the budget."""
-    config = JudgeConfig(model="fake", base_url=server.url, **{"timeout_seconds": 5.0, "max_retries": 2, **keys})
+    config = JudgeConfig(model="fake", base_url=server.url, **{"timeout_seconds": 60.0, "max_retries": 2, **keys})
     budget = Budget(config, keys.pop("limit", None))
     endpoint = Endpoint(config, ALPACA.schema, Cache(folder / "cache.sqlite"), budget)
     return compare_all(comparisons, ALPACA, endpoint), budget
@@ -296,7 +297,9 @@ class TestCost:
         with judge_server(prefers(longer)) as server:
             _, budget = ask(server, [PAIR], tmp_path, input_price=10.0, output_price=30.0)
         assert (budget.spent.input_tokens, budget.spent.output_tokens) == (200, 4)
-        assert budget.spent.cost(budget._config) == pytest.approx((200 * 10 + 4 * 30) / 1e6)
+        assert budget.spent.cost(JudgeConfig(input_price=10.0, output_price=30.0)) == pytest.approx(
+            (200 * 10 + 4 * 30) / 1e6
+        )
 
     def test_the_limit_stops_cleanly_and_is_never_passed(self, tmp_path):
         pairs = [Comparison("q", f"a longer answer {i}", "other") for i in range(50)]
@@ -317,12 +320,15 @@ class TestCost:
 
 @pytest.fixture
 def study(tmp_path: Path) -> Path:
-    return build_study(tmp_path / "results" / "letters", prompts=40)
+    return build_study(tmp_path / "results" / "letters", prompts=12)
+
+
+def typed(server: JudgeServer) -> list[str]:
+    return [f"score.judge.base_url={server.url}", "score.judge.model=fake", "score.judge.max_retries=0"]
 
 
 def judged(study: Path, server: JudgeServer, *more: str) -> tuple[pd.DataFrame, list[str], dict]:
-    settings = [f"score.judge.base_url={server.url}", "score.judge.model=fake", "score.judge.max_retries=0"]
-    path, failed = rescore(study, ["judge"], [*settings, *more])
+    path, failed = rescore(study, ["judge"], [*typed(server), *more])
     return pd.read_csv(path), failed, read_json(study / "judge.json")
 
 
@@ -356,8 +362,8 @@ class TestAStudy:
         rows = scores[scores["scorer"] == "judge"]
         assert set(rows["split"]) == {"golden"}
         assert rows.groupby(["arm", "seed"]).size().to_dict() == {
-            (a, s): 40 for a in ("dpo", "simpo") for s in range(3)
-        } | {("sft", 0): 40}
+            (a, s): 12 for a in ("dpo", "simpo") for s in range(3)
+        } | {("sft", 0): 12}
         assert (rows[rows["arm"] == "sft"]["score"] == 0.5).all()
         answers = {r["prompt_id"]: r["completion"] for r in read_jsonl(study / "base" / "completions.jsonl")}
         for folder in (study / "trials").iterdir():
@@ -385,7 +391,7 @@ class TestAStudy:
     def test_a_scorer_that_leaves_too_much_unscored_has_failed_by_name(self, study, capsys):
         tidy(study)
         with judge_server(lambda request: "Hm, hard to say.") as server:
-            status = main_with(study, server)
+            status = main([str(study), "judge", *typed(server)])
         assert status == 1
         said = capsys.readouterr().err
         assert "scorer failed: judge: " in said
@@ -423,15 +429,6 @@ class TestAStudy:
         assert facts["answers_to_the_judge"] == {folder.name: 1}
         assert any("speak to the judge" in text for text in facts["warnings"])
 
-    def test_arms_are_compared_head_to_head(self, study):
-        tidy(study)
-        with judge_server(prefers(lambda first, second: len(second) - len(first))) as server:
-            _, _, facts = judged(study, server, "score.head_to_head=true")
-        rates = facts["head_to_head"]["win_rates"]
-        assert facts["head_to_head"]["arms"] == ["simpo", "dpo"]
-        assert set(rates) == {"0", "1", "2"}
-        assert all(0.5 < rate <= 1 for rate in rates.values())
-
     def test_the_judge_is_judged_on_pairs_with_known_labels(self, study, tmp_path):
         tidy(study)
         pairs = [
@@ -453,11 +450,6 @@ class TestAStudy:
             write_jsonl(tmp_path / "given.jsonl", rows[1:])
             with pytest.raises(UsageError, match="no answer to 1 prompts"):
                 judged(study, server, f"score.baseline={tmp_path / 'given.jsonl'}")
-
-
-def main_with(study: Path, server: JudgeServer) -> int:
-    settings = [f"score.judge.base_url={server.url}", "score.judge.model=fake", "score.judge.max_retries=0"]
-    return main([str(study), "judge", *settings])
 
 
 @pytest.mark.parametrize(

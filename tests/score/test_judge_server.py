@@ -56,7 +56,7 @@ def served(model: Path) -> Iterator[str]:
     command += ["--port", str(port), "--device", "cpu", "--dtype", "float32"]
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        for _ in range(240):
+        for _ in range(2400):  # ten minutes: a slow machine imports torch slowly
             assert server.poll() is None, "the server has ended"
             with socket.socket() as probe:
                 if probe.connect_ex(("127.0.0.1", port)) == 0:
@@ -65,7 +65,7 @@ def served(model: Path) -> Iterator[str]:
         yield f"http://127.0.0.1:{port}/v1"
     finally:
         server.terminate()
-        server.wait(timeout=30)
+        server.wait(timeout=300)
 
 
 @pytest.mark.slow
@@ -80,6 +80,7 @@ def test_a_real_server_judges_real_completions_and_a_rerun_asks_nothing(chat_mod
         f"score.judge.template={template}",
         "score.judge.max_tokens=16",
         "score.judge.concurrency=1",
+        "score.judge.timeout_seconds=600",
     ]
     with served(chat_model) as url:
         settings = [f"score.judge.base_url={url}", *how]
@@ -111,6 +112,7 @@ def test_the_embedded_model_can_be_served_and_its_babble_is_unscored_by_name(tmp
     tidy(study)
     with served(study_dir()) as url:
         settings = [f"score.judge.base_url={url}", f"score.judge.model={study_dir()}", "score.judge.max_tokens=8"]
+        settings.append("score.judge.timeout_seconds=600")
         _, failed = rescore(study, ["judge"], settings)
     assert failed
     assert all(problem.startswith("judge: ") for problem in failed)

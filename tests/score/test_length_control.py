@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from scipy import optimize
 
-from harness.config.schema import LengthControlConfig, ScoreConfig
+from harness.config.schema import LengthControlConfig
 from harness.decide.rule import verdict
 from harness.decide.scores_file import checked
 from harness.score.answers import Preference, Run, Stored, write_preferences
@@ -81,10 +81,10 @@ def test_alpacaevals_full_model_with_difficulty_and_gamed_baselines() -> None:
 
 @pytest.mark.parametrize("shift", [-1.0, 0.0, 1.0])
 def test_it_finds_the_win_rate_at_equal_length_where_the_raw_one_does_not(shift: float) -> None:
-    found = [length_controlled(*drawn(seed, 300, shift=shift)) for seed in range(40)]
+    found = [length_controlled(*drawn(seed, 200, shift=shift)) for seed in range(20)]
     truth = sigmoid(0.3)
     controlled, raw = np.mean([one.win_rate for one in found]), np.mean([one.raw for one in found])
-    error = np.std([one.win_rate for one in found]) / 40**0.5
+    error = np.std([one.win_rate for one in found]) / 20**0.5
     assert abs(controlled - truth) < 4 * error
     if shift:
         assert abs(raw - truth) > 0.08
@@ -104,7 +104,7 @@ def test_its_spread_is_the_bootstraps() -> None:
     preferences, differences = drawn(2, 300)
     found = length_controlled(preferences, differences)
     rng = np.random.default_rng(0)
-    samples = [rng.integers(0, 300, 300) for _ in range(400)]
+    samples = [rng.integers(0, 300, 300) for _ in range(200)]
     again = [second_implementation(preferences[s], differences[s]) for s in samples]
     assert found.pseudo_values.std(ddof=1) / 300**0.5 == pytest.approx(np.std(again), rel=0.15)
     assert found.pseudo_values.mean() == pytest.approx(found.win_rate, abs=0.005)
@@ -210,10 +210,10 @@ def test_alpacaevals_own_files_are_read_with_their_sign(tmp_path) -> None:
     base = Run(tmp_path / "study" / "base", {"flags": []}, {})
     run = Run(folder, {"flags": [], "arm": "simpo", "config": "c", "seed": 0}, {})
     stored = Stored(tmp_path / "study", ("golden",), prompts, {}, (base, run))
-    values = control_runs(stored, ScoreConfig(length_control=config), tmp_path)[folder]
+    values = control_runs(stored, config)[folder]
     facts = read_json(tmp_path / "study" / "length_controlled.json")["runs"]["a"]
     assert 100 * facts["win_rate"] == pytest.approx(ALPACA_EVAL[0][0], abs=0.05)
     assert np.mean([one.preference for one in values]) == pytest.approx(facts["win_rate"], abs=0.01)
     short = LengthControlConfig(difficulty=str(tmp_path / "difficulty.csv"))
     with pytest.raises(UsageError, match="805 numbers for 3 golden prompts"):
-        control_runs(replace(stored, prompts=prompts[:3]), ScoreConfig(length_control=short), tmp_path)
+        control_runs(replace(stored, prompts=prompts[:3]), short)

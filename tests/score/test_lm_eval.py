@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pandas as pd
@@ -63,42 +64,48 @@ def write_adapter(folder: Path, scale: float) -> None:
     model.save_pretrained(folder / "adapter")
 
 
-@pytest.fixture
-def study(tmp_path: Path) -> Path:
-    """A study that SimPO wins on its checks, whose SimPO policies are ruined."""
-    folder = build_study(tmp_path / "results" / "letters", prompts=400)
+def settings(tasks: Path) -> list[str]:
+    return ["score.lm_eval.tasks=[mini]", f"score.lm_eval.include_path={tasks}", "score.lm_eval.batch_size=16"]
+
+
+@pytest.fixture(scope="module")
+def scored(tasks: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A study that SimPO wins on its checks, whose SimPO policies are ruined; benchmarked once for all tests."""
+    folder = build_study(tmp_path_factory.mktemp("results") / "letters", prompts=400)
     tidy(folder)
     config = {"model": {"path": "embedded", "revision": None, "chat_template": None}}
     (folder / "base" / "config.yaml").write_text(yaml.safe_dump(config))
     for trial in (folder / "trials").iterdir():
         write_adapter(trial, 2.0 if read_json(trial / "manifest.json")["arm"] == "simpo" else 0.0)
+    assert verdict(read_scores(folder / "scores.csv"), metric="checks")["verdict"] == "simpo"
+    _, failed = rescore(folder, ["lm_eval"], settings(tasks))
+    assert failed == []
     return folder
 
 
-def settings(tasks: Path) -> list[str]:
-    return ["score.lm_eval.tasks=[mini]", f"score.lm_eval.include_path={tasks}", "score.lm_eval.batch_size=16"]
+@pytest.fixture
+def study(scored: Path, tmp_path: Path) -> Path:
+    """A copy of the benchmarked study."""
+    shutil.copytree(scored, tmp_path / "letters")
+    return tmp_path / "letters"
 
 
-def test_a_planted_regression_turns_a_win_into_a_trade_off(study: Path, tasks: Path) -> None:
-    guard = {"metric": "lm_eval:mini", "margin": 0.1}
-    before = verdict(read_scores(study / "scores.csv"), metric="checks")
-    assert before["verdict"] == "simpo"
-    path, failed = rescore(study, ["lm_eval"], settings(tasks))
-    assert failed == []
-    scores = read_scores(path)
+def test_a_planted_regression_turns_a_win_into_a_trade_off(scored: Path) -> None:
+    scores = read_scores(scored / "scores.csv")
     rows = scores[scores["scorer"] == "lm_eval:mini"]
     assert set(rows["split"]) == {"golden"}
     means = rows.groupby("arm")["score"].mean()
     assert rows.groupby(["arm", "seed"]).size().eq(DOCUMENTS).all()
     assert means["dpo"] == means["sft"] > 0.9
     assert means["simpo"] < 0.8
-    after = verdict(scores, metric="checks", guards=[guard])
+    after = verdict(scores, metric="checks", guards=[{"metric": "lm_eval:mini", "margin": 0.1}])
     assert after["verdict"] == "trade-off"
     assert after["guards"][0]["passed"] is False
 
 
-def test_what_was_run_is_not_run_again_and_a_changed_task_is(study: Path, tasks: Path) -> None:
-    rescore(study, ["lm_eval"], settings(tasks))
+def test_only_changed_weights_and_tasks_run_again_and_a_run_that_scores_worst_gets_zero(
+    study: Path, tasks: Path
+) -> None:
     files = sorted(study.rglob("benchmarks.jsonl"))
     assert len(files) == 7
     times = [file.stat().st_mtime_ns for file in files]
@@ -106,16 +113,29 @@ def test_what_was_run_is_not_run_again_and_a_changed_task_is(study: Path, tasks:
     rescore(study, ["lm_eval"], settings(tasks))
     assert [file.stat().st_mtime_ns for file in files] == times
     pd.testing.assert_frame_equal(first, pd.read_csv(study / "scores.csv"))
-    trial = next(iter((study / "trials").iterdir()))
-    write_adapter(trial, 0.5)
+    trials = list((study / "trials").iterdir())
+    write_adapter(trials[0], 0.5)
     rescore(study, ["lm_eval"], settings(tasks))
     changed = [file for file, time in zip(files, times, strict=True) if file.stat().st_mtime_ns != time]
-    assert changed == [trial / "benchmarks.jsonl"]
-    rescore(study, ["lm_eval"], [*settings(tasks), "score.lm_eval.limit=8"])
-    assert all(len(list(read_jsonl(file))) == 8 for file in files)
+    assert changed == [trials[0] / "benchmarks.jsonl"]
+
+    worst = trials[1]
+    manifest = read_manifest(worst)
+    write_manifest(worst, {**manifest, "flags": ["collapsed"]})
+    (worst / "benchmarks.jsonl").unlink()
+    path, _ = rescore(study, ["lm_eval"], [*settings(tasks), "score.lm_eval.limit=8"])
+    assert not (worst / "benchmarks.jsonl").exists()
+    assert all(len(list(read_jsonl(file))) == 8 for file in files if file.parent != worst)
+    rows = pd.read_csv(path)
+    mine = rows[
+        (rows["scorer"] == "lm_eval:mini") & (rows["arm"] == manifest["arm"]) & (rows["seed"] == manifest["seed"])
+    ]
+    assert len(mine) == 8
+    assert (mine["score"] == 0).all()
 
 
 def test_what_cannot_be_run_is_named(study: Path, tasks: Path) -> None:
+    (study / "scoring.json").unlink()
     with pytest.raises(UsageError, match=r"score\.lm_eval\.tasks=\[\]: name the tasks"):
         rescore(study, ["lm_eval"])
     assert "no such folder" in str(benchmark_problem(BenchmarkConfig(tasks=["mini"], include_path="nowhere")))
@@ -123,17 +143,6 @@ def test_what_cannot_be_run_is_named(study: Path, tasks: Path) -> None:
     assert len(failed) == 1
     assert "lm_eval: score.lm_eval.tasks=[nope]: lm-evaluation-harness failed" in failed[0]
     assert "nope" in failed[0].split("failed:")[1]
-    _, failed = rescore(study, ["lm_eval"], [*settings(tasks), "score.lm_eval.metric=perplexity"])
+    perplexity = ["score.lm_eval.metric=perplexity", "score.lm_eval.limit=2"]
+    _, failed = rescore(study, ["lm_eval"], [*settings(tasks), *perplexity])
     assert "score.lm_eval.metric=perplexity: not one of task mini's" in failed[0]
-
-
-def test_a_run_that_scores_worst_is_not_run_and_gets_zero(study: Path, tasks: Path) -> None:
-    trial = next(path for path in (study / "trials").iterdir() if read_json(path / "manifest.json")["arm"] == "dpo")
-    manifest = read_manifest(trial)
-    write_manifest(trial, manifest | {"flags": ["collapsed"]})
-    path, _ = rescore(study, ["lm_eval"], settings(tasks))
-    rows = pd.read_csv(path)
-    mine = rows[(rows["scorer"] == "lm_eval:mini") & (rows["arm"] == "dpo") & (rows["seed"] == manifest["seed"])]
-    assert len(mine) == DOCUMENTS
-    assert (mine["score"] == 0).all()
-    assert not (trial / "benchmarks.jsonl").exists()

@@ -140,20 +140,18 @@ class TestAStudyThatNamesAFile:
 
     @pytest.mark.parametrize("path", ["somebody/else", "./a/folder"])
     def test_reward_model(self, path, study, capsys, monkeypatch) -> None:
-        monkeypatch.setattr("harness.score.reward_model.checkpoint_dir", unreachable)
+        monkeypatch.setattr("huggingface_hub.snapshot_download", unreachable)
         names(study, reward_model={"path": path, "revision": "v2"})
         assert score(study, "reward_model") == 2
         assert f"add: score.reward_model.path={path} score.reward_model.revision=v2" in capsys.readouterr().err
 
-    def test_folder_of_benchmark_tasks(self, study, tmp_path, capsys, monkeypatch) -> None:
-        monkeypatch.setattr("harness.score.study_scores.run_benchmarks", unreachable)
+    def test_folder_of_benchmark_tasks(self, study, tmp_path, capsys) -> None:
         base_of(study, path="embedded")
         names(study, lm_eval={"tasks": ["mini"], "include_path": str(tmp_path)})
         assert score(study, "lm_eval") == 2
         assert "score.lm_eval.include_path" in capsys.readouterr().err
 
-    def test_file_of_benchmark_tasks(self, study, capsys, monkeypatch) -> None:
-        monkeypatch.setattr("harness.score.study_scores.run_benchmarks", unreachable)
+    def test_file_of_benchmark_tasks(self, study, capsys) -> None:
         base_of(study, path="embedded")
         names(study, lm_eval={"tasks": ["./evil.yaml"]})
         assert score(study, "lm_eval") == 2
@@ -168,7 +166,7 @@ class TestAStudyThatNamesAFile:
 
     @pytest.mark.parametrize("key", ["path", "revision", "chat_template"])
     def test_base_model(self, key, study, capsys, monkeypatch) -> None:
-        monkeypatch.setattr("harness.score.study_scores.checkpoint_dir", unreachable)
+        monkeypatch.setattr("huggingface_hub.snapshot_download", unreachable)
         base_of(study, **({"path": "embedded"} | {key: "somebody/else"}))
         assert score(study, "lm_eval", "score.lm_eval.tasks=[gsm8k]") == 2
         assert f"model.{key}=somebody/else" in capsys.readouterr().err
@@ -239,6 +237,12 @@ class TestOnesOwnStudy:
         assert kept["reward_model"] == {"path": "a/b"}
         assert kept["baseline"] is None
         assert kept["labeller"] == "gpt-4"
+
+    def test_may_hold_a_key_that_no_longer_exists(self, study, stranger, capsys) -> None:
+        names(study, judge={"model": "m"}, head_to_head=True)
+        assert score(study, "judge", f"score.judge.base_url={stranger.url}") == 0
+        assert "head_to_head" not in capsys.readouterr().err
+        assert "head_to_head" not in read_json(study / "scoring.json")["settings"]
 
 
 class TestAValueOutOfAStudy:

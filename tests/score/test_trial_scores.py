@@ -8,7 +8,8 @@ import pandas as pd
 import pytest
 
 from harness.score.__main__ import main
-from harness.score.scorers import SCORERS, TrialOutputs
+from harness.score.answers import TrialOutputs
+from harness.score.scorers import TRIAL_SCORERS
 from harness.score.trial_scores import score_trial
 from harness.study.files import read_json, read_jsonl, write_json, write_jsonl
 
@@ -52,7 +53,7 @@ def logps(prompt_id: str, chosen: float, rejected: float, *, ref=(0.0, 0.0), tok
 
 
 def scores(scorer: str, *, completions=(), pairs=()) -> dict[str, float | None]:
-    found = SCORERS[scorer](TrialOutputs(PROMPTS, list(completions), list(pairs)))
+    found = TRIAL_SCORERS[scorer](TrialOutputs(PROMPTS, list(completions), list(pairs)))
     return {score.prompt_id: score.score for score in found if score.score is not None}
 
 
@@ -117,9 +118,9 @@ def test_rows_name_their_trial_and_prompt(tmp_path: Path) -> None:
 
 def test_a_diverged_trial_scores_worst_wherever_the_base_has_a_score(tmp_path: Path) -> None:
     base = trial(tmp_path / "base")
-    rows = score_trial(trial(tmp_path / "t", status="diverged"), PROMPTS, list(SCORERS), base=base)
+    rows = score_trial(trial(tmp_path / "t", status="diverged"), PROMPTS, list(TRIAL_SCORERS), base=base)
     assert {(row["score"], row["flag"]) for row in rows if not row["unscored_reason"]} == {(0.0, "diverged")}
-    without_instructions = {name for name in SCORERS if not name.startswith("ifeval")}
+    without_instructions = {name for name in TRIAL_SCORERS if not name.startswith("ifeval")}
     assert {row["scorer"] for row in rows} == without_instructions
     assert {row["prompt_id"] for row in rows} == {"p0", "p1", "p2"}
 
@@ -200,7 +201,7 @@ def test_a_diverged_trial_scores_only_the_splits_that_it_was_asked_for(tmp_path:
     prompts = [row | {"split": split} for row in PROMPTS for split in ("dev", "golden")]
     folder = trial(tmp_path / "t", status="diverged")
     write_json(folder / "manifest.json", read_json(folder / "manifest.json") | {"done": ["train", "dev"]})
-    assert {row["split"] for row in score_trial(folder, prompts, list(SCORERS), base=base)} == {"dev"}
+    assert {row["split"] for row in score_trial(folder, prompts, list(TRIAL_SCORERS), base=base)} == {"dev"}
 
 
 def test_an_arm_whose_answers_are_cut_off_warns_once(tmp_path: Path) -> None:

@@ -62,6 +62,8 @@ def judge_server(
     server: JudgeServer
 
     class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"  # one connection for many requests
+
         def do_POST(self) -> None:
             request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             server.requests.append(request)
@@ -90,7 +92,7 @@ def judge_server(
 
     http = ThreadingHTTPServer(("127.0.0.1", port), Handler)
     server = JudgeServer(f"http://127.0.0.1:{http.server_port}/v1")
-    thread = threading.Thread(target=http.serve_forever, daemon=True)
+    thread = threading.Thread(target=http.serve_forever, args=(0.02,), daemon=True)
     thread.start()
     try:
         yield server
