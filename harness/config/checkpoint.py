@@ -72,24 +72,6 @@ class Checkpoints:
         return contents | {split: data_facts[split]["sha256"] for split in splits}
 
 
-DEFAULT = Checkpoints()  # until sweep passes its context
-
-
-def checkpoint_dir(model: ModelConfig) -> Path:
-    """Return the checkpoint's folder."""  # until sweep passes its context
-    return DEFAULT.folder(model)
-
-
-def base_sha256(folder: Path) -> str:
-    """Return the hash of the weights."""  # until sweep passes its context
-    return DEFAULT.base_sha256(folder)
-
-
-def contents_sha256(config: RunConfig, data_facts: Mapping[str, Any]) -> dict[str, str]:
-    """Return the SHA-256 by name of all files that a config only names."""  # until sweep passes its context
-    return DEFAULT.contents(config, data_facts)
-
-
 def _download(hub_id: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
-from harness.config import checkpoint
 from harness.config.checkpoint import Checkpoints
 from harness.config.schema import EMBEDDED, DataConfig, ModelConfig, RunConfig, Template
 from harness.config.trial_id import plain
@@ -123,19 +122,6 @@ def _tokenise(splits: Splits, chat: ChatFormat, max_length: int) -> Tokens:
         # A template may refuse one: say so before anything is trained.
         chat.prompt_ids(prompt.conversation("Yes."), conversational=prompt.conversational)
     return Tokens(chat, train, dev, golden)
-
-
-DEFAULT = Inputs(checkpoint.DEFAULT)  # until sweep passes its context
-
-
-def splits_of(config: RunConfig) -> Splits:
-    """Return the splits of a config."""  # until sweep passes its context
-    return DEFAULT.splits(config)
-
-
-def tokens_of(config: RunConfig) -> Tokens:
-    """Return the token ids of a config's splits."""  # until sweep passes its context
-    return DEFAULT.tokens(config)
 
 
 def prompt_rows(splits: Splits) -> list[PromptRow]:

@@ -15,7 +15,7 @@ from harness.config.schema import ScoreConfig
 from harness.data.records import Message
 from harness.data.sources import read_source
 from harness.study.errors import UsageError
-from harness.study.files import read_jsonl, write_jsonl
+from harness.study.files import FileCache, read_jsonl, write_jsonl
 from harness.study.manifest import Manifest, load_manifest
 from harness.study.rows import CompletionRow, PairRow, PromptRow
 
@@ -148,14 +148,15 @@ class Scoring:
     base: Base | None
 
 
-def rows_if_any(path: Path) -> list[Any]:
+def rows_if_any(path: Path, files: FileCache | None = None) -> list[Any]:
     """Return the rows of a JSONL file; empty where there is no file."""
-    return list(read_jsonl(path)) if path.is_file() else []
+    return list(read_jsonl(path, files)) if path.is_file() else []
 
 
-def outputs_of(folder: Path, prompts: list[PromptRow]) -> TrialOutputs:
+def outputs_of(folder: Path, prompts: list[PromptRow], files: FileCache | None = None) -> TrialOutputs:
     """Read the stored outputs of a run."""
-    return TrialOutputs(prompts, rows_if_any(folder / "completions.jsonl"), rows_if_any(folder / "pairs.jsonl"))
+    completions, pairs = (rows_if_any(folder / name, files) for name in ("completions.jsonl", "pairs.jsonl"))
+    return TrialOutputs(prompts, completions, pairs)
 
 
 def read_stored(study: Path, folders: Sequence[Path], splits: Sequence[str], baseline: Mapping[str, str]) -> Stored:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, TypedDict
 
 from scipy import stats
 
+from harness.config.checkpoint import Checkpoints
 from harness.config.schema import DataConfig, JudgeConfig, ScoreConfig
 from harness.config.trial_id import plain
 from harness.data.records import Message, Pair
@@ -113,7 +114,7 @@ def judge_problems(score: ScoreConfig) -> Iterator[str]:
         yield str(error)
 
 
-def judge_settings(score: ScoreConfig) -> dict[str, Json]:
+def judge_settings(score: ScoreConfig, checkpoints: Checkpoints) -> dict[str, Json]:
     """Return the registered settings of the judge."""
     settings = {key: value for key, value in plain(score.judge).items() if key in _REGISTERED}
     return {"judge": {**settings, "template_sha256": load_template(score.judge.template).sha256}}

@@ -15,6 +15,7 @@ from typing import TypedDict
 
 import numpy as np
 
+from harness.config.checkpoint import Checkpoints
 from harness.config.schema import LengthControlConfig, ScoreConfig
 from harness.config.trial_id import plain
 from harness.score.answers import Preference, Run, Stored, read_preferences
@@ -53,7 +54,7 @@ class LengthControlFacts(TypedDict):
     warnings: list[str]
 
 
-def length_control_settings(score: ScoreConfig) -> dict[str, Json]:
+def length_control_settings(score: ScoreConfig, checkpoints: Checkpoints) -> dict[str, Json]:
     """Return the registered settings of length control."""
     return {"length_control": plain(score.length_control)}
 

@@ -20,6 +20,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
+from harness.config.checkpoint import Checkpoints
 from harness.config.schema import BenchmarkConfig, ScoreConfig
 from harness.config.trial_id import plain
 from harness.score.answers import Base, Key, Run, Score, Stored, TrialOutputs, rows_if_any
@@ -165,7 +166,7 @@ def benchmark_problem(config: BenchmarkConfig) -> str | None:
     return None
 
 
-def benchmark_settings(score: ScoreConfig) -> dict[str, Json]:
+def benchmark_settings(score: ScoreConfig, checkpoints: Checkpoints) -> dict[str, Json]:
     """Return the registered settings of the benchmarks."""
     return {"lm_eval": plain(score.lm_eval)}
 

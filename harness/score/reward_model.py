@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, TypedDict
 
 from tqdm import tqdm
 
-from harness.config.checkpoint import base_sha256, checkpoint_dir, checkpoint_problems
+from harness.config.checkpoint import Checkpoints, checkpoint_problems
 from harness.config.schema import ModelConfig, RewardModelConfig, ScoreConfig
 from harness.data.records import Message
 from harness.score.answers import Preference, Stored, conversation
@@ -41,13 +41,13 @@ def reward_model_problems(score: ScoreConfig) -> Iterator[str]:
         yield f"score.reward_model.path={path}: no such folder; allowed: a folder or a Hub id (owner/name)"
 
 
-def reward_model_settings(score: ScoreConfig) -> dict[str, Json]:
+def reward_model_settings(score: ScoreConfig, checkpoints: Checkpoints) -> dict[str, Json]:
     """Return the registered settings of the reward model; empty where none is set up."""
     config = score.reward_model
     if not config.path:
         return {}
-    folder = checkpoint_dir(ModelConfig(config.path, config.revision))
-    return {"reward_model": {"weights_sha256": base_sha256(folder), "max_length": config.max_length}}
+    folder = checkpoints.folder(ModelConfig(config.path, config.revision))
+    return {"reward_model": {"weights_sha256": checkpoints.base_sha256(folder), "max_length": config.max_length}}
 
 
 def reward_runs(stored: Stored, config: RewardModelConfig, cache: Path) -> dict[Path, list[Preference]]:
@@ -87,9 +87,10 @@ class RewardModel:
         from transformers import AutoTokenizer
 
         assert config.path is not None, "checked by `reward_model_problems`"
+        checkpoints = Checkpoints()
         self.config = config
         try:
-            self.folder = checkpoint_dir(ModelConfig(config.path, config.revision))
+            self.folder = checkpoints.folder(ModelConfig(config.path, config.revision))
         except UnreachableError as error:
             raise UnreachableError(f"score.reward_{error}") from error  # the message begins with model.path
         problems = list(checkpoint_problems(self.folder))
@@ -97,7 +98,7 @@ class RewardModel:
             raise UsageError("\n".join(f"score.reward_model.path={config.path}: {problem}" for problem in problems))
         self.tokenizer = AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
         self._cache: Cache[StoredReward] = Cache(cache / "rewards.sqlite")
-        self._weights = base_sha256(self.folder)
+        self._weights = checkpoints.base_sha256(self.folder)
         self._model: PreTrainedModel | None = None
 
     def rewards(self, texts: Sequence[tuple[list[Message], str]]) -> list[float | None]:

@@ -13,6 +13,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from harness.config.checkpoint import Checkpoints
 from harness.config.keys import shown
 from harness.config.schema import RunConfig, ScoreConfig
 from harness.data.records import EvalPrompt
@@ -96,7 +97,7 @@ class Scorer:
     setup: str = ""
     problems: Callable[[ScoreConfig], Iterable[str]] = _nothing
     keys: tuple[str, ...] = ()
-    settings: Callable[[ScoreConfig], dict[str, Json]] = lambda score: {}
+    settings: Callable[[ScoreConfig, Checkpoints], dict[str, Json]] = lambda score, checkpoints: {}
     registered_problem: Callable[[Mapping[str, Any], ScoreConfig], str | None] = lambda registered, score: None
     sources: tuple[str, ...] = ()
     planned_cost: Callable[[ScoreConfig, Sequence[PlannedAnswer], int], str] | None = None
@@ -234,7 +235,7 @@ def _own_scorer(path: str) -> Scorer:
         Needs.ANSWERS,
         score_study=run,
         problems=lambda score: filter(None, [own_scorer_problem(path)]),
-        settings=lambda score: {name: file_sha256(Path(path))},
+        settings=lambda score, checkpoints: {name: file_sha256(Path(path))},
     )
 
 
@@ -401,7 +402,7 @@ def needs_instructions(name: str) -> bool:
     return row is not None and row.needs is Needs.INSTRUCTIONS
 
 
-def registered_settings(score: ScoreConfig, metrics: Sequence[str]) -> dict[str, Json]:
+def registered_settings(score: ScoreConfig, metrics: Sequence[str], checkpoints: Checkpoints) -> dict[str, Json]:
     """Return the settings of the scorers of these metrics, for the registration: a change of one is another question.
 
     Where no metric is of a scorer of the whole study, those of all configured ones.
@@ -409,7 +410,7 @@ def registered_settings(score: ScoreConfig, metrics: Sequence[str]) -> dict[str,
     names = with_sources(score, run_names(score, [name for name in metrics if name not in TRIAL_SCORERS]))
     settings: dict[str, Json] = {}
     for row in _rows(in_order(names)):
-        settings |= row.settings(score)
+        settings |= row.settings(score, checkpoints)
     if score.baseline and reads(names, "score.baseline"):
         settings["baseline_sha256"] = file_sha256(Path(score.baseline))
     return settings

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from harness.config.checkpoint import checkpoint_dir
+from harness.config.checkpoint import Checkpoints
 from harness.config.schema import ModelConfig, RunConfig, Tuning
 from harness.score.answers import Base, Run, Score, Scoring, Stored, read_outputs, read_stored
 from harness.score.scorers import (
@@ -53,7 +53,7 @@ def scoring_of(config: RunConfig, splits: Sequence[str], names: Sequence[str] = 
 
 
 def _base(model: ModelConfig, *, is_quantised: bool) -> Base:
-    return Base(checkpoint_dir(model), model.chat_template, is_quantised)
+    return Base(Checkpoints().folder(model), model.chat_template, is_quantised)
 
 
 def score_study(study: Path, scoring: Scoring) -> list[str]:

@@ -15,7 +15,7 @@ from typing import NotRequired, TypedDict
 from harness.score.accuracy import score_checks
 from harness.score.answers import Score, TrialOutputs, outputs_of, rows_if_any
 from harness.score.scorers import TRIAL_SCORERS
-from harness.study.files import write_jsonl
+from harness.study.files import FileCache, to_jsonl
 from harness.study.integrity import SPLITS
 from harness.study.manifest import Manifest, load_manifest, write_manifest
 from harness.study.rows import CompletionRow, PromptRow, ScoreRow
@@ -32,7 +32,9 @@ UNCHANGED_SHARE = 0.9
 MIN_PROMPTS = 10
 
 
-def score_trial(folder: Path, prompts: list[PromptRow], scorers: Sequence[str], *, base: Path | None) -> list[ScoreRow]:
+def score_trial(
+    folder: Path, prompts: list[PromptRow], scorers: Sequence[str], *, base: Path | None, files: FileCache | None = None
+) -> list[ScoreRow]:
     """Score one trial's stored outputs and write its scores.jsonl; notes flags and warnings in its manifest.
 
     Args:
@@ -40,10 +42,12 @@ def score_trial(folder: Path, prompts: list[PromptRow], scorers: Sequence[str], 
         prompts: rows of prompts.jsonl.
         scorers: names out of `TRIAL_SCORERS`.
         base: the SFT base's folder, whose answers tell a collapse; None for the base itself.
+        files: cache of this process; None reads each file anew.
     """
-    manifest = load_manifest(folder)
-    outputs = outputs_of(folder, prompts)
-    before = outputs_of(base, prompts) if base is not None else TrialOutputs(prompts, [], [])
+    files = files or FileCache()
+    manifest = load_manifest(folder, files)
+    outputs = outputs_of(folder, prompts, files)
+    before = outputs_of(base, prompts, files) if base is not None else TrialOutputs(prompts, [], [])
     flag = "diverged" if manifest["status"] == "diverged" else ""
     if not flag and is_collapsed(_checked(outputs), _checked(before)):
         flag = "collapsed"
@@ -56,7 +60,7 @@ def score_trial(folder: Path, prompts: list[PromptRow], scorers: Sequence[str], 
     manifest["warnings"] = list(dict.fromkeys(warnings))
     scored = _scored_outputs(manifest, outputs, before)
     new = [(name, score) for name in scorers for score in TRIAL_SCORERS[name](scored)]
-    return _write_scores(folder, manifest, scorers, new, prompts)
+    return _write_scores(folder, manifest, scorers, new, prompts, files=files)
 
 
 def scores_again(folder: Path, prompts: list[PromptRow], base: Path) -> dict[tuple[str, str, str], float | None]:
@@ -85,7 +89,7 @@ def replace_scores(
 ) -> list[ScoreRow]:
     """Write one scorer's scores of these splits into a run's scores.jsonl; they replace its earlier ones."""
     new = [(name, score) for score in scores if score.split in splits]
-    return _write_scores(folder, load_manifest(folder), [name], new, prompts, splits)
+    return _write_scores(folder, load_manifest(folder), [name], new, prompts, splits, files=FileCache())
 
 
 def _write_scores(
@@ -95,19 +99,21 @@ def _write_scores(
     new: Sequence[tuple[str, Score]],
     prompts: list[PromptRow],
     splits: Sequence[str] = SPLITS,
+    *,
+    files: FileCache,
 ) -> list[ScoreRow]:
     clusters = {(row["split"], row["prompt_id"]): row.get("cluster") or "" for row in prompts}
-    completions: list[CompletionRow] = rows_if_any(folder / "completions.jsonl")
+    completions: list[CompletionRow] = rows_if_any(folder / "completions.jsonl", files)
     answers = {(row["split"], row["prompt_id"]): row for row in completions}
-    old: list[ScoreRow] = rows_if_any(folder / "scores.jsonl")
+    old: list[ScoreRow] = rows_if_any(folder / "scores.jsonl", files)
     rows = [row for row in old if row["scorer"] not in names or row["split"] not in splits]
     for name, score in new:
         key = (score.split, score.prompt_id)
         rows.append(_score_row(manifest, name, score, clusters.get(key, ""), answers.get(key)))
-    record = write_jsonl(folder / "scores.jsonl", rows)
+    record = files.write_text(folder / "scores.jsonl", to_jsonl(rows))
     if manifest.get("files"):
         manifest["files"]["scores.jsonl"] = record
-    write_manifest(folder, manifest)  # after a kill before this line, the scores are made again
+    write_manifest(folder, manifest, files)  # after a kill before this line, the scores are made again
     return rows
 
 
@@ -136,9 +142,9 @@ def trial_folders(study: Path) -> list[Path]:
     return [folder for folder in folders if (folder / "manifest.json").is_file()]
 
 
-def collect_scores(study: Path) -> Path:
+def collect_scores(study: Path, files: FileCache | None = None) -> Path:
     """Write scores.csv from the scores.jsonl of the base and of all trials, and return its path."""
-    rows = [row for folder in trial_folders(study) for row in rows_if_any(folder / "scores.jsonl")]
+    rows = [row for folder in trial_folders(study) for row in rows_if_any(folder / "scores.jsonl", files)]
     write_scores(study / SCORES_FILE, rows)
     return study / SCORES_FILE
 

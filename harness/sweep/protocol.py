@@ -90,7 +90,7 @@ def run_study(design: Design, launch: Launch, context: Context) -> StudyResult:
                 break
         runs.finish("costs", design.cost_trials(selected) if verdict else [])
     with locked(study):
-        collect_scores(study)
+        collect_scores(study, context.files)
         report, unreported = report_study(study, context.files)
     if runs.launched and verdict and report:
         _mirror(design.base_config, study, verdict, context)
@@ -210,7 +210,7 @@ def _standing(trials: Sequence[Trial]) -> Iterator[tuple[Path, Outcome]]:
 def _decided(study: Path, files: FileCache) -> tuple[Verdict | None, str]:
     """Return the verdict, or None with the reason; a verdict on what the scores no longer say is taken away."""
     with locked(study):
-        collect_scores(study)
+        collect_scores(study, files)
         try:
             return decide_study(study, files), ""
         except UsageError as error:

@@ -30,6 +30,7 @@ def fixed_parts(config: RunConfig, inputs: Inputs) -> dict[str, Any]:
     """Return what all trials of a study share and what its verdict depends on; a change makes another study."""
     splits = inputs.splits(config)
     metric = config.decide.metric or default_metric(config, splits)
+    metrics = [metric, *(str(guard["metric"]) for guard in config.decide.guards)]
     return {
         "question": config.question,
         "metric": metric,
@@ -38,7 +39,7 @@ def fixed_parts(config: RunConfig, inputs: Inputs) -> dict[str, Any]:
         "guards": plain(config.decide.guards),
         "looks": list(config.decide.looks or []),
         "search": registered_section(config, "search"),
-        "score": registered_settings(config.score, [metric, *(str(guard["metric"]) for guard in config.decide.guards)]),
+        "score": registered_settings(config.score, metrics, inputs.checkpoints),
         "contents": inputs.contents(config),
         "data": registered_section(config, "data"),
         "train": registered_section(config, "train"),

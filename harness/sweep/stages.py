@@ -230,7 +230,7 @@ class _Running:
         base = self.trial.study / "base" if self.trial.is_trained else None
         with self._stage("score"):
             prompts = prompt_rows(self.context.inputs.splits(self.config))
-            rows = score_trial(self.folder, prompts, tuple(TRIAL_SCORERS), base=base)
+            rows = score_trial(self.folder, prompts, tuple(TRIAL_SCORERS), base=base, files=self.files)
             self.manifest = load_manifest(self.folder, self.files)  # score_trial has added flags to it
         status = "diverged" if self.manifest["status"] == "diverged" else "complete"
         self._save(status=status, done=sorted({*self.manifest["done"], "score"}), files=self._files())

@@ -9,7 +9,7 @@ import pytest
 
 from harness.config.paths import embedded_dir as study_dir
 from harness.config.schema import DataConfig
-from harness.data.inputs import prompt_rows, tokens_of
+from harness.data.inputs import Inputs, prompt_rows
 from harness.data.splits import load_splits
 from harness.exchange import alpaca_eval_rows, arena_hard_rows, markdown_counts
 from harness.generate.answers import generate_completions, turns_of
@@ -111,7 +111,7 @@ def test_second_turns_are_answered_from_the_policys_own_first_answer(tmp_path) -
     ]
     prompts = golden_of(rows, tmp_path).golden_prompts
     config = load_run(["+method=dpo", "generate.max_new_tokens=12"])
-    chat = tokens_of(config).chat
+    chat = Inputs().tokens(config).chat
     with borrowed_base(config) as base:
         found = generate_completions(base, chat, prompts, split="golden", decoding=config.generate)
         answers = {one.prompt_id: one.completion for one in found}

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from harness.config.paths import embedded_dir as study_dir
 from harness.config.schema import BenchmarkConfig
-from harness.data.inputs import splits_of
+from harness.data.inputs import Inputs
 from harness.decide.rule import verdict
 from harness.decide.scores_file import read_scores
 from harness.score.lm_eval import benchmark_problem
@@ -33,7 +33,7 @@ DOCUMENTS = 40
 def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A task of two choices: the answer that labellers preferred, and the same one backwards."""
     folder = tmp_path_factory.mktemp("tasks")
-    pairs = splits_of(load_run(["+method=dpo"])).dev_pairs[:DOCUMENTS]
+    pairs = Inputs().splits(load_run(["+method=dpo"])).dev_pairs[:DOCUMENTS]
     rows = [{"question": p.prompt[-1]["content"], "right": p.chosen[-1]["content"]} for p in pairs]
     rows = [row | {"wrong": row["right"][::-1]} for row in rows]
     write_jsonl(folder / "documents.jsonl", rows)

@@ -16,7 +16,7 @@ from trl import RewardConfig, RewardTrainer
 
 from harness.config.paths import embedded_dir as study_dir
 from harness.config.schema import RewardModelConfig
-from harness.data.inputs import splits_of
+from harness.data.inputs import Inputs
 from harness.score.reward_model import RewardModel
 from harness.score.study_scores import rescore
 from harness.study.errors import UsageError
@@ -25,7 +25,7 @@ from harness.sweep.problems import load_run
 from tests.score.test_judge import tidy
 from tests.study_fixture import build_study
 
-PAIRS = splits_of(load_run(["+method=dpo"]))
+PAIRS = Inputs().splits(load_run(["+method=dpo"]))
 
 
 def turns(pair: Any, side: str) -> tuple[list[dict], str]:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import harness
+from harness.config.checkpoint import Checkpoints
 from harness.config.keys import find_declared
 from harness.config.schema import JudgeConfig, LengthControlConfig, RewardModelConfig, ScoreConfig
 from harness.data.records import EvalPrompt
@@ -114,11 +115,11 @@ def test_the_settings_of_what_decides_are_registered(tmp_path: Path) -> None:
         length_control=LengthControlConfig(of="judge"),
         baseline=str(baseline),
     )
-    found = registered_settings(score, ["length_controlled", "checks"])
+    found = registered_settings(score, ["length_controlled", "checks"], Checkpoints())
     assert list(found) == ["judge", "length_control", "baseline_sha256"]
     assert {"model", "base_url", "structured", "max_tokens", "temperature", "template_sha256"} == set(found["judge"])
     assert found["length_control"] == {"of": "judge", "difficulty": None, "gamed": None}
-    assert registered_settings(ScoreConfig(), ["checks"]) == {}
+    assert registered_settings(ScoreConfig(), ["checks"], Checkpoints()) == {}
 
 
 def test_a_plan_counts_dev_only_where_the_metric_is_judged() -> None:
@@ -149,5 +150,5 @@ def test_a_file_is_a_scorer_with_a_row_of_its_own(tmp_path: Path) -> None:
     assert row.name == "brevity"
     score = ScoreConfig(scorers=[str(path)])
     assert run_names(score, ["brevity"]) == [str(path)]
-    assert list(registered_settings(score, ["brevity"])) == ["brevity"]
+    assert list(registered_settings(score, ["brevity"], Checkpoints())) == ["brevity"]
     assert find_scorer("brevity") is None

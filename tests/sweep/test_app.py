@@ -105,14 +105,14 @@ def copied(study: Path, tmp_path: Path) -> Path:
 
 def test_an_arm_fed_in_another_order_loses_the_claim_of_identical_data(finished, tmp_path: Path) -> None:
     """The arm is really trained in another order: its own trainer's hash is what refutes the claim."""
-    from harness.data.inputs import tokens_of
+    from harness.data.inputs import Inputs
     from harness.data.plan import BatchPlan
     from harness.train.memory import plan_of
 
     study = copied(finished[1], tmp_path)
     folder = next(path.parent for path in study.glob("trials/*/manifest.json") if read_json(path)["arm"] == "dpo")
     config = harness.sweep.app.compose_run(["+method=simpo", *SMALL])
-    tokens = tokens_of(config)
+    tokens = Inputs().tokens(config)
     plan = plan_of(config, tokens.train.rows)
     other = BatchPlan(plan.order[::-1], plan.batch_size, plan.micro_batch_size)
     (tmp_path / "train").mkdir()

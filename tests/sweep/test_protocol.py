@@ -15,6 +15,7 @@ import harness.generate.heldout
 import harness.sweep.stages
 import harness.train.base
 import harness.train.logps
+from harness.data.inputs import Inputs
 from harness.study.errors import UsageError
 from harness.study.files import read_json
 from harness.sweep.app import print_result, run_sweep
@@ -132,14 +133,14 @@ def test_a_base_that_fails_is_named_with_its_reason_and_exits_with_1(tmp_path: P
 
 def test_an_arm_that_fails_before_it_has_a_manifest_keeps_its_reason(tmp_path: Path, monkeypatch, capsys) -> None:
     """The first stage of a trial is loading; an error there leaves failure.json and no manifest."""
-    real = harness.sweep.stages.tokens_of
+    real = Inputs.tokens
 
-    def lost(config):
+    def lost(inputs, config):
         if config.method.name == "dpo":
             raise OSError("the disk is gone")
-        return real(config)
+        return real(inputs, config)
 
-    monkeypatch.setattr(harness.sweep.stages, "tokens_of", lost)
+    monkeypatch.setattr(Inputs, "tokens", lost)
     result = sweep(tmp_path, "seed=0", "study=s")
     assert print_result(result) == 1
     said = capsys.readouterr().out

@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 import harness.sweep.app
+from harness.data.inputs import Inputs
 from harness.decide.study import decide_study
 from harness.study.decision import edge_warnings, golden_problem, read_selection
 from harness.study.errors import UsageError
@@ -273,16 +274,14 @@ def test_optuna_suggests_equally_many_configs_for_each_arm_and_the_same_ones_aga
 
 @pytest.mark.slow
 def test_a_tuning_trial_that_fails_stops_before_golden(tmp_path: Path, monkeypatch) -> None:
-    import harness.sweep.stages
+    real = Inputs.splits
 
-    real = harness.sweep.stages.splits_of
-
-    def lost(config):
+    def lost(inputs, config):
         if config.method.learning_rate == 3e-4 and config.method.name == "dpo":
             raise OSError("the disk is gone")
-        return real(config)
+        return real(inputs, config)
 
-    monkeypatch.setattr(harness.sweep.stages, "splits_of", lost)
+    monkeypatch.setattr(Inputs, "splits", lost)
     grid = ["arms.dpo.learning_rate=1e-4,3e-4", "arms.simpo.learning_rate=1e-4,3e-4", "tuning_seeds=[7]", "seed=1"]
     (result,) = sweep(tmp_path, *grid, "study=s")
     assert result.verdict is None

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 from transformers import MistralConfig, MistralForCausalLM
 
 import harness.train.logps
-from harness.data.inputs import tokens_of
+from harness.data.inputs import Inputs
 from harness.data.tokens import TokenisedPairs, TokenPair
 from harness.sweep.problems import load_run
 from harness.train.base import load_base
@@ -39,7 +39,7 @@ def base():
 
 
 def rows() -> tuple[TokenPair, ...]:
-    return tokens_of(CONFIG).train.rows[:12]
+    return Inputs().tokens(CONFIG).train.rows[:12]
 
 
 def test_each_token_is_computed_once_and_the_head_sees_answers_only(base) -> None:
@@ -122,7 +122,7 @@ def computed(monkeypatch) -> list[int]:
 
 
 def pairs() -> TokenisedPairs:
-    return tokens_of(CONFIG).train
+    return Inputs().tokens(CONFIG).train
 
 
 def cached(base, cache: Path, rows: tuple[TokenPair, ...] | None = None, sha256: str = "base") -> torch.Tensor:

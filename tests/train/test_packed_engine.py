@@ -14,7 +14,7 @@ import harness.train.logps
 import harness.train.packed
 import harness.train.trainers
 from harness.config.schema import Engine, LeversConfig, Reference, RunConfig, Tuning
-from harness.data.inputs import tokens_of
+from harness.data.inputs import Inputs
 from harness.data.plan import ConsumedTokens
 from harness.data.tokens import TokenPair
 from harness.sweep.problems import load_run
@@ -45,7 +45,7 @@ def multi_turn(rows: tuple[TokenPair, ...]) -> tuple[TokenPair, ...]:
 
 
 def run(config: RunConfig, folder: Path, *, model: Any = None, rows: tuple[TokenPair, ...] = ()) -> TrainResult:
-    tokens = tokens_of(config)
+    tokens = Inputs().tokens(config)
     rows = rows or tokens.train.rows
     model = model or load_base(config)
     reference = None
@@ -105,7 +105,7 @@ LEVERS = {
 def test_twenty_steps_equal_the_stock_trainers(arm: str, levers: str, stock, tmp_path: Path) -> None:
     """Multi-turn and single-turn prompts, answers of all lengths, an embedding that is also the head."""
     config = configure(arm, *LEVERS[levers])
-    rows = multi_turn(tokens_of(config).train.rows)
+    rows = multi_turn(Inputs().tokens(config).train.rows)
     model = load_base(config)
     assert model.config.tie_word_embeddings
     compare(run(config, tmp_path, model=model, rows=rows), stock(config, rows))
@@ -131,7 +131,7 @@ def test_the_order_within_a_step_changes_no_gradient(tmp_path: Path) -> None:
     """Sorting a step's rows by length saves padding; the steps hold the same rows."""
     config = configure("simpo", "train.levers.group_lengths=false")
     config = configure("simpo", SHORT, "train.levers.group_lengths=false")
-    rows = multi_turn(tokens_of(config).train.rows)
+    rows = multi_turn(Inputs().tokens(config).train.rows)
     grouped = replace(config, train=replace(config.train, levers=LeversConfig()))
     plain, sorted_ = plan_of(config, rows).order, plan_of(grouped, rows).order
     assert plain != sorted_
@@ -155,7 +155,7 @@ def counts(config: RunConfig, folder: Path, monkeypatch) -> dict[str, int]:
         found["calls"] += 1
         found["tokens"] += kwargs["input_ids"].numel()
 
-    tokens = tokens_of(config)
+    tokens = Inputs().tokens(config)
     plan = plan_of(config, tokens.train.rows)
     reference = None
     if config.train.reference is Reference.cached and config.method.name != "simpo":
@@ -173,7 +173,7 @@ def counts(config: RunConfig, folder: Path, monkeypatch) -> dict[str, int]:
 def test_each_lever_is_really_active(tmp_path: Path, monkeypatch) -> None:
     """By counts, not by seconds: 24 pairs in 12 micro-batches."""
     config = configure("dpo", SHORT)
-    rows = tokens_of(config).train.rows
+    rows = Inputs().tokens(config).train.rows
     prompts = sum(len(row.prompt_ids) for row in rows)
     answers = sum(len(row.chosen_ids) + len(row.rejected_ids) for row in rows)
     fast = {"calls": 12, "tokens": prompts + answers - 2 * len(rows), "head_rows": answers}

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from harness.config.schema import Engine, RunConfig, Tuning
-from harness.data.inputs import tokens_of
+from harness.data.inputs import Inputs
 from harness.study.errors import UsageError
 from harness.study.manifest import read_manifest
 from harness.sweep.problems import compose_run, load_run
@@ -28,7 +28,7 @@ def configure(arm: str, *more: str) -> RunConfig:
 
 
 def trainer_of(config: RunConfig, folder: Path) -> Any:
-    tokens = tokens_of(config)
+    tokens = Inputs().tokens(config)
     rows = tokens.train.rows
     reference = torch.zeros(len(rows), 2) if config.method.name == "dpo" else None
     parts = {"model": load_base(config), "chat": tokens.chat, "reference": reference}
@@ -36,7 +36,7 @@ def trainer_of(config: RunConfig, folder: Path) -> Any:
 
 
 def run(config: RunConfig, folder: Path) -> TrainResult:
-    tokens = tokens_of(config)
+    tokens = Inputs().tokens(config)
     rows, base = tokens.train.rows, load_base(config)
     reference = None
     if config.method.name == "dpo" and config.train.engine is Engine.paired:
@@ -77,7 +77,7 @@ def test_the_paired_engine_equals_the_stock_trainers_on_a_base_in_four_bits(arm:
 
 def test_reference_log_probs_of_the_whole_base_are_not_taken_for_those_of_the_quantised_one(tmp_path: Path) -> None:
     config = configure("dpo")
-    pairs = tokens_of(config).train
+    pairs = Inputs().tokens(config).train
     found = []
     for tuning in (Tuning.lora, Tuning.qlora):
         base = load_base(replace(config, train=replace(config.train, tuning=tuning)))
