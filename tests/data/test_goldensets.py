@@ -9,14 +9,14 @@ import pytest
 
 from harness.config.paths import embedded_dir as study_dir
 from harness.config.schema import DataConfig
-from harness.data.inputs import prompt_rows, tokens_of
+from harness.data.inputs import prompt_rows
 from harness.data.splits import load_splits
 from harness.generate.answers import generate_completions, turns_of
 from harness.score.exchange import alpaca_eval_rows, arena_hard_rows, markdown_counts, read_outputs
 from harness.study.errors import UsageError
 from harness.study.files import write_jsonl
 from harness.sweep.problems import load_run
-from tests.conftest import borrowed_base
+from tests.conftest import borrowed_base, tokens_of
 
 ALPACA = [
     {"instruction": f"Do task {i}.", "dataset": "helpful_base", "output": "x", "generator": "g"} for i in range(3)

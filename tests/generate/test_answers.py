@@ -8,10 +8,9 @@ from typing import Any
 import pytest
 from transformers import MistralConfig, MistralForCausalLM
 
-from harness.data.inputs import splits_of, tokens_of
 from harness.generate.answers import ROUND_TOKENS, generate_completions
 from harness.sweep.problems import load_run
-from tests.conftest import borrowed_base, tiny_model
+from tests.conftest import borrowed_base, splits_of, tiny_model, tokens_of
 
 CONFIG = load_run(["+method=dpo", "data.max_golden_prompts=48", "generate.max_new_tokens=40"])
 

@@ -13,7 +13,6 @@ from transformers import AutoModelForCausalLM
 
 from harness.config.paths import embedded_dir as study_dir
 from harness.config.schema import BenchmarkConfig
-from harness.data.inputs import splits_of
 from harness.decide.rule import verdict
 from harness.decide.scores_file import read_scores
 from harness.score.lm_eval import benchmark_problem
@@ -22,6 +21,7 @@ from harness.study.errors import UsageError
 from harness.study.files import read_json, read_jsonl, write_jsonl
 from harness.study.manifest import read_manifest, write_manifest
 from harness.sweep.problems import load_run
+from tests.conftest import splits_of
 from tests.score.test_judge import tidy
 from tests.study_fixture import build_study
 

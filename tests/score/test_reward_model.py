@@ -16,12 +16,12 @@ from trl import RewardConfig, RewardTrainer
 
 from harness.config.paths import embedded_dir as study_dir
 from harness.config.schema import RewardModelConfig
-from harness.data.inputs import splits_of
 from harness.score.reward_model import RewardModel
 from harness.score.study_scores import rescore
 from harness.study.errors import UsageError
 from harness.study.files import read_jsonl
 from harness.sweep.problems import load_run
+from tests.conftest import splits_of
 from tests.score.test_judge import tidy
 from tests.study_fixture import build_study
 

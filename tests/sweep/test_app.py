@@ -23,8 +23,7 @@ from harness.study.manifest import data_identity, read_manifest, write_manifest
 from harness.study.scores_csv import SCORE_COLUMNS
 from harness.sweep.app import print_result, run_single, run_sweep
 from harness.sweep.protocol import StudyResult
-from harness.train.base import load_base
-from tests.conftest import SMALL, overriding
+from tests.conftest import SMALL, load_base, overriding, tokens_of
 
 pytestmark = pytest.mark.slow
 
@@ -105,7 +104,6 @@ def copied(study: Path, tmp_path: Path) -> Path:
 
 def test_an_arm_fed_in_another_order_loses_the_claim_of_identical_data(finished, tmp_path: Path) -> None:
     """The arm is really trained in another order: its own trainer's hash is what refutes the claim."""
-    from harness.data.inputs import tokens_of
     from harness.data.plan import BatchPlan
     from harness.train.memory import plan_of
 

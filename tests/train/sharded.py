@@ -14,13 +14,11 @@ from peft import LoraConfig, get_peft_model
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from harness.data.inputs import tokens_of
 from harness.sweep.problems import load_run
 from harness.train.adapter import fuse_adapters
-from harness.train.base import load_base
 from harness.train.packed import ATTENTION, Packed, groups_of, pack
 from harness.train.trainers import answer_packed_calls
-from tests.conftest import training_overrides
+from tests.conftest import load_base, tokens_of, training_overrides
 
 CONFIG = load_run(training_overrides("+method=dpo"))
 

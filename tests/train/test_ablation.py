@@ -9,14 +9,13 @@ import pytest
 import torch
 
 from harness.config.arms import ARMS
-from harness.data.inputs import tokens_of
 from harness.study.errors import UsageError
 from harness.sweep.problems import load_run
-from harness.train.base import load_base
 from harness.train.logps import pair_logps, reference_logps
 from harness.train.losses import dpo_loss, dpo_norm_loss, simpo_loss
 from harness.train.memory import plan_of
 from harness.train.run import train_arm, with_margin
+from tests.conftest import load_base, tokens_of
 
 SMALL = ["data.max_train_pairs=8", "train.epochs=1", "train.batch_size=4", "train.micro_batch_size=2"]
 

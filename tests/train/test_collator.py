@@ -11,15 +11,13 @@ import pytest
 import torch
 
 from harness.config.schema import Engine, RunConfig
-from harness.data.inputs import tokens_of
 from harness.data.plan import ConsumedTokens
 from harness.sweep.problems import load_run
-from harness.train.base import load_base
 from harness.train.collator import COLLATED, PACKED, Collated, PairCollator, TensorComparison, checksum
 from harness.train.memory import plan_of
 from harness.train.packed import pack
 from harness.train.run import build_trainer, train_arm
-from tests.conftest import training_overrides
+from tests.conftest import load_base, tokens_of, training_overrides
 
 Batch = dict[str, Any]
 ENGINES = [(arm, engine) for arm in ("dpo", "simpo") for engine in Engine]

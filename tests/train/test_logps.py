@@ -13,10 +13,8 @@ from safetensors.numpy import load_file, save_file
 from transformers import MistralConfig, MistralForCausalLM
 
 import harness.train.logps
-from harness.data.inputs import tokens_of
 from harness.data.tokens import TokenisedPairs, TokenPair
 from harness.sweep.problems import load_run
-from harness.train.base import load_base
 from harness.train.logps import (
     CHECKED_ROWS,
     StaleReferenceError,
@@ -27,7 +25,7 @@ from harness.train.logps import (
     why_padded,
 )
 from harness.train.packed import answer_sums, groups_of, pack
-from tests.conftest import tiny_model
+from tests.conftest import load_base, tiny_model, tokens_of
 
 CONFIG = load_run(["+method=dpo", "data.max_train_pairs=24"])
 ROW = TokenPair("a", "p", (1, 2, 3), (5, 6, 2), (8, 2))

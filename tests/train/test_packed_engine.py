@@ -14,17 +14,15 @@ import harness.train.logps
 import harness.train.packed
 import harness.train.trainers
 from harness.config.schema import Engine, LeversConfig, Reference, RunConfig, Tuning
-from harness.data.inputs import tokens_of
 from harness.data.plan import ConsumedTokens
 from harness.data.tokens import TokenPair
 from harness.sweep.problems import load_run
 from harness.train.adapter import fuse_adapters
-from harness.train.base import Bases, load_base
 from harness.train.logps import reference_logps
 from harness.train.memory import plan_of
 from harness.train.run import TrainResult, build_trainer, train_arm
 from harness.train.trainers import HEAD_METRICS
-from tests.conftest import overriding, training_overrides
+from tests.conftest import load_base, new_bases, overriding, tokens_of, training_overrides
 
 STEPS = 20
 SHORT = "data.max_train_pairs=24"  # 6 steps
@@ -239,7 +237,7 @@ def weights(model: Any) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("tuning", [Tuning.lora, Tuning.full])  # qlora: tests/train/test_qlora.py
 def test_a_base_comes_back_as_it_was_lent(tuning: Tuning, tmp_path: Path) -> None:
     """The same object, loaded once, bit for bit: after DPO and SimPO, adapters and full fine-tuning, and generation."""
-    bases = Bases()
+    bases = new_bases()
     config = configure("simpo", SHORT, f"train.tuning={tuning.value}")
     with bases.borrow_base(config) as base:
         before, modules, attention = weights(base), str(base), base.config._attn_implementation
@@ -261,7 +259,7 @@ def test_a_base_comes_back_as_it_was_lent(tuning: Tuning, tmp_path: Path) -> Non
 
 
 def test_a_second_trial_in_a_process_equals_one_in_a_fresh_process(tmp_path: Path) -> None:
-    bases = Bases()
+    bases = new_bases()
     alone = run(configure("simpo", SHORT), tmp_path / "alone")
     for name, arm in (("first", "dpo"), ("second", "simpo")):
         with bases.borrow_base(configure(arm, SHORT)) as model:
@@ -270,7 +268,7 @@ def test_a_second_trial_in_a_process_equals_one_in_a_fresh_process(tmp_path: Pat
 
 
 def test_a_base_is_not_lent_again_after_an_error_or_a_change() -> None:
-    bases = Bases()
+    bases = new_bases()
     config = configure("simpo")
     with bases.borrow_base(config) as base:
         pass
@@ -293,7 +291,7 @@ def test_a_base_is_not_lent_again_after_an_error_or_a_change() -> None:
 
 def test_two_base_caches_share_nothing_and_hold_one_base_each() -> None:
     config, other = configure("simpo"), configure("simpo", "train.tuning=full")
-    first, second = Bases(), Bases()
+    first, second = new_bases(), new_bases()
     with first.borrow_base(config) as one, second.borrow_base(config) as two:
         assert one is not two
     with second.borrow_base(other) as whole:

@@ -21,7 +21,6 @@ from harness.config import machine as devices
 from harness.config.compose import config_from
 from harness.config.schema import RunConfig
 from harness.config.trial_id import plain
-from harness.data.inputs import tokens_of
 from harness.data.plan import BatchPlan, share_of
 from harness.study.errors import DivergedError, UsageError, WorkerDiedError
 from harness.study.files import read_json, write_json
@@ -30,7 +29,7 @@ from harness.train.logps import reference_logps
 from harness.train.memory import plan_of
 from harness.train.processes import train_in_processes
 from harness.train.run import TrainResult, train_arm
-from tests.conftest import SMALL, borrowed_base, overriding, run_one, training_overrides
+from tests.conftest import SMALL, borrowed_base, overriding, run_one, tokens_of, training_overrides
 
 ROOT = Path(__file__).resolve().parents[2]
 STEP = ["train.batch_size=8", "train.micro_batch_size=2", "method.learning_rate=2e-4"]

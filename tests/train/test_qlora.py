@@ -10,15 +10,14 @@ import pytest
 import torch
 
 from harness.config.schema import Engine, RunConfig, Tuning
-from harness.data.inputs import tokens_of
 from harness.study.errors import UsageError
 from harness.study.manifest import read_manifest
 from harness.sweep.problems import compose_run, load_run
-from harness.train.base import Bases, is_quantised, load_base
+from harness.train.base import is_quantised
 from harness.train.logps import reference_logps
 from harness.train.memory import plan_of
 from harness.train.run import TrainResult, build_trainer, train_arm
-from tests.conftest import SMALL, training_overrides
+from tests.conftest import SMALL, load_base, new_bases, tokens_of, training_overrides
 
 pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: 4-bit training is not tested")
 
@@ -98,7 +97,7 @@ def test_a_trial_answers_with_the_base_that_it_was_trained_on(tmp_path: Path) ->
     assert outcome.status == "complete", outcome.message
     folder = next((tmp_path / "results" / "s" / "trials").iterdir())
     assert read_manifest(folder)["parameters"]["trainable"] > 0
-    bases = Bases()
+    bases = new_bases()
     with bases.borrow_base(config) as base:
         before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
     with bases.borrow_policy(config, folder) as policy:

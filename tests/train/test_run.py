@@ -17,19 +17,17 @@ from safetensors.torch import load_file
 from trl import DPOConfig, DPOTrainer
 
 from harness.config.schema import Engine, RunConfig
-from harness.data.inputs import splits_of, tokens_of
 from harness.data.plan import ConsumedTokens, expected_tokens_sha256
 from harness.data.tokens import TokenPair
 from harness.study.errors import DivergedError
 from harness.sweep.problems import load_run
-from harness.train.base import Bases, load_base
 from harness.train.checkpoints import CONSUMED_FILE, last_checkpoint, seal_checkpoint
 from harness.train.logps import pair_logps, reference_logps
 from harness.train.losses import dpo_loss, simpo_loss
 from harness.train.memory import plan_of
 from harness.train.run import TrainResult, build_trainer, train_arm
 from harness.train.trainers import CPOConfig, CPOTrainer
-from tests.conftest import training_overrides
+from tests.conftest import load_base, new_bases, splits_of, tokens_of, training_overrides
 
 
 def configure(arm: str, *overrides: str) -> RunConfig:
@@ -272,7 +270,7 @@ def test_the_saved_adapter_is_the_policy_that_was_trained(trained) -> None:
     config = configure("simpo")
     rows = tokens_of(config).train.rows
     before = pair_logps(load_base(config), rows, pad_id=0, desc="before")
-    with Bases().borrow_policy(config, trained("simpo")[1]) as policy:
+    with new_bases().borrow_policy(config, trained("simpo")[1]) as policy:
         after = pair_logps(policy, rows, pad_id=0, desc="after")
     lengths = torch.tensor([[len(row.chosen_ids), len(row.rejected_ids)] for row in rows])
     margin = [((sums / lengths)[:, 0] - (sums / lengths)[:, 1]).mean().item() for sums in (before, after)]
