@@ -27,7 +27,6 @@ import trl.trainer.dpo_trainer as trl_dpo
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from harness.bench.runs import needed_flops
-from harness.config.checkpoint import Checkpoints
 from harness.config.schema import RunConfig
 from harness.data.inputs import Inputs
 from harness.data.plan import ConsumedTokens, make_plan
@@ -80,6 +79,7 @@ __all__ = [
     "train_once",
 ]
 
+INPUTS = Inputs()  # of this script: the tokenizer is that of the embedded study
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 REFERENCE_TOLERANCE = 100 * FP32_TOLERANCE  # nats per answer, in bf16
@@ -271,7 +271,7 @@ def _train(
     # TRL's hash of all weights takes tens of seconds of a large model; it is measured by itself.
     with patch.object(trl_dpo, "hash_module", lambda model: "not hashed"):
         trainer = train_module.build_trainer(
-            config, rows, plan, model=model, chat=Inputs().tokens(config).chat, output_dir=folder, reference=reference
+            config, rows, plan, model=model, chat=INPUTS.tokens(config).chat, output_dir=folder, reference=reference
         )
     built = time.perf_counter() - began
     trainer.args.save_strategy = "no"
@@ -331,7 +331,7 @@ def answer(policy: torch.nn.Module, *, prompts: int, words: int, new: int, round
     ]
     with patch.object(generate_module, "ROUND_TOKENS", round_tokens):
         answers = generate_module.generate_completions(
-            policy, Inputs().tokens(config).chat, asked, split="dev", decoding=decoding
+            policy, INPUTS.tokens(config).chat, asked, split="dev", decoding=decoding
         )
     sizes = [each.tokens for each in answers]
     return sum(sizes), max(sizes)
@@ -365,7 +365,7 @@ def small_study(work: Path, shape: str, *, words: int) -> list[str]:
         shape: of the model.
         words: of each prompt and each answer.
     """
-    folder, embedded = work / "model", Checkpoints().folder(run_config("dpo").model)
+    folder, embedded = work / "model", INPUTS.checkpoints.folder(run_config("dpo").model)
     make_llama(shape, torch.bfloat16).save_pretrained(folder)
     for path in embedded.iterdir():
         if path.name.startswith(("tokenizer", "chat_template")):

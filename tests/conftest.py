@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from pathlib import Path
 from typing import Any
@@ -53,12 +54,41 @@ def tiny_model(config_class: Any = None, model_class: Any = None, **more: Any) -
     return (model_class or LlamaForCausalLM)(config).eval()
 
 
-def borrowed_base(config: Any) -> Any:
-    """Lend the base of a config, loaded for this purpose."""
-    from harness.config.checkpoint import Checkpoints
+@functools.cache
+def inputs() -> Any:
+    """Return the inputs that all tests of this process share: a data set is read and tokenised once."""
+    from harness.data.inputs import Inputs
+
+    return Inputs()
+
+
+def splits_of(config: Any) -> Any:
+    """Return the splits of a config."""
+    return inputs().splits(config)
+
+
+def tokens_of(config: Any) -> Any:
+    """Return the token ids of a config's splits."""
+    return inputs().tokens(config)
+
+
+def load_base(config: Any) -> Any:
+    """Load the base of a config."""
+    from harness.train import base
+
+    return base.load_base(config, inputs().checkpoints.folder(config.model))
+
+
+def new_bases() -> Any:
+    """Return an empty base cache."""
     from harness.train.base import Bases
 
-    return Bases(Checkpoints().folder).borrow_base(config)
+    return Bases(inputs().checkpoints.folder)
+
+
+def borrowed_base(config: Any) -> Any:
+    """Lend the base of a config, loaded for this purpose."""
+    return new_bases().borrow_base(config)
 
 
 def run_one(config: Any, splits: tuple[str, ...]) -> Any:

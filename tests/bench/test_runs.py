@@ -13,8 +13,8 @@ from harness.bench.page import page
 from harness.bench.runs import block_parameters, lora_parameters, needed_flops
 from harness.data.tokens import TokenPair
 from harness.sweep.problems import load_run
-from harness.train.base import load_base
 from harness.train.memory import matmul_rate
+from tests.conftest import load_base
 
 
 @pytest.fixture(scope="module")

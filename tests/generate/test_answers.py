@@ -8,10 +8,9 @@ from typing import Any
 import pytest
 from transformers import MistralConfig, MistralForCausalLM
 
-from harness.data.inputs import Inputs
 from harness.generate.answers import ROUND_TOKENS, generate_completions
 from harness.sweep.problems import load_run
-from tests.conftest import borrowed_base, tiny_model
+from tests.conftest import borrowed_base, splits_of, tiny_model, tokens_of
 
 CONFIG = load_run(["+method=dpo", "data.max_golden_prompts=48", "generate.max_new_tokens=40"])
 
@@ -34,9 +33,9 @@ def base() -> Any:
 
 
 def answers(model: Any, **decoding: Any) -> list[str]:
-    prompts = Inputs().splits(CONFIG).golden_prompts
+    prompts = splits_of(CONFIG).golden_prompts
     settings = replace(CONFIG.generate, **decoding)
-    chat = Inputs().tokens(CONFIG).chat
+    chat = tokens_of(CONFIG).chat
     return [c.completion for c in generate_completions(model, chat, prompts, split="golden", decoding=settings)]
 
 
@@ -63,7 +62,7 @@ def test_generation_stops_when_all_answers_have_ended(base: Any) -> None:
 
 
 def test_the_limit_holds_over_the_rounds(base: Any) -> None:
-    prompts, chat = Inputs().splits(CONFIG).golden_prompts, Inputs().tokens(CONFIG).chat
+    prompts, chat = splits_of(CONFIG).golden_prompts, tokens_of(CONFIG).chat
     for limit in (1, ROUND_TOKENS - 1, ROUND_TOKENS, ROUND_TOKENS + 1):
         settings = replace(CONFIG.generate, max_new_tokens=limit)
         found = generate_completions(base, chat, prompts, split="golden", decoding=settings)
@@ -79,7 +78,7 @@ def test_sampling_is_the_same_with_the_same_seed(base: Any) -> None:
 
 @pytest.mark.parametrize("window", [4, 64])
 def test_a_model_with_a_sliding_window_answers_as_it_does_alone(window: int) -> None:
-    vocab_size = len(Inputs().tokens(CONFIG).chat.tokenizer)
+    vocab_size = len(tokens_of(CONFIG).chat.tokenizer)
     model = tiny_model(
         MistralConfig, MistralForCausalLM, vocab_size=vocab_size, sliding_window=window, initializer_range=0.3
     )

@@ -16,8 +16,7 @@ from harness.sweep.app import print_result, run_sweep
 from harness.sweep.estimate import checkpoint_size, size_text, time_text, to_run
 from harness.sweep.launch import Launching
 from harness.sweep.problems import load_run
-from harness.train.base import load_base
-from tests.conftest import SMALL, overriding
+from tests.conftest import SMALL, load_base, overriding
 
 Disk = namedtuple("Disk", "total used free")
 

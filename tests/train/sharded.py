@@ -14,13 +14,11 @@ from peft import LoraConfig, get_peft_model
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from harness.data.inputs import Inputs
 from harness.sweep.problems import load_run
 from harness.train.adapter import fuse_adapters
-from harness.train.base import load_base
 from harness.train.packed import ATTENTION, Packed, groups_of, pack
 from harness.train.trainers import answer_packed_calls
-from tests.conftest import training_overrides
+from tests.conftest import load_base, tokens_of, training_overrides
 
 CONFIG = load_run(training_overrides("+method=dpo"))
 
@@ -41,7 +39,7 @@ def make() -> tuple[Any, Any]:
 
 def batch() -> dict[str, torch.Tensor | Packed]:
     """Return four pairs as one packed row, and their labels as TRL lays them out: chosen rows, then rejected ones."""
-    pairs = Inputs().tokens(CONFIG).train.rows[:4]
+    pairs = tokens_of(CONFIG).train.rows[:4]
     rows = [(pair.prompt_ids, pair.chosen_ids) for pair in pairs] + [(p.prompt_ids, p.rejected_ids) for p in pairs]
     labels = torch.full((len(rows), max(len(prompt) + len(answer) for prompt, answer in rows)), -100)
     for i, (prompt, answer) in enumerate(rows):

@@ -9,14 +9,13 @@ import pytest
 import torch
 
 from harness.config.arms import ARMS
-from harness.data.inputs import Inputs
 from harness.study.errors import UsageError
 from harness.sweep.problems import load_run
-from harness.train.base import load_base
 from harness.train.logps import pair_logps, reference_logps
 from harness.train.losses import dpo_loss, dpo_norm_loss, simpo_loss
 from harness.train.memory import plan_of
 from harness.train.run import train_arm, with_margin
+from tests.conftest import load_base, tokens_of
 
 SMALL = ["data.max_train_pairs=8", "train.epochs=1", "train.batch_size=4", "train.micro_batch_size=2"]
 
@@ -25,7 +24,7 @@ SMALL = ["data.max_train_pairs=8", "train.epochs=1", "train.batch_size=4", "trai
 def test_the_first_step_is_the_oracles_loss_on_that_batch(arm: str, tmp_path: Path) -> None:
     """An arm with its own reward and margin, computed from log-probs alone, against what TRL's trainer logged."""
     config = load_run([f"+method={arm}", *SMALL])
-    tokens, model = Inputs().tokens(config), load_base(config)
+    tokens, model = tokens_of(config), load_base(config)
     pad_id = tokens.chat.tokenizer.pad_token_id
     rows = tokens.train.rows
     logps = pair_logps(model, rows, pad_id=pad_id, desc="")
@@ -57,7 +56,7 @@ def test_dpo_with_a_margin_starts_at_softplus_of_gamma() -> None:
 
 def test_a_margin_on_the_reference_is_the_margin_of_the_loss() -> None:
     """Shifting the base's log-prob of the chosen answer is what the oracle's margin does, by sum and by token."""
-    rows = Inputs().tokens(load_run(["+method=dpo", *SMALL])).train.rows[:4]
+    rows = tokens_of(load_run(["+method=dpo", *SMALL])).train.rows[:4]
     reference = torch.randn(4, 2)
     policy = torch.randn(4, 2)
     for arm, per_token in (("dpo_margin", False), ("dpo_norm_margin", True)):

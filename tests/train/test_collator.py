@@ -11,15 +11,13 @@ import pytest
 import torch
 
 from harness.config.schema import Engine, RunConfig
-from harness.data.inputs import Inputs
 from harness.data.plan import ConsumedTokens
 from harness.sweep.problems import load_run
-from harness.train.base import load_base
 from harness.train.collator import COLLATED, PACKED, Collated, PairCollator, TensorComparison, checksum
 from harness.train.memory import plan_of
 from harness.train.packed import pack
 from harness.train.run import build_trainer, train_arm
-from tests.conftest import training_overrides
+from tests.conftest import load_base, tokens_of, training_overrides
 
 Batch = dict[str, Any]
 ENGINES = [(arm, engine) for arm in ("dpo", "simpo") for engine in Engine]
@@ -33,14 +31,14 @@ def configure(arm: str, engine: Engine) -> RunConfig:
 
 
 def parts_of(config: RunConfig) -> dict[str, Any]:
-    rows = Inputs().tokens(config).train.rows
+    rows = tokens_of(config).train.rows
     is_given = config.method.name == "dpo" and config.train.engine is Engine.paired
     reference = torch.zeros(len(rows), 2) if is_given else None
-    return {"model": load_base(config), "chat": Inputs().tokens(config).chat, "reference": reference}
+    return {"model": load_base(config), "chat": tokens_of(config).chat, "reference": reference}
 
 
 def trainer_of(config: RunConfig, folder: Path) -> Any:
-    rows = Inputs().tokens(config).train.rows
+    rows = tokens_of(config).train.rows
     trainer = build_trainer(config, rows, plan_of(config, rows), output_dir=folder, **parts_of(config))
     trainer.consumed = ConsumedTokens()
     return trainer
@@ -129,7 +127,7 @@ def test_a_trial_is_refused_in_whose_third_batch_rows_are_swapped_or_a_token_is_
         return batch
 
     monkeypatch.setattr(PairCollator, "__call__", collate)
-    rows = Inputs().tokens(config).train.rows
+    rows = tokens_of(config).train.rows
     with pytest.raises(RuntimeError, match=REFUSED):
         train_arm(config, rows, plan_of(config, rows), folder=tmp_path, **parts_of(config))
     assert not (tmp_path / "adapter").exists()
@@ -173,7 +171,7 @@ def test_the_checksum_depends_on_each_number_and_on_its_place_alone() -> None:
 
 
 def test_a_batch_holds_the_pairs_of_its_row_numbers_and_a_reference_per_pair() -> None:
-    rows = Inputs().tokens(configure("dpo", Engine.paired)).train.rows
+    rows = tokens_of(configure("dpo", Engine.paired)).train.rows
 
     def features(number: int) -> dict[str, float]:
         return {"number": number}

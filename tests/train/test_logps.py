@@ -13,10 +13,8 @@ from safetensors.numpy import load_file, save_file
 from transformers import MistralConfig, MistralForCausalLM
 
 import harness.train.logps
-from harness.data.inputs import Inputs
 from harness.data.tokens import TokenisedPairs, TokenPair
 from harness.sweep.problems import load_run
-from harness.train.base import load_base
 from harness.train.logps import (
     CHECKED_ROWS,
     StaleReferenceError,
@@ -27,7 +25,7 @@ from harness.train.logps import (
     why_padded,
 )
 from harness.train.packed import answer_sums, groups_of, pack
-from tests.conftest import tiny_model
+from tests.conftest import load_base, tiny_model, tokens_of
 
 CONFIG = load_run(["+method=dpo", "data.max_train_pairs=24"])
 ROW = TokenPair("a", "p", (1, 2, 3), (5, 6, 2), (8, 2))
@@ -39,7 +37,7 @@ def base():
 
 
 def rows() -> tuple[TokenPair, ...]:
-    return Inputs().tokens(CONFIG).train.rows[:12]
+    return tokens_of(CONFIG).train.rows[:12]
 
 
 def test_each_token_is_computed_once_and_the_head_sees_answers_only(base) -> None:
@@ -122,7 +120,7 @@ def computed(monkeypatch) -> list[int]:
 
 
 def pairs() -> TokenisedPairs:
-    return Inputs().tokens(CONFIG).train
+    return tokens_of(CONFIG).train
 
 
 def cached(base, cache: Path, rows: tuple[TokenPair, ...] | None = None, sha256: str = "base") -> torch.Tensor:

@@ -8,13 +8,12 @@ import psutil
 import pytest
 import torch
 
-from harness.data.inputs import Inputs
 from harness.data.plan import BatchPlan
 from harness.data.tokens import TokenPair
 from harness.sweep.problems import load_run
-from harness.train.base import load_base
 from harness.train.memory import activation_bytes, largest_micro_batch, needs_checkpointing, plan_of
 from harness.train.packed import groups_of, pack, packed_logps, packing
+from tests.conftest import load_base, tokens_of
 
 CONFIG = load_run(["+method=dpo", "data.max_train_pairs=12"])
 
@@ -29,7 +28,7 @@ def test_the_largest_micro_batch_by_hand() -> None:
 def test_the_estimate_is_near_what_a_forward_pass_keeps() -> None:
     """Counted by what autograd saves, each tensor's memory once; weights are not activations."""
     model = load_base(CONFIG)
-    rows = Inputs().tokens(CONFIG).train.rows
+    rows = tokens_of(CONFIG).train.rows
     packed = pack(groups_of(rows, share_prefix=True))
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept: dict[int, int] = {}
@@ -49,7 +48,7 @@ def test_the_estimate_is_near_what_a_forward_pass_keeps() -> None:
 
 @pytest.mark.parametrize(("gigabytes", "needed"), [(64, False), (0.05, True)])
 def test_it_is_used_only_where_memory_asks_for_it(gigabytes: float, needed: bool, monkeypatch) -> None:
-    rows = Inputs().tokens(CONFIG).train.rows * 40
+    rows = tokens_of(CONFIG).train.rows * 40
     config = load_run(["+method=dpo", "train.batch_size=480", "train.micro_batch_size=480", "train.epochs=1"])
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=int(gigabytes * 2**30)))
     assert needs_checkpointing(load_base(CONFIG), rows, plan_of(config, rows), share_prefix=True) is needed

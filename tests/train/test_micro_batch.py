@@ -15,13 +15,13 @@ import harness.train.run
 from harness.config.schema import RunConfig
 from harness.study.errors import DivergedError
 from harness.study.files import read_json, read_jsonl
-from harness.study.integrity import is_outdated
 from harness.study.manifest import data_identity, read_manifest
 from harness.sweep.app import run_sweep
 from harness.sweep.design import single_trial
 from harness.sweep.problems import compose_run
 from harness.train import trainers
 from harness.train.collator import COLLATED
+from harness.train.memory import note_seed
 from harness.verify import verify_study
 from tests.conftest import SMALL, overriding, run_one
 
@@ -69,7 +69,6 @@ def test_both_arms_train_with_the_micro_batch_that_fits_and_as_many_pairs_a_step
     assert outcome.status == "complete", outcome.message
     assert not single_trial(dpo, ("dev",)).is_complete(), "its batch plan is not the study's any more"
     assert data_identity(tmp_path / "s")["status"] == "not proved"
-    assert is_outdated(tmp_path / "s", 1, before["micro_batch_size"])
     assert run_one(dpo, ("dev",)).status == "complete"
     after, other = read_manifest(single_trial(dpo).folder), read_manifest(single_trial(simpo).folder)
     assert after["micro_batch_size"] == other["micro_batch_size"] == 2
@@ -100,6 +99,10 @@ def test_one_command_trains_both_arms_of_a_seed_alike_and_leaves_finished_seeds_
     assert data_identity(tmp_path / "s")["status"] == "proved"
     assert result.verdict
     assert run_sweep([*given, "seed=1,2"])[0].launched == 0
+    assert verify_study(tmp_path / "s") == []
+    note_seed(compose_run(overriding(SMALL, "+method=dpo", *more, "seed=1")), 4)
+    outdated = "it was trained with a micro-batch of 8, and another trial of its seed with a smaller one"
+    assert sum(outdated in problem for problem in verify_study(tmp_path / "s")) == 2
 
 
 def test_an_arm_that_diverged_is_not_trained_again_for_the_other_ones_memory(

@@ -14,17 +14,15 @@ import harness.train.logps
 import harness.train.packed
 import harness.train.trainers
 from harness.config.schema import Engine, LeversConfig, Reference, RunConfig, Tuning
-from harness.data.inputs import Inputs
 from harness.data.plan import ConsumedTokens
 from harness.data.tokens import TokenPair
 from harness.sweep.problems import load_run
 from harness.train.adapter import fuse_adapters
-from harness.train.base import Bases, load_base
 from harness.train.logps import reference_logps
 from harness.train.memory import plan_of
 from harness.train.run import TrainResult, build_trainer, train_arm
 from harness.train.trainers import HEAD_METRICS
-from tests.conftest import overriding, training_overrides
+from tests.conftest import load_base, new_bases, overriding, tokens_of, training_overrides
 
 STEPS = 20
 SHORT = "data.max_train_pairs=24"  # 6 steps
@@ -45,7 +43,7 @@ def multi_turn(rows: tuple[TokenPair, ...]) -> tuple[TokenPair, ...]:
 
 
 def run(config: RunConfig, folder: Path, *, model: Any = None, rows: tuple[TokenPair, ...] = ()) -> TrainResult:
-    tokens = Inputs().tokens(config)
+    tokens = tokens_of(config)
     rows = rows or tokens.train.rows
     model = model or load_base(config)
     reference = None
@@ -105,7 +103,7 @@ LEVERS = {
 def test_twenty_steps_equal_the_stock_trainers(arm: str, levers: str, stock, tmp_path: Path) -> None:
     """Multi-turn and single-turn prompts, answers of all lengths, an embedding that is also the head."""
     config = configure(arm, *LEVERS[levers])
-    rows = multi_turn(Inputs().tokens(config).train.rows)
+    rows = multi_turn(tokens_of(config).train.rows)
     model = load_base(config)
     assert model.config.tie_word_embeddings
     compare(run(config, tmp_path, model=model, rows=rows), stock(config, rows))
@@ -131,7 +129,7 @@ def test_the_order_within_a_step_changes_no_gradient(tmp_path: Path) -> None:
     """Sorting a step's rows by length saves padding; the steps hold the same rows."""
     config = configure("simpo", "train.levers.group_lengths=false")
     config = configure("simpo", SHORT, "train.levers.group_lengths=false")
-    rows = multi_turn(Inputs().tokens(config).train.rows)
+    rows = multi_turn(tokens_of(config).train.rows)
     grouped = replace(config, train=replace(config.train, levers=LeversConfig()))
     plain, sorted_ = plan_of(config, rows).order, plan_of(grouped, rows).order
     assert plain != sorted_
@@ -155,7 +153,7 @@ def counts(config: RunConfig, folder: Path, monkeypatch) -> dict[str, int]:
         found["calls"] += 1
         found["tokens"] += kwargs["input_ids"].numel()
 
-    tokens = Inputs().tokens(config)
+    tokens = tokens_of(config)
     plan = plan_of(config, tokens.train.rows)
     reference = None
     if config.train.reference is Reference.cached and config.method.name != "simpo":
@@ -173,7 +171,7 @@ def counts(config: RunConfig, folder: Path, monkeypatch) -> dict[str, int]:
 def test_each_lever_is_really_active(tmp_path: Path, monkeypatch) -> None:
     """By counts, not by seconds: 24 pairs in 12 micro-batches."""
     config = configure("dpo", SHORT)
-    rows = Inputs().tokens(config).train.rows
+    rows = tokens_of(config).train.rows
     prompts = sum(len(row.prompt_ids) for row in rows)
     answers = sum(len(row.chosen_ids) + len(row.rejected_ids) for row in rows)
     fast = {"calls": 12, "tokens": prompts + answers - 2 * len(rows), "head_rows": answers}
@@ -239,7 +237,7 @@ def weights(model: Any) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("tuning", [Tuning.lora, Tuning.full])  # qlora: tests/train/test_qlora.py
 def test_a_base_comes_back_as_it_was_lent(tuning: Tuning, tmp_path: Path) -> None:
     """The same object, loaded once, bit for bit: after DPO and SimPO, adapters and full fine-tuning, and generation."""
-    bases = Bases()
+    bases = new_bases()
     config = configure("simpo", SHORT, f"train.tuning={tuning.value}")
     with bases.borrow_base(config) as base:
         before, modules, attention = weights(base), str(base), base.config._attn_implementation
@@ -261,7 +259,7 @@ def test_a_base_comes_back_as_it_was_lent(tuning: Tuning, tmp_path: Path) -> Non
 
 
 def test_a_second_trial_in_a_process_equals_one_in_a_fresh_process(tmp_path: Path) -> None:
-    bases = Bases()
+    bases = new_bases()
     alone = run(configure("simpo", SHORT), tmp_path / "alone")
     for name, arm in (("first", "dpo"), ("second", "simpo")):
         with bases.borrow_base(configure(arm, SHORT)) as model:
@@ -270,7 +268,7 @@ def test_a_second_trial_in_a_process_equals_one_in_a_fresh_process(tmp_path: Pat
 
 
 def test_a_base_is_not_lent_again_after_an_error_or_a_change() -> None:
-    bases = Bases()
+    bases = new_bases()
     config = configure("simpo")
     with bases.borrow_base(config) as base:
         pass
@@ -293,7 +291,7 @@ def test_a_base_is_not_lent_again_after_an_error_or_a_change() -> None:
 
 def test_two_base_caches_share_nothing_and_hold_one_base_each() -> None:
     config, other = configure("simpo"), configure("simpo", "train.tuning=full")
-    first, second = Bases(), Bases()
+    first, second = new_bases(), new_bases()
     with first.borrow_base(config) as one, second.borrow_base(config) as two:
         assert one is not two
     with second.borrow_base(other) as whole:

@@ -21,7 +21,6 @@ from harness.config import machine as devices
 from harness.config.compose import config_from
 from harness.config.schema import RunConfig
 from harness.config.trial_id import plain
-from harness.data.inputs import Inputs
 from harness.data.plan import BatchPlan, share_of
 from harness.study.errors import DivergedError, UsageError, WorkerDiedError
 from harness.study.files import read_json, write_json
@@ -30,7 +29,7 @@ from harness.train.logps import reference_logps
 from harness.train.memory import plan_of
 from harness.train.processes import train_in_processes
 from harness.train.run import TrainResult, train_arm
-from tests.conftest import SMALL, borrowed_base, overriding, run_one, training_overrides
+from tests.conftest import SMALL, borrowed_base, overriding, run_one, tokens_of, training_overrides
 
 ROOT = Path(__file__).resolve().parents[2]
 STEP = ["train.batch_size=8", "train.micro_batch_size=2", "method.learning_rate=2e-4"]
@@ -80,13 +79,11 @@ def reference_of(config: RunConfig, folder: Path) -> Any:
     if config.method.name != "dpo":
         return None
     with borrowed_base(config) as base:
-        return reference_logps(
-            Inputs().tokens(config).train, base, base_sha256="base", pad_id=0, cache=folder / "cache"
-        )
+        return reference_logps(tokens_of(config).train, base, base_sha256="base", pad_id=0, cache=folder / "cache")
 
 
 def alone(config: RunConfig, folder: Path) -> TrainResult:
-    tokens, reference = Inputs().tokens(config), reference_of(config, folder)
+    tokens, reference = tokens_of(config), reference_of(config, folder)
     folder.mkdir(exist_ok=True)
     with borrowed_base(config, trains_all=True) as base:
         plan = plan_of(config, tokens.train.rows)
@@ -107,10 +104,7 @@ def test_two_processes_equal_one(arm: str, tuning: str, tmp_path: Path) -> None:
     seen: list[int] = []
     parts = {"folder": tmp_path / "two", "reference": reference_of(config, tmp_path)}
     two = train_in_processes(
-        config,
-        plan_of(config, Inputs().tokens(config).train.rows),
-        on_step=lambda step, logs: seen.append(step),
-        **parts,
+        config, plan_of(config, tokens_of(config).train.rows), on_step=lambda step, logs: seen.append(step), **parts
     )
     assert seen == [step["step"] for step in two.steps] == [1, 2, 3, 4, 5, 6]
     assert two.consumed_tokens_sha256 == one.consumed_tokens_sha256
@@ -178,7 +172,7 @@ def test_processes_that_are_starting_die_with_their_trial(tmp_path: Path) -> Non
 def test_a_process_that_is_killed_is_a_worker_that_died_and_not_an_error_of_the_training(tmp_path: Path) -> None:
     """The other process only sees that its neighbour is gone, and must not stand as the cause."""
     config = configure("simpo", 320, "accelerate=ddp", "train.epochs=20")
-    plan = plan_of(config, Inputs().tokens(config).train.rows)
+    plan = plan_of(config, tokens_of(config).train.rows)
     killed: list[int] = []
 
     def kill_one(step: int, logs: dict[str, Any]) -> None:
@@ -212,7 +206,7 @@ def running(folder: Path) -> list[str]:
 @pytest.mark.slow
 def test_a_divergence_and_a_failure_in_a_process_are_named(tmp_path: Path) -> None:
     config = configure("dpo", 16, "accelerate=ddp")
-    plan = plan_of(config, Inputs().tokens(config).train.rows)
+    plan = plan_of(config, tokens_of(config).train.rows)
     infinite = torch.full((16, 2), torch.inf)
     with pytest.raises(DivergedError, match=r"(loss|grad_norm) is nan at step 1 of 2"):
         train_in_processes(config, plan, folder=tmp_path / "a", reference=infinite, on_step=lambda *_: None)

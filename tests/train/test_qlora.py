@@ -10,15 +10,14 @@ import pytest
 import torch
 
 from harness.config.schema import Engine, RunConfig, Tuning
-from harness.data.inputs import Inputs
 from harness.study.errors import UsageError
 from harness.study.manifest import read_manifest
 from harness.sweep.problems import compose_run, load_run
-from harness.train.base import Bases, is_quantised, load_base
+from harness.train.base import is_quantised
 from harness.train.logps import reference_logps
 from harness.train.memory import plan_of
 from harness.train.run import TrainResult, build_trainer, train_arm
-from tests.conftest import SMALL, training_overrides
+from tests.conftest import SMALL, load_base, new_bases, tokens_of, training_overrides
 
 pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: 4-bit training is not tested")
 
@@ -28,7 +27,7 @@ def configure(arm: str, *more: str) -> RunConfig:
 
 
 def trainer_of(config: RunConfig, folder: Path) -> Any:
-    tokens = Inputs().tokens(config)
+    tokens = tokens_of(config)
     rows = tokens.train.rows
     reference = torch.zeros(len(rows), 2) if config.method.name == "dpo" else None
     parts = {"model": load_base(config), "chat": tokens.chat, "reference": reference}
@@ -36,7 +35,7 @@ def trainer_of(config: RunConfig, folder: Path) -> Any:
 
 
 def run(config: RunConfig, folder: Path) -> TrainResult:
-    tokens = Inputs().tokens(config)
+    tokens = tokens_of(config)
     rows, base = tokens.train.rows, load_base(config)
     reference = None
     if config.method.name == "dpo" and config.train.engine is Engine.paired:
@@ -77,7 +76,7 @@ def test_the_paired_engine_equals_the_stock_trainers_on_a_base_in_four_bits(arm:
 
 def test_reference_log_probs_of_the_whole_base_are_not_taken_for_those_of_the_quantised_one(tmp_path: Path) -> None:
     config = configure("dpo")
-    pairs = Inputs().tokens(config).train
+    pairs = tokens_of(config).train
     found = []
     for tuning in (Tuning.lora, Tuning.qlora):
         base = load_base(replace(config, train=replace(config.train, tuning=tuning)))
@@ -98,7 +97,7 @@ def test_a_trial_answers_with_the_base_that_it_was_trained_on(tmp_path: Path) ->
     assert outcome.status == "complete", outcome.message
     folder = next((tmp_path / "results" / "s" / "trials").iterdir())
     assert read_manifest(folder)["parameters"]["trainable"] > 0
-    bases = Bases()
+    bases = new_bases()
     with bases.borrow_base(config) as base:
         before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
     with bases.borrow_policy(config, folder) as policy:

@@ -17,19 +17,17 @@ from safetensors.torch import load_file
 from trl import DPOConfig, DPOTrainer
 
 from harness.config.schema import Engine, RunConfig
-from harness.data.inputs import Inputs
 from harness.data.plan import ConsumedTokens, expected_tokens_sha256
 from harness.data.tokens import TokenPair
 from harness.study.errors import DivergedError
 from harness.sweep.problems import load_run
-from harness.train.base import Bases, load_base
 from harness.train.checkpoints import CONSUMED_FILE, last_checkpoint, seal_checkpoint
 from harness.train.logps import pair_logps, reference_logps
 from harness.train.losses import dpo_loss, simpo_loss
 from harness.train.memory import plan_of
 from harness.train.run import TrainResult, build_trainer, train_arm
 from harness.train.trainers import CPOConfig, CPOTrainer
-from tests.conftest import training_overrides
+from tests.conftest import load_base, new_bases, splits_of, tokens_of, training_overrides
 
 
 def configure(arm: str, *overrides: str) -> RunConfig:
@@ -38,7 +36,7 @@ def configure(arm: str, *overrides: str) -> RunConfig:
 
 
 def reference_of(config: RunConfig, cache: Path) -> torch.Tensor:
-    tokens = Inputs().tokens(config)
+    tokens = tokens_of(config)
     return reference_logps(
         tokens.train,
         load_base(config),
@@ -49,7 +47,7 @@ def reference_of(config: RunConfig, cache: Path) -> torch.Tensor:
 
 
 def train(config: RunConfig, folder: Path, *, reference: torch.Tensor | None = None, **more):
-    tokens = Inputs().tokens(config)
+    tokens = tokens_of(config)
     plan = plan_of(config, tokens.train.rows)
     folder.mkdir(parents=True, exist_ok=True)
     more = {"model": load_base(config), "chat": tokens.chat, "reference": reference} | more
@@ -101,8 +99,8 @@ def train_bare(arm: str, config: RunConfig, folder: Path) -> tuple[list[dict], d
     `test_stock_cpotrainer_on_raw_text_does_not_see_the_same_tokens`.)
     """
     trainer_class, config_class, arguments = BARE[arm]
-    pairs = Inputs().splits(config).train
-    rows = Inputs().tokens(config).train.rows
+    pairs = splits_of(config).train
+    rows = tokens_of(config).train.rows
     assert [pair.pair_id for pair in pairs] == [row.pair_id for row in rows]
     order = plan_of(config, rows).order
     text = [{side: [*getattr(pairs[i], side)] for side in ("prompt", "chosen", "rejected")} for i in order]
@@ -130,7 +128,7 @@ def train_bare(arm: str, config: RunConfig, folder: Path) -> tuple[list[dict], d
             **arguments,
         ),
         train_dataset=Dataset.from_list(text),
-        processing_class=copy.deepcopy(Inputs().tokens(config).chat.tokenizer),
+        processing_class=copy.deepcopy(tokens_of(config).chat.tokenizer),
         peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
     )
     assert [ids_in(row) for row in trainer.train_dataset] == [
@@ -185,7 +183,7 @@ def test_both_engines_take_the_steps_of_trls_bare_trainer_on_text(arm: str, tmp_
 
 def initial_adapter(arm: str, engine: Engine, seed: int, folder: Path) -> dict[str, torch.Tensor]:
     config = configure(arm, f"train.engine={engine.value}", f"seed={seed}")
-    rows = Inputs().tokens(config).train.rows
+    rows = tokens_of(config).train.rows
     reference = torch.zeros(len(rows), 2) if engine is Engine.paired and arm != "simpo" else None
     torch.manual_seed(len(arm))  # the process may have drawn anything before
     trainer = build_trainer(
@@ -193,7 +191,7 @@ def initial_adapter(arm: str, engine: Engine, seed: int, folder: Path) -> dict[s
         rows,
         plan_of(config, rows),
         model=load_base(config),
-        chat=Inputs().tokens(config).chat,
+        chat=tokens_of(config).chat,
         output_dir=folder,
         reference=reference,
     )
@@ -218,7 +216,7 @@ def test_every_arm_starts_from_the_same_adapter_and_another_seed_from_another(tm
 
 def test_both_arms_consume_the_plan_and_nothing_else(trained) -> None:
     config = configure("dpo")
-    rows = Inputs().tokens(config).train.rows
+    rows = tokens_of(config).train.rows
     expected = expected_tokens_sha256(rows, plan_of(config, rows).order)
     assert {arm: trained(arm)[0].consumed_tokens_sha256 for arm in ("dpo", "simpo")} == {
         "dpo": expected,
@@ -227,7 +225,7 @@ def test_both_arms_consume_the_plan_and_nothing_else(trained) -> None:
 
 
 def test_another_seed_is_another_order() -> None:
-    rows = Inputs().tokens(configure("dpo")).train.rows
+    rows = tokens_of(configure("dpo")).train.rows
     plans = [plan_of(configure("dpo", f"seed={seed}"), rows) for seed in (0, 1)]
     assert expected_tokens_sha256(rows, plans[0].order) != expected_tokens_sha256(rows, plans[1].order)
 
@@ -238,7 +236,7 @@ def test_dpo_starts_at_ln_2(trained) -> None:
 
 def test_the_first_simpo_step_is_the_papers_loss_on_that_batch(trained) -> None:
     config = configure("simpo")
-    tokens = Inputs().tokens(config)
+    tokens = tokens_of(config)
     order = plan_of(config, tokens.train.rows).order[:4]
     batch = [tokens.train.rows[i] for i in order]
     sums = pair_logps(load_base(config), batch, pad_id=0, desc="oracle")
@@ -251,7 +249,7 @@ def test_the_first_simpo_step_is_the_papers_loss_on_that_batch(trained) -> None:
 def test_simpo_on_equal_answers_is_softplus_of_gamma(tmp_path: Path) -> None:
     """Equal answers have equal averages: each loss is log(1 + e^gamma), gamma = 2 * 0.5."""
     config = configure("simpo")
-    tokens = Inputs().tokens(config)
+    tokens = tokens_of(config)
     rows = tuple(replace(row, rejected_ids=row.chosen_ids) for row in tokens.train.rows[:4])
     plan = plan_of(config, rows)
     result = train_arm(config, rows, plan, model=load_base(config), chat=tokens.chat, folder=tmp_path)
@@ -260,7 +258,7 @@ def test_simpo_on_equal_answers_is_softplus_of_gamma(tmp_path: Path) -> None:
 
 def test_length_norm_0_is_the_summed_log_prob(tmp_path: Path) -> None:
     config = configure("simpo", "method.length_norm=0", "method.beta=0.1", "method.gamma_beta_ratio=0")
-    tokens = Inputs().tokens(config)
+    tokens = tokens_of(config)
     batch = [tokens.train.rows[i] for i in plan_of(config, tokens.train.rows).order[:4]]
     sums = pair_logps(load_base(config), batch, pad_id=0, desc="oracle")
     zero = torch.zeros(4, dtype=torch.float64)
@@ -270,9 +268,9 @@ def test_length_norm_0_is_the_summed_log_prob(tmp_path: Path) -> None:
 
 def test_the_saved_adapter_is_the_policy_that_was_trained(trained) -> None:
     config = configure("simpo")
-    rows = Inputs().tokens(config).train.rows
+    rows = tokens_of(config).train.rows
     before = pair_logps(load_base(config), rows, pad_id=0, desc="before")
-    with Bases().borrow_policy(config, trained("simpo")[1]) as policy:
+    with new_bases().borrow_policy(config, trained("simpo")[1]) as policy:
         after = pair_logps(policy, rows, pad_id=0, desc="after")
     lengths = torch.tensor([[len(row.chosen_ids), len(row.rejected_ids)] for row in rows])
     margin = [((sums / lengths)[:, 0] - (sums / lengths)[:, 1]).mean().item() for sums in (before, after)]
@@ -336,7 +334,7 @@ def test_a_checkpoint_of_which_a_file_was_changed_is_not_resumed_from(damaged: s
 
 def test_a_nan_stops_the_run(tmp_path: Path) -> None:
     config = configure("dpo")
-    reference = torch.full((len(Inputs().tokens(config).train.rows), 2), float("nan"), dtype=torch.float64)
+    reference = torch.full((len(tokens_of(config).train.rows), 2), float("nan"), dtype=torch.float64)
     with pytest.raises(DivergedError, match=r"loss is nan at step 1 of 6"):
         train(config, tmp_path, reference=reference)
 
@@ -344,7 +342,7 @@ def test_a_nan_stops_the_run(tmp_path: Path) -> None:
 def test_stock_cpotrainer_on_raw_text_does_not_see_the_same_tokens(tmp_path: Path) -> None:
     """The reason for tokenising once: fed with text, TRL's CPOTrainer appends an EOS of its own to each answer."""
     config = configure("simpo")
-    tokens = Inputs().tokens(config)
+    tokens = tokens_of(config)
     tokenizer = copy.deepcopy(tokens.chat.tokenizer)
     tokenizer.chat_template = tokenizer.chat_template.replace("'<|end|>'", "'<|end|> '")  # as ChatML's trailing newline
     messages = [{"role": "user", "content": "sort cab"}]
@@ -378,7 +376,7 @@ def test_stock_cpotrainer_on_raw_text_does_not_see_the_same_tokens(tmp_path: Pat
 
 def test_a_trainer_fed_in_another_order_arrives_at_another_hash(tmp_path: Path) -> None:
     config = configure("simpo")
-    tokens = Inputs().tokens(config)
+    tokens = tokens_of(config)
     plan = plan_of(config, tokens.train.rows)
     shuffled = replace(plan, order=plan.order[::-1])
     trainer = build_trainer(
@@ -392,7 +390,7 @@ def test_a_trainer_fed_in_another_order_arrives_at_another_hash(tmp_path: Path) 
 
 def test_log_probs_equal_one_sequence_at_a_time(tmp_path: Path) -> None:
     config = configure("dpo")
-    rows = Inputs().tokens(config).train.rows[:6]
+    rows = tokens_of(config).train.rows[:6]
     base = load_base(config).double()
     expected = [[_sum_logp(base, row, answer) for answer in (row.chosen_ids, row.rejected_ids)] for row in rows]
     ours = pair_logps(load_base(config), rows, pad_id=0, desc="batched")
