@@ -124,7 +124,7 @@ def _long(study: Undisturbed, rng: random.Random, options: argparse.Namespace) -
 def _short(study: Undisturbed, rng: random.Random) -> dict[str, Fault]:
     """A few of what takes seconds; other tests look at single files, dates of files and launchers."""
     return {
-        "kill -9": lambda: kills(study, 4, rng),
+        "kill -9": lambda: kills(study, 2, rng),
         "damaged": lambda: damages(study, any_damage, rng, at_once=30),
         "file-size limits": lambda: file_sizes(study),
         "full disk": lambda: full_disk(study, 1, rng),
