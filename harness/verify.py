@@ -23,7 +23,7 @@ from harness.study.backup import NAMES, equals_backup
 from harness.study.decision import VERDICT_FILE
 from harness.study.errors import UsageError, in_one_sentence
 from harness.study.files import SEAL, Reader, file_sha256
-from harness.study.integrity import WEIGHTS, is_outdated, leads_out
+from harness.study.integrity import JOBS, WEIGHTS, is_outdated, leads_out
 from harness.study.manifest import FILE as MANIFEST_FILE
 from harness.study.manifest import Manifest, data_identity, is_as_written, read_manifest
 from harness.study.registration import Registration, read_study
@@ -39,7 +39,7 @@ _STUDY_FILES = {
     "study.yaml", "prompts.jsonl", "scores.csv", "verdict.json", "report.html", "report.md", "ledger.jsonl",
     "selection.json", "micro_batch.json", "scoring.json", "judge.json", "length_controlled.json", ".lock",
 }  # fmt: skip
-_STUDY_FOLDERS = {"base", "trials", "costs", "figures", "wandb", "exports", ".twins", ".submitit"}
+_STUDY_FOLDERS = {"base", "trials", "costs", "figures", "wandb", "exports", ".twins", ".submitit", JOBS}
 _ALL_RIGHT = (
     "all as the sweep left it (hashes, ids, scores, verdict; the report's pages and W&B's files are not checked)"
 )

@@ -15,6 +15,7 @@ from harness.study.files import FileCache, FileRecord, Json, read_json, read_jso
 from harness.study.manifest import Manifest
 
 SPLITS = ("dev", "golden")
+JOBS = ".jobs"  # folder of a study: trials as files for the workers of a launcher
 WEIGHTS = ("adapter", "model")
 MICRO_BATCH_FILE = "micro_batch.json"
 DELETED: Final = "weights_deleted"  # in the manifest: the policy that deleted the weights

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import shutil
+import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
@@ -26,7 +28,7 @@ from harness.config.launchers import Launcher, launcher_of
 from harness.generate.vllm import answers_path
 from harness.study.errors import UsageError
 from harness.study.files import FileCache
-from harness.study.integrity import done_stages
+from harness.study.integrity import JOBS, done_stages
 from harness.study.log import prepare_process
 from harness.study.manifest import read_manifest
 from harness.study.outcome import Outcome, own_failure, standing_failure
@@ -181,17 +183,19 @@ def worker_context() -> Context:
 
 @contextlib.contextmanager
 def _trial_files(trials: Sequence[Trial]) -> Iterator[list[Path]]:
-    """Write each trial for its worker, and delete the files afterwards."""
-    paths = [trial.study.resolve() / ".jobs" / f"{trial.folder.name}.json" for trial in trials]
-    for path, trial in zip(paths, trials, strict=True):
-        write_trial(path, trial)
+    """Write each trial for its worker, in a folder of this launch, and delete the folder afterwards."""
+    jobs = trials[0].study.resolve() / JOBS
+    jobs.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(dir=jobs))
     try:
+        paths = [folder / f"{trial.folder.name}.json" for trial in trials]
+        for path, trial in zip(paths, trials, strict=True):
+            write_trial(path, trial)
         yield paths
     finally:
-        for path in paths:
-            path.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):
-            paths[0].parent.rmdir()
+        shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(OSError):  # another launch has jobs, too
+            jobs.rmdir()
 
 
 def _quoted(path: Path) -> str:
