@@ -154,16 +154,15 @@ def why_padded(model: PreTrainedModel, rows: Sequence[TokenPair], pad_id: int) -
     longest = max(row.length for row in rows)
     if window is not None and longest > window:
         return f"its attention has a sliding_window of {window}, shorter than the longest pair of {longest}"
-    known: str | None = getattr(model, _PROBE_RESULT, None)
-    if known is None:
-        known = _probe(model, min(rows, key=lambda row: row.length), pad_id)
-        setattr(model, _PROBE_RESULT, known)
-    return known
+    known: dict[str, str] = vars(model)  # not getattr, by which an adapter's model answers for its base
+    if _PROBE_RESULT not in known:
+        known[_PROBE_RESULT] = _probe(model, min(rows, key=lambda row: row.length), pad_id)
+    return known[_PROBE_RESULT]
 
 
 def forget_probe(model: PreTrainedModel) -> None:
     """Probe a model again when it is run next: for a caller that has changed how it attends."""
-    model.__dict__.pop(_PROBE_RESULT, None)
+    vars(model).pop(_PROBE_RESULT, None)
 
 
 @torch.no_grad()

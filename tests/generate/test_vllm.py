@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -59,35 +60,39 @@ class LoRARequest:
 """
 
 
-@pytest.fixture
-def log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Put the stand-in on the path of child processes, and let configs ask for it."""
-    package = tmp_path / "path" / "vllm"
-    (package / "lora").mkdir(parents=True)
-    (package / "__init__.py").write_text(STAND_IN)
-    (package / "lora" / "__init__.py").write_text("")
-    (package / "lora" / "request.py").write_text(REQUEST)
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(package.parent), os.environ.get("PYTHONPATH", "")]))
-    monkeypatch.setenv("STAND_IN_LOG", str(tmp_path / "log"))
-    monkeypatch.setattr(harness.generate.vllm, "vllm_problem", lambda config: None)
-    return tmp_path / "log"
+@pytest.fixture(scope="module")
+def log(tmp_path_factory: pytest.TempPathFactory):
+    """Put the stand-in on the path of child processes."""
+    folder = tmp_path_factory.mktemp("path")
+    (folder / "vllm" / "lora").mkdir(parents=True)
+    (folder / "vllm" / "__init__.py").write_text(STAND_IN)
+    (folder / "vllm" / "lora" / "__init__.py").write_text("")
+    (folder / "vllm" / "lora" / "request.py").write_text(REQUEST)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")]))
+        patch.setenv("STAND_IN_LOG", str(folder / "log"))
+        yield folder / "log"
 
 
-def sweep(folder: Path, backend: str) -> Path:
-    keys = [
-        *SMALL,
-        "+method=simpo,dpo",
-        "seed=0,1",
-        "study=one",
-        f"results_dir={folder}",
-        f"generate.backend={backend}",
-    ]
-    run_sweep(keys)
+def sweep(folder: Path, backend: str) -> Any:
+    keys = ["+method=simpo,dpo", "seed=0,1", "study=one", f"results_dir={folder}", f"generate.backend={backend}"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(harness.generate.vllm, "vllm_problem", lambda config: None)  # let configs ask for the stand-in
+        (result,) = run_sweep([*SMALL, *keys])
+    return result
+
+
+@pytest.fixture(scope="module")
+def by_vllm(log: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("vllm")
+    sweep(folder, "vllm")
     return folder / "one"
 
 
-def test_all_adapters_are_answered_for_in_one_pass_with_the_same_scores(tmp_path: Path, log: Path) -> None:
-    by_vllm, plain = sweep(tmp_path / "vllm", "vllm"), sweep(tmp_path / "plain", "transformers")
+def test_all_adapters_are_answered_for_in_one_pass_with_the_same_scores(
+    tmp_path: Path, log: Path, by_vllm: Path
+) -> None:
+    sweep(tmp_path, "transformers")
     calls = [json.loads(line) for line in log.read_text().splitlines()]
     assert len(calls) == 2, "one for the base, one for all trials"
     assert set(calls[0]["adapters"]) == {None}
@@ -100,32 +105,25 @@ def test_all_adapters_are_answered_for_in_one_pass_with_the_same_scores(tmp_path
     columns = ["arm", "config", "seed", "split", "prompt_id", "scorer", "score"]
     first, second = (
         pd.read_csv(folder / "scores.csv")[columns].sort_values(columns, ignore_index=True)
-        for folder in (by_vllm, plain)
+        for folder in (by_vllm, tmp_path / "one")
     )
     pd.testing.assert_frame_equal(first, second, rtol=1e-4)
     assert not list(by_vllm.rglob("answers-*")) + list(by_vllm.glob("vllm-*")), "what was exchanged is cleared away"
 
 
-def test_answers_are_asked_for_once(tmp_path: Path, log: Path) -> None:
-    for _ in range(2):
-        sweep(tmp_path, "vllm")
-    assert len(log.read_text().splitlines()) == 2
-
-
-def test_a_vllm_that_fails_fails_the_trials_and_keeps_what_was_trained(
-    tmp_path: Path, log: Path, monkeypatch: pytest.MonkeyPatch
+def test_answers_are_asked_for_once_and_a_vllm_that_fails_fails_the_trials_and_keeps_what_was_trained(
+    log: Path, by_vllm: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sweep(tmp_path, "vllm")
-    for path in (tmp_path / "one" / "trials").iterdir():
+    asked = len(log.read_text().splitlines())
+    assert sweep(by_vllm.parent, "vllm").launched == 0
+    assert len(log.read_text().splitlines()) == asked
+    for path in (by_vllm / "trials").iterdir():
         (path / "completions.jsonl").unlink()
     monkeypatch.setenv("STAND_IN_FAILS", "1")
-    (result,) = run_sweep(
-        [*SMALL, "+method=simpo,dpo", "seed=0,1", "study=one", f"results_dir={tmp_path}", "generate.backend=vllm"]
-    )
-    messages = [outcome.message for outcome in result.outcomes if outcome.status == "failed"]
+    messages = [outcome.message for outcome in sweep(by_vllm.parent, "vllm").outcomes if outcome.status == "failed"]
     assert len(messages) == 4
     assert all("CUDA out of memory" in text and "generate.backend=transformers" in text for text in messages)
-    assert all("train" in read_json(path / "manifest.json")["done"] for path in (tmp_path / "one" / "trials").iterdir())
+    assert all("train" in read_json(path / "manifest.json")["done"] for path in (by_vllm / "trials").iterdir())
 
 
 def test_without_vllm_transformers_answers() -> None:

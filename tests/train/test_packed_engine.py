@@ -179,9 +179,6 @@ def test_each_lever_is_really_active(tmp_path: Path, monkeypatch) -> None:
     assert counts(configure("simpo", SHORT), tmp_path, monkeypatch) == fast
     online = counts(configure("dpo", SHORT, "train.reference=adapter_off"), tmp_path, monkeypatch)
     assert online == {key: 2 * value for key, value in fast.items()}
-    twice = counts(configure("dpo", "train.levers.share_prefix=false"), tmp_path, monkeypatch)
-    assert twice == fast | {"tokens": fast["tokens"] + prompts}
-    everywhere = counts(configure("dpo", "train.levers.completion_head=false"), tmp_path, monkeypatch)
     twice = counts(configure("dpo", SHORT, "train.levers.share_prefix=false"), tmp_path, monkeypatch)
     assert twice == fast | {"tokens": fast["tokens"] + prompts}
     everywhere = counts(configure("dpo", SHORT, "train.levers.completion_head=false"), tmp_path, monkeypatch)

@@ -29,7 +29,7 @@ from harness.train.logps import reference_logps
 from harness.train.memory import plan_of
 from harness.train.processes import train_in_processes
 from harness.train.run import TrainResult, train_arm
-from tests.conftest import SMALL, borrowed_base, overriding, run_one, tokens_of, training_overrides
+from tests.conftest import SMALL, borrowed_base, new_bases, overriding, run_one, tokens_of, training_overrides
 
 ROOT = Path(__file__).resolve().parents[2]
 STEP = ["train.batch_size=8", "train.micro_batch_size=2", "method.learning_rate=2e-4"]
@@ -85,7 +85,7 @@ def reference_of(config: RunConfig, folder: Path) -> Any:
 def alone(config: RunConfig, folder: Path) -> TrainResult:
     tokens, reference = tokens_of(config), reference_of(config, folder)
     folder.mkdir(exist_ok=True)
-    with borrowed_base(config, trains_all=True) as base:
+    with new_bases().borrow_base(config, trains_all=True) as base:
         plan = plan_of(config, tokens.train.rows)
         parts = {"model": base, "chat": tokens.chat, "folder": folder, "reference": reference}
         return train_arm(config, tokens.train.rows, plan, **parts)

@@ -109,6 +109,6 @@ def test_a_trial_answers_with_the_base_that_it_was_trained_on(tmp_path: Path) ->
 
 
 def test_without_bitsandbytes_it_is_refused_with_what_to_install(monkeypatch) -> None:
-    monkeypatch.setattr("harness.sweep.problems.find_spec", lambda name: None)
+    monkeypatch.setattr("harness.train.stage.find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r"train.tuning=qlora: bitsandbytes is not installed; pip install .*\[qlora\]"):
         configure("dpo")
