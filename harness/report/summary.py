@@ -23,12 +23,12 @@ from harness.decide.words import (
 )
 from harness.report.study import DIVERGED, FAILED, UNFINISHED, Study
 from harness.report.style import DEFINITIONS, PREFERENCE, SCORERS
+from harness.score.length_control import SOURCES
 from harness.study.errors import UsageError
 from harness.study.files import Json, mapping, number
 from harness.study.registration import MARGIN
 
 LENGTH_CONTROLLED = "length_controlled"
-_RAW_SCORERS = ("judge", "reward_model")  # a length-controlled scorer is computed from one of these
 _SAME_MEAN = 1e-6
 _MAX_NAMES = 4  # runs that a warning lists
 
@@ -128,7 +128,7 @@ def _other_kind(study: Study) -> str:
     """Return the raw scorer where a length-controlled one decides, and the other way round; empty without one."""
     names = [str(name) for name in study.scores["scorer"].unique()]
     if study.metric.startswith(LENGTH_CONTROLLED):
-        return next((name for name in names if name in _RAW_SCORERS), "")
+        return next((name for name in names if name in SOURCES), "")
     return next((name for name in names if name.startswith(LENGTH_CONTROLLED)), "")
 
 

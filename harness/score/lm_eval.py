@@ -58,7 +58,7 @@ def score_ifeval_loose(outputs: TrialOutputs) -> list[Score]:
 
 
 def _score_instructions(outputs: TrialOutputs, *, strict: bool) -> list[Score]:
-    asked: dict[Key, tuple[Mapping[str, Any], str]] = {
+    asked: dict[Key, tuple[Mapping[str, Json], str]] = {
         (row["split"], row["prompt_id"]): (mapping(row["about"]["instructions"]), row["prompt"][-1]["content"])
         for row in outputs.prompts
         if row.get("about", {}).get("instructions")
@@ -75,7 +75,7 @@ def _score_instructions(outputs: TrialOutputs, *, strict: bool) -> list[Score]:
     return scores
 
 
-def follows_instructions(instructions: Mapping[str, Any], prompt: str, answer: str, *, strict: bool) -> float:
+def follows_instructions(instructions: Mapping[str, Json], prompt: str, answer: str, *, strict: bool) -> float:
     """Return 1.0 where the answer follows all instructions, else 0.0 (Zhou et al. 2023, arXiv 2311.07911).
 
     Args:
@@ -119,7 +119,7 @@ def _why_unchecked(error: Exception) -> str:
     return f"the instructions cannot be checked ({type(error).__name__}: {error})"
 
 
-def unchecked(asked: Iterable[tuple[Mapping[str, Any], str]]) -> Counter[str]:
+def unchecked(asked: Iterable[tuple[Mapping[str, Json], str]]) -> Counter[str]:
     """Count the (instructions, prompt) that cannot be checked on this machine, by reason."""
     found: Counter[str] = Counter()
     for instructions, prompt in asked:

@@ -62,10 +62,6 @@ class Needs(Enum):
     WEIGHTS = "the weights of the base and of all runs that answered golden"
 
 
-def _nothing(score: ScoreConfig) -> Iterator[str]:
-    yield from ()
-
-
 @dataclass(frozen=True)
 class Scorer:
     """One row of the table. A scorer of one trial has `score_trial`, a scorer of the whole study `score_study`.
@@ -95,7 +91,7 @@ class Scorer:
     is_set_up: Callable[[ScoreConfig], bool] = lambda score: True
     names: Callable[[ScoreConfig], Sequence[str]] = lambda score: ()
     setup: str = ""
-    problems: Callable[[ScoreConfig], Iterable[str]] = _nothing
+    problems: Callable[[ScoreConfig], Iterable[str]] = lambda score: ()
     keys: tuple[str, ...] = ()
     settings: Callable[[ScoreConfig, Checkpoints], dict[str, Json]] = lambda score, checkpoints: {}
     registered_problem: Callable[[Mapping[str, Any], ScoreConfig], str | None] = lambda registered, score: None

@@ -48,7 +48,8 @@ def scoring_of(config: RunConfig, splits: Sequence[str], names: Sequence[str] = 
     found = with_sources(config.score, run_names(config.score, names))
     if not found:
         return None
-    base = _base(config.model, is_quantised=config.train.tuning is Tuning.qlora)
+    is_quantised = config.train.tuning is Tuning.qlora
+    base = _base(config.model, is_quantised=is_quantised) if reads(found, "model") else None
     return Scoring(config.score, found, splits, Path(config.results_dir) / ".cache", base)
 
 
@@ -92,7 +93,7 @@ def _score_with(name: str, stored: Stored, scoring: Scoring) -> list[str]:
 
 
 def _golden_only(stored: Stored) -> Stored:
-    """Keep the base and the runs that have answered golden."""
+    """Keep the runs that have answered golden, and those that score as worst."""
     confirmed = [run for run in stored.runs if any(split == "golden" for split, _ in run.answers) or run.failed]
     return replace(stored, splits=("golden",), runs=tuple(confirmed))
 
