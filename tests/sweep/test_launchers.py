@@ -219,13 +219,16 @@ def test_workers_are_as_many_as_visible_gpus_or_else_cores(monkeypatch) -> None:
 
 TAKE = """
 import os, sys, time
-from harness.sweep.launchers import take_places
-print(*take_places(sys.argv[1], int(sys.argv[2])), os.environ["CUDA_VISIBLE_DEVICES"], flush=True)
-time.sleep(60)
+from harness.config.launchers import LAUNCHERS
+from harness.config.machine import Machine
+from harness.sweep.launchers import Slots
+slots = Slots(Machine.here())
+print(*slots.take(LAUNCHERS[sys.argv[1]], int(sys.argv[2])), os.environ["CUDA_VISIBLE_DEVICES"], flush=True)
+time.sleep(3600)
 """
 
 
-def worker(tmp_path: Path, *, launcher: str = "LocalLauncher", count: int = 1, gpus: str = "2,5") -> subprocess.Popen:
+def worker(tmp_path: Path, *, launcher: str = "submitit_local", count: int = 1, gpus: str = "2,5") -> subprocess.Popen:
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": gpus, "TMPDIR": str(tmp_path)}
     return subprocess.Popen(
         [sys.executable, "-c", TAKE, launcher, str(count)], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True
@@ -256,7 +259,7 @@ def test_trials_of_several_processes_take_as_many_gpus_and_never_wait_for_half_o
 
 def wait_for_a_line(workers: list[subprocess.Popen]) -> list[tuple[subprocess.Popen, str]]:
     """Wait until a worker has said which places it took, and a moment longer for others."""
-    ready, _, _ = select.select([process.stdout for process in workers], [], [], 60)
+    ready, _, _ = select.select([process.stdout for process in workers], [], [], 600)
     assert ready, "no worker took its places"
     time.sleep(2)
     ready, _, _ = select.select([process.stdout for process in workers], [], [], 0)
@@ -265,7 +268,7 @@ def wait_for_a_line(workers: list[subprocess.Popen]) -> list[tuple[subprocess.Po
 
 def test_one_process_on_a_machine_with_several_gpus_takes_one_of_them(tmp_path: Path) -> None:
     """Else transformers' Trainer would spread a trial over all of them, and change its batches."""
-    process = worker(tmp_path, launcher="BasicLauncher")
+    process = worker(tmp_path, launcher="basic")
     try:
         assert process.stdout.readline().strip() == "2 2"
     finally:

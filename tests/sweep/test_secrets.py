@@ -38,7 +38,7 @@ import os, pathlib, sys
 
 if sys.argv[:1] == ["-m"]:
     import json, logging, warnings
-    import harness.train, harness.sweep.stages, harness.study.log
+    import harness.train.run, harness.sweep.stages, harness.study.log
 
     train_arm = harness.train.run.train_arm
 
