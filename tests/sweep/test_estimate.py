@@ -41,8 +41,8 @@ def estimated(results: Path, monkeypatch, *more: str):
     found = {}
     real = planning.estimate
 
-    def keep(design, **given):
-        found["estimate"], found["to_run"] = real(design, **given), to_run(design)
+    def keep(design, machine, **given):
+        found["estimate"], found["to_run"] = real(design, machine, **given), to_run(design)
         return found["estimate"]
 
     monkeypatch.setattr(planning, "estimate", keep)
