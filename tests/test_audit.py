@@ -91,4 +91,4 @@ def test_each_file_of_a_trial_is_read_at_most_twice(events) -> None:
         value for event, value, _ in events if event == "open" and Path(value).parts[1] in ("trials", "base")
     )
     assert any(path.endswith("completions.jsonl") for path in read)
-    assert [f"{path}: {count}" for path, count in sorted(read.items()) if count > MAX_READS] == []
+    assert "\n".join(f"{path}: {count}" for path, count in sorted(read.items()) if count > MAX_READS) == ""

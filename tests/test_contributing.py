@@ -1,6 +1,6 @@
 """CONTRIBUTING.md names every file of the package and every package in its order, and the files that it points at exist.
 
-`python -m tests.test_contributing` prints the map as the docstrings give it, to be put into CONTRIBUTING.md.
+`python -m tests.test_contributing` writes the map into CONTRIBUTING.md as the docstrings give it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-TEXT = (ROOT / "CONTRIBUTING.md").read_text()
+PAGE = ROOT / "CONTRIBUTING.md"
+TEXT = PAGE.read_text()
 MAP = TEXT.split("```text\n")[1].split("```")[0]
 
 
@@ -68,9 +69,9 @@ def named() -> set[str]:
 
 
 def test_the_map_names_every_file_and_no_other() -> None:
-    print("`python -m tests.test_contributing` prints the map anew")
-    assert sorted(modules().keys() - named()) == [], "missing in CONTRIBUTING.md"
-    assert sorted(named() - modules().keys()) == [], "named in CONTRIBUTING.md and not there"
+    again = "`python -m tests.test_contributing` writes the map again"
+    assert ", ".join(sorted(modules().keys() - named())) == "", f"missing in CONTRIBUTING.md; {again}"
+    assert ", ".join(sorted(named() - modules().keys())) == "", f"in CONTRIBUTING.md and not there; {again}"
 
 
 def test_every_file_of_the_map_has_a_purpose() -> None:
@@ -90,4 +91,4 @@ def test_every_file_that_is_pointed_at_exists() -> None:
 
 
 if __name__ == "__main__":
-    print(written_map(), end="")
+    PAGE.write_text(TEXT.replace(MAP, written_map()))
