@@ -285,7 +285,7 @@ def test_one_trial_registers_its_own_command_and_answers_what_is_asked(tmp_path:
 
 @pytest.mark.slow
 def test_a_sweep_registers_the_command_as_typed(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(harness.sweep.app, "run_study", lambda design, launch: None)
+    monkeypatch.setattr(harness.sweep.app, "run_study", lambda *given: None)
     arguments = [*BOTH, *SMALL, f"results_dir={tmp_path}", "study=s", "seed=0,1", "method.beta=1", "question='a, b'"]
     harness.sweep.app.run_sweep(arguments)
     command = yaml.safe_load((tmp_path / "s" / "study.yaml").read_text())["command"]
