@@ -38,7 +38,7 @@ def test_an_installed_wheel_finds_its_config_from_any_folder(tmp_path: Path) -> 
     )
     assert "10 trials and the SFT base" in ran.stdout
     shown = subprocess.run(
-        [sys.executable, "-c", "import harness.config as c; print(c.CONF, c.SWEEPS)"],
+        [sys.executable, "-c", "import harness.config.paths as c; print(c.CONF, c.SWEEPS)"],
         capture_output=True,
         text=True,
         check=True,

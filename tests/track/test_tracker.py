@@ -191,7 +191,6 @@ def online_trial(tmp_path: Path, url: str) -> tuple[subprocess.CompletedProcess,
     return subprocess.CompletedProcess(command, process.returncode, out, err), process.pid, ended
 
 
-@pytest.mark.xfail(strict=True, reason="until the sweep passes its Trackers to every run of a process")
 @pytest.mark.slow
 def test_a_server_that_hangs_later_delays_a_trial_a_little_and_its_run_can_be_uploaded_later(tmp_path: Path) -> None:
     with wandb_server(hangs_from=2) as server:
