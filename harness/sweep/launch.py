@@ -242,9 +242,9 @@ def show_progress(trials: Sequence[Trial], files: FileCache | None = None) -> It
     with tqdm(total=len(trials), desc="trials", delay=2, unit="trial", leave=False) as bar:
 
         def watch() -> None:
-            left = [(trial, trial.folder / "manifest.json") for trial in trials]
+            left = [(trial, trial.folder / "scores.jsonl") for trial in trials]
             while not ended.wait(POLL_SECONDS):
-                # Of hundreds of trials only those are read that have begun and were not complete before.
+                # Of hundreds of trials only those are read that have scores and were not complete before.
                 left = [(trial, path) for trial, path in left if not (path.exists() and trial.is_complete(files))]
                 complete = len(trials) - len(left)
                 if complete > bar.n:  # refreshing for its own sake fills a log with lines

@@ -23,8 +23,7 @@ from harness.study.manifest import data_identity, read_manifest, write_manifest
 from harness.study.scores_csv import SCORE_COLUMNS
 from harness.sweep.app import print_result, run_single, run_sweep
 from harness.sweep.protocol import StudyResult
-from harness.train.base import load_base
-from tests.conftest import SMALL, overriding
+from tests.conftest import SMALL, load_base, overriding
 
 pytestmark = pytest.mark.slow
 

@@ -8,6 +8,7 @@ import pytest
 from hydra import compose
 
 from harness.config.overrides import check_overrides
+from harness.data.inputs import Inputs
 from harness.study.errors import UsageError
 from harness.sweep.design import Composer, designs_of, expand, shared_overrides
 from harness.sweep.problems import compose_run, composing
@@ -64,7 +65,7 @@ def test_each_study_of_a_family_keeps_its_own_value(varied: str, composer: Compo
     arguments = ["+method=dpo", "seed=5", f"family.key={varied}", "family.values=[0.1,0.3]"]
     parsed = check_overrides(arguments)
     master = compose("sweep", shared_overrides(parsed), return_hydra_config=True)
-    designs = designs_of(expand(parsed, master), master, composer, lambda config: "s")
+    designs = designs_of(expand(parsed, master), master, composer, Inputs(), lambda config, inputs: "s")
     section, key = varied.split(".")
     assert [(d.study.name, getattr(getattr(d.any, section), key)) for d in designs] == [
         (f"s-{key}-0.1", 0.1),

@@ -61,11 +61,11 @@ def test_a_policy_with_log_probs_that_are_not_finite_diverged(tmp_path: Path, mo
     """Its weights are broken: it is scored as worst and not dropped, as if its loss had been NaN."""
     real = harness.generate.heldout.heldout_rows
 
-    def broken(config, policy, rows, split, *, base):
+    def broken(config, policy, rows, split, **more):
         if config.method.name == "dpo" and split == "golden":
             with torch.no_grad():
                 next(iter(policy.parameters())).fill_(float("nan"))
-        return real(config, policy, rows, split, base=base)
+        return real(config, policy, rows, split, **more)
 
     monkeypatch.setattr(harness.sweep.stages, "heldout_rows", broken)
     pairs = [f"data.{split}={_embedded() / split}.jsonl" for split in ("train", "dev")]
@@ -120,7 +120,6 @@ def test_a_base_that_fails_is_named_with_its_reason_and_exits_with_1(tmp_path: P
     def out_of_memory(*_, **__):
         raise MemoryError("cannot allocate the weights")
 
-    harness.train.base.release_base()  # this process may hold the base of another test
     monkeypatch.setattr(harness.train.base, "load_base", out_of_memory)
     result = sweep(tmp_path, "seed=0", "study=s")
     assert print_result(result) == 1

@@ -20,7 +20,7 @@ from harness.report.search import tried_configs
 from harness.report.study import COMPLETE, Study, Trial, read_study
 from harness.report.tables import trial_table
 from harness.study.decision import edge_warnings
-from harness.study.files import write_json
+from harness.study.files import FileCache, write_json
 from harness.sweep import launch
 from harness.sweep.design import single_trial
 from harness.sweep.problems import compose_run
@@ -56,15 +56,15 @@ def test_a_launcher_that_starts_a_process_for_every_job_at_once_gets_few_at_once
     assert few.sizes == [most, most, 1]
 
 
-def test_the_progress_bar_asks_only_trials_that_have_begun_and_are_not_known_to_be_complete(
+def test_the_progress_bar_asks_only_trials_that_have_scores_and_are_not_known_to_be_complete(
     tmp_path: Path, monkeypatch
 ) -> None:
     begun, never = trials(tmp_path, 2)
-    write_json(begun.folder / "manifest.json", {})
+    write_json(begun.folder / "scores.jsonl", {})
     asked: list[int] = []
-    monkeypatch.setattr(launch.Trial, "is_complete", lambda trial: asked.append(trial.seed) or len(asked) > 1)
+    monkeypatch.setattr(launch.Trial, "is_complete", lambda trial, files: asked.append(trial.seed) or len(asked) > 1)
     monkeypatch.setattr(launch, "POLL_SECONDS", 0.01)
-    with launch.show_progress([begun, never]):
+    with launch.show_progress([begun, never], FileCache()):
         time.sleep(0.5)
     assert asked == [begun.seed] * 2
 
