@@ -18,10 +18,10 @@ from pathlib import Path
 
 from tests.conftest import SMALL
 
-# A study with all stages: two configs an arm are tuned, one is selected, fresh seeds confirm it.
+# A study with all stages: two configs an arm are tuned, one is selected, a fresh seed confirms it.
 STUDY = [
     *SMALL, "+method=simpo,dpo", "study=faults", "arms.dpo.beta=0.05,0.1", "arms.simpo.beta=2,3",
-    "tuning_seeds=[7]", "seed=1,2", "train.checkpoint_steps=1",
+    "tuning_seeds=[7]", "seed=1", "train.checkpoint_steps=1",
 ]  # fmt: skip
 RESULTS = ("scores.csv", "verdict.json")
 MODULES = (

@@ -5,22 +5,17 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.servers import command
 
 
 @pytest.mark.slow
 def test_a_disturbed_study_ends_with_the_scores_and_the_verdict_of_an_undisturbed_one(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "tests.faults", "--short", "--work", str(tmp_path / "work")]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    done = command.run("tests.faults", "--short", "--work", str(tmp_path / "work"))
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     counts = {
         name: int(count) for name, count in re.findall(r"^([^:\n]+): (\d+), all equal", done.stdout, re.MULTILINE)

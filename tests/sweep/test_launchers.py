@@ -29,6 +29,7 @@ from harness.sweep.launchers import RayLauncher
 from harness.sweep.problems import compose_run
 from harness.sweep.trial import Context
 from tests.conftest import SMALL, overriding
+from tests.servers import command
 
 ROOT = Path(__file__).resolve().parents[2]
 # Few trials, since some launchers start a process for each: two that tune DPO, and one per arm that confirms.
@@ -39,8 +40,7 @@ STUDY = [
 
 
 def sweep(results: Path, *more: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "harness.sweep", *STUDY, f"results_dir={results}", *more]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    return command.run("harness.sweep", *STUDY, f"results_dir={results}", *more)
 
 
 def ran_beside_each_other(study: Path) -> bool:
@@ -80,9 +80,9 @@ def ray_cluster(tmp_path: Path):
         patch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "token"))
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         (tmp_path / "token").write_text("0123456789abcdef" * 4)
-        command = [str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", f"--port={port}"]
-        command += ["--num-cpus=2", "--num-gpus=0", "--include-dashboard=false", "--disable-usage-stats"]
-        head = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=tmp_path)
+        start = [str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", f"--port={port}"]
+        start += ["--num-cpus=2", "--num-gpus=0", "--include-dashboard=false", "--disable-usage-stats"]
+        head = subprocess.Popen(start, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=tmp_path)
         try:
             said = next((line for line in head.stdout if "block forever" in line), "")
             assert said, "the cluster did not start"

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -21,6 +19,7 @@ from harness.study.files import read_json
 from harness.sweep.app import print_result, run_sweep
 from harness.sweep.protocol import StudyResult
 from tests.conftest import SMALL, overriding
+from tests.servers import command
 
 pytestmark = pytest.mark.slow
 
@@ -195,24 +194,10 @@ def test_seconds_of_an_interrupted_trial_add_up(study: Path) -> None:
 
 def test_two_sweeps_on_one_study_at_once_lose_nothing(tmp_path: Path) -> None:
     """Each has a seed of its own and both share another; no trial is run twice, and both end with a true study.yaml."""
-    commands = [
-        [
-            sys.executable,
-            "-m",
-            "harness.sweep",
-            "+method=simpo,dpo",
-            *SMALL,
-            f"results_dir={tmp_path}",
-            "study=s",
-            seeds,
-        ]
-        for seeds in ("seed=0,1", "seed=2,1")
-    ]
-    running = [
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for command in commands
-    ]
-    ended = [process.communicate() for process in running]
-    assert [process.returncode for process in running] == [0, 0], ended
+    given = ["+method=simpo,dpo", *SMALL, f"results_dir={tmp_path}", "study=s"]
+    running = [command.start("harness.sweep", *given, seeds) for seeds in ("seed=0,1", "seed=2,1")]
+    ended = [sweep.wait() for sweep in running]
+    assert [done.returncode for done in ended] == [0, 0], ended
     registered = yaml.safe_load((tmp_path / "s" / "study.yaml").read_text())
     assert {arm: sorted(seeds) for arm, seeds in registered["seeds"].items()} == {"simpo": [0, 1, 2], "dpo": [0, 1, 2]}
     assert len(manifests(tmp_path / "s")) == 6

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -19,9 +16,9 @@ from harness.sweep.design import single_trial
 from harness.sweep.problems import compose_run
 from harness.train.checkpoints import last_checkpoint
 from tests.conftest import overriding, run_one
+from tests.servers import command
 from tests.train.test_run import configure, train
 
-ROOT = Path(__file__).resolve().parents[2]
 STEPS, ACCUMULATED = 24, 2
 
 
@@ -33,7 +30,7 @@ def test_steps_before_the_last_checkpoint_are_not_trained_again(
     pairs, micro = f"data.max_train_pairs={4 * STEPS}", f"train.micro_batch_size={4 // ACCUMULATED}"
     overrides = overriding(small, pairs, micro, "train.checkpoint_steps=4", "+method=simpo", "seed=1", "study=s")
     folder = single_trial(compose_run(overrides)).folder
-    kept = kill_after_a_checkpoint([sys.executable, "-m", "harness.train", *overrides], folder)
+    kept = kill_after_a_checkpoint(overrides, folder)
 
     trained = []
     real = transformers.Trainer.training_step
@@ -52,19 +49,18 @@ def test_steps_before_the_last_checkpoint_are_not_trained_again(
     )
 
 
-def kill_after_a_checkpoint(command: list[str], folder: Path) -> int:
+def kill_after_a_checkpoint(overrides: list[str], folder: Path) -> int:
     """Run a trial, kill it once it has a whole checkpoint and still trains; return the step of the checkpoint."""
-    process = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    trial = command.start("harness.train", *overrides)
     try:
         deadline = time.monotonic() + 1200
         while not list(folder.glob("checkpoints/checkpoint-*/consumed.json")):
-            assert process.poll() is None
+            assert trial.process.is_alive()
             assert time.monotonic() < deadline
             time.sleep(0.002)
-        process.send_signal(signal.SIGKILL)
     finally:
-        process.kill()
-        process.wait()
+        trial.process.kill()
+        trial.wait()
     found = last_checkpoint(folder / "checkpoints")
     assert found is not None
     step = int(found[0].name.rpartition("-")[2])

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import SMALL, overriding
+from tests.servers import command
 from tests.servers.slurm import Slurm, slurm_cluster, wait_until, why_not
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -33,9 +34,8 @@ BEGINS_TO_TRAIN = "INFO harness.trial: train\n"  # in a trial's log.txt
 
 
 def start(results: Path, *more: str, environment: dict[str, str] | None = None) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "harness.sweep", *STUDY, f"results_dir={results}", *more]
     return subprocess.Popen(
-        command,
+        [sys.executable, "-m", "harness.sweep", *STUDY, f"results_dir={results}", *more],
         cwd=ROOT,
         env=environment or dict(os.environ),
         stdout=subprocess.PIPE,
@@ -57,7 +57,8 @@ def in_one_process(tmp_path_factory) -> Path:
     if (reason := why_not()) is not None:  # before a study is run for nothing
         pytest.skip(reason)
     results = tmp_path_factory.mktemp("basic") / "results"
-    finish(start(results))
+    done = command.run("harness.sweep", *STUDY, f"results_dir={results}")
+    assert done.returncode == 0, done.stdout + done.stderr
     return results / "s"
 
 
@@ -67,7 +68,7 @@ def cluster() -> Iterator[Slurm]:
         yield found
 
 
-def hit(cluster: Slurm, study: Path, sweep: subprocess.Popen[str], *command: str) -> tuple[str, Path]:
+def hit(cluster: Slurm, study: Path, sweep: subprocess.Popen[str], *order: str) -> tuple[str, Path]:
     """Give one of Slurm's commands a job that has written a checkpoint and still trains; return job and trial."""
     deadline = time.monotonic() + 1800
     while time.monotonic() < deadline and sweep.poll() is None:
@@ -75,7 +76,7 @@ def hit(cluster: Slurm, study: Path, sweep: subprocess.Popen[str], *command: str
             for live in study.glob("trials/*/live.jsonl"):
                 processes = cluster.holders(job_id, live.parent / ".lock")
                 if processes and any(live.parent.glob("checkpoints/checkpoint-*")):
-                    cluster.run(*command, job_id)
+                    cluster.run(*order, job_id)
                     # Slurm's own SIGKILL follows its SIGTERM after five seconds or more, when so small a trial is done.
                     for process in processes:
                         with contextlib.suppress(ProcessLookupError):

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +16,7 @@ from harness.report.study import read_study
 from harness.study.outcome import STEP
 from harness.track.publish import build_report, build_workspace
 from harness.track.tracker import track
+from tests.servers import command
 from tests.servers.wandb import KEY, wandb_server
 from tests.study_fixture import build_study
 
@@ -50,10 +50,8 @@ def log_runs(study: Path) -> None:
 def publish(study: Path, home: Path, *words: str, **environment: str) -> subprocess.CompletedProcess:
     """Run the command as a user would, with nobody logged in but by these variables."""
     mine = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
-    command = [sys.executable, "-m", "harness.report", str(study), "--publish", *words]
-    return subprocess.run(
-        command, env=mine | {"HOME": str(home)} | environment, capture_output=True, text=True, check=False, timeout=180
-    )
+    mine |= {"HOME": str(home)} | environment
+    return command.run("harness.report", str(study), "--publish", *words, environment=mine)
 
 
 @pytest.mark.slow

@@ -30,6 +30,7 @@ from harness.train.memory import plan_of
 from harness.train.processes import train_in_processes
 from harness.train.run import TrainResult, train_arm
 from tests.conftest import SMALL, borrowed_base, new_bases, overriding, run_one, tokens_of, training_overrides
+from tests.servers import command
 
 ROOT = Path(__file__).resolve().parents[2]
 STEP = ["train.batch_size=8", "train.micro_batch_size=2", "method.learning_rate=2e-4"]
@@ -126,14 +127,13 @@ def test_a_killed_run_of_two_processes_leaves_none_behind_and_goes_on_where_it_w
     given = overriding(SMALL, *more, "generate.max_new_tokens=4", f"results_dir={tmp_path / 'results'}")
     assert run_one(compose_run([*given, "+method=sft", "seed=0"]), ("dev",)).status == "complete"
     trial = [*given, "+method=simpo", "seed=1"]
-    command = [sys.executable, "-m", "harness.train", *trial, "accelerate=ddp"]
-    child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    child = command.start("harness.train", *trial, "accelerate=ddp")
     folder, deadline = tmp_path / "results" / "s" / "trials", time.monotonic() + 1200
     while not list(folder.glob("*/checkpoints/checkpoint-*/consumed.json")):
         assert time.monotonic() < deadline, "no checkpoint was written"
-        assert child.poll() is None, "the run ended before it could be killed"
+        assert child.process.is_alive(), "the run ended before it could be killed"
         time.sleep(0.01)
-    child.send_signal(signal.SIGKILL)
+    child.process.kill()
     child.wait()
     deadline = time.monotonic() + 200
     while running(folder):
@@ -154,13 +154,12 @@ def test_processes_that_are_starting_die_with_their_trial(tmp_path: Path) -> Non
     more = ["train.micro_batch_size=2", "study=s", f"results_dir={tmp_path / 'results'}"]
     given = overriding(SMALL, *more)
     assert run_one(compose_run([*given, "+method=sft", "seed=0"]), ("dev",)).status == "complete"
-    command = [sys.executable, "-m", "harness.train", *given, "+method=simpo", "seed=1", "accelerate=ddp"]
-    child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    child = command.start("harness.train", *given, "+method=simpo", "seed=1", "accelerate=ddp")
     folder, deadline = tmp_path / "results" / "s" / "trials", time.monotonic() + 1200
     while not running(folder):
         assert time.monotonic() < deadline, "the launcher did not start"
         time.sleep(0.01)
-    child.send_signal(signal.SIGKILL)
+    child.process.kill()
     child.wait()
     deadline = time.monotonic() + 60
     while running(folder):
@@ -218,7 +217,7 @@ def test_a_divergence_and_a_failure_in_a_process_are_named(tmp_path: Path) -> No
 @pytest.mark.slow
 def test_a_sharded_model_gives_the_same_log_probs_and_gradients() -> None:
     """FSDP2 over two processes, as on GPUs: packed batches and fused adapters find the weights when they need them."""
-    command = [
+    sharded = [
         sys.executable,
         "-m",
         "torch.distributed.run",
@@ -227,7 +226,7 @@ def test_a_sharded_model_gives_the_same_log_probs_and_gradients() -> None:
         "-m",
         "tests.train.sharded",
     ]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(sharded, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
     assert found["local"] < 0.6 * found["total"], "each process holds half"
