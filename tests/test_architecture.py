@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import harness
+from harness.config.arms import ARMS
 
 PACKAGE = Path(harness.__file__).parent
 ROOT = Path(__file__).resolve().parents[1]
@@ -101,7 +102,7 @@ def test_nobody_but_the_table_of_arms_compares_an_arms_name() -> None:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Compare):
                 values = {c.value for c in ast.walk(node) if isinstance(c, ast.Constant) and isinstance(c.value, str)}
-                assert not values & {"dpo", "simpo", "dpo_norm"}, f"{name}:{node.lineno} compares an arm's name"
+                assert not values & set(ARMS), f"{name}:{node.lineno} compares an arm's name"
 
 
 def test_there_is_no_drawer_for_odds_and_ends() -> None:

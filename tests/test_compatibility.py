@@ -24,7 +24,19 @@ from harness.study.scores_csv import SCORE_COLUMNS
 from tests.conftest import SMALL, overriding
 
 ROOT = Path(__file__).resolve().parents[1]
-COMMANDS = ("sweep", "train", "score", "decide", "report", "dashboard", "calibrate", "bench", "exchange", "verify")
+COMMANDS = (
+    "sweep",
+    "train",
+    "score",
+    "decide",
+    "report",
+    "dashboard",
+    "calibrate",
+    "bench",
+    "exchange",
+    "verify",
+    "embedded",
+)
 COLUMNS = (
     *("arm", "config", "seed", "split", "prompt_id", "scorer", "score"),
     *("cluster", "tokens", "chars", "unscored_reason", "stage", "flag"),
@@ -88,7 +100,7 @@ def test_a_command_says_what_it_does(command: str, said) -> None:
     status, output, _ = said[0][command][0]
     assert status == 0
     assert f"harness.{command}" in output
-    assert "Example" in output or command in ("dashboard", "calibrate", "exchange", "verify")
+    assert "Example" in output or command in ("dashboard", "calibrate", "exchange", "embedded")
 
 
 @pytest.mark.parametrize("command", COMMANDS)

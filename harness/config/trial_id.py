@@ -2,7 +2,8 @@
 
 A trial id never changes. It is computed over the keys as they were named at commit b4b16c8 (`FIRST_KEYS`). A key that
 was renamed or moved since then is hashed under its first name (`RENAMED`). A key that was added since then is hashed
-only where it differs from its default, so that stored trials keep their ids. Settings in study.yaml have the same form.
+only where it differs from the default that it had then (`ADDED`), so that stored trials keep their ids, also after a
+default has changed. Settings in study.yaml have the same form.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Collection, Iterator, Mapping
 from enum import Enum
 from typing import Any
 
-from harness.config.arms import ARMS, MethodConfig, declared_limits
+from harness.config.arms import declared_limits
 from harness.config.schema import RunConfig
 from harness.study.files import Json, digest
 
@@ -51,6 +52,8 @@ RENAMED = {
     "train.levers.reuse_base": "train.reuse_base",
     "train.levers.metrics_steps": "train.metrics_steps",
 }
+# Path of a key that was added since -> its default then: what trials before it ran with. Never change a row.
+ADDED: dict[str, Json] = {}
 # Never hashed, under their first names: these change a trial's cost or its warnings, or name what `contents` holds.
 NOT_HASHED = {
     *("train.threads", "train.checkpoint_steps", "train.collapse_learning_rate", "train.reference"),
@@ -71,8 +74,7 @@ def trial_id(config: RunConfig, contents: Mapping[str, str]) -> str:
         config: a resolved config, with no open default.
         contents: SHA-256 by name of all files that the config only names: base weights, data files, chat template.
     """
-    defaults = {section: _defaults(config, section) for section in _HASHED_SECTIONS}
-    return _hash(plain(config), defaults, contents)
+    return _hash(plain(config), contents)
 
 
 def stored_trial_id(values: Mapping[str, Any], contents: Mapping[str, str]) -> str:
@@ -81,19 +83,17 @@ def stored_trial_id(values: Mapping[str, Any], contents: Mapping[str, str]) -> s
     Raises:
         KeyError, TypeError, AttributeError: for values that are no config of a trial.
     """
-    arm = ARMS.get(values["method"]["name"])
-    usual = RunConfig(method=arm.config() if arm else MethodConfig())
-    return _hash(values, {section: _defaults(usual, section) for section in _HASHED_SECTIONS}, contents)
+    return _hash(values, contents)
 
 
 def registered_section(config: RunConfig, section: str) -> dict[str, Json]:
     """Return a section of the config as study.yaml registers it: in the same form as in a trial id."""
-    return stable_settings(section, plain(getattr(config, section)), _defaults(config, section))
+    return stable_settings(section, plain(getattr(config, section)))
 
 
-def _hash(values: Mapping[str, Any], defaults: Mapping[str, Mapping[str, Json]], contents: Mapping[str, str]) -> str:
+def _hash(values: Mapping[str, Any], contents: Mapping[str, str]) -> str:
     parts = {
-        section: stable_settings(section, values[section], defaults[section], without=without)
+        section: stable_settings(section, values[section], without=without)
         for section, without in _HASHED_SECTIONS.items()
     }
     found = digest({**parts, "seed": values["seed"], "contents": contents})[:12]
@@ -101,27 +101,24 @@ def _hash(values: Mapping[str, Any], defaults: Mapping[str, Mapping[str, Json]],
     return found
 
 
-def _defaults(config: RunConfig, section: str) -> dict[str, Json]:
-    """Return the default of every key of a section, as its class declares it."""
-    return plain(type(getattr(config, section))())
-
-
-def stable_settings(
-    section: str, values: Mapping[str, Json], defaults: Mapping[str, Json], *, without: Collection[str] = ()
-) -> dict[str, Json]:
-    """Return a section's settings by first name: all of `FIRST_KEYS`, and each later key that is not its default.
+def stable_settings(section: str, values: Mapping[str, Json], *, without: Collection[str] = ()) -> dict[str, Json]:
+    """Return a section's settings by first name: all of `FIRST_KEYS`, and each later key that differs from `ADDED`.
 
     Args:
         section: name of the section, such as `train`.
         values: plain settings of the section, under the names of today or of any older version.
-        defaults: plain defaults of the section, under the names of today.
         without: first names to leave out in addition to `NOT_HASHED`.
     """
-    found, usual = _by_first_name(section, values), _by_first_name(section, defaults)
-    first = FIRST_KEYS.get(f"method.{values['name']}" if section == "method" else section, ())
+    found = _by_first_name(section, values)
+    first = FIRST_KEYS[f"method.{values['name']}"] if section == "method" else FIRST_KEYS[section]
     kept = [key for key in first if key in found]
-    kept += [key for key in found if key not in first and not (key in usual and found[key] == usual[key])]
+    kept += [key for key in found if key not in first and not _is_as_before(f"{section}.{key}", found[key])]
     return {key: found[key] for key in kept if key not in without and f"{section}.{key}" not in NOT_HASHED}
+
+
+def _is_as_before(path: str, value: Json) -> bool:
+    """Return whether a later key has the value that trials before it ran with."""
+    return path in ADDED and value == ADDED[path]
 
 
 def _by_first_name(section: str, values: Mapping[str, Json]) -> dict[str, Json]:

@@ -15,9 +15,9 @@ from markupsafe import Markup
 from harness.config.arms import BASE, title
 from harness.decide.stats import contrast
 from harness.decide.words import MISSING, alpha_of, confidences, percent, plural, points
-from harness.report.study import COMPLETE, Completion, Config, Study
+from harness.report.study import COMPLETE, Config, Study
 from harness.report.style import DEFINITIONS, PREFERENCE, SCORERS, Look
-from harness.score.trial_scores import FlaggedRow, degenerate_shares
+from harness.score.trial_scores import degenerate_shares
 from harness.study.files import Json, Reader, mapping, number
 from harness.study.text import html, markdown, one_line
 
@@ -139,7 +139,7 @@ def degenerate_table(study: Study) -> Table | None:
         for flag, text in (("empty", "Empty"), ("cut_off", "Cut off at the token limit"), ("repetition", "Repetition")):
             count = sum(flag in answer["flags"] for answer in answers)
             rows.setdefault(text, {})[label] = f"{count:,} ({percent(count / len(answers))})"
-        same = max(degenerate_shares([_flagged(row) for row in run])["same_answer"] for run in runs)
+        same = max(degenerate_shares(run)["same_answer"] for run in runs)
         rows.setdefault("Most frequent answer of a run", {})[label] = percent(same)
     if not rows:
         return None
@@ -298,10 +298,6 @@ def _unscored_rows(study: Study) -> dict[str, dict[str, str]]:
         text = "; ".join(f"{plural(count, 'prompt')}: {reason or 'no reason given'}" for reason, count in reasons)
         cells[study.label(config)] = text or "0"
     return {"Unscored (not counted as 0)": cells} if cells else {}
-
-
-def _flagged(row: Completion) -> FlaggedRow:
-    return {"completion": row["completion"], "flags": row["flags"]}
 
 
 def judge_table(study: Study) -> Table | None:

@@ -20,7 +20,6 @@ from typing import Any, TypeAlias, TypedDict
 import yaml
 
 SEAL = "sha256"
-_KEPT_BYTES = 64 * 2**20
 _State: TypeAlias = tuple[Path, int, int, int, int]
 
 Json: TypeAlias = "bool | int | float | str | Sequence[Json] | Mapping[str, Json] | None"  # as read from a file
@@ -141,11 +140,14 @@ def to_json(value: object) -> str:
 class FileCache:
     """Contents and hashes of files: each state of a file (inode, size, times) is read once.
 
-    The driver of a command makes one and passes it down. The contents that were used last are kept, up to 64 MiB;
-    larger files are hashed as a stream.
+    The driver of a command makes one and passes it down.
+
+    Args:
+        max_bytes: of contents that are kept, those that were used last; a file above a quarter is hashed as a stream.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, max_bytes: int = 64 * 2**20) -> None:
+        self._max_bytes = max_bytes
         self._contents: OrderedDict[_State, bytes] = OrderedDict()
         self._hashes: dict[_State, str] = {}
 
@@ -161,7 +163,7 @@ class FileCache:
         """Return the SHA-256 (hex) of a file."""
         state = _state(path)
         if state not in self._hashes:
-            is_small = path.stat().st_size <= _KEPT_BYTES // 4
+            is_small = path.stat().st_size <= self._max_bytes // 4
             found = hashlib.sha256(self.content(path)).hexdigest() if is_small else file_sha256(path)
             self._hashes[state] = found
         return self._hashes[state]
@@ -175,7 +177,7 @@ class FileCache:
 
     def _keep(self, state: _State, content: bytes) -> None:
         self._contents[state] = content
-        while sum(map(len, self._contents.values())) > _KEPT_BYTES and len(self._contents) > 1:
+        while sum(map(len, self._contents.values())) > self._max_bytes and len(self._contents) > 1:
             self._contents.popitem(last=False)
 
 

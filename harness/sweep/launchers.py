@@ -129,6 +129,7 @@ class Slots:
     def __init__(self, machine: Machine) -> None:
         self._machine = machine
         self._held: list[TextIO] = []
+        self._environment: dict[str, str | None] = {}
 
     def take(self, launcher: Launcher, count: int = 1) -> list[str]:
         """Take GPUs or cores for a trial if several trials may run on this machine; keep them for later trials.
@@ -146,22 +147,32 @@ class Slots:
         gpus = self._machine.gpus
         if launcher.is_elsewhere:
             if len(gpus) > count:  # more than requested: one process would spread over all of them
-                os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus[:count])
+                self._set("CUDA_VISIBLE_DEVICES", ",".join(gpus[:count]))
             return []
         if self._held or not (launcher.one_process_each or len(gpus) > 1):
             return []
         names = gpus or tuple(f"core-{number}" for number in range(self._machine.cores))
         slots = self._wait_for(names, min(count, len(names)))
         if gpus:
-            os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(slots)
+            self._set("CUDA_VISIBLE_DEVICES", ",".join(slots))
         elif count == 1:
-            os.environ["OMP_NUM_THREADS"] = "1"
+            self._set("OMP_NUM_THREADS", "1")
         return slots
 
     def release(self) -> None:
-        """Give all slots back."""
+        """Give all slots back, and the environment as it was: the next study of this process starts from it."""
         while self._held:
             self._held.pop().close()
+        for name, value in self._environment.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+        self._environment.clear()
+
+    def _set(self, name: str, value: str) -> None:
+        self._environment.setdefault(name, os.environ.get(name))
+        os.environ[name] = value
 
     def _wait_for(self, names: tuple[str, ...], count: int) -> list[str]:
         """Lock all `count` slots or none, so that two trials cannot deadlock with half each."""

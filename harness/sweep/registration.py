@@ -148,7 +148,7 @@ def _study(
         "alpha": fixed["alpha"],
         "guards": fixed["guards"],
         "looks": fixed["looks"],
-        "family": _family(design),
+        "family": _family(design) or old.get("family", {}),
         "model": {
             "path": config.model.path,
             "revision": config.model.revision,

@@ -33,11 +33,16 @@ class Collated:
 
     Attributes:
         rows: the pairs.
-        groups: how the packed row holds them; empty where nothing was packed.
+        shares_prefix: whether each prompt stands once for both answers in the packed row; None where none is packed.
     """
 
     rows: tuple[TokenPair, ...]
-    groups: tuple[Group, ...] = ()
+    shares_prefix: bool | None = None
+
+    @property
+    def groups(self) -> list[Group]:
+        """Return how the packed row has to hold the pairs."""
+        return [] if self.shares_prefix is None else groups_of(self.rows, share_prefix=self.shares_prefix)
 
 
 @dataclass
@@ -63,10 +68,9 @@ class PairCollator:
         numbers = [example[ROW] for example in examples]
         rows = tuple(self.rows[number] for number in numbers)
         batch: dict[str, Tensor | Packed | Collated] = {**self.pad([self.features(number) for number in numbers])}
-        groups = tuple(groups_of(rows, share_prefix=self.share_prefix)) if self.packs else ()
-        if groups:
-            batch[PACKED] = pack(groups)
-        return batch | {COLLATED: Collated(rows, groups)}
+        if self.packs:
+            batch[PACKED] = pack(groups_of(rows, share_prefix=self.share_prefix))
+        return batch | {COLLATED: Collated(rows, self.share_prefix if self.packs else None)}
 
 
 class PaddedRows(NamedTuple):
@@ -136,7 +140,8 @@ def _other_ids(collated: Collated) -> RuntimeError:
 def _codes(padded: Sequence[PaddedRows], packed: Packed | None) -> tuple[Tensor, Tensor]:
     """Return one number per place of the tensors, and which of them count; no padding does.
 
-    A token counts with its id, and a token of an answer with its label, too: id + 1 + 2^32 (label + 1).
+    The code of a padded token holds its id and its label, that of a packed token its id and its position, that of a
+    target its id and the row that predicts it: id + 1 + 2^32 (the other number + 1).
     """
     codes, counted = [], []
     for rows in padded:
@@ -144,24 +149,38 @@ def _codes(padded: Sequence[PaddedRows], packed: Packed | None) -> tuple[Tensor,
         codes.append((rows.ids + 1 + (labels << 32)).reshape(-1))
         counted.append(((rows.attended != 0) | (labels != 0)).reshape(-1))
     if packed is not None:
-        ids = torch.cat([packed.input_ids[0], packed.targets]) + 1
-        codes.append(ids)
+        ids = torch.cat([packed.input_ids[0], packed.targets])
+        places = torch.cat([packed.position_ids[0], packed.predicting])
+        codes.append(ids + 1 + ((places + 1) << 32))
         counted.append(torch.ones_like(ids, dtype=torch.bool))
     return torch.cat(codes), torch.cat(counted)
 
 
 def _expected_codes(collated: Collated) -> Tensor:
-    """Return the codes that count, from the pairs alone."""
-    rows, groups = collated.rows, collated.groups
-    padded = [ids for row in rows for ids in (row.prompt_ids, row.chosen_ids)]
-    padded += [ids for row in rows for ids in (row.prompt_ids, row.rejected_ids)]
-    packed = [ids for prompt, answers in groups for ids in (prompt, *(answer[:-1] for answer in answers))]
-    targets = [answer for _, answers in groups for answer in answers]
-    parts = [*padded, *packed, *targets]
-    lengths = [len(ids) for ids in parts]
-    codes = np.fromiter(itertools.chain.from_iterable(parts), dtype=np.int64, count=sum(lengths)) + 1
-    is_label = np.repeat([i < len(padded) and i % 2 for i in range(len(parts))], lengths)
-    return torch.from_numpy(codes + ((codes * is_label) << 32))
+    """Return the codes that count, from the pairs alone: padded rows, the packed row, its targets."""
+    rows = collated.rows
+    padded = [(row.prompt_ids, row.chosen_ids) for row in rows] + [(row.prompt_ids, row.rejected_ids) for row in rows]
+    ids: list[Sequence[int]] = []
+    others: list[np.ndarray] = []
+    for one, other in padded:
+        ids += [one, other]
+        others += [np.full(len(one), -1), np.array(other)]  # a prompt has no labels
+    targets, predicting, start = [], [], 0
+    for prompt, answers in collated.groups:
+        ids.append(prompt)
+        others.append(np.arange(len(prompt)))
+        end = start + len(prompt)
+        for answer in answers:
+            ids.append(answer[:-1])  # the last token predicts nothing
+            others.append(np.arange(len(prompt), len(prompt) + len(answer) - 1))
+            targets.append(answer)
+            predicting.append(np.concatenate([[start + len(prompt) - 1], np.arange(end, end + len(answer) - 1)]))
+            end += len(answer) - 1
+        start = end
+    ids += targets
+    others += predicting
+    flat = np.fromiter(itertools.chain.from_iterable(ids), dtype=np.int64, count=sum(map(len, ids)))
+    return torch.from_numpy(flat + 1 + ((np.concatenate(others).astype(np.int64) + 1) << 32))
 
 
 def checksum(codes: Tensor, counted: Tensor) -> Tensor:

@@ -7,8 +7,10 @@ from dataclasses import dataclass, fields, replace
 
 import pytest
 
+from harness.config.arms import ARMS
 from harness.config.schema import GenerateConfig, RunConfig, TrainConfig
 from harness.config.trial_id import (
+    ADDED,
     FIRST_KEYS,
     NOT_HASHED,
     RENAMED,
@@ -65,13 +67,20 @@ class LaterGenerate(GenerateConfig):
     stops: int = 0
 
 
+@pytest.fixture
+def added(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ADDED, "train.packing", False)
+    monkeypatch.setitem(ADDED, "generate.stops", 0)
+
+
 def with_later_keys(config: RunConfig, *, packing: bool = False, stops: int = 0) -> RunConfig:
     train = {field.name: getattr(config.train, field.name) for field in fields(config.train)}
     generate = {field.name: getattr(config.generate, field.name) for field in fields(config.generate)}
     return replace(config, train=LaterTrain(**train, packing=packing), generate=LaterGenerate(**generate, stops=stops))
 
 
-def test_a_later_key_changes_ids_only_where_it_differs_from_its_default(config) -> None:
+@pytest.mark.usefixtures("added")
+def test_a_later_key_changes_ids_only_where_it_differs_from_its_first_default(config) -> None:
     pinned = PINNED["+method=dpo"]
     assert trial_id(with_later_keys(config), CONTENTS) == pinned
     others = {
@@ -81,7 +90,30 @@ def test_a_later_key_changes_ids_only_where_it_differs_from_its_default(config) 
     assert len(others | {pinned}) == 3
 
 
-def test_a_study_registers_a_later_key_only_where_it_differs_from_its_default(config) -> None:
+@pytest.mark.usefixtures("added")
+def test_a_default_that_changes_later_changes_no_id(config) -> None:
+    """The new default is a setting like any other: a trial that ran with the first one is not taken for it."""
+
+    @dataclass
+    class Changed(TrainConfig):
+        packing: bool = True
+
+    shared = {field.name: getattr(config.train, field.name) for field in fields(config.train)}
+    first, now = (replace(config, train=Changed(**shared, packing=packing)) for packing in (False, True))
+    assert trial_id(first, CONTENTS) == PINNED["+method=dpo"]
+    assert trial_id(now, CONTENTS) == trial_id(with_later_keys(config, packing=True), CONTENTS) != PINNED["+method=dpo"]
+
+
+def test_every_key_has_its_place_in_a_table(config) -> None:
+    """A key that is added needs a row in `ADDED` (or in `NOT_HASHED`), an arm one in `FIRST_KEYS`."""
+    assert {f"method.{arm}" for arm in ARMS} <= FIRST_KEYS.keys()
+    for section in ("train", "generate", "data", "search"):
+        placed = {f"{section}.{key}" for key in FIRST_KEYS[section]} | NOT_HASHED | ADDED.keys()
+        assert {f"{section}.{key}" for key in as_written_then(config)[section]} <= placed
+
+
+@pytest.mark.usefixtures("added")
+def test_a_study_registers_a_later_key_only_where_it_differs_from_its_first_default(config) -> None:
     before = registered_section(config, "train")
     assert list(before) == list(FIRST_KEYS["train"])
     assert registered_section(with_later_keys(config), "train") == before

@@ -18,25 +18,18 @@ from pathlib import Path
 
 from tests.conftest import SMALL
 
-# A study with all stages: two configs an arm are tuned, one is selected, a fresh seed confirms it.
+# A study with all stages: two configs an arm are tuned, one is selected, fresh seeds confirm it.
 STUDY = [
     *SMALL, "+method=simpo,dpo", "study=faults", "arms.dpo.beta=0.05,0.1", "arms.simpo.beta=2,3",
-    "tuning_seeds=[7]", "seed=1", "train.checkpoint_steps=1",
+    "tuning_seeds=[7]", "seed=1,2", "train.checkpoint_steps=1",
 ]  # fmt: skip
 RESULTS = ("scores.csv", "verdict.json")
-MODULES = (
-    *("sweep.app", "train.stage", "train.run", "train.trainers", "train.adapter", "train.packed", "train.logps"),
-    *("generate.answers", "generate.heldout", "score.trial_scores", "report.page", "dashboard", "verify"),
-)
 SEALED = "trials/*/checkpoints/checkpoint-*/consumed.json"
 
 
 def prepare() -> None:
     """Import what a run imports, so that children need not; no thread is started before the forks."""
-    for name in MODULES:
-        importlib.import_module(f"harness.{name}")
-    torch = importlib.import_module("torch")
-    torch.set_num_threads(1)
+    importlib.import_module("tests.servers.preloaded")
     from harness.study.log import prepare_process
 
     prepare_process()

@@ -143,7 +143,7 @@ def served(results: Path) -> Iterator[str]:
 
 def get(url: str, **headers: str) -> tuple[int, str]:
     try:
-        with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=10) as answer:
+        with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=300) as answer:
             return answer.status, answer.read().decode()
     except urllib.error.HTTPError as error:
         return error.code, ""
@@ -221,12 +221,12 @@ def test_a_live_page_shows_progress_and_loss_curves(browser, served: str, result
     errors: list[str] = []
     page.on("pageerror", lambda error: errors.append(str(error)))
     page.goto(f"{served}/")
-    page.locator("#curves p").first.wait_for(timeout=8000)
+    page.locator("#curves p").first.wait_for(timeout=300_000)
     assert "half, simpo: step 1 of 10, loss 0.7000" in page.inner_text(
         "#curves"
     ) or "half, dpo: step 1" in page.inner_text("#curves")
     assert "2 of 6" in page.locator("tr[data-name=half]").inner_text()
     write_json(trial / "manifest.json", read_json(trial / "manifest.json") | {"status": "complete"})
-    page.locator("tr[data-name=half]", has_text="3 of 6").wait_for(timeout=8000)
+    page.locator("tr[data-name=half]", has_text="3 of 6").wait_for(timeout=300_000)
     assert errors == []
     context.close()

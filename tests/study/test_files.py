@@ -101,9 +101,8 @@ def test_each_state_of_a_file_is_read_once(tmp_path: Path) -> None:
     assert files.sha256(path) == file_sha256(path)
 
 
-def test_contents_are_kept_up_to_a_limit_and_read_again_beyond(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("harness.study.files._KEPT_BYTES", 10)
-    files = FileCache()
+def test_contents_are_kept_up_to_a_limit_and_read_again_beyond(tmp_path: Path) -> None:
+    files = FileCache(max_bytes=10)
     for name in "abc":
         files.write_text(tmp_path / name, name * 6)
     assert [files.content(tmp_path / name) for name in "abc"] == [b"aaaaaa", b"bbbbbb", b"cccccc"]

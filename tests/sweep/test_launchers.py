@@ -89,7 +89,7 @@ def ray_cluster(tmp_path: Path):
             yield f"127.0.0.1:{port}", head
         finally:
             head.terminate()  # it ends all that it started
-            head.wait(60)
+            head.wait(600)
             head.stdout.close()
 
 
@@ -223,6 +223,7 @@ from harness.config.launchers import LAUNCHERS
 from harness.config.machine import Machine
 from harness.sweep.launchers import Slots
 slots = Slots(Machine.here())
+print("asks", flush=True)
 print(*slots.take(LAUNCHERS[sys.argv[1]], int(sys.argv[2])), os.environ["CUDA_VISIBLE_DEVICES"], flush=True)
 time.sleep(3600)
 """
@@ -230,9 +231,12 @@ time.sleep(3600)
 
 def worker(tmp_path: Path, *, launcher: str = "submitit_local", count: int = 1, gpus: str = "2,5") -> subprocess.Popen:
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": gpus, "TMPDIR": str(tmp_path)}
-    return subprocess.Popen(
+    process = subprocess.Popen(
         [sys.executable, "-c", TAKE, launcher, str(count)], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True
     )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "asks\n", "from here on it waits for nothing but its places"
+    return process
 
 
 def test_trials_of_several_processes_take_as_many_gpus_and_never_wait_for_half_of_them(tmp_path: Path) -> None:
@@ -261,7 +265,7 @@ def wait_for_a_line(workers: list[subprocess.Popen]) -> list[tuple[subprocess.Po
     """Wait until a worker has said which places it took, and a moment longer for others."""
     ready, _, _ = select.select([process.stdout for process in workers], [], [], 600)
     assert ready, "no worker took its places"
-    time.sleep(2)
+    time.sleep(2)  # all have asked before
     ready, _, _ = select.select([process.stdout for process in workers], [], [], 0)
     return [(process, process.stdout.readline()) for process in workers if process.stdout in ready]
 

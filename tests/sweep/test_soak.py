@@ -65,7 +65,10 @@ def test_the_progress_bar_asks_only_trials_that_have_scores_and_are_not_known_to
     monkeypatch.setattr(launch.Trial, "is_complete", lambda trial, files: asked.append(trial.seed) or len(asked) > 1)
     monkeypatch.setattr(launch, "POLL_SECONDS", 0.01)
     with launch.show_progress([begun, never], FileCache()):
-        time.sleep(0.5)
+        deadline = time.monotonic() + 300
+        while len(asked) < 2 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(0.1)  # ten more rounds
     assert asked == [begun.seed] * 2
 
 
@@ -100,10 +103,16 @@ def large() -> Study:
 
 
 def test_the_tables_of_2000_trials_take_seconds(large: Study) -> None:
-    """Not a pass over all scores for each trial, which took most of a minute."""
+    """Not a pass over all scores for each trial: each of the 2,000 would take as long as this one."""
+    start = time.process_time()
+    for _ in range(20):
+        large.scores[(large.scores["arm"] == "dpo") & (large.scores["config"] == "beta=1")].groupby("seed")[
+            "score"
+        ].mean()
+    one_pass = (time.process_time() - start) / 20
     start = time.process_time()
     table, tried = trial_table(large), tried_configs(large)
-    assert time.process_time() - start < 3
+    assert time.process_time() - start < 500 * one_pass
     assert table is not None
     assert set(table.frame["checks on dev"]) == {"50.0%"}
     assert [len(configs) for configs in tried.values()] == [500, 500]

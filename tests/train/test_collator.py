@@ -15,7 +15,7 @@ from harness.data.plan import ConsumedTokens
 from harness.sweep.problems import load_run
 from harness.train.collator import COLLATED, PACKED, Collated, PairCollator, TensorComparison, checksum
 from harness.train.memory import plan_of
-from harness.train.packed import pack
+from harness.train.packed import groups_of, pack
 from harness.train.run import build_trainer, train_arm
 from tests.conftest import load_base, tokens_of, training_overrides
 
@@ -81,12 +81,38 @@ def change_a_packed_target(batch: Batch) -> None:
     batch[PACKED].targets[-1] += 1
 
 
+def swap_two_answers_in_the_packed_row(batch: Batch) -> None:
+    """The same tokens in another order, and all that belongs to it: a packed row of other pairs than the padded one."""
+    rows = batch[COLLATED].rows
+    batch[PACKED] = pack(
+        groups_of([replace(r, chosen_ids=r.rejected_ids, rejected_ids=r.chosen_ids) for r in rows], share_prefix=True)
+    )
+
+
+def move_a_position(batch: Batch) -> None:
+    batch[PACKED].position_ids[0, -1] += 1
+
+
+def predict_from_other_rows(batch: Batch) -> None:
+    predicting = batch[PACKED].predicting
+    predicting[[0, -1]] = predicting[[-1, 0]]
+
+
 def drop_the_packed_row(batch: Batch) -> None:
     del batch[PACKED]
 
 
 STOCK: list[Callable[[Batch], None]] = [swap_padded_rows, change_a_padded_token, mask_a_token, change_a_label]
-PAIRED = [*STOCK, swap_packed_rows, change_a_packed_token, change_a_packed_target, drop_the_packed_row]
+PAIRED = [
+    *STOCK,
+    swap_packed_rows,
+    change_a_packed_token,
+    change_a_packed_target,
+    drop_the_packed_row,
+    swap_two_answers_in_the_packed_row,
+    move_a_position,
+    predict_from_other_rows,
+]
 
 
 @pytest.mark.parametrize(("arm", "engine"), ENGINES)
