@@ -6,7 +6,6 @@ Input: trials -> output: how they ended, in the same order. A job whose worker d
 from __future__ import annotations
 
 import contextlib
-import importlib
 import shutil
 import tempfile
 import threading
@@ -51,7 +50,9 @@ class Launching:
     def __init__(self, kind: Launcher, launcher: HydraLauncher | None, context: Context) -> None:
         self.kind, self._hydra, self._context = kind, launcher, context
         if kind.has_queue:
-            importlib.import_module("harness.sweep.slurm_queue").watch_queue()
+            from harness.sweep.slurm_queue import watch_queue  # imports submitit, an extra
+
+            watch_queue()
 
     @classmethod
     def configured(cls, master: DictConfig, hydra: HydraContext, context: Context) -> Launching:

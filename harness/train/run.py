@@ -1,4 +1,4 @@
-"""Train one arm with TRL: rows and plan in, adapter (or full model) and the log of every step out."""
+"""Train one arm with TRL: rows, plan and learning rate in; adapter (or full model) and the log of every step out."""
 
 from __future__ import annotations
 

@@ -343,6 +343,9 @@ def test_a_family_is_one_study_for_each_value(tmp_path: Path) -> None:
         0.0: "noise-label_noise",
         0.5: "noise-label_noise",
     }
+    sweep(tmp_path, "seed=1", "study=noise-label_noise-0.5", "data.label_noise=0.5", "data.max_dev_prompts=4")
+    again = read_study(tmp_path / "noise-label_noise-0.5" / "study.yaml")
+    assert again["family"] == studies["noise-label_noise-0.5"]["family"], "one level alone stays in its family"
     for name in studies:
         report = (tmp_path / name / "report.md").read_text()
         assert "label\\_noise=0 " in report
