@@ -1,4 +1,4 @@
-"""The interval of a difference and its tests, on arrays of shape (num_seeds, num_prompts): seeds unpaired, prompts paired.
+"""The interval of a difference and its tests, on arrays (num_seeds, num_prompts): seeds unpaired, prompts paired.
 
 Training seeds and golden prompts are both samples: a rule that counts only one of them finds winners where there are
 none (15 to 50% of the time in simulations at a nominal 5%). numpy and scipy only; nothing is drawn at random.
