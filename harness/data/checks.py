@@ -1,8 +1,8 @@
 """Completion and verifiable checks -> failed checks; rows of golden sets -> checks.
 
-A check is a mapping with one key, such as `{"max_words": 3}`; the kinds are the keys of `CHECKS`. Checks of text may have
-a second key, `fold`: `{"contains": "it's", "fold": true}` takes all white space for a space and all quotes for straight
-ones. Texts are compared in Unicode's normal form NFC. No check takes longer than `SECONDS`.
+A check is a mapping with one key, such as `{"max_words": 3}`; the kinds are the keys of `CHECKS`. Checks of text may
+have a second key, `fold`: `{"contains": "it's", "fold": true}` takes all white space for a space and all quotes for
+straight ones. Texts are compared in Unicode's normal form NFC. No check takes longer than `SECONDS`.
 """
 
 from __future__ import annotations

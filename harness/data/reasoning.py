@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 KEEP, DROP = "keep", "drop"
-_TURN_KEYS = frozenset({"thinking", "reasoning", "reasoning_content"})  # keys of a turn that templates render as a block
+_TURN_KEYS = frozenset(
+    {"thinking", "reasoning", "reasoning_content"}
+)  # keys of a turn that templates render as a block
 
 
 @dataclass(frozen=True)
@@ -46,8 +48,8 @@ class _Form:
 
 
 def _form(opens: str, closes: str, *tokens: str, closes_alone: bool = True, must_close: bool = False) -> _Form:
-    patterns = (re.compile(pattern, re.IGNORECASE) for pattern in (opens, closes, rf"(?:{opens})\s*\Z"))
-    return _Form(*patterns, tokens, closes_alone, must_close)
+    begin, end, ends_prompt = (re.compile(pattern, re.IGNORECASE) for pattern in (opens, closes, rf"(?:{opens})\s*\Z"))
+    return _Form(begin, end, ends_prompt, tokens, closes_alone, must_close)
 
 
 def _tag(name: str) -> _Form:

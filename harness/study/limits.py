@@ -1,4 +1,4 @@
-"""A limit on the CPU time of one computation: `with time_limit(seconds)` -> the block ends, or raises `TooSlowError`."""
+"""A limit on the CPU time of a computation: `with time_limit(seconds)` -> the block ends, or raises `TooSlowError`."""
 
 from __future__ import annotations
 
