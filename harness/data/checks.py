@@ -29,6 +29,11 @@ FOLD = "fold"
 _NUMBER = re.compile(r"(?:(?<![\w)\]])[-−])?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?")
 
 
+# Checks that took too long in this process, each with its answer: a trial asks for the same check several times.
+_slow: set[tuple[str, str, str]] = set()
+_MAX_SLOW = 1000
+
+
 class UncheckedError(ValueError):
     """A check that took too long, named."""
 
@@ -97,14 +102,20 @@ def failed_checks(completion: str, checks: Sequence[Mapping[str, Json]], *, ende
 
 
 def _passes(kind: str, value: Json, text: str, is_folded: Json, *, ended: bool) -> bool:
+    name = f"{kind}: {shown(value)}"
     if kind in _TEXT_KINDS:
         value = [(fold if is_folded else normal)(one) for one in _as_texts(value)]
+    slow = (kind, str(value), text)
     try:
+        if slow in _slow:
+            raise TooSlowError
         with time_limit(SECONDS):
             return CHECKS[kind](text, value, ended)
     except (TooSlowError, RecursionError, MemoryError) as error:
+        if len(_slow) < _MAX_SLOW:
+            _slow.add(slow)
         raise UncheckedError(
-            f"the check {kind}: {shown(value)} needs more than {SECONDS:g} s for an answer of {len(text):,} characters"
+            f"the check {name} needs more than {SECONDS:g} s for an answer of {len(text):,} characters"
         ) from error
 
 

@@ -150,7 +150,7 @@ def _check_annotation(path: Path, number: int, row: Mapping[str, Any]) -> None:
         raise UsageError(f"{path}: annotation {number}: preference {value!r}; allowed: 1 to 2, or 0 for a draw")
     for column in ("instruction", "output_1", "output_2"):
         if row[column] is not None and not isinstance(row[column], str):
-            kind = type(row[column])._name_
+            kind = type(row[column]).__name__
             raise UsageError(f"{path}: annotation {number}: {column} is of type {kind}; allowed: text")
 
 
