@@ -56,7 +56,7 @@ def _tag(name: str) -> _Form:
     return _form(rf"<{name}>", rf"</{name}>", f"<{name}>", f"</{name}>")
 
 
-_CHANNEL = r"(?:(?:<\|start\|>)?assistant)?<\|channel\|>"
+_CHANNEL = r"(?:(?:<\|start\|>\s*)?assistant\s*)?<\|channel\|>\s*"
 _FORMS = (
     *map(_tag, ("think", "thinking", "thought", "thoughts", "reasoning", "seed:think")),
     _form(r"\[THINK\]", r"\[/THINK\]", "[THINK]", "[/THINK]"),  # Magistral
@@ -74,7 +74,7 @@ _FORMS = (
     ),
     _form(  # gpt-oss
         rf"{_CHANNEL}(?:analysis|commentary)[^<]{{0,80}}<\|message\|>",
-        r"<\|end\|>|(?=<\|start\|>assistant)|(?=<\|channel\|>)",
+        r"<\|end\|>|(?=<\|start\|>\s*assistant)|(?=<\|channel\|>)",
         *("<|channel|>", "<|message|>", "<|start|>", "<|end|>", "<|return|>"),
         closes_alone=False,
     ),
@@ -124,7 +124,8 @@ def part(text: str, *, before: str = "", unopened: bool = True) -> Parted:
     blocks = list(_blocks(text, before, unopened=unopened))
     if not blocks:
         return Parted(_without_frame(text))
-    spans = tuple((block.start, block.end) for block in blocks)
+    starts = [0, *(block.start for block in blocks[1:])]  # the answer opens with the first one
+    spans = tuple((start, block.end) for start, block in zip(starts, blocks, strict=True))
     kept = [text[end:start] for (_, end), (start, _) in zip([(0, 0), *spans], [*spans, (len(text), 0)], strict=True)]
     thinking = "\n\n".join(inner for block in blocks if (inner := text[block.inner : block.close].strip()))
     return Parted(_without_frame("".join(kept).lstrip()), thinking, blocks[-1].closed, spans)
@@ -268,8 +269,9 @@ class AnswerReader:
         return self._tokenizer.decode([token for token in ids if token not in self._hidden])
 
     def _tokens_before(self, ids: Sequence[int], position: int) -> int:
-        """Return how many tokens it takes to reach a place in the text."""
-        return bisect.bisect_left(range(len(ids)), position, key=lambda count: len(self._text_of(ids[:count])))
+        """Return how many tokens end before a place in the text, or at it."""
+        counts = range(1, len(ids) + 1)
+        return bisect.bisect_right(counts, position, key=lambda count: len(self._text_of(ids[:count])))
 
 
 def _has_token(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
