@@ -39,7 +39,7 @@ EXTRA = "pip install 'dpo-simpo-harness[lm-eval]'"
 SENTENCES = "python -m nltk.downloader punkt_tab"
 PREFIX = "lm_eval:"
 _FILE = "benchmarks.jsonl"
-_IFEVAL_SECONDS = 0.7  # of CPU time for all instructions of one answer
+_IFEVAL_SECONDS = 0.5  # of CPU time for all instructions of one answer
 _SHOWN = 2000  # characters of the library's error output in a message
 _IFEVAL_METRICS = {True: "prompt_level_strict_acc", False: "prompt_level_loose_acc"}
 
