@@ -11,7 +11,6 @@ import functools
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from decimal import Decimal
 from typing import Any
 
 import regex
@@ -26,7 +25,7 @@ from harness.study.limits import TooSlowError, can_limit, time_limit
 SECONDS = 0.3  # of CPU time for one check of one answer
 FOLD = "fold"
 
-_NUMBER = re.compile(r"(?:(?<![\w)\]])[-−])?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?")
+_NUMBER = re.compile(r"(?:(?<![\w)\]])[-−])?(?:\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)")
 
 
 # Checks that took too long in this process, each with its answer: a trial asks for the same check several times.
@@ -59,14 +58,15 @@ def _finds(value: str, text: str) -> bool:
         raise TooSlowError from error
 
 
-def _number(text: str) -> Decimal:
-    return Decimal(text.replace(",", "").replace("−", "-"))
+def last_number(text: str) -> float | None:
+    """Return the last number of a text, of what stands behind #### where that is there (GSM8K); None without one."""
+    found = _NUMBER.findall(text.rpartition("####")[2])
+    return float(found[-1].replace(",", "").replace("−", "-")) if found else None
 
 
 def _ends_in_number(text: str, value: float | str) -> bool:
-    """Return whether the last number in the text is this one: GSM8K's rule."""
-    found = _NUMBER.findall(text)
-    return bool(found) and _number(found[-1]) == _number(str(value))
+    number, wanted = last_number(text), last_number(value) if isinstance(value, str) else value
+    return number is not None and wanted is not None and math.isclose(number, wanted, rel_tol=1e-9)
 
 
 # Each takes (answer without outer white space, the check's value, whether the policy ended its turn).
@@ -189,21 +189,3 @@ def _read_check(check: Json) -> Check:
     if is_folded and kind not in _FOLDABLE:
         raise RowError(f"check `{kind}`: `fold` changes nothing here; allowed with {', '.join(_FOLDABLE)}; remove it")
     return {kind: value, FOLD: True} if is_folded else {kind: value}
-
-
-def answer_check(kind: str, answer: str) -> Check:
-    """Return the check that an answer equals, contains or ends in the reference answer of its row.
-
-    Args:
-        kind: `equals`, `contains` or `number`.
-        answer: the reference: for `number`, a text whose last number counts, as GSM8K's `... #### 1,234`.
-
-    Raises:
-        RowError: for an empty reference, or one without a number.
-    """
-    if kind != "number":
-        return _read_check({kind: answer.strip()})
-    found = _NUMBER.findall(answer)
-    if not found:
-        raise RowError(f"the answer {shown(answer)} holds no number; use data.answer_check=equals or contains")
-    return _read_check({kind: found[-1]})

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from harness.data.checks import CHECKS, UncheckedError, answer_check, failed_checks, read_checks
+from harness.data.checks import CHECKS, UncheckedError, failed_checks, last_number, read_checks
 from harness.data.conversations import RowError
 from harness.score.trial_scores import (
     completion_flags,
@@ -135,11 +135,23 @@ class TestReadingChecks:
         with pytest.raises(RowError, match=re.escape(said)):
             read_checks([check])
 
-    def test_a_reference_answer_becomes_a_check(self) -> None:
-        assert answer_check("number", "3 boxes of 4\n#### 1,234") == {"number": "1,234"}
-        assert answer_check("contains", " Lima ") == {"contains": "Lima"}
-        with pytest.raises(RowError, match="holds no number"):
-            answer_check("number", "none of them")
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("3 boxes of 4\n#### 1,234", 1234),
+        ("so 41 + 1 = 42.", 42),
+        ("from -5 to −7.5", -7.5),
+        ("10-3", 3),
+        ("about .5", 0.5),
+        ("**$1,000,000**", 1e6),
+        ("٤٢", 42),
+        ("1 and 2 #### none", None),
+        ("no number", None),
+    ],
+)
+def test_the_last_number_counts(text: str, number: float | None) -> None:
+    assert last_number(text) == number
 
 
 @pytest.mark.parametrize(
