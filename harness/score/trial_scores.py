@@ -54,7 +54,7 @@ def score_trial(
         flag = "collapsed"
     manifest["flags"] = [flag] if flag else []
     manifest["degenerate"] = _shares_by_split(outputs)
-    warnings = manifest["warnings"]
+    warnings = manifest["warnings"] + unanswered_warnings(outputs.completions)
     if base is not None:
         warnings = warnings + cut_off_warnings(manifest["degenerate"], _shares_by_split(before))
         warnings = warnings + unchanged_warnings(outputs.completions, before.completions)
@@ -273,6 +273,22 @@ def unchanged_warnings(completions: Sequence[CompletionRow], base: Sequence[Comp
             warnings.append(
                 f"{share:.0%} of the answers to {split} are the SFT base's own, word for word: training has hardly "
                 "changed the policy; look at the learning rate, the number of pairs and of epochs"
+            )
+    return warnings
+
+
+def unanswered_warnings(completions: Sequence[CompletionRow]) -> list[str]:
+    """Warn of each split on which most answers stop in their thinking."""
+    warnings = []
+    for split in sorted({row["split"] for row in completions}):
+        rows = [row for row in completions if row["split"] == split]
+        share = sum("thinking" in row and not row["ended"] and not row["completion"].strip() for row in rows) / len(
+            rows
+        )
+        if share > CUT_OFF_SHARE:
+            warnings.append(
+                f"{share:.0%} of the answers to {split} stop in their thinking and count as cut off; raise "
+                "generate.max_new_tokens, or see whether the chat template opens a block that the model does not close"
             )
     return warnings
 

@@ -16,6 +16,7 @@ from harness.score.trial_scores import (
     cut_off_warnings,
     degenerate_shares,
     is_collapsed,
+    unanswered_warnings,
     unchanged_warnings,
 )
 
@@ -311,6 +312,14 @@ def test_a_policy_that_is_cut_off_while_it_thinks_has_not_collapsed() -> None:
     assert not is_collapsed(thinking, good)
     assert degenerate_shares(thinking)["same_answer"] == 0
     assert completion_flags("", ended=True, thought=True) == ["empty"]
+
+
+def test_answers_that_stop_in_their_thinking_are_warned_of() -> None:
+    stopped = {"split": "golden", "completion": "", "ended": False, "thinking": "hm"}
+    answered = {"split": "golden", "completion": "Yes.", "ended": True, "thinking": "hm"}
+    (warning,) = unanswered_warnings([stopped, stopped, answered])
+    assert warning.startswith("67% of the answers to golden stop in their thinking and count as cut off; raise")
+    assert unanswered_warnings([stopped, answered, answered]) == unanswered_warnings([]) == []
 
 
 def test_a_policy_that_answers_as_the_base_does_is_warned_of() -> None:
