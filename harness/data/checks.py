@@ -54,7 +54,7 @@ def _finds(value: str, text: str) -> bool:
         return _pattern(value).search(text) is not None
     try:  # Python's own `re` cannot be stopped here; `regex` differs from it in rare patterns
         return regex.search(value, text, timeout=SECONDS) is not None
-    except TimeoutError as error:
+    except (TimeoutError, regex.error) as error:
         raise TooSlowError from error
 
 

@@ -274,6 +274,12 @@ class AnswerReader:
         return bisect.bisect_right(counts, position, key=lambda count: len(self._text_of(ids[:count])))
 
 
+def close_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Return the id of the token that ends reasoning in a vocabulary; None where there is none."""
+    tokens = [form.tokens[1] for form in _FORMS if form.closes_alone and _has_token(tokenizer, form.tokens[0])]
+    return next((tokenizer.convert_tokens_to_ids(text) for text in tokens if _has_token(tokenizer, text)), None)
+
+
 def _has_token(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
     found = tokenizer.convert_tokens_to_ids(text)
     return found is not None and found != tokenizer.unk_token_id

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 from harness.config.checkpoint import Checkpoints
 from harness.config.schema import BenchmarkConfig, ScoreConfig
 from harness.config.trial_id import plain
+from harness.data.reasoning import close_token
 from harness.score.answers import Base, Key, Run, Score, Stored, TrialOutputs, rows_if_any
 from harness.study.errors import UsageError
 from harness.study.files import Json, digest, file_sha256, mapping, read_json, write_json, write_jsonl
@@ -319,7 +320,12 @@ def _rows_of_policy(
     from lm_eval.models.huggingface import HFLM
 
     result = lm_eval.simple_evaluate(
-        model=HFLM(pretrained=policy, tokenizer=tokenizer, batch_size=config.batch_size),
+        model=HFLM(
+            pretrained=policy,
+            tokenizer=tokenizer,
+            batch_size=config.batch_size,
+            think_end_token=close_token(tokenizer),  # what is generated is scored without its reasoning
+        ),
         tasks=list(config.tasks),
         task_manager=manager,
         num_fewshot=config.num_fewshot,

@@ -8,7 +8,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from harness.data.reasoning import AnswerReader, Parted, part, without_reasoning
+from harness.data.reasoning import AnswerReader, Parted, close_token, part, without_reasoning
 from harness.data.records import Pair
 
 SPELLINGS = {
@@ -128,6 +128,11 @@ class TestTokenIds:
         found, tokens = AnswerReader(tokenizer, "auto").read(asked, ids)
         assert (found.answer, found.thinking, tokens) == ("seven", "because", 2)
         assert not AnswerReader(tokenizer, "auto").read(asked, ids[:1])[0].closed
+
+    def test_the_close_mark_of_a_vocabulary_is_known(self) -> None:
+        tokenizer = words("[THINK]", "[/THINK]", special=True)
+        assert tokenizer.convert_ids_to_tokens(close_token(tokenizer)) == "[/THINK]"
+        assert close_token(words(special=False)) is None
 
     def test_keep_changes_nothing(self) -> None:
         tokenizer = words("<think>", "</think>", special=False)
