@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import re
 import shlex
 import sys
@@ -15,19 +14,18 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict
-
-import numpy as np
-import pandas as pd
+from typing import Any
 
 from harness.config.arms import ARMS, BASE
 from harness.data.inputs import prompt_row
-from harness.data.records import prompt_id
+from harness.data.reasoning import part
+from harness.data.records import Completion
 from harness.data.splits import evaluation_prompts
 from harness.data.table import read_table
+from harness.data.unicode import count_words
+from harness.score.annotations import GIVEN_CONFIG, RunKey, annotation_scores, read_all_annotations, thinking_notes
 from harness.score.answers import read_outputs
-from harness.score.length_control import length_controlled
-from harness.score.trial_scores import completion_flags, trial_folders
+from harness.score.trial_scores import completion_row, trial_folders
 from harness.study.errors import UsageError, in_one_sentence
 from harness.study.files import digest, file_sha256, read_jsonl, write_jsonl, write_text
 from harness.study.integrity import fingerprints
@@ -38,21 +36,8 @@ from harness.study.scores_csv import write_scores
 from harness.study.text import one_line
 
 GIVEN = "given answers"  # study.yaml's model of a study of given answers
-_CONFIG = "given"
 _MAX_BAD = 0.01
 _RUN = re.compile(r"([a-z_]+)(?::(\d+))?=(.+)")
-
-RunKey = tuple[str, int]  # arm, seed
-
-
-class Annotation(TypedDict):
-    """One row of AlpacaEval's annotations.json; preference: 1 (output_1 wins) to 2 (output_2 wins), 0 for a draw."""
-
-    instruction: str
-    output_1: str | None
-    output_2: str | None
-    preference: float | None
-    generator_2: NotRequired[str]
 
 
 @dataclass(frozen=True)
@@ -104,9 +89,11 @@ def _export(options: argparse.Namespace) -> str:
 
 def _annotations(options: argparse.Namespace) -> str:
     runs = {key: Path(path) for key, path in _read_runs(options.runs).items()}
-    write_scores(options.out, annotation_scores(runs))
+    rows = read_all_annotations(runs)
+    write_scores(options.out, annotation_scores(rows))
     arms = ",".join(dict.fromkeys(arm for arm, _ in runs))
-    return f"{options.out}\nNow: python -m harness.decide {options.out} --metric win_rate --arms {arms}"
+    notes = "".join(f"{note}\n" for note in thinking_notes(rows))
+    return f"{notes}{options.out}\nNow: python -m harness.decide {options.out} --metric win_rate --arms {arms}"
 
 
 def _outputs(options: argparse.Namespace) -> str:
@@ -218,89 +205,12 @@ def markdown_counts(text: str) -> dict[str, dict[str, int]]:
     """Count headings, list items and bold spans outside of code, as Arena-Hard's style control does."""
     text = re.sub("```([^`]*)```", "", text)
     headings = {f"h{n}": len(re.findall(rf"^#{{{n}}}\s", text, re.MULTILINE)) for n in range(1, 7)}
-    items = {
-        "ordered": len(re.findall(r"^\s*\d+\.\s", text, re.MULTILINE)),
-        "unordered": len(re.findall(r"^\s*[-*+]\s", text, re.MULTILINE)),
+    items = {  # Arena-Hard's `^\s*` runs over empty lines, to the same counts in quadratic time
+        "ordered": len(re.findall(r"^[^\S\n]*\d+\.\s", text, re.MULTILINE)),
+        "unordered": len(re.findall(r"^[^\S\n]*[-*+]\s", text, re.MULTILINE)),
     }
     bold = {"**": len(re.findall(r"\*\*[^*\n]+\*\*", text)), "__": len(re.findall(r"__[^_\n]+__", text))}
     return {"header_count": headings, "list_count": items, "bold_count": bold}
-
-
-def annotation_scores(runs: Mapping[RunKey, Path]) -> pd.DataFrame:
-    """Return scores in long form from annotations, one file per run: `win_rate` and `length_controlled`.
-
-    The length-controlled scores leave out the instruction difficulty, which AlpacaEval publishes on the Hub alone.
-    """
-    frames = []
-    for (arm, seed), path in runs.items():
-        rows = read_annotations(path)
-        wins = preferences(rows)
-        known = ~np.isnan(wins)
-        controlled = np.full(len(rows), math.nan)
-        controlled[known] = length_controlled(wins[known], differences(rows)[known]).pseudo_values
-        for scorer, scores in (("win_rate", wins), ("length_controlled", controlled)):
-            frames.append(_score_frame(arm, seed, rows, scorer, scores))
-    return pd.concat(frames, ignore_index=True)
-
-
-def read_annotations(path: Path) -> list[Annotation]:
-    """Return the annotations of one model.
-
-    Raises:
-        UsageError: for a file that is not of AlpacaEval's form, of several models, or a preference out of range.
-    """
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path}: not readable as JSON ({error}); give AlpacaEval's annotations.json") from error
-    needed = {"instruction", "output_1", "output_2", "preference"}
-    is_list = isinstance(rows, list) and bool(rows)
-    if not is_list or not all(isinstance(row, dict) and needed <= row.keys() for row in rows):
-        raise UsageError(f"{path}: not AlpacaEval's annotations: a list of objects with {', '.join(sorted(needed))}")
-    models = {str(row.get("generator_2", "")) for row in rows}
-    if len(models) > 1:
-        raise UsageError(
-            f"{path}: annotations of several models ({', '.join(sorted(models))}); give one file per model"
-        )
-    for number, row in enumerate(rows, start=1):
-        value = row["preference"]
-        if value is not None and not (
-            isinstance(value, int | float) and (value == 0 or 1 <= value <= 2 or math.isnan(value))
-        ):
-            raise UsageError(f"{path}: annotation {number}: preference {value!r}; allowed: 1 to 2, or 0 for a draw")
-    return rows
-
-
-def preferences(rows: Sequence[Annotation]) -> np.ndarray:
-    """Return the model's preferences in [0, 1], shape (num_rows,); NaN where the judge gave none."""
-    coded = np.array([math.nan if row["preference"] is None else float(row["preference"]) for row in rows])
-    return np.where(coded == 0, 0.5, coded - 1)
-
-
-def differences(rows: Sequence[Annotation]) -> np.ndarray:
-    """Return the model's characters minus the baseline's, shape (num_rows,)."""
-    return np.array([float(len(row["output_2"] or "") - len(row["output_1"] or "")) for row in rows])
-
-
-def _score_frame(arm: str, seed: int, rows: Sequence[Annotation], scorer: str, scores: np.ndarray) -> pd.DataFrame:
-    ids = pd.Series([prompt_id([{"role": "user", "content": row["instruction"]}]) for row in rows])
-    again = ids.groupby(ids).cumcount()  # AlpacaEval has a few instructions twice: each is a prompt of its own
-    columns = {
-        "arm": arm,
-        "config": _CONFIG,
-        "seed": seed,
-        "split": "golden",
-        "prompt_id": ids.where(again == 0, ids + "#" + again.astype(str)),
-        "scorer": scorer,
-        "score": scores,
-        "cluster": ids,
-        "tokens": None,
-        "chars": [len(row["output_2"] or "") for row in rows],
-        "unscored_reason": ["the judge gave no preference" if math.isnan(score) else "" for score in scores],
-        "stage": "confirm",
-        "flag": "",
-    }
-    return pd.DataFrame(columns)
 
 
 def adopt(
@@ -361,7 +271,7 @@ def _registration(
         "question": "Which of the given answers are better?",
         "arms": arms,
         "contrast": contrast_of(arms),
-        "configs": {arm: [_CONFIG] for arm in arms},
+        "configs": {arm: [GIVEN_CONFIG] for arm in arms},
         "seeds": {arm: [seed for one, seed in runs if one == arm] for arm in arms},
         "tuned": [],
         "tuning_seeds": [],
@@ -390,7 +300,7 @@ def _write_run(folder: Path, key: RunKey, prompts: Sequence[PromptRow], answers:
     manifest: Manifest = {
         "trial_id": folder.name,
         "arm": arm,
-        "config": _CONFIG if arm != BASE else "base",
+        "config": GIVEN_CONFIG if arm != BASE else "base",
         "seed": seed,
         "status": "complete",
         "flags": [],
@@ -405,15 +315,14 @@ def _write_run(folder: Path, key: RunKey, prompts: Sequence[PromptRow], answers:
 
 
 def _completion(row: PromptRow, answer: str) -> CompletionRow:
-    return {
-        "split": "golden",
-        "prompt_id": row["prompt_id"],
-        "prompt": row["prompt"][-1]["content"],
-        "completion": answer,
-        "tokens": len(answer.split()),  # words: the tokenizer of the answers is not known
-        "ended": True,
-        "flags": completion_flags(answer, ended=True),
-    }
+    """Return an answer's row; its tokens are words, since the tokenizer is not known."""
+    parted = part(answer)
+    words = count_words(parted.answer)
+    thinking = max(1, count_words(parted.thinking)) if parted.spans else 0
+    prompt, name = row["prompt"][-1]["content"], row["prompt_id"]
+    return completion_row(
+        Completion("golden", name, prompt, parted.answer, words, parted.closed, parted.thinking, thinking)
+    )
 
 
 if __name__ == "__main__":

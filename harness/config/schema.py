@@ -214,6 +214,8 @@ class GenerateConfig:
         temperature: 0 is greedy; a higher one answers as a product that samples.
         top_p: probability mass to sample from, with a temperature.
         seed: of the sampling.
+        reasoning: blocks as `<think>`. `auto` and `drop` cut them off before answers are scored; `drop` also takes them
+            out of both answers of each pair. `keep` scores and trains on them: to decide on the reasoning, too.
     """
 
     backend: str | None = bounded(None, choices=("transformers", "vllm"))
@@ -222,6 +224,7 @@ class GenerateConfig:
     temperature: float = bounded(0.0, at_least=0.0, at_most=10.0)
     top_p: float = bounded(1.0, above=0.0, at_most=1.0)
     seed: int = bounded(0, at_least=0, at_most=MAX_SEED)
+    reasoning: str = bounded("auto", choices=("auto", "keep", "drop"))
 
 
 class Structured(Enum):

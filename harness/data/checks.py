@@ -1,33 +1,72 @@
 """Completion and verifiable checks -> failed checks; rows of golden sets -> checks.
 
-A check is a mapping with one key, such as `{"max_words": 3}`. The kinds are the keys of `CHECKS`.
+A check is a mapping with one key, such as `{"max_words": 3}`; the kinds are the keys of `CHECKS`. Checks of text may
+have a second key, `fold`: `{"contains": "it's", "fold": true}` takes all white space for a space and all quotes for
+straight ones. Texts are compared in Unicode's normal form NFC. No check takes longer than `SECONDS`.
 """
 
 from __future__ import annotations
 
-import json
+import functools
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import regex
+
 from harness.data.conversations import RowError, check_unicode, shown
 from harness.data.records import Check
+from harness.data.rfc8259 import is_json
+from harness.data.unicode import count_words, ends_as_sentences_do, fold, normal
 from harness.study.files import Json
+from harness.study.limits import TooSlowError, can_limit, time_limit
 
-# Endings of a complete answer: closing punctuation, quotes, brackets, a code fence or emphasis.
-_PROPER_END = re.compile(r"[.!?…。！？:;)\]}>\"'”’»`*|]$")
+SECONDS = 0.3  # of CPU time for one check of one answer
+FOLD = "fold"
+
+_NUMBER = re.compile(r"(?:(?<![\w)\]])[-−])?(?:\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)")
+
+
+# Checks that took too long in this process, each with its answer: a trial asks for the same check several times.
+_slow: set[tuple[str, str, str]] = set()
+_MAX_SLOW = 1000
+
+
+class UncheckedError(ValueError):
+    """A check that took too long, named."""
 
 
 def _as_texts(value: Any) -> list[str]:
     return [value] if isinstance(value, str) else list(value)
 
 
-def _is_json(text: str) -> bool:
+@functools.lru_cache(maxsize=256)
+def _pattern(value: str) -> re.Pattern[str]:
     try:
-        json.loads(text)
-    except ValueError:
-        return False
-    return True
+        return re.compile(normal(value))
+    except re.error:  # its normal form is no pattern
+        return re.compile(value)
+
+
+def _finds(value: str, text: str) -> bool:
+    if can_limit():
+        return _pattern(value).search(text) is not None
+    try:  # Python's own `re` cannot be stopped here; `regex` differs from it in rare patterns
+        return regex.search(value, text, timeout=SECONDS) is not None
+    except (TimeoutError, regex.error) as error:
+        raise TooSlowError from error
+
+
+def last_number(text: str) -> float | None:
+    """Return the last number of a text, of what stands behind #### where that is there (GSM8K); None without one."""
+    found = _NUMBER.findall(text.rpartition("####")[2])
+    return float(found[-1].replace(",", "").replace("−", "-")) if found else None
+
+
+def _ends_in_number(text: str, value: float | str) -> bool:
+    number, wanted = last_number(text), last_number(value) if isinstance(value, str) else value
+    return number is not None and wanted is not None and math.isclose(number, wanted, rel_tol=1e-9)
 
 
 # Each takes (answer without outer white space, the check's value, whether the policy ended its turn).
@@ -35,20 +74,49 @@ CHECKS: dict[str, Callable[[str, Any, bool], bool]] = {
     "equals": lambda text, value, _: text in [t.strip() for t in _as_texts(value)],  # a list: any of them
     "contains": lambda text, value, _: all(t in text for t in _as_texts(value)),  # a list: all of them
     "excludes": lambda text, value, _: not any(t in text for t in _as_texts(value)),  # a list: none of them
-    "regex": lambda text, value, _: re.search(value, text) is not None,
-    "max_words": lambda text, value, _: len(text.split()) <= value,
-    "min_words": lambda text, value, _: len(text.split()) >= value,
-    "json": lambda text, value, _: _is_json(text),
-    "ends_properly": lambda text, value, ended: ended and _PROPER_END.search(text) is not None,
+    "regex": lambda text, value, _: _finds(value, text),
+    "number": lambda text, value, _: _ends_in_number(text, value),  # the last number in the answer
+    "max_words": lambda text, value, _: count_words(text) <= value,
+    "min_words": lambda text, value, _: count_words(text) >= value,
+    "json": lambda text, value, _: is_json(text),
+    "ends_properly": lambda text, value, ended: ended and ends_as_sentences_do(text),
 }
+_TEXT_KINDS = ("equals", "contains", "excludes")
+_FOLDABLE = (*_TEXT_KINDS, "regex")
 
 
 def failed_checks(completion: str, checks: Sequence[Mapping[str, Json]], *, ended: bool) -> list[str]:
-    """Return the failed checks, each as `kind: value`; case counts, outer white space does not."""
-    text = completion.strip()
+    """Return the failed checks, each as `kind: value`; case counts, outer white space does not.
+
+    Raises:
+        UncheckedError: for a check that takes longer than `SECONDS`.
+    """
+    text = normal(completion).strip()
+    folded = fold(completion) if any(check.get(FOLD) for check in checks) else text
     return [
-        f"{kind}: {value}" for check in checks for kind, value in check.items() if not CHECKS[kind](text, value, ended)
+        f"{kind}: {value}"
+        for check in checks
+        for kind, value in check.items()
+        if kind != FOLD and not _passes(kind, value, folded if check.get(FOLD) else text, check.get(FOLD), ended=ended)
     ]
+
+
+def _passes(kind: str, value: Json, text: str, is_folded: Json, *, ended: bool) -> bool:
+    name = f"{kind}: {shown(value)}"
+    if kind in _TEXT_KINDS:
+        value = [(fold if is_folded else normal)(one) for one in _as_texts(value)]
+    slow = (kind, str(value), text)
+    try:
+        if slow in _slow:
+            raise TooSlowError
+        with time_limit(SECONDS):
+            return CHECKS[kind](text, value, ended)
+    except (TooSlowError, RecursionError, MemoryError) as error:
+        if len(_slow) < _MAX_SLOW:
+            _slow.add(slow)
+        raise UncheckedError(
+            f"the check {name} needs more than {SECONDS:g} s for an answer of {len(text):,} characters"
+        ) from error
 
 
 def _is_texts(value: Json) -> bool:
@@ -62,9 +130,15 @@ def _is_count(value: Json) -> bool:
 
 def _is_pattern(value: Json) -> bool:
     try:
-        return isinstance(value, str) and value != "" and re.compile(value) is not None
+        return isinstance(value, str) and value != "" and _pattern(value) is not None
     except (re.error, OverflowError, RecursionError):
         return False
+
+
+def _is_number(value: Json) -> bool:
+    if isinstance(value, str):
+        return _NUMBER.fullmatch(value) is not None
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 _TEXTS = "a text or a list of texts, none empty"
@@ -73,6 +147,7 @@ _ALLOWED: dict[str, tuple[Callable[[Json], bool], str]] = {
     "contains": (_is_texts, _TEXTS),
     "excludes": (_is_texts, _TEXTS),
     "regex": (_is_pattern, "a regular expression that Python compiles"),
+    "number": (_is_number, "a number, as 42 or '1,234.5'"),
     "max_words": (_is_count, "a positive whole number"),
     "min_words": (_is_count, "a positive whole number"),
     "json": (lambda value: value is True, "true"),
@@ -98,8 +173,9 @@ def read_checks(value: Json) -> tuple[Check, ...]:
 def _read_check(check: Json) -> Check:
     # Parquet gives every mapping all keys of the column, null where they were not there.
     given = {k: v for k, v in check.items() if v is not None} if isinstance(check, Mapping) else {}
+    is_folded = given.pop(FOLD, False)
     if len(given) != 1:
-        raise RowError(f"check {shown(check)}; allowed: a mapping with one key, as {{'max_words': 3}}")
+        raise RowError(f"check {shown(check)}; allowed: a mapping with one key, as {{'max_words': 3}}, and `fold`")
     kind, value = next(iter(given.items()))
     if kind not in _ALLOWED:
         raise RowError(f"check {shown(kind)} is not known; allowed: {', '.join(_ALLOWED)}")
@@ -108,4 +184,8 @@ def _read_check(check: Json) -> Check:
         raise RowError(f"check `{kind}`: {shown(value)}; allowed: {allowed}")
     for text in value if isinstance(value, list) else [value]:
         check_unicode(str(text))
-    return {kind: value}
+    if not isinstance(is_folded, bool):
+        raise RowError(f"check `{kind}`: `fold` is {shown(is_folded)}; allowed: true or false")
+    if is_folded and kind not in _FOLDABLE:
+        raise RowError(f"check `{kind}`: `fold` changes nothing here; allowed with {', '.join(_FOLDABLE)}; remove it")
+    return {kind: value, FOLD: True} if is_folded else {kind: value}

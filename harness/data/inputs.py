@@ -11,7 +11,8 @@ from typing import TypeVar
 from harness.config.checkpoint import Checkpoints
 from harness.config.schema import EMBEDDED, DataConfig, ModelConfig, RunConfig, Template
 from harness.config.trial_id import plain
-from harness.data.records import EvalPrompt
+from harness.data.reasoning import DROP, without_reasoning
+from harness.data.records import EvalPrompt, Pair
 from harness.data.splits import SplitFacts, Splits, load_splits
 from harness.data.tokens import ChatFormat, TokenisedPairs, load_chat_format, tokenise_pairs
 from harness.study.errors import UsageError
@@ -65,7 +66,7 @@ class Inputs:
         Raises:
             UsageError: where no training pair is left, or the chat template refuses a prompt.
         """
-        key = digest([plain(self._data_of(config)), plain(config.model)])
+        key = digest([plain(self._data_of(config)), plain(config.model), config.generate.reasoning == DROP])
         if key not in self._tokens:
             chat = load_chat_format(
                 self.checkpoints.folder(config.model),
@@ -73,7 +74,7 @@ class Inputs:
                 template=config.model.chat_template,
                 auto=config.data.template is Template.auto,
             )
-            _keep(self._tokens, key, _tokenise(self.splits(config), chat, config.data.max_length))
+            _keep(self._tokens, key, _tokenise(self.splits(config), chat, config))
         return self._tokens[key]
 
     def contents(self, config: RunConfig) -> dict[str, str]:
@@ -110,10 +111,9 @@ def _keep(kept: dict[str, T], key: str, value: T) -> None:
         del kept[next(iter(kept))]
 
 
-def _tokenise(splits: Splits, chat: ChatFormat, max_length: int) -> Tokens:
+def _tokenise(splits: Splits, chat: ChatFormat, config: RunConfig) -> Tokens:
     train, dev, golden = (
-        tokenise_pairs(pairs, chat, max_length=max_length)
-        for pairs in (splits.train, splits.dev_pairs, splits.golden_pairs)
+        _tokenise_split(pairs, chat, config) for pairs in (splits.train, splits.dev_pairs, splits.golden_pairs)
     )
     if not train.rows:
         reasons = "; ".join(f"{reason} ({count} pairs)" for reason, count in train.dropped.items())
@@ -122,6 +122,15 @@ def _tokenise(splits: Splits, chat: ChatFormat, max_length: int) -> Tokens:
         # A template may refuse one: say so before anything is trained.
         chat.prompt_ids(prompt.conversation("Yes."), conversational=prompt.conversational)
     return Tokens(chat, train, dev, golden)
+
+
+def _tokenise_split(pairs: tuple[Pair, ...], chat: ChatFormat, config: RunConfig) -> TokenisedPairs:
+    """Tokenise the pairs of a split, without the thinking in their answers where `generate.reasoning=drop`."""
+    if config.generate.reasoning != DROP:
+        return tokenise_pairs(pairs, chat, max_length=config.data.max_length)
+    kept, alike = without_reasoning(pairs)
+    found = tokenise_pairs(kept, chat, max_length=config.data.max_length)
+    return replace(found, dropped=found.dropped | alike)
 
 
 def prompt_rows(splits: Splits) -> list[PromptRow]:

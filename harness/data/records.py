@@ -90,8 +90,12 @@ class Completion:
     """A policy's answer to a prompt.
 
     Attributes:
-        tokens: number of generated tokens, the one that ends the turn included.
-        ended: True where the policy ended its turn; False where it was cut off at `generate.max_new_tokens`.
+        completion: the answer without its thinking.
+        tokens: number of its tokens, the one that ends the turn included.
+        ended: True where the policy ended its turn; False where it was cut off at `generate.max_new_tokens`, or where
+            its thinking does not end.
+        thinking: what the policy thought, without marks; see `harness.data.reasoning`.
+        thinking_tokens: number of tokens before and between the answer's, marks included.
     """
 
     split: str
@@ -100,6 +104,8 @@ class Completion:
     completion: str
     tokens: int
     ended: bool
+    thinking: str = ""
+    thinking_tokens: int = 0
 
 
 @dataclass(frozen=True)

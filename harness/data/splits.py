@@ -58,7 +58,7 @@ class Splits:
 
     Attributes:
         train: pairs, labels already flipped where there is label noise.
-        dev_prompts: each prompt once; `dev_pairs` may hold several pairs of it, or none. Likewise golden.
+        dev_prompts: see `evaluation_prompts`; `dev_pairs` may hold several pairs of it, or none. Likewise golden.
         facts: sources, label noise and warnings, for study.yaml.
     """
 
@@ -192,18 +192,29 @@ def assign_split(key: str, shares: Mapping[str, float], seed: int) -> str:
 
 
 def evaluation_prompts(rows: Iterable[ParsedRow]) -> list[EvalPrompt]:
-    """Return each prompt once, with the checks and the cluster that any of its rows gives."""
+    """Return the prompts, each with the checks and the cluster that any of its rows gives.
+
+    Pairs of one prompt share it. A row without a pair asks its prompt again, as AlpacaEval asks a few instructions
+    twice: that is a prompt of its own (`ID#1`, `ID#2`), in one cluster with the first.
+    """
+    rows = list(rows)
+    times = Counter(row.prompt_id for row in rows if row.chosen is None)
+    checks = {row.prompt_id: row.checks for row in reversed(rows) if row.checks}
+    clusters = {name: name for name, count in times.items() if count > 1}
+    clusters |= {row.prompt_id: row.cluster for row in reversed(rows) if row.cluster is not None}
     prompts: dict[str, EvalPrompt] = {}
+    asked = Counter[str]()
     for row in rows:
-        first = prompts.setdefault(row.prompt_id, row.eval_prompt())
-        prompts[row.prompt_id] = replace(
-            first, checks=first.checks or row.checks, cluster=row.cluster if first.cluster is None else first.cluster
-        )
+        again = asked[row.prompt_id] if row.chosen is None else 0
+        asked[row.prompt_id] += row.chosen is None
+        name = f"{row.prompt_id}#{again}" if again else row.prompt_id
+        found = replace(row.eval_prompt(), prompt_id=name, checks=checks.get(row.prompt_id, ()))
+        prompts.setdefault(name, replace(found, cluster=clusters.get(row.prompt_id)))
     return list(prompts.values())
 
 
 def _evaluation_data(rows: Sequence[ParsedRow], limit: int | None) -> tuple[tuple[EvalPrompt, ...], tuple[Pair, ...]]:
-    """Return each prompt once, and all pairs."""
+    """Return the prompts, and all pairs."""
     kept = _fixed_subset(evaluation_prompts(rows), limit, lambda prompt: prompt.follows or prompt.prompt_id)
     ids = {prompt.prompt_id for prompt in kept}
     kept = [prompt for prompt in kept if prompt.follows in (None, *ids)]  # no second turn without its first

@@ -16,6 +16,7 @@ from transformers import GenerationConfig
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from harness.config.schema import GenerateConfig
+from harness.data.reasoning import AnswerReader
 from harness.data.records import Completion, EvalPrompt
 from harness.data.tokens import ChatFormat
 
@@ -42,6 +43,7 @@ def generate_completions(
     model.eval()
     model.generation_config = _generation_config(chat, decoding)
     completions: dict[str, Completion] = {}
+    reader = AnswerReader(chat.tokenizer, decoding.reasoning)
     with torch.random.fork_rng(), tqdm(total=len(prompts), desc=f"answer {split}", delay=5, leave=False) as bar:
         torch.manual_seed(decoding.seed)
         for turn in turns_of(prompts):  # second turns need the answers to the first
@@ -52,7 +54,9 @@ def generate_completions(
                 batch = order[start : start + size]
                 answers = _answer_batch(model, chat, [ids[prompt.prompt_id] for prompt in batch])
                 for prompt, answer in zip(batch, answers, strict=True):
-                    completions[prompt.prompt_id] = completion_of(chat, prompt, answer, split)
+                    completions[prompt.prompt_id] = completion_of(
+                        chat, prompt, answer, split, asked=ids[prompt.prompt_id], reader=reader
+                    )
                 bar.update(len(batch))
     return [completions[prompt.prompt_id] for prompt in prompts]
 
@@ -128,16 +132,29 @@ def _until_stop(answer: list[int], chat: ChatFormat) -> list[int]:
     return answer if end is None else answer[: end + 1]
 
 
-def completion_of(chat: ChatFormat, prompt: EvalPrompt, answer: list[int], split: str) -> Completion:
-    """Decode generated ids into a completion; it has ended if its last id is an end of turn."""
+def completion_of(
+    chat: ChatFormat, prompt: EvalPrompt, answer: list[int], split: str, *, asked: list[int], reader: AnswerReader
+) -> Completion:
+    """Decode generated ids into a completion; it has ended if its last id is an end of turn and no thinking is open.
+
+    Args:
+        chat: the format of the prompts.
+        prompt: what was asked.
+        answer: generated ids, with the end of turn.
+        split: of the prompt.
+        asked: ids of the prompt.
+        reader: parts the answer from its thinking.
+    """
     ended = bool(answer) and answer[-1] in chat.stop_ids
-    text = chat.tokenizer.decode(answer[:-1] if ended else answer, skip_special_tokens=True)
+    parted, thinking_tokens = reader.read(asked, answer[:-1] if ended else answer)
     shown = "\n".join(f"{m['role']}: {m['content']}" for m in prompt.prompt) if len(prompt.prompt) > 1 else ""
     return Completion(
         split=split,
         prompt_id=prompt.prompt_id,
         prompt=shown or prompt.prompt[0]["content"],
-        completion=text,
-        tokens=len(answer),
-        ended=ended,
+        completion=parted.answer,
+        tokens=len(answer) - thinking_tokens,
+        ended=ended and parted.closed,
+        thinking=parted.thinking,
+        thinking_tokens=thinking_tokens,
     )

@@ -18,6 +18,7 @@ from typing import TypedDict
 
 from harness.config.compose import vllm_problem
 from harness.config.schema import RunConfig
+from harness.data.reasoning import AnswerReader
 from harness.data.records import Completion, EvalPrompt
 from harness.data.splits import Splits
 from harness.data.tokens import ChatFormat
@@ -95,14 +96,16 @@ def answer_folders(
     """
     from harness.generate.answers import completion_of, prompt_ids, turns_of  # loads torch
 
+    reader = AnswerReader(chat.tokenizer, config.generate.reasoning)
     prompts = {"dev": turns_of(splits.dev_prompts), "golden": turns_of(splits.golden_prompts)}
     found: dict[tuple[Path, str], dict[str, Completion]] = {place: {} for place in work}
     for turn in range(max(len(turns) for turns in prompts.values())):  # second turns need the answers to the first
         asked = [(place, prompt) for place in work for prompt in (prompts[place[1]][turn : turn + 1] or [[]])[0]]
         requests = [(str(place[0] / "adapter"), prompt_ids(chat, prompt, found[place])) for place, prompt in asked]
         job = vllm_job(config, sorted(chat.stop_ids), requests, folder=base)
-        for (place, prompt), answer in zip(asked, run_vllm(job, scratch), strict=True):
-            found[place][prompt.prompt_id] = completion_of(chat, prompt, answer, place[1])
+        for (place, prompt), request, answer in zip(asked, requests, run_vllm(job, scratch), strict=True):
+            ids = request[1]
+            found[place][prompt.prompt_id] = completion_of(chat, prompt, answer, place[1], asked=ids, reader=reader)
     for (folder, split), answers in found.items():
         write_jsonl(answers_path(folder, split), [asdict(answer) for answer in answers.values()])
 

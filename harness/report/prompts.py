@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from harness.config.arms import BASE, title
-from harness.data.checks import failed_checks
+from harness.data.checks import UncheckedError, failed_checks
 from harness.decide.words import MISSING, percent, plural, points
 from harness.report.figures import WIDE, config_name, drawing
 from harness.report.study import Completion, Config, Study, Trial
@@ -271,7 +271,7 @@ def _failed_checks(row: Completion, checks: Sequence[Mapping[str, Json]]) -> tup
     """Return the checks that an answer fails; none where a check is unknown or malformed."""
     try:
         return tuple(failed_checks(row["completion"], checks, ended="cut_off" not in row["flags"]))
-    except (KeyError, TypeError, AttributeError, re.error):
+    except (KeyError, TypeError, AttributeError, re.error, UncheckedError):
         return ()
 
 

@@ -28,13 +28,18 @@ _STATES = {"complete": COMPLETE, "diverged": DIVERGED}
 
 
 class Completion(TypedDict):
-    """A row of completions.jsonl, complete whatever a broken or foreign file holds; `tokens` may be missing."""
+    """A row of completions.jsonl, complete whatever a broken or foreign file holds; `tokens` may be missing.
+
+    Attributes:
+        thinking_tokens: None where the policy did not think.
+    """
 
     split: str
     prompt_id: str
     prompt: str
     completion: str
     tokens: int | None
+    thinking_tokens: int | None
     flags: list[str]
 
 
@@ -297,13 +302,14 @@ def _read_trial(reader: Reader, folder: Path) -> Trial:
 
 
 def _completion(row: Mapping[str, Json]) -> Completion:
-    tokens = row.get("tokens")
+    tokens, thinking_tokens = row.get("tokens"), row.get("thinking_tokens")
     return {
         "split": str(row.get("split", "")),
         "prompt_id": str(row.get("prompt_id", "")),
         "prompt": str(row.get("prompt", "")),
         "completion": str(row.get("completion", "")),
         "tokens": tokens if isinstance(tokens, int) else None,
+        "thinking_tokens": thinking_tokens if isinstance(thinking_tokens, int) else None,
         "flags": strings(row.get("flags")),
     }
 

@@ -13,6 +13,7 @@ import pandas as pd
 from markupsafe import Markup
 
 from harness.config.arms import BASE, title
+from harness.data.unicode import count_words
 from harness.decide.stats import contrast
 from harness.decide.words import MISSING, alpha_of, confidences, percent, plural, points
 from harness.report.study import COMPLETE, Config, Study
@@ -148,24 +149,34 @@ def degenerate_table(study: Study) -> Table | None:
 
 
 def length_table(study: Study) -> Table | None:
-    """Show the length of the completions in tokens, words and characters."""
+    """Show the length of the completions in tokens, words and characters, and apart from it that of the thinking."""
     rows: dict[str, dict[str, str]] = {}
+    thinks = any(
+        a["thinking_tokens"] for config in study.with_base for t in config.trials for a in study.completions(t)
+    )
     for config in study.with_base:
         answers = [answer for trial in config.trials for answer in study.completions(trial)]
         if not answers:
             continue
         tokens = pd.Series([a["tokens"] for a in answers if a["tokens"] is not None], dtype=float)
+        thinking = pd.Series([a["thinking_tokens"] or 0 for a in answers])
         for name, value in (
             ("Tokens, mean", tokens.mean()),
             ("Tokens, median", tokens.median()),
             ("Tokens, 95th percentile", tokens.quantile(0.95)),
-            ("Words, mean", pd.Series([len(a["completion"].split()) for a in answers]).mean()),
+            ("Words, mean", pd.Series([count_words(a["completion"]) for a in answers]).mean()),
             ("Characters, mean", pd.Series([len(a["completion"]) for a in answers]).mean()),
         ):
             rows.setdefault(name, {})[study.label(config)] = MISSING if number(value) is None else f"{value:.1f}"
+        if thinks:
+            label, shown = study.label(config), f"{int((thinking > 0).sum()):,} ({percent((thinking > 0).mean())})"
+            rows.setdefault("Thinking tokens, mean", {})[label] = f"{thinking.mean():.1f}"
+            rows.setdefault("Completions with thinking", {})[label] = shown
     if not rows:
         return None
-    return build(f"Length of the completions on the {study.split} set", "Length", rows, columns(study, study.with_base))
+    note = "Thinking is cut off before answers are scored, judged and measured; it counts in the last two rows alone."
+    caption = f"Length of the completions on the {study.split} set"
+    return build(caption, "Length", rows, columns(study, study.with_base), note if thinks else "")
 
 
 def guard_table(guards: Sequence[Mapping[str, Json]]) -> Table | None:

@@ -5,29 +5,46 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from statistics import fmean
+from typing import NamedTuple
 
-from harness.data.checks import failed_checks
+from harness.data.checks import UncheckedError, failed_checks
 from harness.score.answers import Key, Score, TrialOutputs
 from harness.study.rows import PairRow
 
 
 def score_checks(outputs: TrialOutputs) -> list[Score]:
     """Score 1 where a completion passes all checks of its prompt, else 0."""
-    return [Score(*key, float(failed == 0)) for key, failed, _ in _failed_checks(outputs)]
+    return [_score(found, lambda failed, total: float(failed == 0)) for found in _failed_checks(outputs)]
 
 
 def score_checks_fraction(outputs: TrialOutputs) -> list[Score]:
     """Score the share of a prompt's checks that the completion passes."""
-    return [Score(*key, 1 - failed / total) for key, failed, total in _failed_checks(outputs)]
+    return [_score(found, lambda failed, total: 1 - failed / total) for found in _failed_checks(outputs)]
 
 
-def _failed_checks(outputs: TrialOutputs) -> Iterator[tuple[Key, int, int]]:
-    """Yield per checked completion its key, its number of failed checks and its number of checks."""
+class _Checked(NamedTuple):
+    """A checked completion: its key, numbers of failed checks and of checks, and the check that took too long."""
+
+    key: Key
+    failed: int
+    total: int
+    unchecked: str
+
+
+def _score(found: _Checked, score: Callable[[int, int], float]) -> Score:
+    return Score(*found.key, None if found.unchecked else score(found.failed, found.total), found.unchecked)
+
+
+def _failed_checks(outputs: TrialOutputs) -> Iterator[_Checked]:
     by_prompt = {(row["split"], row["prompt_id"]): row["checks"] for row in outputs.prompts}
     for row in outputs.completions:
         key = (row["split"], row["prompt_id"])
         if checks := by_prompt.get(key):
-            yield key, len(failed_checks(row["completion"], checks, ended=row["ended"])), len(checks)
+            try:
+                failed, unchecked = failed_checks(row["completion"], checks, ended=row["ended"]), ""
+            except UncheckedError as error:
+                failed, unchecked = [], str(error)
+            yield _Checked(key, len(failed), len(checks), unchecked)
 
 
 def score_preference(outputs: TrialOutputs) -> list[Score]:

@@ -6,7 +6,7 @@ Writes preferences.jsonl per run. Imports no torch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -226,19 +226,20 @@ def read_outputs(path: str, prompts: Sequence[PromptRow], *, key: str) -> dict[s
         prompts: rows of prompts.jsonl.
         key: the config key or option that names the file, for messages.
 
+    A prompt that is asked several times gets the answers in their order. Lone surrogates become U+FFFD.
+
     Returns:
-        The answers by prompt_id, without answers to other prompts.
+        The whole answers by prompt_id, without answers to other prompts.
 
     Raises:
         UsageError: for an unknown form, an answer that is no text, or two answers to one prompt that differ.
     """
     known = {row["prompt_id"] for row in prompts}
     found: dict[str, str] = {}
-    for number, name, answer in _given_answers(path, prompts, key):
-        if not isinstance(answer, str):
-            raise UsageError(
-                f"{key}={path}: row {number}: the answer is of type {type(answer).__name__}; allowed: text"
-            )
+    for number, name, given in _given_answers(path, prompts, key):
+        if not isinstance(given, str):
+            raise UsageError(f"{key}={path}: row {number}: the answer is of type {type(given).__name__}; allowed: text")
+        answer = given.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         if name is not None and name in known and found.setdefault(name, answer) != answer:
             raise UsageError(f"{key}={path}: row {number}: a second answer to the prompt {name}; keep one")
     if not found:
@@ -254,11 +255,31 @@ class _GivenAnswer(NamedTuple):
     answer: Any
 
 
+class _Asked:
+    """Ids of prompts by a name that several of them may share: they take turns, and the last one stays."""
+
+    def __init__(self, names: Iterable[tuple[Hashable, str]]) -> None:
+        self._left: dict[Hashable, list[str]] = {}
+        for name, prompt in names:
+            self._left.setdefault(name, []).append(prompt)
+
+    def next(self, name: Hashable) -> str | None:
+        """Return the next prompt of this name; None for an unknown one."""
+        left = self._left.get(name)
+        return None if left is None else left.pop(0) if len(left) > 1 else left[0]
+
+
+def _asked_text(text: object) -> str:
+    return str(text).strip()
+
+
 def _given_answers(path: str, prompts: Sequence[PromptRow], key: str) -> Iterator[_GivenAnswer]:
-    by_text = {row["prompt"][-1]["content"].strip(): row["prompt_id"] for row in prompts if len(row["prompt"]) == 1}
-    by_name = {
-        (str(row["about"]["id"]), row["about"].get("turn", 1)): row["prompt_id"] for row in prompts if row["about"]
-    }
+    by_text = _Asked(
+        (_asked_text(row["prompt"][-1]["content"]), row["prompt_id"]) for row in prompts if len(row["prompt"]) == 1
+    )
+    by_name = _Asked(
+        ((str(row["about"]["id"]), row["about"].get("turn", 1)), row["prompt_id"]) for row in prompts if row["about"]
+    )
     source = read_source(path, key=key)
     if source.bad_rows:
         raise UsageError(f"{key}: {source.bad_rows[0]}")
@@ -266,14 +287,14 @@ def _given_answers(path: str, prompts: Sequence[PromptRow], key: str) -> Iterato
         if {"prompt_id", "completion"} <= row.keys():
             yield _GivenAnswer(number, row["prompt_id"], row["completion"])
         elif {"instruction", "output"} <= row.keys():
-            yield _GivenAnswer(number, by_text.get(str(row["instruction"]).strip()), row["output"])
+            yield _GivenAnswer(number, by_text.next(_asked_text(row["instruction"])), row["output"])
         elif {"question_id", "choices"} <= row.keys():
             for turn, said in enumerate(row["choices"][0]["turns"], start=1):
-                name = by_name.get((str(row["question_id"]), turn))
+                name = by_name.next((str(row["question_id"]), turn))
                 yield _GivenAnswer(number, name, said["content"] if isinstance(said, dict) else said)
         elif {"uid", "messages"} <= row.keys():
             said = row["messages"][-1]["content"]
-            name = by_name.get((str(row["uid"]), 1))
+            name = by_name.next((str(row["uid"]), 1))
             yield _GivenAnswer(number, name, said["answer"] if isinstance(said, dict) else said)
         else:
             forms = "".join(f"\n  {form}" for form in FORMS)

@@ -16,6 +16,8 @@ from scipy import stats
 from harness.config.checkpoint import Checkpoints
 from harness.config.schema import DataConfig, JudgeConfig, ScoreConfig
 from harness.config.trial_id import plain
+from harness.data.conversations import says
+from harness.data.reasoning import part
 from harness.data.records import Message, Pair
 from harness.data.table import read_table
 from harness.score.answers import Preference, Run, Stored, as_text, conversation
@@ -266,7 +268,10 @@ def agreement(reference: str, compare: Callable[[Sequence[Comparison]], list[Jud
 
 
 def _labelled(pair: Pair) -> Comparison:
-    return Comparison(as_text(pair.prompt), as_text(pair.chosen), as_text(pair.rejected))
+    chosen, rejected = (
+        [says(turn["role"], part(turn["content"]).answer) for turn in answer] for answer in (pair.chosen, pair.rejected)
+    )
+    return Comparison(as_text(pair.prompt), as_text(chosen), as_text(rejected))
 
 
 def wilson(share: float, count: int, level: float = 0.95) -> tuple[float, float]:

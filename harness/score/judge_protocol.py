@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, TypedDict
 import yaml
 
 from harness.config.paths import CONF
+from harness.data.reasoning import part
 from harness.data.records import Message
 from harness.score.judge_endpoint import Endpoint, Reply, estimate
 from harness.study.errors import UsageError
@@ -66,11 +67,12 @@ class Template:
     def score(self, reply: str) -> float | None:
         """Return the score of the answer shown first, or None where the reply is no verdict.
 
-        A reply in the schema's form is JSON with one key, `verdict`.
+        A reply in the schema's form is JSON with one key, `verdict`. What a judge says while it thinks is no verdict.
         """
+        reply = part(reply).answer
         try:
             given = json.loads(reply)
-        except ValueError:
+        except (ValueError, RecursionError):
             given = None
         if isinstance(given, dict):
             verdict = given.get("verdict")

@@ -25,7 +25,7 @@ from harness.study.files import Json, write_json
 FACTS = "length_controlled.json"
 SOURCES = ("judge", "reward_model")  # in the order of choice
 GAMED_WEIGHT = 0.1  # AlpacaEval 2: the two gamed baselines together weigh 0.2 in the fit
-_MIN_PROMPTS = 3
+MIN_PREFERENCES = 3
 _PRIOR = 1e-3  # precision of a Gaussian prior per weight: a policy that wins everything gets finite weights
 _STEPS = 50  # of Newton's method
 # Limits of the warnings: shift of the win rate, and share of answers that are longer (or shorter).
@@ -113,7 +113,7 @@ def _control(
     """Return the fit, and per prompt its jackknife value; a prompt without a preference has no value."""
     known = [(one, one.preference) for one in rows if one.preference is not None]
     lost = [_controlled(one, None, one.reason or "has no preference") for one in rows if one.preference is None]
-    if len(known) < _MIN_PROMPTS:
+    if len(known) < MIN_PREFERENCES:
         return None, [*lost, *(_controlled(one, None, "fewer than three preferences") for one, _ in known)]
     preferences = np.array([preference for _, preference in known])
     differences = np.array([float(one.answer_chars - one.baseline_chars) for one, _ in known])
@@ -226,7 +226,7 @@ def length_controlled(
         ValueError: for fewer than three prompts, preferences outside [0, 1], or lengths that are not finite.
     """
     count = len(preferences)
-    if count < _MIN_PROMPTS:
+    if count < MIN_PREFERENCES:
         raise ValueError(f"{count} preferences; a length-controlled win rate needs at least three")
     if np.any((preferences < 0) | (preferences > 1)) or not np.all(np.isfinite(differences)):
         raise ValueError("preferences must lie in [0, 1] and lengths be numbers")

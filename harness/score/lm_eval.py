@@ -8,13 +8,14 @@ process of their own (`python -m harness.score.lm_eval WORK.json ROWS.json`): th
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,10 +24,12 @@ from typing import TYPE_CHECKING, Any, TypedDict
 from harness.config.checkpoint import Checkpoints
 from harness.config.schema import BenchmarkConfig, ScoreConfig
 from harness.config.trial_id import plain
+from harness.data.reasoning import close_token
 from harness.score.answers import Base, Key, Run, Score, Stored, TrialOutputs, rows_if_any
 from harness.study.errors import UsageError
 from harness.study.files import Json, digest, file_sha256, mapping, read_json, write_json, write_jsonl
 from harness.study.integrity import DELETED
+from harness.study.limits import TooSlowError, time_limit
 from harness.study.manifest import load_manifest
 
 if TYPE_CHECKING:
@@ -37,6 +40,7 @@ EXTRA = "pip install 'dpo-simpo-harness[lm-eval]'"
 SENTENCES = "python -m nltk.downloader punkt_tab"
 PREFIX = "lm_eval:"
 _FILE = "benchmarks.jsonl"
+_IFEVAL_SECONDS = 0.5  # of CPU time for all instructions of one answer
 _SHOWN = 2000  # characters of the library's error output in a message
 _IFEVAL_METRICS = {True: "prompt_level_strict_acc", False: "prompt_level_loose_acc"}
 
@@ -70,7 +74,7 @@ def _score_instructions(outputs: TrialOutputs, *, strict: bool) -> list[Score]:
             continue
         try:
             scores.append(Score(*key, follows_instructions(*asked[key], row["completion"], strict=strict)))
-        except (LookupError, TypeError, ValueError) as error:
+        except Exception as error:  # the library's checks are not made for every text: one answer ends no scoring
             scores.append(Score(*key, None, _why_unchecked(error)))
     return scores
 
@@ -87,14 +91,24 @@ def follows_instructions(instructions: Mapping[str, Json], prompt: str, answer: 
     Raises:
         LookupError: where an instruction needs NLTK's sentence data and they are not installed.
         KeyError: for an instruction that the installed version does not know.
+        TooSlowError: where the checks of this answer take longer than `_IFEVAL_SECONDS`.
     """
+    process_results = _ifeval_checks()
+    document = {"key": 0, "prompt": prompt, **instructions}
+    with time_limit(_IFEVAL_SECONDS):
+        return float(process_results(document, [answer])[_IFEVAL_METRICS[strict]])
+
+
+@functools.cache
+def _ifeval_checks() -> Callable[[Mapping[str, Any], Sequence[str]], Mapping[str, Any]]:
+    """Load the library, and langdetect's profiles, once and before any clock runs."""
     with _no_download():
         from lm_eval.tasks.ifeval.utils import process_results
     import langdetect
 
     langdetect.DetectorFactory.seed = 0  # else the detected language of a short answer changes between runs
-    document = {"key": 0, "prompt": prompt, **instructions}
-    return float(process_results(document, [answer])[_IFEVAL_METRICS[strict]])
+    langdetect.detect("These profiles are loaded once.")
+    return process_results
 
 
 @contextlib.contextmanager
@@ -112,9 +126,11 @@ def _no_download() -> Iterator[None]:
 
 
 def _why_unchecked(error: Exception) -> str:
+    if isinstance(error, TooSlowError):
+        return f"IFEval's checks of this answer need more than {_IFEVAL_SECONDS:g} s"
     if isinstance(error, KeyError):
         return f"the instruction {error} is not known to the installed lm-evaluation-harness"
-    if isinstance(error, LookupError):
+    if isinstance(error, LookupError) and not isinstance(error, IndexError):
         return f"an instruction needs NLTK's sentence data ({SENTENCES})"
     return f"the instructions cannot be checked ({type(error).__name__}: {error})"
 
@@ -125,7 +141,7 @@ def unchecked(asked: Iterable[tuple[Mapping[str, Json], str]]) -> Counter[str]:
     for instructions, prompt in asked:
         try:
             follows_instructions(instructions, prompt, "Yes, it is.", strict=True)
-        except (LookupError, TypeError, ValueError) as error:
+        except Exception as error:  # as in scoring
             found[_why_unchecked(error)] += 1
     return found
 
@@ -304,7 +320,12 @@ def _rows_of_policy(
     from lm_eval.models.huggingface import HFLM
 
     result = lm_eval.simple_evaluate(
-        model=HFLM(pretrained=policy, tokenizer=tokenizer, batch_size=config.batch_size),
+        model=HFLM(
+            pretrained=policy,
+            tokenizer=tokenizer,
+            batch_size=config.batch_size,
+            think_end_token=close_token(tokenizer),  # what is generated is scored without its reasoning
+        ),
         tasks=list(config.tasks),
         task_manager=manager,
         num_fewshot=config.num_fewshot,

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from harness.config.checkpoint import Checkpoints
 from harness.config.schema import ModelConfig, RunConfig, Tuning
+from harness.data.reasoning import KEEP, part
 from harness.score.answers import Base, Run, Score, Scoring, Stored, read_outputs, read_stored
 from harness.score.scorers import (
     SCORERS,
@@ -70,6 +71,8 @@ def score_study(study: Path, scoring: Scoring) -> list[str]:
     prompts = list(read_jsonl(study / "prompts.jsonl"))
     baseline = scoring.config.baseline
     given = read_outputs(baseline, prompts, key="score.baseline") if baseline else {}
+    if not _keeps_reasoning(study):
+        given = {name: part(answer).answer for name, answer in given.items()}
     stored = read_stored(study, folders, scoring.splits, given)
     problems = []
     for name in in_order(scoring.names):
@@ -78,6 +81,12 @@ def score_study(study: Path, scoring: Scoring) -> list[str]:
         except UsageError as error:  # the other scorers go on
             problems.append(f"{scorer_name(name)}: {error}")
     return problems
+
+
+def _keeps_reasoning(study: Path) -> bool:
+    """Return whether the study scores the reasoning in its answers, and so in those of its baseline."""
+    fixed = read_study(study / "study.yaml").get("fixed", {})
+    return (fixed.get("generate") or {}).get("reasoning") == KEEP
 
 
 def _score_with(name: str, stored: Stored, scoring: Scoring) -> list[str]:

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NotRequired, TypedDict
 
+from harness.data.records import Completion
 from harness.score.accuracy import score_checks
 from harness.score.answers import Score, TrialOutputs, outputs_of, rows_if_any
 from harness.score.scorers import TRIAL_SCORERS
@@ -53,7 +54,7 @@ def score_trial(
         flag = "collapsed"
     manifest["flags"] = [flag] if flag else []
     manifest["degenerate"] = _shares_by_split(outputs)
-    warnings = manifest["warnings"]
+    warnings = manifest["warnings"] + unanswered_warnings(outputs.completions)
     if base is not None:
         warnings = warnings + cut_off_warnings(manifest["degenerate"], _shares_by_split(before))
         warnings = warnings + unchanged_warnings(outputs.completions, before.completions)
@@ -162,14 +163,32 @@ class CheckedRow(FlaggedRow):
     passed: NotRequired[bool]
 
 
-def completion_flags(completion: str, *, ended: bool) -> list[str]:
+def completion_row(completion: Completion) -> CompletionRow:
+    """Return a completion's row of completions.jsonl, with its flags; thinking has columns where there is any."""
+    thought = completion.thinking_tokens > 0
+    row: CompletionRow = {
+        "split": completion.split,
+        "prompt_id": completion.prompt_id,
+        "prompt": completion.prompt,
+        "completion": completion.completion,
+        "tokens": completion.tokens,
+        "ended": completion.ended,
+        "flags": completion_flags(completion.completion, ended=completion.ended, thought=thought),
+    }
+    if thought:
+        row |= {"thinking": completion.thinking, "thinking_tokens": completion.thinking_tokens}
+    return row
+
+
+def completion_flags(completion: str, *, ended: bool, thought: bool = False) -> list[str]:
     """Return the flags of one completion, out of `empty`, `cut_off` and `repetition`.
 
+    An answer whose policy `thought`, and was cut off before it could answer, is not `empty`.
     `repetition` needs a run of at least 20 characters (8 where the answer was cut off) that makes up half of the last
     2,000 characters. A table's rule or a list of zeros in a long answer is not degenerate.
     """
     text = completion.strip()
-    flags = [] if text else ["empty"]
+    flags = [] if text or (thought and not ended) else ["empty"]
     if not ended:
         flags.append("cut_off")
     pattern, shortest = (_REPEATED, 20) if ended else (_REPEATED_TO_THE_LIMIT, 8)
@@ -190,10 +209,15 @@ def degenerate_shares(completions: Sequence[FlaggedRow]) -> dict[str, float]:
     total = len(completions)
     counts = Counter(flag for row in completions for flag in row["flags"])
     shares = {flag: counts[flag] / total for flag in ("empty", "cut_off", "repetition")}
-    answers = Counter(row["completion"].strip() for row in completions)
-    shares["same_answer"] = answers.most_common(1)[0][1] / total
+    answers = Counter(row["completion"].strip() for row in completions if not _is_unanswered(row))
+    shares["same_answer"] = max(answers.values(), default=0) / total
     shares["degenerate"] = sum(1 for row in completions if {"empty", "repetition"} & set(row["flags"])) / total
     return shares
+
+
+def _is_unanswered(row: FlaggedRow) -> bool:
+    """Return whether the policy was cut off while it thought: it has given no answer, and so not the same one."""
+    return not row["completion"].strip() and "empty" not in row["flags"]
 
 
 def _shares_by_split(outputs: TrialOutputs) -> dict[str, dict[str, float]]:
@@ -249,6 +273,22 @@ def unchanged_warnings(completions: Sequence[CompletionRow], base: Sequence[Comp
             warnings.append(
                 f"{share:.0%} of the answers to {split} are the SFT base's own, word for word: training has hardly "
                 "changed the policy; look at the learning rate, the number of pairs and of epochs"
+            )
+    return warnings
+
+
+def unanswered_warnings(completions: Sequence[CompletionRow]) -> list[str]:
+    """Warn of each split on which most answers stop in their thinking."""
+    warnings = []
+    for split in sorted({row["split"] for row in completions}):
+        rows = [row for row in completions if row["split"] == split]
+        share = sum("thinking" in row and not row["ended"] and not row["completion"].strip() for row in rows) / len(
+            rows
+        )
+        if share > CUT_OFF_SHARE:
+            warnings.append(
+                f"{share:.0%} of the answers to {split} stop in their thinking and count as cut off; raise "
+                "generate.max_new_tokens, or see whether the chat template opens a block that the model does not close"
             )
     return warnings
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 from harness.study.files import Json
 
@@ -48,7 +48,13 @@ class PromptRow(TypedDict):
 
 
 class CompletionRow(TypedDict):
-    """One row of completions.jsonl: the answer to one prompt; `tokens` includes the token that ends the turn."""
+    """One row of completions.jsonl: the answer to one prompt.
+
+    Attributes:
+        completion: the answer, without thinking.
+        tokens: of the answer, the one that ends the turn included.
+        thinking, thinking_tokens: what the policy thought beside it; absent where it did not.
+    """
 
     split: str
     prompt_id: str
@@ -57,6 +63,8 @@ class CompletionRow(TypedDict):
     tokens: int
     ended: bool
     flags: list[str]
+    thinking: NotRequired[str]
+    thinking_tokens: NotRequired[int]
 
 
 class PairRow(TypedDict):

@@ -9,7 +9,6 @@ import contextlib
 import importlib
 import shutil
 from collections.abc import Iterator
-from dataclasses import asdict
 from datetime import UTC, datetime
 from statistics import fmean
 from typing import Any, Unpack
@@ -22,7 +21,7 @@ from harness.data.inputs import Tokens, num_steps, prompt_rows
 from harness.generate.heldout import heldout_rows
 from harness.generate.vllm import drop_answers, stored_answers
 from harness.score.scorers import TRIAL_SCORERS
-from harness.score.trial_scores import completion_flags, score_trial
+from harness.score.trial_scores import completion_row, score_trial
 from harness.study.errors import DivergedError
 from harness.study.files import FileRecord, locked, read_jsonl, to_jsonl
 from harness.study.integrity import DELETED, delete_weights, fingerprints, resume_stages, without_weights
@@ -203,7 +202,7 @@ class _Running:
             completions = stored_answers(self.folder, split, prompts) or generate_completions(
                 policy, tokens.chat, prompts, split=split, decoding=config.generate
             )
-        flagged = [asdict(c) | {"flags": completion_flags(c.completion, ended=c.ended)} for c in completions]
+        flagged = [completion_row(c) for c in completions]
         with self._stage("heldout"):
             base, pad_id = self.trial.study / "base", tokens.chat.tokenizer.pad_token_id
             pairs = (
@@ -215,7 +214,7 @@ class _Running:
             self.files.write_text(path, to_jsonl(old + new))
         drop_answers(self.folder, split)
         spent = self.manifest["tokens"]
-        spent["generated"] = spent.get("generated", 0) + sum(c.tokens for c in completions)
+        spent["generated"] = spent.get("generated", 0) + sum(c.tokens + c.thinking_tokens for c in completions)
 
     def _borrow_policy(self) -> Any:
         """Return what answers, the same for all splits; it is given back at the end of the run."""

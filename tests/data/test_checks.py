@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import re
 import time
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from harness.data.checks import CHECKS, failed_checks
+from harness.data.checks import CHECKS, UncheckedError, failed_checks, last_number, read_checks
+from harness.data.conversations import RowError
 from harness.score.trial_scores import (
     completion_flags,
     cut_off_warnings,
     degenerate_shares,
     is_collapsed,
+    unanswered_warnings,
     unchanged_warnings,
 )
 
@@ -21,6 +26,7 @@ CASES = [
     ({"contains": ["red", "blue"]}, "blue and red", "red"),
     ({"excludes": ["sorry", "cannot"]}, "of course", "I cannot"),
     ({"regex": r"^\d{3}$"}, "123", "1234"),
+    ({"number": "1,250"}, "8 * 150 + 50 = 1,250.00 dollars.", "1,250 minus 1"),
     ({"max_words": 2}, "two words", "three words now"),
     ({"min_words": 2}, "two words", "one"),
     ({"json": True}, '{"a": [1, 2]}', "{'a': 1}"),
@@ -37,6 +43,186 @@ def test_a_check_tells_right_from_wrong(check: dict, good: str, bad: str) -> Non
 
 def test_every_kind_is_covered_here() -> None:
     assert {next(iter(check)) for check, _, _ in CASES} == set(CHECKS)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("هل هذا صحيح؟", "वह घर गया।", "وہ گھر گیا۔", "他回家了。", "ချစ်တယ်။", "Նա տուն գնաց։", "ቤት ሄደ።", "བོད་ཡིན།"),
+        *(
+            "彼は「はい」",
+            "(oui)",
+            "Он сказал «да»",
+            "Er sagte „ja“",
+            "She said ‘no’",
+            "ほんと？！",
+            "```\ncode\n```",
+            "**bold**",
+        ),
+        *("هذا.\u200f", "Done.\ufeff\u200b", "Good luck 🎉", "With love ❤️", "เขากลับบ้านแล้ว"),
+    ],
+)
+def test_answers_end_properly_in_every_script(text: str) -> None:
+    assert failed_checks(text, [{"ends_properly": True}], ended=True) == []
+
+
+@pytest.mark.parametrize(
+    "text", ["وذهب إلى", "और फिर", "他回家", "and then,", "the ©", "so —", "\u200f", "a\x00", "x¿"]
+)
+def test_answers_that_stop_in_the_middle_do_not(text: str) -> None:
+    assert failed_checks(text, [{"ends_properly": True}], ended=True) == ["ends_properly: True"]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("two words", 2),
+        ("one - two", 3),  # as white space parts them
+        ("안녕하세요 여러분", 2),
+        ("北京", 1),
+        ("我喜欢吃苹果。", 4),  # estimated: 1.5 characters a word
+        ("コンピューター", 1),
+        ("私は猫が好きです", 5),
+        ("ฉันชอบกินแอปเปิล", 4),  # estimated: 4 characters a word
+        ("ខ្ញុំ\u200bស្រលាញ់\u200bកម្ពុជា", 3),  # parted by zero-width spaces
+        ("Python是一种语言", 4),
+        ("", 0),
+    ],
+)
+def test_words_are_counted_in_scripts_without_spaces(text: str, words: int) -> None:
+    passed = [n for n in range(1, 8) if not failed_checks(text, [{"min_words": n}, {"max_words": n}], ended=True)]
+    assert passed == ([words] if words else [])
+
+
+def test_texts_are_compared_in_one_normal_form() -> None:
+    composed, decomposed = "caf\u00e9", "cafe\u0301"
+    for answer, wanted in ((composed, decomposed), (decomposed, composed)):
+        checks = [{"equals": wanted}, {"contains": wanted}, {"regex": f"^{wanted}$"}]
+        assert failed_checks(answer, checks, ended=True) == []
+        assert failed_checks(answer, [{"excludes": [wanted]}], ended=True) != []
+
+
+def test_fold_takes_quotes_and_spaces_alike() -> None:
+    answer = "He said “it’s\u00a0\u200bfine”"
+    for check in ({"contains": "it's fine"}, {"equals": "He said  'it' or"}, {"regex": "it's fine"}):
+        assert failed_checks(answer, [check], ended=True) != []
+    folded = [{"contains": "it's fine", "fold": True}, {"equals": 'He said "it’s fine"', "fold": True}]
+    folded += [{"regex": "it's fine", "fold": True}, {"excludes": "It's", "fold": True}]
+    assert failed_checks(answer, folded, ended=True) == []
+
+
+class TestReadingChecks:
+    def test_fold_stands_beside_the_check(self) -> None:
+        given = [{"contains": "a", "fold": True}, {"contains": "a", "fold": False}, {"contains": "a"}]
+        assert read_checks(given) == ({"contains": "a", "fold": True}, {"contains": "a"}, {"contains": "a"})
+
+    def test_parquet_fills_every_mapping_with_all_keys(self) -> None:
+        filled = [{"contains": "a", "max_words": None, "fold": True}, {"contains": None, "max_words": 3, "fold": None}]
+        assert read_checks(filled) == ({"contains": "a", "fold": True}, {"max_words": 3})
+
+    @pytest.mark.parametrize(
+        ("check", "said"),
+        [
+            ({"fold": True}, "a mapping with one key"),
+            ({"contains": "a", "equals": "b", "fold": True}, "a mapping with one key"),
+            ({"contains": "a", "fold": "yes"}, "`fold` is 'yes'; allowed: true or false"),
+            ({"max_words": 2, "fold": True}, "`fold` changes nothing here; allowed with equals, contains"),
+            ({"number": "twelve"}, "check `number`: 'twelve'; allowed: a number"),
+            ({"number": True}, "check `number`: True; allowed: a number"),
+            ({"regex": "("}, "a regular expression that Python compiles"),
+        ],
+    )
+    def test_what_is_no_check_is_named(self, check: dict, said: str) -> None:
+        with pytest.raises(RowError, match=re.escape(said)):
+            read_checks([check])
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("3 boxes of 4\n#### 1,234", 1234),
+        ("so 41 + 1 = 42.", 42),
+        ("from -5 to −7.5", -7.5),
+        ("10-3", 3),
+        ("about .5", 0.5),
+        ("**$1,000,000**", 1e6),
+        ("٤٢", 42),
+        ("1 and 2 #### none", None),
+        ("no number", None),
+    ],
+)
+def test_the_last_number_counts(text: str, number: float | None) -> None:
+    assert last_number(text) == number
+
+
+@pytest.mark.parametrize(
+    ("text", "right"),
+    [
+        *(("1", True), ("-0.5e+3", True), ('"\\ud800"', True), ("[]", True), ('{"a":[1,{"b":null}],"a":true}', True)),
+        *(("NaN", False), ("[Infinity]", False), ("01", False), ("+1", False), ("1.", False), ("[1,]", False)),
+        *(('{"a" 1}', False), ("{1:2}", False), ('"\t"', False), ("'a'", False), ("[1 2]", False), ("[}", False)),
+        *(("\ufeff1", False), ("1 2", False), ("", False), ("```json\n1\n```", False)),
+        *(("[" * 3000, False), ("[" * 50_000 + "]" * 50_000, True), ('{"a":' * 9000 + "1" + "}" * 9000, True)),
+        ("7" * 1_000_000, True),
+    ],
+    ids=lambda value: repr(value)[:24],
+)
+def test_json_is_that_of_rfc_8259_at_any_depth_and_length(text: str, right: bool) -> None:
+    assert (failed_checks(text, [{"json": True}], ended=True) == []) is right
+
+
+HOSTILE = {
+    "one word": "a" * 1_000_000,
+    "spaces": " " * 99_999 + "x",
+    "marks": "a" + "\u0301\u0316" * 50_000,
+    "NULs": "\x00" * 100_000,
+    "lone surrogates": "\ud83d" * 100_000,
+    "right-to-left marks": "\u200f" * 100_000,
+    "mixed scripts": "a漢ก" * 33_333,
+    "numbers": "1," * 50_000,
+    "quotes": '"\\' * 50_000,
+    "brackets": '[{"a":' * 16_000,
+}
+
+
+@pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
+def test_no_text_holds_a_check_for_long(text: str) -> None:
+    for check in [*(check for check, _, _ in CASES), {"contains": "b", "fold": True}]:
+        start = time.process_time()
+        failed_checks(text, [check], ended=True)
+        assert time.process_time() - start < 1
+
+
+@pytest.mark.parametrize("pattern", [r"(a+)+$", r"(.*)(.*)(.*)x", r"(\w+\s?)+:", r"(?:a|aa)+$", r"(a*)\1!", r"[a-z]*!"])
+def test_a_pattern_that_would_take_forever_is_unchecked_by_name(pattern: str) -> None:
+    start = time.process_time()
+    for _ in range(2):
+        with pytest.raises(UncheckedError, match=re.escape(f"the check regex: {pattern!r} needs more than 0.3 s")):
+            failed_checks("a" * 99_999 + "?\n.", [{"regex": pattern}], ended=True)
+    assert time.process_time() - start < 2
+
+
+def test_a_pattern_is_stopped_in_another_thread_too() -> None:
+    with ThreadPoolExecutor(1) as pool:
+        found = pool.submit(failed_checks, "a" * 50_000 + "!", [{"regex": r"(a+)+$"}], ended=True)
+        with pytest.raises(UncheckedError):
+            found.result(timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "text"),
+    [
+        (r"^[[:alpha:]]$", "a]"),
+        (r"^a{e<=1}$", "a{e<=1}"),
+        (r"^\w+$", "कि"),
+        (r"a\sb", "a\x1cb"),
+        (r"(?i)^straße$", "STRASSE"),
+    ],
+)
+def test_patterns_mean_what_they_mean_to_python(pattern: str, text: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        assert (failed_checks(text, [{"regex": pattern}], ended=True) == []) is bool(re.search(pattern, text))
 
 
 def test_an_answer_that_was_cut_off_does_not_end_properly() -> None:
@@ -116,6 +302,24 @@ def test_answers_that_are_cut_off_warn_and_are_no_collapse() -> None:
     (warning,) = cut_off_warnings(shares, {"golden": degenerate_shares(good)})
     assert warning.startswith("100% of the answers to golden were cut off at generate.max_new_tokens, of the base's 0%")
     assert cut_off_warnings(shares, shares) == []
+
+
+def test_a_policy_that_is_cut_off_while_it_thinks_has_not_collapsed() -> None:
+    """It has given no answer, which is not the same answer each time."""
+    good = rows(*[f"answer {i}" for i in range(20)])
+    thinking = [{"completion": "", "flags": completion_flags("", ended=False, thought=True)} for _ in range(20)]
+    assert thinking[0]["flags"] == ["cut_off"]
+    assert not is_collapsed(thinking, good)
+    assert degenerate_shares(thinking)["same_answer"] == 0
+    assert completion_flags("", ended=True, thought=True) == ["empty"]
+
+
+def test_answers_that_stop_in_their_thinking_are_warned_of() -> None:
+    stopped = {"split": "golden", "completion": "", "ended": False, "thinking": "hm"}
+    answered = {"split": "golden", "completion": "Yes.", "ended": True, "thinking": "hm"}
+    (warning,) = unanswered_warnings([stopped, stopped, answered])
+    assert warning.startswith("67% of the answers to golden stop in their thinking and count as cut off; raise")
+    assert unanswered_warnings([stopped, answered, answered]) == unanswered_warnings([]) == []
 
 
 def test_a_policy_that_answers_as_the_base_does_is_warned_of() -> None:

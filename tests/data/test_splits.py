@@ -438,6 +438,20 @@ class TestEvaluationFiles:
         (prompt,) = splits.golden_prompts
         assert (prompt.checks, prompt.cluster, prompt.row) == (({"json": True},), "c", 1)
 
+    def test_a_prompt_that_rows_without_pairs_ask_again_is_a_prompt_of_its_own_in_one_cluster(self, files):
+        asked = [
+            {"prompt": text, "checks": [{"max_words": 3}]} for text in ("Name a tree", "Name a bird", "Name a tree")
+        ]
+        first, other, again = load_splits(files(golden=asked)).golden_prompts
+        assert [again.prompt_id, again.prompt, again.checks] == [f"{first.prompt_id}#1", first.prompt, first.checks]
+        assert (again.cluster, other.cluster) == (first.cluster, None)
+
+    def test_pairs_of_one_prompt_share_it_and_a_row_that_asks_it(self, files):
+        rows = [row(3), row(3, chosen="better"), {"prompt": row(3)["prompt"], "checks": [{"json": True}]}]
+        splits = load_splits(files(golden=rows))
+        assert [prompt.checks for prompt in splits.golden_prompts] == [({"json": True},)]
+        assert len(splits.golden_pairs) == 2
+
     @pytest.mark.parametrize(
         ("column", "values"), [("checks", ([{"json": True}], [{"max_words": 2}])), ("cluster", ("a", "b"))]
     )

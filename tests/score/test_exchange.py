@@ -12,8 +12,9 @@ import pytest
 from harness.decide.rule import verdict
 from harness.decide.scores_file import read_scores
 from harness.decide.study import decide_study
-from harness.exchange import annotation_scores, differences, main, preferences, read_annotations
+from harness.exchange import main
 from harness.report.page import render_report
+from harness.score.annotations import annotation_scores, differences, preferences, read_annotations
 from harness.score.length_control import length_controlled
 from harness.score.study_scores import rescore
 from harness.study.errors import UsageError
@@ -25,11 +26,12 @@ from tests.study_fixture import build_study
 
 
 def annotations(seed: int, win: float, count: int = 120) -> list[dict]:
-    rng = np.random.default_rng(seed)
+    """Annotations of one run; the baseline is the same for every seed."""
+    rng, same = np.random.default_rng(seed), np.random.default_rng(0)
     return [
         {
             "instruction": f"Task {i % (count - 2)}",
-            "output_1": "b" * int(rng.integers(50, 200)),
+            "output_1": "b" * int(same.integers(50, 200)),
             "output_2": "m" * int(rng.integers(50, 200)),
             "generator_1": "baseline",
             "generator_2": "mine",
@@ -70,7 +72,7 @@ class TestAnnotations:
     def test_an_instruction_that_is_asked_twice_is_two_prompts_of_one_cluster(self, tmp_path: Path) -> None:
         path = tmp_path / "a.json"
         path.write_text(json.dumps(annotations(0, 0.5)))
-        scores = annotation_scores({("simpo", 0): path})
+        scores = annotation_scores({("simpo", 0): read_annotations(path)})
         raw = scores[scores["scorer"] == "win_rate"]
         assert raw["prompt_id"].nunique() == 120
         assert raw["cluster"].nunique() == 118
@@ -80,7 +82,12 @@ class TestAnnotations:
         [
             ({"preference": 3}, "preference 3; allowed"),
             ({"preference": "2"}, "preference '2'"),
+            ({"preference": True}, "preference True"),
+            ({"preference": math.inf}, "preference inf"),
             ({"generator_2": "other"}, "annotations of several models"),
+            ({"generator_1": "other"}, "annotations of several baselines"),
+            ({"annotator": "other"}, "annotations of several judges"),
+            ({"output_2": ["a turn"]}, "output_2 is of type list; allowed: text"),
             ({"instruction": None, "x": 1}, None),
         ],
     )
@@ -105,6 +112,186 @@ class TestAnnotations:
         ):
             assert main(["annotations", *given, "--out", str(tmp_path / "o.csv")]) == 2
             assert said in capsys.readouterr().err
+
+
+def compare(folder: Path, change, count: int = 8, **columns) -> tuple[int, Path]:
+    """Write annotations of two runs, the second one changed, and run the command."""
+    files = []
+    for arm, seed in (("simpo", 1), ("dpo", 2)):
+        rows = [row | {"annotator": "a judge"} | columns for row in annotations(seed, 0.5, count)]
+        files.append(folder / f"{arm}.json")
+        files[-1].write_text(json.dumps(change(rows) if arm == "dpo" else rows))
+    out = folder / "scores.csv"
+    return main(["annotations", f"simpo:1={files[0]}", f"dpo:1={files[1]}", "--out", str(out)]), out
+
+
+def changed(**columns):
+    return lambda rows: [row | columns for row in rows]
+
+
+class TestWinRatesThatWereNotMeasuredAlike:
+    @pytest.mark.parametrize(
+        ("change", "said"),
+        [
+            (
+                changed(output_1="another text", generator_1="elder"),
+                "their baselines differ: output_1 is of baseline and",
+            ),
+            (changed(output_1="another text"), "with other texts in 8 of 8 rows"),
+            (changed(annotator="another judge"), "the annotator is a judge and another judge"),
+            (lambda rows: [{k: v for k, v in row.items() if k != "annotator"} for row in rows], "not named"),
+            (lambda rows: rows[:-1], "their instructions differ (8 and 7 rows"),
+            (lambda rows: [rows[0] | {"instruction": "Other"}, *rows[1:]], "their instructions differ"),
+            (lambda rows: rows[::-1], "their instructions stand in another order"),
+            (
+                lambda rows: [row | {"output_1": row["output_2"], "output_2": row["output_1"]} for row in rows],
+                "output_1 is the baseline's answer, output_2 the model's",
+            ),
+        ],
+        ids=["baseline", "baseline's texts", "judge", "unnamed judge", "fewer", "another", "order", "sides"],
+    )
+    def test_are_refused_by_name(self, change, said, tmp_path: Path, capsys) -> None:
+        status, out = compare(tmp_path, change)
+        assert status == 2
+        error = capsys.readouterr().err
+        assert said in error
+        assert "simpo:1=" in error
+        assert not out.exists()
+
+    def test_a_baseline_under_two_names_is_one(self, tmp_path: Path) -> None:
+        assert compare(tmp_path, changed(generator_1="the same texts"))[0] == 0
+
+
+class TestFewPreferences:
+    def test_two_give_a_raw_win_rate_and_no_length_controlled_one(self, tmp_path: Path) -> None:
+        rows = annotations(0, 0.5, 6)
+        for i, value in enumerate((2, None, math.nan, 1, None, None)):
+            rows[i]["preference"] = value
+        status, out = compare(tmp_path, lambda _: [row | {"annotator": "a judge"} for row in rows], count=6)
+        assert status == 0
+        scores = read_scores(out)
+        mine = scores[scores["arm"] == "dpo"]
+        raw, controlled = (mine[mine["scorer"] == name] for name in ("win_rate", "length_controlled"))
+        assert raw["score"].tolist()[:1] == [1.0]
+        assert raw["score"].notna().sum() == 2
+        assert controlled["score"].isna().all()
+        assert set(controlled["unscored_reason"]) == {"fewer than three preferences"}
+
+    @pytest.mark.parametrize("value", [None, math.nan])
+    def test_none_at_all_is_refused(self, value, tmp_path: Path, capsys) -> None:
+        assert compare(tmp_path, changed(preference=value))[0] == 2
+        assert "the judge gave no preference at all (8 rows)" in capsys.readouterr().err
+
+    def test_losses_and_wins_coded_as_0_and_1_are_refused(self, tmp_path: Path, capsys) -> None:
+        assert compare(tmp_path, lambda rows: [row | {"preference": i % 2} for i, row in enumerate(rows)])[0] == 2
+        assert "its preferences are 0 and 1 alone" in capsys.readouterr().err
+
+
+def test_annotated_answers_that_think_are_measured_without_it_and_named(tmp_path: Path, capsys) -> None:
+    status, out = compare(tmp_path, lambda rows: [row | {"output_2": "<think>so long</think>\nfour"} for row in rows])
+    assert status == 0
+    assert "dpo:1: 8 of 8 answers hold thinking" in capsys.readouterr().out
+    scores = read_scores(out)
+    assert set(scores[scores["arm"] == "dpo"]["chars"].astype(int)) == {4}
+
+
+def adopted(folder: Path, golden: list[dict], metric: str, **answers: list[str]) -> Path:
+    """Make a study of answers by the arms and the base to a golden set."""
+    write_jsonl(folder / "golden.jsonl", golden)
+    for name, texts in answers.items():
+        asked = [row.get("prompt", row.get("instruction")) for row in golden]
+        rows = [{"instruction": a, "output": text} for a, text in zip(asked, texts, strict=True)]
+        (folder / f"{name}.json").write_text(json.dumps(rows))
+    given = [f"{arm}:1={folder / f'{arm}.json'}" for arm in ("simpo", "dpo")]
+    more = ["--golden", folder / "golden.jsonl", "--baseline", folder / "base.json", "--metric", metric]
+    assert main([str(word) for word in ("outputs", folder / "given", *given, *more)]) == 0
+    return folder / "given"
+
+
+def rows_of(study: Path, arm: str) -> list[dict]:
+    folders = [study / "base", *(study / "trials").iterdir()]
+    folder = next(folder for folder in folders if read_json(folder / "manifest.json")["arm"] == arm)
+    return list(read_jsonl(folder / "completions.jsonl"))
+
+
+def test_answers_that_think_are_scored_on_what_follows_and_the_thinking_is_shown_apart(tmp_path: Path) -> None:
+    """One arm thinks, one does not, the base thinks in another spelling; three answers never stop thinking."""
+    golden = [{"prompt": f"How many legs have {n} cats?", "checks": [{"equals": f"{4 * n}"}]} for n in range(40)]
+    study = adopted(
+        tmp_path,
+        golden,
+        "checks",
+        simpo=[f"<think>\n{n} times four\n</think>\n\n{4 * n}" for n in range(37)] + ["<think>Let me see"] * 3,
+        dpo=[f"{4 * n}" if n % 2 else "many" for n in range(40)],
+        base=[f"[THINK]a guess[/THINK]{n}" for n in range(40)],
+    )
+    rescore(study, [])
+    found = decide_study(study)
+    assert found["means"] == {"simpo": 37 / 40, "dpo": 0.5}
+    first, last = rows_of(study, "simpo")[0], rows_of(study, "simpo")[-1]
+    assert (first["completion"], first["thinking"], first["thinking_tokens"], first["flags"]) == (
+        "0",
+        "0 times four",
+        3,
+        [],
+    )
+    assert (last["completion"], last["ended"], last["flags"]) == ("", False, ["cut_off"])
+    assert "thinking" not in rows_of(study, "dpo")[0]
+    assert rows_of(study, "sft")[1]["completion"] == "1"
+    page = render_report(study).read_text(encoding="utf-8")
+    assert "Thinking tokens, mean" in page
+    assert "40 (100.0%)" in page
+    assert verify_study(study) == []
+
+
+def test_a_baseline_file_is_compared_without_its_thinking(tmp_path: Path) -> None:
+    golden = [{"instruction": f"Task {i}", "dataset": "own"} for i in range(4)]
+    texts = {arm: [f"an answer of {arm} to {i}" for i in range(4)] for arm in ("simpo", "dpo", "base")}
+    study = adopted(tmp_path, golden, "judge", **texts)
+    thinking = [{"instruction": row["instruction"], "output": "<think>long thoughts</think>x"} for row in golden]
+    (tmp_path / "other.json").write_text(json.dumps(thinking))
+    with judge_server(prefers(longer)) as server:
+        settings = [f"score.judge.base_url={server.url}", "score.judge.model=fake", "trust_study=true"]
+        rescore(study, ["judge"], [*settings, f"score.baseline={tmp_path / 'other.json'}"])
+    folder = next((study / "trials").iterdir())
+    assert {row["baseline_chars"] for row in read_jsonl(folder / "preferences.jsonl")} == {1}
+
+
+def test_an_instruction_that_a_golden_set_asks_twice_is_answered_twice_in_order(tmp_path: Path) -> None:
+    """Both answers are kept, paired by order with the baseline's, exported, and share a cluster."""
+    golden = [{"instruction": text, "dataset": "own"} for text in ("One", "Two", "One", "Three", "One")]
+    texts = {arm: [f"{arm} {i}" for i in range(5)] for arm in ("simpo", "dpo", "base")}
+    study = adopted(tmp_path, golden, "judge", **texts)
+    assert [row["completion"] for row in rows_of(study, "dpo")] == texts["dpo"]
+    prompts = list(read_jsonl(study / "prompts.jsonl"))
+    assert [row["prompt_id"].partition("#")[2] for row in prompts] == ["", "", "1", "", "2"]
+    assert len({row["cluster"] for row in prompts if row["prompt"][0]["content"] == "One"}) == 1
+    assert main(["export", str(study), "--form", "alpaca_eval"]) == 0
+    exported = read_json(study / "exports" / "simpo-s1" / "model_outputs.json")
+    assert [row["output"] for row in exported] == texts["simpo"]
+    with judge_server(prefers(longer)) as server:
+        settings = [f"score.judge.base_url={server.url}", "score.judge.model=fake"]
+        _, failed = rescore(study, ["judge", "length_controlled"], settings)
+    assert failed == []
+    assert decide_study(study)["n_prompts"] == 5
+
+
+def test_one_hostile_answer_does_not_end_the_scoring(tmp_path: Path) -> None:
+    golden = [{"prompt": f"List {i}", "checks": [{"json": True}]} for i in range(4)]
+    hostile = ["[" * 9000, "9" * 10_000, "NaN", '"\ud800 \x00 \u200f"']
+    study = adopted(tmp_path, golden, "checks", simpo=hostile, dpo=["[]"] * 4, base=["[1]"] * 4)
+    rescore(study, ["checks"])
+    assert decide_study(study)["means"] == {"simpo": 0.25, "dpo": 1.0}
+
+
+def test_a_check_that_takes_too_long_leaves_its_prompt_unscored_by_name(tmp_path: Path) -> None:
+    golden = [{"prompt": f"List {i}", "checks": [{"regex": r"^(\w+\s?)+$"}]} for i in range(3)]
+    endless = ["word " * 300 + "!", "fine", "fine"]
+    study = adopted(tmp_path, golden, "checks", simpo=endless, dpo=["fine"] * 3, base=["fine"] * 3)
+    path, _ = rescore(study, ["checks"])
+    scores = read_scores(path)
+    row = scores[(scores["arm"] == "simpo") & scores["score"].isna()].iloc[0]
+    assert row["unscored_reason"].startswith("the check regex: '^(\\\\w+\\\\s?)+$' needs more than 0.3 s")
 
 
 def test_a_studys_answers_are_exported_for_alpaca_eval(tmp_path: Path) -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
 from harness.config.paths import embedded_dir as study_dir
-from harness.score.lm_eval import follows_instructions, ifeval_problem, unchecked
+from harness.score.answers import TrialOutputs
+from harness.score.lm_eval import follows_instructions, ifeval_problem, score_ifeval, unchecked
 from harness.study.errors import UsageError
 from harness.study.files import write_jsonl
 from harness.sweep.app import run_sweep
@@ -62,6 +64,52 @@ def test_an_instruction_that_needs_data_which_is_not_there_has_no_score_and_says
 def test_an_unknown_instruction_is_named() -> None:
     (reason,) = unchecked([({"instruction_id_list": ["new:thing"], "kwargs": [{}]}, "Write.")])
     assert "'new:thing' is not known to the installed lm-evaluation-harness" in reason
+
+
+HOSTILE = {
+    "deep JSON": ({"instruction_id_list": ["detectable_format:json_format"], "kwargs": [{}]}, "[" * 50_000),
+    "a number of a million digits": (
+        {"instruction_id_list": ["detectable_format:json_format"], "kwargs": [{}]},
+        "9" * 1_000_000,
+    ),
+    "one keyword": (
+        {"instruction_id_list": ["keywords:existence"], "kwargs": [{"keywords": ["a" * 50]}]},
+        "a" * 100_000,
+    ),
+    "many languages": (
+        {"instruction_id_list": ["language:response_language"], "kwargs": [{"language": "kn"}]},
+        "aक漢" * 33_333,
+    ),
+    "lone surrogates": (
+        {"instruction_id_list": ["language:response_language"], "kwargs": [{"language": "kn"}]},
+        "\ud800" * 100_000,
+    ),
+    "asterisks": (
+        {"instruction_id_list": ["detectable_format:number_highlighted_sections"], "kwargs": [{"num_highlights": 2}]},
+        "*" * 100_000,
+    ),
+    "brackets": (
+        {"instruction_id_list": ["detectable_content:number_placeholders"], "kwargs": [{"num_placeholders": 2}]},
+        "[" * 100_000,
+    ),
+    "angles": ({"instruction_id_list": ["detectable_format:title"], "kwargs": [{}]}, "<" * 100_000),
+}
+
+
+@pytest.mark.parametrize(("instructions", "answer"), HOSTILE.values(), ids=HOSTILE)
+def test_a_hostile_answer_gets_a_score_or_a_reason_in_time(instructions, answer) -> None:
+    prompt = {"split": "golden", "prompt_id": "p", "prompt": [{"role": "user", "content": "Write."}]}
+    completion = {"split": "golden", "prompt_id": "p", "completion": answer, "ended": True}
+    outputs = TrialOutputs([prompt | {"about": {"instructions": instructions}}], [completion], [])
+    score_ifeval(TrialOutputs(outputs.prompts, [completion | {"completion": "x"}], []))  # loads the library
+    start = time.process_time()
+    (score,) = score_ifeval(outputs)
+    assert time.process_time() - start < 1.5
+    assert (
+        score.score in (0, 1)
+        or "IFEval's checks" in score.unscored_reason
+        or "cannot be checked" in score.unscored_reason
+    )
 
 
 def golden(folder: Path, rows: list[dict]) -> list[str]:

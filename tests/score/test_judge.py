@@ -66,6 +66,14 @@ class TestTemplates:
         assert [ARENA.score(f"[[{v}]]") for v in ("A>>B", "A>B", "A=B", "B>A", "B>>A")] == [1, 0.75, 0.5, 0.25, 0]
         assert ARENA.score("A>B") is None
 
+    def test_what_a_judge_says_while_it_thinks_is_no_verdict(self) -> None:
+        assert ARENA.score("<think>[[A>>B]]? No.</think>[[B>A]]") == 0.25
+        assert ARENA.score("<think>[[A>>B]]? Let me") is None
+        assert ALPACA.score("<think>m, I think</think>" + json.dumps({"verdict": "M"})) == ALPACA.score(
+            '{"verdict": "M"}'
+        )
+        assert ARENA.score("[" * 50_000) is None
+
     @pytest.mark.parametrize(
         ("change", "said"),
         [

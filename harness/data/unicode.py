@@ -1,0 +1,75 @@
+"""Texts of any script -> what checks compare: normal form, folded spaces and quotes, number of words, how a text ends.
+
+All of it is by Unicode's properties, and takes time in proportion to the text.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+
+import regex
+
+# Unicode's "Stream-Safe Text Format" allows 30 marks in a row. Sorting a longer run takes quadratic time.
+_MANY_MARKS = regex.compile(r"\p{M}{31}")
+
+_QUOTES = str.maketrans(dict.fromkeys("‘’‚‛‹›ʼ´′＇", "'") | dict.fromkeys("“”„‟«»″〝〞＂", '"'))
+_INVISIBLE = regex.compile(r"\p{Default_Ignorable_Code_Point}")
+
+# Scripts without spaces between words, by the mean number of characters in a word.
+_ONE = r"\p{Script=Katakana}ーｰ"  # a run is one word
+_SHORT_WORDS = r"\p{Script=Han}\p{Script=Hiragana}\p{Script=Bopomofo}"
+_LONG_WORDS = r"\p{Script=Thai}\p{Script=Lao}\p{Script=Khmer}\p{Script=Myanmar}"
+_UNSPACED = regex.compile(f"[{_ONE}{_SHORT_WORDS}{_LONG_WORDS}]")
+_SHORT, _LONG = 1.5, 4.0
+_WORD = regex.compile(
+    rf"(?P<one>[{_ONE}]+)|(?P<short>[{_SHORT_WORDS}]+)|(?P<long>[{_LONG_WORDS}]+)"
+    rf"|(?P<spaced>(?:(?!{_UNSPACED.pattern})[\p{{L}}\p{{N}}\p{{M}}'’_-])+)"
+)
+_ZERO_WIDTH_SPACE = "\u200b"  # stands between words where Khmer, Thai or Burmese mark them
+
+# Sentence ends, closing marks and emphasis; Tibetan's shad, which lacks the property. Thai and Lao write no sentence
+# end: the end of the turn is all there is. A picture ends a message as a full stop does.
+_ENDS = regex.compile(
+    r"[\p{Sentence_Terminal}\p{Pe}\p{Pf}\p{Pi}\u0f0d-\u0f12…⋯:;：；>＞\"'＂＇`*＊|｜"
+    r"\p{Emoji_Presentation}\p{Emoji_Modifier}\p{Regional_Indicator}\u20e3\p{Script=Thai}\p{Script=Lao}]"
+)
+_PICTURE = regex.compile(r"\p{Extended_Pictographic}")
+
+
+def normal(text: str) -> str:
+    """Return the text in NFC; one with more than 30 marks on a letter stays as it is."""
+    if text.isascii() or _MANY_MARKS.search(text):
+        return text
+    return unicodedata.normalize("NFC", text)
+
+
+def fold(text: str) -> str:
+    """Return the text in NFC with straight quotes, one space for any white space, and no invisible characters."""
+    return " ".join(_INVISIBLE.sub("", normal(text)).translate(_QUOTES).split())
+
+
+def count_words(text: str) -> int:
+    """Count words.
+
+    What stands between white space is a word. In scripts that put no spaces between words, the number is estimated from
+    the mean length of a word: 1.5 characters of Chinese and Japanese, 4 of Thai, Lao, Khmer and Burmese; a run of
+    katakana is one word. Where zero-width spaces part the words of the latter, these are counted.
+    """
+    return sum(_words_of(token) if _UNSPACED.search(token) else 1 for token in text.split())
+
+
+def _words_of(token: str) -> int:
+    """Count the words of a text without white space that holds characters of an unspaced script."""
+    is_parted = _ZERO_WIDTH_SPACE in token
+    lengths = {"one": 0.0, "spaced": 0.0, "short": 1 / _SHORT, "long": 0.0 if is_parted else 1 / _LONG}
+    words = sum(max(1, round(len(run.group()) * lengths[str(run.lastgroup)])) for run in _WORD.finditer(token))
+    return max(1, words)
+
+
+def ends_as_sentences_do(text: str) -> bool:
+    """Return whether the last visible character ends a sentence, closes a quotation, or ends a message."""
+    end = len(text)
+    while end and (text[end - 1].isspace() or _INVISIBLE.match(text[end - 1])):
+        end -= 1
+    last, after = text[end - 1 : end], text[end : end + 1]
+    return _ENDS.match(last) is not None or (after == "\ufe0f" and _PICTURE.match(last) is not None)
