@@ -112,7 +112,7 @@ class Bench:
     @property
     def model_dir(self) -> str:
         """Folder of the checkpoint, for the scripts."""
-        return str(self.inputs.checkpoints.folder(self.config.model))
+        return str(self.inputs.checkpoints.folder(self.config.model, self.config.results_dir))
 
     def stock(self, name: str, arm: str, **keys: float) -> Run:
         """Run one of TRL's scripts."""

@@ -1,8 +1,11 @@
-"""Folders of `conf/`, `sweeps/` and the embedded study, in a checkout and in a wheel."""
+"""Folders of `conf/`, `sweeps/` and the embedded study, in a checkout and in a wheel; `~` in a config."""
 
 from __future__ import annotations
 
+import dataclasses
+import os
 from pathlib import Path
+from typing import Any
 
 from harness.study.errors import UsageError
 
@@ -14,6 +17,22 @@ def _shipped_folder(folder: str, marker: str) -> Path:
         if (place / marker).exists():
             return place
     raise UsageError(f"{folder}/{marker} is neither beside nor inside {here}; install the package again")
+
+
+def expand_home(config: Any) -> None:
+    """Write the home folder in the place of `~` in all texts of a config: no shell does after KEY=."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            expand_home(value)
+        elif isinstance(value, str):
+            setattr(config, field.name, _expanded(value))
+        elif isinstance(value, list):
+            setattr(config, field.name, [_expanded(item) if isinstance(item, str) else item for item in value])
+
+
+def _expanded(text: str) -> str:
+    return os.path.expanduser(text)  # noqa: PTH111 - Path would change what is no path
 
 
 CONF = _shipped_folder("conf", "sweep.yaml")

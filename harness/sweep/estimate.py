@@ -226,7 +226,7 @@ def estimate(design: Design, machine: Machine, *, tune: int, confirm: int, rate:
         return Estimate(0.0, 0.0, 0, 0, 0, 0, 0)
     config = design.any
     splits, tokens = design.inputs.splits(config), design.inputs.tokens(config)
-    folder = design.inputs.checkpoints.folder(config.model)
+    folder = design.inputs.checkpoints.folder(config.model, config.results_dir)
     size = checkpoint_size(folder)
     dev, golden = len(splits.dev_prompts), len(splits.golden_prompts)
     training = train_seconds(config, tokens, size, rate)
@@ -375,7 +375,9 @@ def machine_rate(design: Design, machine: Machine) -> float:
 
     config = design.any
     set_threads(config)
-    text: Any = json.loads((design.inputs.checkpoints.folder(config.model) / "config.json").read_text())
+    text: Any = json.loads(
+        (design.inputs.checkpoints.folder(config.model, config.results_dir) / "config.json").read_text()
+    )
     text = text.get("text_config", text)
     inner = int(text.get("hidden_size", 1024))
     return matmul_rate(

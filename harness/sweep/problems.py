@@ -16,15 +16,17 @@ from harness.config import checkpoint
 from harness.config.compose import fill_defaults, register_schemas
 from harness.config.keys import range_problems
 from harness.config.overrides import check_overrides, explain
-from harness.config.paths import CONF
-from harness.config.schema import RunConfig
+from harness.config.paths import CONF, expand_home
+from harness.config.schema import EMBEDDED, RunConfig
 from harness.data import inputs
+from harness.data.inputs import Inputs
 from harness.decide import study as decide
 from harness.generate import vllm
 from harness.score import scorers
-from harness.study.errors import UsageError
+from harness.study.errors import UnreachableError, UsageError
 from harness.track import tracker
 from harness.train import stage as train
+from harness.train.weights import check_weights
 
 _FOLDER_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}")
 
@@ -42,6 +44,28 @@ def find_problems(config: RunConfig) -> list[str]:
 def find_warnings(config: RunConfig) -> list[str]:
     """Return a message per setting that is allowed and yet likely to be regretted."""
     return list(train.setting_warnings(config))
+
+
+def checked_weights(config: RunConfig, inputs: Inputs) -> list[str]:
+    """Refuse a checkpoint that is not whole, before anything is trained (see `harness.train.weights`).
+
+    Returns:
+        Warnings, none for the embedded base, and for a Hub id that a plan cannot fetch.
+
+    Raises:
+        UsageError: names the tensors.
+    """
+    if config.model.path == EMBEDDED:
+        return []
+    try:
+        folder = inputs.checkpoints.folder(config.model, config.results_dir)
+    except UnreachableError:
+        if not config.plan:
+            raise
+        return []
+    about = [inputs.checkpoints.base_sha256(folder), inputs.checkpoints.tokenizer_sha256(folder)]
+    cache = Path(config.results_dir) / ".cache"
+    return check_weights(folder, named=f"model.path={config.model.path}", about=about, cache=cache)
 
 
 def _folder_problems(config: RunConfig) -> Iterator[str]:
@@ -94,6 +118,7 @@ def resolve(composed: DictConfig) -> RunConfig:
         composed.pop("hydra", None)
     config = OmegaConf.to_object(composed)
     assert isinstance(config, RunConfig)
+    expand_home(config)
     fill_defaults(config)
     problems = find_problems(config)
     if problems:
