@@ -76,6 +76,7 @@ class Checkpoints:
         self._folders: dict[tuple[str, str | None, str], Path] = {}
         self._weights: dict[Path, str] = {}
         self._tokenizers: dict[Path, str] = {}
+        self._made: dict[Path, dict[str, str]] = {}
 
     def folder(self, model: ModelConfig, results_dir: str = "results") -> Path:
         """Return the folder that every model of a study loads.
@@ -129,14 +130,18 @@ class Checkpoints:
             UsageError: for a folder without safetensors files.
         """
         if folder not in self._weights:
-            self._weights[folder] = _derived_facts(folder).get("base_sha256") or _weights_sha256(folder)
+            self._weights[folder] = _weights_sha256(folder)
         return self._weights[folder]
 
     def tokenizer_sha256(self, folder: Path) -> str:
         """Return the hash of the config files and the tokenizer beside the weights."""
         if folder not in self._tokenizers:
-            self._tokenizers[folder] = _derived_facts(folder).get("tokenizer_sha256") or _tokenizer_sha256(folder)
+            self._tokenizers[folder] = _tokenizer_sha256(folder)
         return self._tokenizers[folder]
+
+    def made_of(self, folder: Path) -> dict[str, str]:
+        """Return what a derived checkpoint was made of: its kind, and folders and hashes of its sources."""
+        return self._made.get(folder, {})
 
     def contents(self, config: RunConfig, data_facts: Mapping[str, Any]) -> dict[str, str]:
         """Return the SHA-256 by name of all files that a config only names.
@@ -240,6 +245,12 @@ class Checkpoints:
                     self._make(derivation, facts, target)
         except OSError as error:
             raise UsageError(f"{place} cannot be written ({error.strerror}); give another results_dir") from error
+        # Its identity is that of its sources: what it is made with, and when, changes nothing.
+        self._weights[target], self._tokenizers[target] = facts["base_sha256"], facts["tokenizer_sha256"]
+        sources = {"kind": kind, "base": str(base), "base_sha256": self.base_sha256(base)}
+        if adapter:
+            sources |= {"adapter": str(adapter), "adapter_sha256": file_sha256(adapter / ADAPTER_WEIGHTS)}
+        self._made[target] = sources
         return target
 
     def _make(self, derivation: Derivation, facts: Mapping[str, str], target: Path) -> None:
@@ -258,7 +269,7 @@ class Checkpoints:
             self._derive(derivation, temporary)
             for name, path in derivation.files.items():
                 shutil.copyfile(path, temporary / name)
-            _write_facts(temporary, derivation, facts)
+            _write_facts(temporary, facts)
             temporary.rename(target)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -339,24 +350,19 @@ def _adapter_sha256(folder: Path) -> str:
     return digest([content, file_sha256(folder / ADAPTER_WEIGHTS)])
 
 
-def _write_facts(folder: Path, derivation: Derivation, facts: Mapping[str, str]) -> None:
+def _write_facts(folder: Path, facts: Mapping[str, str]) -> None:
     """Write what a derived checkpoint was made of and what its files are, once they are on the disk."""
     files = {}
     for path in sorted(folder.iterdir()):
         with path.open("rb") as file:
             os.fsync(file.fileno())
         files[path.name] = fingerprint(path)
-    sources = {"base": str(derivation.base), "adapter": str(derivation.adapter or "")}
-    write_json(folder / DERIVED, seal({**facts, "from": sources, "files": files}))
-
-
-def _derived_facts(folder: Path) -> dict[str, Any]:
-    return read_json_object(folder / DERIVED) or {}
+    write_json(folder / DERIVED, seal({**facts, "files": files}))
 
 
 def _is_whole(folder: Path) -> bool:
     """Return whether a derived checkpoint is as it was made."""
-    found = _derived_facts(folder)
+    found = read_json_object(folder / DERIVED) or {}
     return bool(found) and is_sealed(found) and not changed_files(folder, found["files"], read_bytes=math.inf)
 
 
@@ -408,6 +414,11 @@ def folder_problems(folder: Path) -> Iterator[str]:
     if not is_adapter(folder) or has_weights(folder):
         yield from checkpoint_problems(folder)
         yield from language_model_problems(folder)
+
+
+def is_derived(folder: Path) -> bool:
+    """Return whether a folder is a checkpoint that was made here of others."""
+    return (folder / DERIVED).is_file()
 
 
 def is_utf8(path: Path) -> bool:

@@ -56,6 +56,13 @@ def multimodal_type(folder: Path) -> str:
     return str(config.get("model_type")) if isinstance(config.get("text_config"), dict) else ""
 
 
+def has_chat_template(folder: Path) -> bool:
+    """Return whether a checkpoint's tokenizer has a chat template."""
+    files = ("chat_template.jinja", "chat_template.json")
+    about = read_json_object(folder / "tokenizer_config.json") or {}
+    return bool(about.get("chat_template")) or any((folder / name).is_file() for name in files)
+
+
 def checkpoint_problems(folder: Path, *, needs_tokenizer: bool = True) -> Iterator[str]:
     """Yield what is missing or damaged in a checkpoint of any kind, as far as it shows without loading it."""
     if not (folder / "config.json").is_file():

@@ -32,7 +32,7 @@ from harness.study.text import redact, visible
 from harness.sweep.design import Composer, Design, designs_of, expand, shared_overrides, warnings_of
 from harness.sweep.estimate import print_plan, refuse_what_does_not_fit
 from harness.sweep.launch import Launching
-from harness.sweep.problems import checked_weights, compose_run, composing, find_warnings
+from harness.sweep.problems import checkpoint_warnings, compose_run, composing, find_warnings
 from harness.sweep.protocol import StudyResult, report_study, run_study
 from harness.sweep.registration import folder_name, register
 from harness.sweep.stages import run_trial
@@ -65,7 +65,7 @@ def run_sweep(arguments: Sequence[str]) -> list[StudyResult]:
         with explain():
             master = compose("sweep", shared_overrides(parsed), return_hydra_config=True)
         designs = list(designs_of(expand(parsed, master), master, Composer(), context.inputs, folder_name))
-        warnings = [[*warnings_of(design), *checked_weights(design.any, context.inputs)] for design in designs]
+        warnings = [[*warnings_of(design), *checkpoint_warnings(design.any, context.inputs)] for design in designs]
         launching = Launching.configured(master, _hydra_context(master), context)
         if master.plan:
             for design, found in zip(designs, warnings, strict=True):
@@ -163,7 +163,7 @@ def _single_trial(arguments: Sequence[str], context: Context) -> tuple[Trial, Tr
     arm = config.method.name
     design = Design(base_config, {arm: [config]}, {arm: {}}, [config.seed], [], context.inputs)
     design = design.in_study(folder_name(config, context.inputs))
-    warnings = [*find_warnings(config), *checked_weights(config, context.inputs)]
+    warnings = [*find_warnings(config), *checkpoint_warnings(config, context.inputs)]
     register(design, ["harness.train", *arguments], warnings=warnings)
     trial = design.trial(design.any, config.seed, splits)
     trial.refuse_golden()

@@ -13,6 +13,7 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from harness.config import checkpoint
+from harness.config.checkpoint_files import has_chat_template
 from harness.config.compose import fill_defaults, register_schemas
 from harness.config.keys import range_problems
 from harness.config.overrides import check_overrides, explain
@@ -46,7 +47,7 @@ def find_warnings(config: RunConfig) -> list[str]:
     return list(train.setting_warnings(config))
 
 
-def checked_weights(config: RunConfig, inputs: Inputs) -> list[str]:
+def checkpoint_warnings(config: RunConfig, inputs: Inputs) -> list[str]:
     """Refuse a checkpoint that is not whole, before anything is trained (see `harness.train.weights`).
 
     Returns:
@@ -65,7 +66,14 @@ def checked_weights(config: RunConfig, inputs: Inputs) -> list[str]:
         return []
     about = [inputs.checkpoints.base_sha256(folder), inputs.checkpoints.tokenizer_sha256(folder)]
     cache = Path(config.results_dir) / ".cache"
-    return check_weights(folder, named=f"model.path={config.model.path}", about=about, cache=cache)
+    named = f"model.path={config.model.path}"
+    found = check_weights(folder, named=named, about=about, cache=cache)
+    if config.model.chat_template is None and not has_chat_template(folder):
+        found.append(
+            f"{named}: its tokenizer has no chat template, so that prompts are plain text to the model; where it was "
+            "trained on chats, give its template (model.chat_template=FILE)"
+        )
+    return found
 
 
 def _folder_problems(config: RunConfig) -> Iterator[str]:

@@ -6,6 +6,7 @@ What is made is loaded again and must compute what it was made of: a merge that 
 from __future__ import annotations
 
 import gc
+import logging
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from harness.study.errors import UsageError
 from harness.train.weights import load_checked
 
 if TYPE_CHECKING:
+    from peft import PeftModel
     from torch import Tensor
     from transformers import PreTrainedModel
 
@@ -34,9 +36,23 @@ def derive(derivation: Derivation, target: Path) -> None:
         UsageError: where the adapter does not fit its base, cannot be merged, or where the file computes another thing.
     """
     make = _merge if derivation.adapter else _take_text
-    logits = make(derivation, target)
-    gc.collect()  # one model in memory at a time
-    _refuse_difference(target, logits, derivation)
+    with _quiet():
+        logits = make(derivation, target)
+        gc.collect()  # one model in memory at a time
+        _refuse_difference(target, logits, derivation)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the libraries' advice from the terminal: what matters of it is checked."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
 
 
 def _merge(derivation: Derivation, target: Path) -> Tensor:
@@ -49,8 +65,7 @@ def _merge(derivation: Derivation, target: Path) -> Tensor:
     with _weights_alone(derivation.base) as folder:
         base = load_checked(_class_of(derivation.base), folder, named=str(derivation.base), dtype="auto")
     _resize_embeddings(base, adapter)
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what PEFT warns of is checked
+    with torch.no_grad():
         try:
             model = PeftModel.from_pretrained(base, adapter, torch_device="cpu")
             loaded = model.load_adapter(adapter, "default", torch_device="cpu")  # a second time, for what it reports
@@ -64,6 +79,7 @@ def _merge(derivation: Derivation, target: Path) -> Tensor:
         logits = _logits(model.eval())
         if not bool(torch.isfinite(logits).all()):
             raise UsageError(f"base and adapter give no finite logits; {ADAPTER_WEIGHTS} or the base is damaged")
+        _untie(model)
         try:
             merged = model.merge_and_unload(safe_merge=True)
         except (ValueError, AttributeError, NotImplementedError, RuntimeError, TypeError) as error:
@@ -144,6 +160,16 @@ def _resize_embeddings(base: PreTrainedModel, adapter: Path) -> None:
                 rows.add(entry["shape"][low_rank[1]])
     if len(rows) == 1 and (count := rows.pop()) != inputs.weight.shape[0]:
         base.resize_token_embeddings(count, mean_resizing=False)  # the adapter's own rows replace the new ones
+
+
+def _untie(model: PeftModel) -> None:
+    """Give the head weights of its own: merging into one of a tied pair would change the other as well."""
+    from torch import nn
+
+    embeddings = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and any(module.weight is weight for weight in embeddings):
+            module.weight = nn.Parameter(module.weight.detach().clone())
 
 
 def _untie_what_differs(model: PreTrainedModel) -> None:
