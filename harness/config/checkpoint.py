@@ -344,7 +344,7 @@ def _taken_files(base: Path, adapter: Path | None) -> dict[str, Path]:
 
 def _adapter_sha256(folder: Path) -> str:
     about = read_json_object(folder / ADAPTER_CONFIG) or {}
-    content = {key: value for key, value in about.items() if key not in _NO_CONTENT}
+    content = {key: value for key, value in about.items() if key not in _NO_CONTENT and value}  # unset ones come and go
     if isinstance(content.get("target_modules"), list):
         content["target_modules"] = sorted(map(str, content["target_modules"]))  # a set, written in any order
     return digest([content, file_sha256(folder / ADAPTER_WEIGHTS)])

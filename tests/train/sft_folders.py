@@ -53,8 +53,8 @@ def save_adapter(
     model = AutoModelForCausalLM.from_pretrained(base)
     prepare(model)
     lora = {"r": 4, "lora_alpha": 16, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
-    adapted = get_peft_model(model, config or LoraConfig(**{**lora, **more}))
     torch.manual_seed(1)
+    adapted = get_peft_model(model, config or LoraConfig(**{**lora, **more}))
     with torch.no_grad():
         for parameter in adapted.parameters():
             if parameter.requires_grad:
