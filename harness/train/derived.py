@@ -27,6 +27,13 @@ if TYPE_CHECKING:
 _PROBE_TOKENS = 24
 # Largest distance of what is made from its source, in spreads of the logits, by the bytes of a weight: rounding alone.
 _TOLERANCE = {4: 1e-3, 2: 0.1}
+# Language models that transformers has no class for alone, and the one that they are where all positions are of text.
+_SAME_ON_TEXT = {
+    "qwen2_vl_text": "qwen2",
+    "qwen2_5_vl_text": "qwen2",
+    "qwen3_vl_text": "qwen3",
+    "qwen3_vl_moe_text": "qwen3_moe",
+}
 
 
 def derive(derivation: Derivation, target: Path) -> None:
@@ -37,7 +44,15 @@ def derive(derivation: Derivation, target: Path) -> None:
     """
     make = _merge if derivation.adapter else _take_text
     with _quiet():
-        logits = make(derivation, target)
+        try:
+            logits = make(derivation, target)
+        except (UsageError, OSError, MemoryError):
+            raise
+        except Exception as error:  # of models and adapters that nobody has tried together
+            if "memory" in str(error).lower():
+                raise
+            what = "its adapter cannot be merged into" if derivation.adapter else "no language model can be taken of"
+            raise UsageError(f"{what} {derivation.base}: {_first_line(error)}") from error
         gc.collect()  # one model in memory at a time
         _refuse_difference(target, logits, derivation)
 
@@ -65,6 +80,7 @@ def _merge(derivation: Derivation, target: Path) -> Tensor:
     with _weights_alone(derivation.base) as folder:
         base = load_checked(_class_of(derivation.base), folder, named=str(derivation.base), dtype="auto")
     _resize_embeddings(base, adapter)
+    was_tied = _is_tied(base)
     with torch.no_grad():
         try:
             model = PeftModel.from_pretrained(base, adapter, torch_device="cpu")
@@ -80,11 +96,9 @@ def _merge(derivation: Derivation, target: Path) -> Tensor:
         if not bool(torch.isfinite(logits).all()):
             raise UsageError(f"base and adapter give no finite logits; {ADAPTER_WEIGHTS} or the base is damaged")
         _untie(model)
-        try:
-            merged = model.merge_and_unload(safe_merge=True)
-        except (ValueError, AttributeError, NotImplementedError, RuntimeError, TypeError) as error:
-            raise UsageError(f"its adapter cannot be merged into the base: {_first_line(error)}") from error
-    _untie_what_differs(merged)
+        merged = model.merge_and_unload(safe_merge=True)
+    if was_tied:
+        _tie_again(merged)
     _save(merged, target)
     return logits
 
@@ -96,7 +110,7 @@ def _take_text(derivation: Derivation, target: Path) -> Tensor:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     config = AutoConfig.from_pretrained(derivation.base, trust_remote_code=False)
-    text_config = config.get_text_config(decoder=True)
+    text_config = _text_config(config)
     cls = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(text_config), None)
     if cls is None or type(text_config) is type(config):
         raise UsageError(_without_text_class(derivation.base))
@@ -104,7 +118,7 @@ def _take_text(derivation: Derivation, target: Path) -> Tensor:
     try:
         with torch.no_grad():
             logits = _logits(whole)
-        text_config.dtype = whole.dtype
+        text_config.dtype, text_config.tie_word_embeddings = whole.dtype, _is_tied(whole)
         with torch.device("meta"):
             text = cls(text_config)
         text.base_model.load_state_dict(whole.get_decoder().state_dict(), assign=True)
@@ -113,6 +127,20 @@ def _take_text(derivation: Derivation, target: Path) -> Tensor:
     except (ValueError, AttributeError, RuntimeError, TypeError, NotImplementedError) as error:
         raise UsageError(f"{_without_text_class(derivation.base)} ({_first_line(error)})") from error
     return logits
+
+
+def _text_config(config: Any) -> Any:
+    """Return the config of a multimodal model's language model, as that of a class that transformers has alone."""
+    from transformers import AutoConfig
+
+    found = config.get_text_config(decoder=True)
+    if found.model_type not in _SAME_ON_TEXT:
+        return found
+    values = found.to_dict() | {"architectures": None}
+    rope = values.get("rope_parameters") or {}
+    rope = {key: value for key, value in rope.items() if not key.startswith("mrope")}
+    values |= {"rope_parameters": rope, "model_type": _SAME_ON_TEXT[found.model_type]}
+    return AutoConfig.for_model(**values)
 
 
 def _without_text_class(folder: Path) -> str:
@@ -172,17 +200,21 @@ def _untie(model: PeftModel) -> None:
             module.weight = nn.Parameter(module.weight.detach().clone())
 
 
-def _untie_what_differs(model: PreTrainedModel) -> None:
-    """Note in the config that embeddings and head are two, where the adapter trained one of a tied pair."""
+def _is_tied(model: PreTrainedModel) -> bool:
+    outputs = model.get_output_embeddings()
+    return outputs is not None and outputs.weight is model.get_input_embeddings().weight
+
+
+def _tie_again(model: PreTrainedModel) -> None:
+    """Tie the head to the embeddings; where the adapter trained one of the pair, the config says that they are two."""
     inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
-    config = model.config.get_text_config()
-    if outputs is None or not config.tie_word_embeddings or inputs.weight.data_ptr() == outputs.weight.data_ptr():
-        return
-    if inputs.weight.equal(outputs.weight):
+    is_one = inputs.weight.equal(outputs.weight)
+    if is_one:
         outputs.weight = inputs.weight
-        return
-    config.tie_word_embeddings = model.config.tie_word_embeddings = False
-    model.all_tied_weights_keys = {}
+    else:
+        model.all_tied_weights_keys = {}
+    for config in (model.config, model.config.get_text_config()):
+        config.tie_word_embeddings = is_one
 
 
 def _save(model: PreTrainedModel, target: Path) -> None:

@@ -45,7 +45,7 @@ def load_checked(cls: Any, folder: Path, *, named: str = "", **options: Any) -> 
     set_verbosity_error()  # what its table of missing tensors says is raised below
     try:
         model, found = cls.from_pretrained(folder, output_loading_info=True, **safe, **options)
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError) as error:
         if "memory" in str(error).lower():
             raise
         raise UsageError(f"{named or folder}: {_why_unreadable(folder, error)}") from error

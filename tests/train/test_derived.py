@@ -284,3 +284,75 @@ def test_a_base_in_4_bits_is_refused_with_what_to_name_instead(base: Path, tmp_p
     adapter = edit(save_adapter(base, tmp_path / "sft"), CONFIG, base_model_name_or_path=str(bits))
     with pytest.raises(UsageError, match=r"adapter's base .*bnb-4bit: its weights are quantised .*write its folder"):
         resolved(adapter, tmp_path / "results")
+
+
+def multimodal(kind: str) -> Any:
+    """Return a model that sees images, untrained, with a language model of two layers."""
+    import torch
+    import transformers
+
+    text: dict[str, Any] = {
+        **{"vocab_size": vocabulary(), "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2},
+        **{"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 128},
+    }
+    sight: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "patch_size": 14}
+    one = {"num_hidden_layers": 1, "num_attention_heads": 4, "image_size": 28}
+    if kind == "Gemma3":
+        parts = {"text_config": text | {"sliding_window": 16}, "vision_config": sight | one, "mm_tokens_per_image": 4}
+    elif kind == "Mistral3":
+        parts = {
+            **{"text_config": text | {"model_type": "mistral"}, "image_token_index": 10},
+            **{"vision_config": sight | one | {"model_type": "pixtral"}},
+        }
+    else:
+        rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
+        parts = {
+            "text_config": text | {"rope_parameters": rope, "bos_token_id": 1, "eos_token_id": 2},
+            "vision_config": sight | {"depth": 1, "num_heads": 4, "out_hidden_size": 32},
+        }
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(**parts)
+    return getattr(transformers, f"{kind}ForConditionalGeneration")(config).eval()
+
+
+@pytest.mark.parametrize("kind", ["Gemma3", "Mistral3", "Qwen2_5_VL"])
+def test_of_a_multimodal_model_the_language_model_is_trained(kind: str, tmp_path: Path) -> None:
+    whole = multimodal(kind)
+    whole.save_pretrained(tmp_path / "whole")
+    save_tokenizer(tmp_path / "whole")
+    folder = resolved(tmp_path / "whole", tmp_path / "results")
+    text = loaded(folder)
+    assert type(text).__name__.endswith("ForCausalLM")
+    assert not any("vision" in name or "visual" in name for name, _ in text.named_parameters())
+    assert (logits_of(text) - logits_of(whole)).abs().max() < 1e-5
+    adapter = edit(save_adapter(folder, tmp_path / "sft"), CONFIG, base_model_name_or_path=str(tmp_path / "whole"))
+    found = logits_of(loaded(resolved(adapter, tmp_path / "results")))
+    assert (found - with_adapter(folder, adapter)).abs().max() < 1e-5
+
+
+def test_an_adapter_on_a_whole_multimodal_model_is_merged_before_its_text_part_is_taken(tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    whole = multimodal("Gemma3")
+    whole.save_pretrained(tmp_path / "whole")
+    save_tokenizer(tmp_path / "whole")
+    whole.name_or_path = str(tmp_path / "whole")
+    layers = ["q_proj", "v_proj"]
+    adapted = get_peft_model(whole, LoraConfig(target_modules=layers, task_type="CAUSAL_LM", init_lora_weights=False))
+    adapted.save_pretrained(tmp_path / "sft")
+    found = logits_of(loaded(resolved(tmp_path / "sft", tmp_path / "results")))
+    assert (found - logits_of(adapted)).abs().max() < 1e-5
+
+
+def test_a_multimodal_model_without_a_language_model_is_refused(tmp_path: Path) -> None:
+    from transformers import CLIPConfig, CLIPModel
+
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    CLIPModel(
+        CLIPConfig(text_config=small, vision_config=small | {"image_size": 28, "patch_size": 14})
+    ).save_pretrained(tmp_path / "clip")
+    save_tokenizer(tmp_path / "clip")
+    with pytest.raises(
+        UsageError, match="clip is a multimodal model whose language model transformers has no class for"
+    ):
+        resolved(tmp_path / "clip", tmp_path / "results")
