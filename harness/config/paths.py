@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from harness.study.errors import UsageError
+
+_AFTER_KEY = re.compile(r"(?<=[=,\[])~[\w.-]*(?=/)")
 
 
 def _shipped_folder(folder: str, marker: str) -> Path:
@@ -29,6 +33,11 @@ def expand_home(config: Any) -> None:
             setattr(config, field.name, _expanded(value))
         elif isinstance(value, list):
             setattr(config, field.name, [_expanded(item) if isinstance(item, str) else item for item in value])
+
+
+def typed_home(overrides: Iterable[str]) -> list[str]:
+    """Write the home folder in the place of a typed `KEY=~/...`: in Hydra's grammar `~` takes a key away."""
+    return [_AFTER_KEY.sub(lambda found: os.path.expanduser(found[0]), text) for text in overrides]  # noqa: PTH111
 
 
 def _expanded(text: str) -> str:

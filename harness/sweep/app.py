@@ -22,7 +22,7 @@ from harness.config.compose import register_schemas
 from harness.config.launchers import LAUNCHERS
 from harness.config.machine import Machine, job_problem, processes_problem
 from harness.config.overrides import check_overrides, check_single, explain
-from harness.config.paths import CONF
+from harness.config.paths import CONF, typed_home
 from harness.decide.words import table_lines, verdict_line, warning_lines
 from harness.study.errors import UsageError
 from harness.study.integrity import SPLITS
@@ -60,7 +60,7 @@ def run_sweep(arguments: Sequence[str]) -> list[StudyResult]:
         _answer_as_hydra(arguments)
         return []
     _check_options(arguments, allowed=("--multirun", "-m"))
-    parsed = check_overrides([argument for argument in arguments if not argument.startswith("-")])
+    parsed = check_overrides(typed_home(argument for argument in arguments if not argument.startswith("-")))
     with _context() as context, composing():
         with explain():
             master = compose("sweep", shared_overrides(parsed), return_hydra_config=True)
@@ -153,7 +153,7 @@ def run_single(arguments: Sequence[str]) -> int:
 def _single_trial(arguments: Sequence[str], context: Context) -> tuple[Trial, Trial]:
     """Register the study of one trial; return the SFT base and the trial."""
     _check_options(arguments, allowed=(_DEV_ONLY,))
-    overrides = [argument for argument in arguments if argument != _DEV_ONLY]
+    overrides = typed_home(argument for argument in arguments if argument != _DEV_ONLY)
     splits = ("dev",) if _DEV_ONLY in arguments else SPLITS
     check_single(overrides)
     check_overrides(overrides)

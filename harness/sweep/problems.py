@@ -17,7 +17,7 @@ from harness.config.checkpoint_files import has_chat_template
 from harness.config.compose import fill_defaults, register_schemas
 from harness.config.keys import range_problems
 from harness.config.overrides import check_overrides, explain
-from harness.config.paths import CONF, expand_home
+from harness.config.paths import CONF, expand_home, typed_home
 from harness.config.schema import EMBEDDED, RunConfig
 from harness.data import inputs
 from harness.data.inputs import Inputs
@@ -93,6 +93,7 @@ def load_run(overrides: list[str]) -> RunConfig:
     Raises:
         UsageError: for overrides that `harness.sweep` would refuse.
     """
+    overrides = typed_home(overrides)
     check_overrides(overrides)
     return compose_run(overrides)
 
