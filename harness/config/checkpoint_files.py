@@ -29,10 +29,6 @@ _NO_LANGUAGE_MODEL = (
     *("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "ForMultipleChoice"),
     *("ForMaskedLM", "ForPreTraining", "RewardModel", "ForRewardModel", "ForScore", "ForNextSentencePrediction"),
 )
-_SAVE_AGAIN = (
-    'python -c "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; '
-    "M.from_pretrained('OLD'{more}).save_pretrained('NEW'); T.from_pretrained('OLD'{more}).save_pretrained('NEW')\""
-)
 
 
 def is_adapter(folder: Path) -> bool:
@@ -42,7 +38,7 @@ def is_adapter(folder: Path) -> bool:
 
 def has_weights(folder: Path) -> bool:
     """Return whether a folder holds weights of a whole model in safetensors."""
-    return (folder / "config.json").is_file() and bool(weight_files(folder))
+    return (folder / "config.json").is_file() and any((folder / name).is_file() for name in (SINGLE, INDEX))
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -174,7 +170,7 @@ def header(path: Path) -> dict[str, Any] | None:
         entries = {name: entry for name, entry in found.items() if name != "__metadata__"}
         end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
         is_whole = path.stat().st_size == 8 + size + end and all("shape" in entry for entry in entries.values())
-    except (ValueError, AttributeError, KeyError, TypeError, IndexError):
+    except (OSError, ValueError, AttributeError, KeyError, TypeError, IndexError):
         return None
     return entries if is_whole else None
 
@@ -238,8 +234,8 @@ def _without_safetensors(folder: Path) -> str:
         return _gguf(found[0])
     if any(name.startswith("pytorch_model") for name in pickled):
         return (
-            f"its weights are pickled ({pickled[0]}), which is not loaded: a pickle can run code; where you trust it, "
-            f"run {_SAVE_AGAIN.format(more='')} and give NEW"
+            f"its weights are pickled ({pickled[0]}); pickled weights are not loaded, since they can run code. Where "
+            f"you trust it, run {_save_again(folder)} and give NEW"
         )
     if pickled:
         return (
@@ -266,10 +262,20 @@ def _unmerged_shards(folder: Path) -> str:
 
 
 def _gguf(path: Path) -> str:
-    again = _SAVE_AGAIN.format(more=f", gguf_file='{path.name}'").replace("OLD", str(path.parent))
     return (
         f"{path.name} is GGUF, made for llama.cpp and mostly quantised; give the safetensors that it was made from, or "
-        f"run pip install gguf and {again}, and give NEW"
+        f"run pip install gguf and {_save_again(path.parent, gguf_file=path.name)}, and give NEW"
+    )
+
+
+def _save_again(folder: Path, **more: str) -> str:
+    """Return the command that loads a folder in another format and saves it as safetensors."""
+    names = (read_json_object(folder / "config.json") or {}).get("architectures") or []
+    kind = "SequenceClassification" if any("SequenceClassification" in str(name) for name in names) else "CausalLM"
+    given = ", ".join([f"'{folder}'", *(f"{key}='{value}'" for key, value in more.items())])
+    return (
+        f'python -c "from transformers import AutoModelFor{kind} as M, AutoTokenizer as T; '
+        f"M.from_pretrained({given}).save_pretrained('NEW'); T.from_pretrained({given}).save_pretrained('NEW')\""
     )
 
 

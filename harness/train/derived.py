@@ -46,10 +46,10 @@ def derive(derivation: Derivation, target: Path) -> None:
     with _quiet():
         try:
             logits = make(derivation, target)
-        except (UsageError, OSError, MemoryError):
+        except (UsageError, MemoryError):
             raise
         except Exception as error:  # of models and adapters that nobody has tried together
-            if "memory" in str(error).lower():
+            if getattr(error, "errno", None) or "memory" in str(error).lower():  # of the disk, of the machine
                 raise
             what = "its adapter cannot be merged into" if derivation.adapter else "no language model can be taken of"
             raise UsageError(f"{what} {derivation.base}: {_first_line(error)}") from error

@@ -356,3 +356,31 @@ def test_a_multimodal_model_without_a_language_model_is_refused(tmp_path: Path) 
         UsageError, match="clip is a multimodal model whose language model transformers has no class for"
     ):
         resolved(tmp_path / "clip", tmp_path / "results")
+
+
+def test_a_base_on_the_hub_is_the_downloaded_one(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = tmp_path / "hub" / "models--zebra--base"
+    shutil.copytree(base, hub / "snapshots" / "0123456789abcdef0123456789abcdef01234567")
+    (hub / "refs").mkdir()
+    (hub / "refs" / "main").write_text("0123456789abcdef0123456789abcdef01234567")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    adapter = edit(save_adapter(base, tmp_path / "sft"), CONFIG, base_model_name_or_path="zebra/base")
+    found = logits_of(loaded(resolved(adapter, tmp_path / "results")))
+    assert (found - with_adapter(base, adapter)).abs().max() < 1e-5
+    edit(adapter, CONFIG, base_model_name_or_path="zebra/other")
+    with pytest.raises(UsageError, match=r"the base of its adapter, zebra/other: not to be had from the Hub"):
+        resolved(adapter, tmp_path / "results")
+
+
+def test_what_a_trainer_leaves_beside_an_adapter_is_no_second_model(base: Path, tmp_path: Path) -> None:
+    """LLaMA-Factory leaves a value head and states, unsloth a config, axolotl a folder with the merged model."""
+    adapter = save_adapter(base, tmp_path / "sft")
+    for name in ("README.md", "trainer_state.json", "training_args.bin", "value_head.safetensors"):
+        (adapter / name).write_text("{}")
+    shutil.copyfile(base / "config.json", adapter / "config.json")
+    shutil.copytree(base, adapter / "merged")
+    shutil.copytree(adapter, adapter / "checkpoint-40", ignore=shutil.ignore_patterns("checkpoint-*", "merged"))
+    for folder in (adapter, adapter / "checkpoint-40"):
+        edit(folder, CONFIG, base_model_name_or_path=str(base))
+        found = logits_of(loaded(resolved(folder, tmp_path / "results")))
+        assert (found - with_adapter(base, adapter)).abs().max() < 1e-5

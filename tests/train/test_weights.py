@@ -161,6 +161,16 @@ class TestTies:
         rewrite(tied, lambda found: {name.replace("model.embed_tokens", "lm_head"): x for name, x in found.items()})
         assert check(tied) == []
 
+    def test_two_different_tensors_are_no_tie(self, tied: Path) -> None:
+        rewrite(tied, lambda found: found | {"lm_head.weight": found["model.embed_tokens.weight"] * 2})
+        with pytest.raises(UsageError, match=r"config.json ties lm_head.weight to model.embed_tokens.weight, and the"):
+            check(tied)
+        assert check(edit(tied, tie_word_embeddings=False)) == []
+
+    def test_the_same_tensor_twice_is_one(self, tied: Path) -> None:
+        rewrite(tied, lambda found: found | {"lm_head.weight": found["model.embed_tokens.weight"].clone()})
+        assert check(tied) == []
+
     def test_neither_of_both_is_missing(self, tied: Path) -> None:
         rewrite(tied, without("lm_head", "embed_tokens"))
         with pytest.raises(UsageError, match="embed_tokens"):
