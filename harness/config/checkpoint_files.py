@@ -273,9 +273,12 @@ def _save_again(folder: Path, **more: str) -> str:
     names = (read_json_object(folder / "config.json") or {}).get("architectures") or []
     kind = "SequenceClassification" if any("SequenceClassification" in str(name) for name in names) else "CausalLM"
     given = ", ".join([f"'{folder}'", *(f"{key}='{value}'" for key, value in more.items())])
+    # A model that was read from GGUF holds plain weights, and yet says of itself that it cannot be saved.
+    plain = "m.hf_quantizer = None; del m.config.quantization_config; " if "gguf_file" in more else ""
     return (
         f'python -c "from transformers import AutoModelFor{kind} as M, AutoTokenizer as T; '
-        f"M.from_pretrained({given}).save_pretrained('NEW'); T.from_pretrained({given}).save_pretrained('NEW')\""
+        f"m = M.from_pretrained({given}); {plain}m.save_pretrained('NEW'); "
+        f"T.from_pretrained({given}).save_pretrained('NEW')\""
     )
 
 

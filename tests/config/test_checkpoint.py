@@ -88,7 +88,7 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
     "a pickle of transformers": (files("pytorch_model.bin"), "weights are pickled (pytorch_model.bin)"),
     "pickles in parts": (
         files("pytorch_model-00001-of-00002.bin", "pytorch_model.bin.index.json"),
-        "sft').save_pretrained('NEW')",
+        "sft'); m.save_pretrained('NEW')",
     ),
     "a pickle of Meta's": (files("consolidated.00.pth"), "consolidated.00.pth is pickled, and not as transformers"),
     "a pickle of Lightning's": (files("last.ckpt"), "last.ckpt is pickled"),
