@@ -15,7 +15,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.config.checkpoint import Derivation
-from harness.config.checkpoint_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, header, is_adapter, multimodal_type
+from harness.config.checkpoint_files import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    header,
+    is_adapter,
+    multimodal_type,
+    read_json_object,
+)
 from harness.study.errors import UsageError
 from harness.train.weights import load_checked
 
@@ -79,6 +86,7 @@ def _merge(derivation: Derivation, target: Path) -> Tensor:
     assert adapter is not None
     with _weights_alone(derivation.base) as folder:
         base = load_checked(_class_of(derivation.base), folder, named=str(derivation.base), dtype="auto")
+    _refuse_unknown_settings(adapter)
     _resize_embeddings(base, adapter)
     was_tied = _is_tied(base)
     with torch.no_grad():
@@ -101,6 +109,19 @@ def _merge(derivation: Derivation, target: Path) -> Tensor:
         _tie_again(merged)
     _save(merged, target)
     return logits
+
+
+def _refuse_unknown_settings(adapter: Path) -> None:
+    """Refuse settings that this version of PEFT leaves out: the adapter would be computed in another way."""
+    import peft
+
+    known = vars(peft.PeftConfig.from_pretrained(adapter))
+    given = read_json_object(adapter / ADAPTER_CONFIG) or {}
+    if unknown := sorted(key for key, value in given.items() if value and key not in known):
+        raise UsageError(
+            f"its adapter has settings that PEFT {peft.__version__} does not know ({ADAPTER_CONFIG}: "
+            f"{', '.join(unknown)}); merge it with the version that made it, and give the merged model"
+        )
 
 
 def _take_text(derivation: Derivation, target: Path) -> Tensor:

@@ -240,7 +240,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "prompt tuning": ({"peft_type": "PROMPT_TUNING"}, "peft_type=PROMPT_TUNING) cannot be merged"),
     "a classifier's": ({"task_type": "SEQ_CLS"}, "task_type=SEQ_CLS) is not of a language model"),
     "an activated LoRA": ({"alora_invocation_tokens": [1, 2]}, "acts on a part of a text"),
-    "a kind that PEFT does not know": ({"peft_type": "MAGIC"}, "its adapter does not fit the base"),
+    "a kind that PEFT does not know": ({"peft_type": "MAGIC"}, "its adapter cannot be merged into"),
+    "a setting that PEFT does not know": (
+        {"use_zebra_scaling": True},
+        "does not know (adapter_config.json: use_zebra_",
+    ),
 }
 
 
