@@ -11,12 +11,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
+from harness.config.checkpoint import Checkpoints
 from harness.config.schema import RunConfig
 from harness.data.inputs import Inputs
 from harness.data.tokens import TokenPair
 from harness.study.errors import UsageError
 from harness.study.files import write_json, write_jsonl
 from harness.sweep.problems import load_run
+from harness.train.derived import derive
 from harness.train.memory import plan_of
 
 if TYPE_CHECKING:
@@ -87,7 +89,7 @@ class Bench:
         self.keys += [f"data.{split}={folder / split}.jsonl" for split in ("dev", "golden")] if pairs else []
         self.keys += [f"data.max_train_pairs={num_pairs}"]
         self.config: RunConfig = load_run(["+method=dpo", *self.keys])
-        self.inputs = Inputs()
+        self.inputs = Inputs(Checkpoints(derive))
         self.rows = self.inputs.tokens(self.config).train.rows
         if len(self.rows) < num_pairs:
             raise UsageError(f"--num-pairs {num_pairs}: {train} has {len(self.rows)} that can be trained on")
@@ -112,7 +114,7 @@ class Bench:
     @property
     def model_dir(self) -> str:
         """Folder of the checkpoint, for the scripts."""
-        return str(self.inputs.checkpoints.folder(self.config.model))
+        return str(self.inputs.checkpoints.folder(self.config.model, self.config.results_dir))
 
     def stock(self, name: str, arm: str, **keys: float) -> Run:
         """Run one of TRL's scripts."""

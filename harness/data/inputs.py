@@ -69,7 +69,7 @@ class Inputs:
         key = digest([plain(self._data_of(config)), plain(config.model), config.generate.reasoning == DROP])
         if key not in self._tokens:
             chat = load_chat_format(
-                self.checkpoints.folder(config.model),
+                self.checkpoints.folder(config.model, config.results_dir),
                 revision=None,
                 template=config.model.chat_template,
                 auto=config.data.template is Template.auto,

@@ -107,6 +107,7 @@ def facts(study: Study) -> dict[str, str]:
     found = {
         "Model": phrase(model.get("path")),
         "Model revision": phrase(model.get("revision")),
+        "Model is made of": phrase(model.get("made_of")),
         "SHA-256 of the base's weights": _common_fact(trials, "base_sha256") or phrase(model.get("base_sha256")),
         "Label noise": _label_noise(study.trials),
         "Pairs dropped after tokenisation": _common_fact(trials, "dropped_pairs"),

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, TypedDict
 
 from tqdm import tqdm
 
-from harness.config.checkpoint import Checkpoints, checkpoint_problems
+from harness.config.checkpoint import Checkpoints
+from harness.config.checkpoint_files import checkpoint_problems
 from harness.config.schema import ModelConfig, RewardModelConfig, ScoreConfig
 from harness.data.records import Message
 from harness.score.answers import Preference, Stored, conversation
@@ -46,7 +47,7 @@ def reward_model_settings(score: ScoreConfig, checkpoints: Checkpoints) -> dict[
     config = score.reward_model
     if not config.path:
         return {}
-    folder = checkpoints.folder(ModelConfig(config.path, config.revision))
+    folder = checkpoints.given_folder(ModelConfig(config.path, config.revision))
     return {"reward_model": {"weights_sha256": checkpoints.base_sha256(folder), "max_length": config.max_length}}
 
 
@@ -90,7 +91,7 @@ class RewardModel:
         checkpoints = Checkpoints()
         self.config = config
         try:
-            self.folder = checkpoints.folder(ModelConfig(config.path, config.revision))
+            self.folder = checkpoints.given_folder(ModelConfig(config.path, config.revision))
         except UnreachableError as error:
             raise UnreachableError(f"score.reward_{error}") from error  # the message begins with model.path
         problems = list(checkpoint_problems(self.folder))

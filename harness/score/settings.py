@@ -24,6 +24,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from harness.config.keys import find_declared, shown, unknown_key, value_problem
+from harness.config.paths import expand_home
 from harness.config.schema import ModelConfig, ScoreConfig, Tuning
 from harness.config.trial_id import plain
 from harness.score.judge_endpoint import key_problem
@@ -148,6 +149,7 @@ def read_settings(study: Path, overrides: Sequence[str], scorers: Sequence[str])
     try:
         merged = OmegaConf.merge(OmegaConf.structured(_Used), _nested(admitted), _nested(typed))
         used = cast(_Used, OmegaConf.to_object(merged))
+        expand_home(used)
     except OmegaConfBaseException as error:
         raise UsageError(f"{' '.join(words) or study}: {' '.join(str(error).split())}") from error
     return Settings(used.score, used.model, is_quantised, _nested(noted).get("score", {}))

@@ -36,6 +36,7 @@ from harness.study.integrity import done_stages
 from harness.study.manifest import load_manifest
 from harness.study.registration import Registration, read_study
 from harness.study.scores_csv import MAX_UNSCORED
+from harness.train.derived import derive
 
 
 def scoring_of(config: RunConfig, splits: Sequence[str], names: Sequence[str] = ()) -> Scoring | None:
@@ -50,12 +51,12 @@ def scoring_of(config: RunConfig, splits: Sequence[str], names: Sequence[str] = 
     if not found:
         return None
     is_quantised = config.train.tuning is Tuning.qlora
-    base = _base(config.model, is_quantised=is_quantised) if reads(found, "model") else None
+    base = _base(config.model, config.results_dir, is_quantised=is_quantised) if reads(found, "model") else None
     return Scoring(config.score, found, splits, Path(config.results_dir) / ".cache", base)
 
 
-def _base(model: ModelConfig, *, is_quantised: bool) -> Base:
-    return Base(Checkpoints().folder(model), model.chat_template, is_quantised)
+def _base(model: ModelConfig, results_dir: str, *, is_quantised: bool) -> Base:
+    return Base(Checkpoints(derive).folder(model, results_dir), model.chat_template, is_quantised)
 
 
 def score_study(study: Path, scoring: Scoring) -> list[str]:
@@ -194,7 +195,9 @@ def _scoring_again(study: Path, registered: Registration, settings: Settings, na
     is_tuned = registered.get("tuned") and any(row["split"] == "dev" for row in read_jsonl(study / "prompts.jsonl"))
     decides = registered["metric"] in [scorer_name(name) for name in names]
     splits = ["dev", "golden"] if is_tuned and decides else ["golden"]
-    base = _base(settings.model, is_quantised=settings.is_quantised) if reads(names, "model") else None
+    base = (
+        _base(settings.model, str(study.parent), is_quantised=settings.is_quantised) if reads(names, "model") else None
+    )
     return Scoring(settings.score, names, splits, study.parent / ".cache", base)
 
 

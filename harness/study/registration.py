@@ -26,7 +26,13 @@ class Guard(TypedDict):
     margin: float
 
 
-class RegisteredModel(TypedDict):
+class ModelSources(TypedDict, total=False):
+    """What the checkpoint was made of, where an adapter was merged or a text part taken: kind, folders, hashes."""
+
+    made_of: dict[str, str]
+
+
+class RegisteredModel(ModelSources):
     """The SFT base; `revision` is None for a folder, `base_sha256` is of the weights."""
 
     path: str

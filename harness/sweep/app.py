@@ -22,7 +22,7 @@ from harness.config.compose import register_schemas
 from harness.config.launchers import LAUNCHERS
 from harness.config.machine import Machine, job_problem, processes_problem
 from harness.config.overrides import check_overrides, check_single, explain
-from harness.config.paths import CONF
+from harness.config.paths import CONF, typed_home
 from harness.decide.words import table_lines, verdict_line, warning_lines
 from harness.study.errors import UsageError
 from harness.study.integrity import SPLITS
@@ -32,7 +32,7 @@ from harness.study.text import redact, visible
 from harness.sweep.design import Composer, Design, designs_of, expand, shared_overrides, warnings_of
 from harness.sweep.estimate import print_plan, refuse_what_does_not_fit
 from harness.sweep.launch import Launching
-from harness.sweep.problems import compose_run, composing, find_warnings
+from harness.sweep.problems import checkpoint_warnings, compose_run, composing, find_warnings
 from harness.sweep.protocol import StudyResult, report_study, run_study
 from harness.sweep.registration import folder_name, register
 from harness.sweep.stages import run_trial
@@ -60,12 +60,12 @@ def run_sweep(arguments: Sequence[str]) -> list[StudyResult]:
         _answer_as_hydra(arguments)
         return []
     _check_options(arguments, allowed=("--multirun", "-m"))
-    parsed = check_overrides([argument for argument in arguments if not argument.startswith("-")])
+    parsed = check_overrides(typed_home(argument for argument in arguments if not argument.startswith("-")))
     with _context() as context, composing():
         with explain():
             master = compose("sweep", shared_overrides(parsed), return_hydra_config=True)
         designs = list(designs_of(expand(parsed, master), master, Composer(), context.inputs, folder_name))
-        warnings = [warnings_of(design) for design in designs]
+        warnings = [[*warnings_of(design), *checkpoint_warnings(design.any, context.inputs)] for design in designs]
         launching = Launching.configured(master, _hydra_context(master), context)
         if master.plan:
             for design, found in zip(designs, warnings, strict=True):
@@ -153,7 +153,7 @@ def run_single(arguments: Sequence[str]) -> int:
 def _single_trial(arguments: Sequence[str], context: Context) -> tuple[Trial, Trial]:
     """Register the study of one trial; return the SFT base and the trial."""
     _check_options(arguments, allowed=(_DEV_ONLY,))
-    overrides = [argument for argument in arguments if argument != _DEV_ONLY]
+    overrides = typed_home(argument for argument in arguments if argument != _DEV_ONLY)
     splits = ("dev",) if _DEV_ONLY in arguments else SPLITS
     check_single(overrides)
     check_overrides(overrides)
@@ -163,7 +163,8 @@ def _single_trial(arguments: Sequence[str], context: Context) -> tuple[Trial, Tr
     arm = config.method.name
     design = Design(base_config, {arm: [config]}, {arm: {}}, [config.seed], [], context.inputs)
     design = design.in_study(folder_name(config, context.inputs))
-    register(design, ["harness.train", *arguments], warnings=find_warnings(config))
+    warnings = [*find_warnings(config), *checkpoint_warnings(config, context.inputs)]
+    register(design, ["harness.train", *arguments], warnings=warnings)
     trial = design.trial(design.any, config.seed, splits)
     trial.refuse_golden()
     return replace(design.base, splits=splits), trial

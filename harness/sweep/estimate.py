@@ -37,7 +37,7 @@ def print_plan(design: Design, warnings: Sequence[str], machine: Machine, at_onc
     if unknown:
         print(f"ids and sizes are not known here: {unknown}")
     else:
-        print(_size_of_a_trial(design))
+        print("\n".join([*_sources(design), _size_of_a_trial(design)]))
     if not unknown:
         print("\n".join(_cost(design, machine, at_once)))
     print(_findable(design))
@@ -56,6 +56,21 @@ def print_plan(design: Design, warnings: Sequence[str], machine: Machine, at_onc
             print(f"{'-':14}{'confirm':9}{arm:14}{seed:5}  {'to run':10}the config that dev selects")
     for warning in warnings:
         print(f"warning: {warning}")
+
+
+def _sources(design: Design) -> list[str]:
+    """Say what the models of a study are, where they are not the given checkpoint itself."""
+    config, checkpoints = design.any, design.inputs.checkpoints
+    folder = checkpoints.folder(config.model, config.results_dir)
+    made = checkpoints.made_of(folder)
+    if not made:
+        return []
+    what = (
+        f"the adapter {made['adapter']} merged into {made['base']}"
+        if "adapter" in made
+        else f"the language model of {made['base']}"
+    )
+    return [f"model: base, arms and reference are {what}: {folder}"]
 
 
 def to_run(design: Design) -> tuple[int, int]:
@@ -226,7 +241,7 @@ def estimate(design: Design, machine: Machine, *, tune: int, confirm: int, rate:
         return Estimate(0.0, 0.0, 0, 0, 0, 0, 0)
     config = design.any
     splits, tokens = design.inputs.splits(config), design.inputs.tokens(config)
-    folder = design.inputs.checkpoints.folder(config.model)
+    folder = design.inputs.checkpoints.folder(config.model, config.results_dir)
     size = checkpoint_size(folder)
     dev, golden = len(splits.dev_prompts), len(splits.golden_prompts)
     training = train_seconds(config, tokens, size, rate)
@@ -375,7 +390,9 @@ def machine_rate(design: Design, machine: Machine) -> float:
 
     config = design.any
     set_threads(config)
-    text: Any = json.loads((design.inputs.checkpoints.folder(config.model) / "config.json").read_text())
+    text: Any = json.loads(
+        (design.inputs.checkpoints.folder(config.model, config.results_dir) / "config.json").read_text()
+    )
     text = text.get("text_config", text)
     inner = int(text.get("hidden_size", 1024))
     return matmul_rate(

@@ -89,7 +89,7 @@ class Launching:
         if work:
             first, inputs = trials[0], self._context.inputs
             chat, splits = inputs.tokens(first.config).chat, inputs.splits(first.config)
-            base = inputs.checkpoints.folder(first.config.model)
+            base = inputs.checkpoints.folder(first.config.model, first.config.results_dir)
             answer_folders(work, first.config, chat, splits, base=base, scratch=first.study)
 
     def _run(self, trials: Sequence[Trial], advance: Callable[[], bool | None]) -> list[Outcome]:

@@ -13,18 +13,21 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from harness.config import checkpoint
+from harness.config.checkpoint_files import has_chat_template
 from harness.config.compose import fill_defaults, register_schemas
 from harness.config.keys import range_problems
 from harness.config.overrides import check_overrides, explain
-from harness.config.paths import CONF
-from harness.config.schema import RunConfig
+from harness.config.paths import CONF, expand_home, typed_home
+from harness.config.schema import EMBEDDED, RunConfig
 from harness.data import inputs
+from harness.data.inputs import Inputs
 from harness.decide import study as decide
 from harness.generate import vllm
 from harness.score import scorers
-from harness.study.errors import UsageError
+from harness.study.errors import UnreachableError, UsageError
 from harness.track import tracker
 from harness.train import stage as train
+from harness.train.weights import check_weights
 
 _FOLDER_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}")
 
@@ -44,6 +47,35 @@ def find_warnings(config: RunConfig) -> list[str]:
     return list(train.setting_warnings(config))
 
 
+def checkpoint_warnings(config: RunConfig, inputs: Inputs) -> list[str]:
+    """Refuse a checkpoint that is not whole, before anything is trained (see `harness.train.weights`).
+
+    Returns:
+        Warnings, none for the embedded base, and for a Hub id that a plan cannot fetch.
+
+    Raises:
+        UsageError: names the tensors.
+    """
+    if config.model.path == EMBEDDED:
+        return []
+    try:
+        folder = inputs.checkpoints.folder(config.model, config.results_dir)
+    except UnreachableError:
+        if not config.plan:
+            raise
+        return []
+    about = [inputs.checkpoints.base_sha256(folder), inputs.checkpoints.tokenizer_sha256(folder)]
+    cache = Path(config.results_dir) / ".cache"
+    named = f"model.path={config.model.path}"
+    found = check_weights(folder, named=named, about=about, cache=cache)
+    if config.model.chat_template is None and not has_chat_template(folder):
+        found.append(
+            f"{named}: its tokenizer has no chat template, so that prompts are plain text to the model; where it was "
+            "trained on chats, give its template (model.chat_template=FILE)"
+        )
+    return found
+
+
 def _folder_problems(config: RunConfig) -> Iterator[str]:
     if config.study is not None and not _FOLDER_NAME.fullmatch(config.study):
         yield (
@@ -61,6 +93,7 @@ def load_run(overrides: list[str]) -> RunConfig:
     Raises:
         UsageError: for overrides that `harness.sweep` would refuse.
     """
+    overrides = typed_home(overrides)
     check_overrides(overrides)
     return compose_run(overrides)
 
@@ -94,6 +127,7 @@ def resolve(composed: DictConfig) -> RunConfig:
         composed.pop("hydra", None)
     config = OmegaConf.to_object(composed)
     assert isinstance(config, RunConfig)
+    expand_home(config)
     fill_defaults(config)
     problems = find_problems(config)
     if problems:

@@ -21,7 +21,15 @@ from harness.study.backup import put_back
 from harness.study.errors import UnreachableError, UsageError
 from harness.study.files import digest, locked, to_jsonl, write_text
 from harness.study.log import say
-from harness.study.registration import Registration, contrast_of, merged, read_study, refuse_late_configs, write_study
+from harness.study.registration import (
+    ModelSources,
+    Registration,
+    contrast_of,
+    merged,
+    read_study,
+    refuse_late_configs,
+    write_study,
+)
 from harness.study.scores_csv import MAX_UNSCORED
 from harness.sweep.design import Design
 
@@ -153,6 +161,7 @@ def _study(
             "path": config.model.path,
             "revision": config.model.revision,
             "base_sha256": fixed["contents"]["base"],
+            **_made_of(config, design.inputs),
         },
         "data": {**facts},
         "warnings": merged(old.get("warnings", []), [*facts.get("warnings", []), *warnings]),
@@ -211,6 +220,12 @@ def _refuse_changes(path: Path, old: dict[str, Any], new: dict[str, Any]) -> Non
             + "\n".join(changes)
             + "\nGive the new question a study of its own: study=NAME, or leave study= out"
         )
+
+
+def _made_of(config: RunConfig, inputs: Inputs) -> ModelSources:
+    """Return what the checkpoint of a study was made of, where it is not the given one itself."""
+    found = inputs.checkpoints.made_of(inputs.checkpoints.folder(config.model, config.results_dir))
+    return {"made_of": found} if found else {}
 
 
 def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:

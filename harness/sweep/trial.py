@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.config.arms import ARMS
+from harness.config.checkpoint import Checkpoints
 from harness.config.compose import config_from
 from harness.config.machine import Machine
 from harness.config.schema import RunConfig
@@ -22,6 +23,7 @@ from harness.study.rows import TrialName
 from harness.sweep.launchers import Slots
 from harness.track.tracker import Trackers
 from harness.train.base import Bases
+from harness.train.derived import derive
 from harness.train.memory import FrozenImports
 
 
@@ -40,7 +42,7 @@ class Context:
     """
 
     machine: Machine = field(default_factory=Machine.here)
-    inputs: Inputs = field(default_factory=Inputs)
+    inputs: Inputs = field(default_factory=lambda: Inputs(Checkpoints(derive)))
     files: FileCache = field(default_factory=FileCache)
     trackers: Trackers = field(default_factory=Trackers)
     imports: FrozenImports = field(default_factory=FrozenImports)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from harness.config.checkpoint import is_derived
 from harness.config.schema import RunConfig, Tuning
 
 if TYPE_CHECKING:
@@ -98,7 +99,8 @@ def save_weights(trainer: Trainer, folder: Path, config: RunConfig) -> None:
     more: dict[str, list[str] | bool] = {}
     if is_adapter:
         about = model.active_peft_config
-        about.base_model_name_or_path = config.model.path
+        if not is_derived(Path(about.base_model_name_or_path)):  # else what was made of model.path is the base
+            about.base_model_name_or_path = config.model.path
         about.target_modules = sorted(about.target_modules)  # the order of a set differs between processes
         more["selected_adapters"] = ["default"]
         more["save_embedding_layers"] = False  # PEFT would ask the Hub about the base's vocabulary

@@ -10,10 +10,11 @@ import contextlib
 import importlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from harness.config.machine import has_gpu
 from harness.config.schema import ModelConfig, Precision, RunConfig, Tuning
+from harness.train.weights import load_checked
 
 if TYPE_CHECKING:
     import torch
@@ -64,12 +65,13 @@ def load_base(config: RunConfig, folder: Path, *, on_gpu: bool = True) -> PreTra
 
 
 def load_model(folder: Path, dtype: torch.dtype, *, quantise: bool = False, on_gpu: bool = True) -> PreTrainedModel:
-    """Load a causal LM's weights, to the GPU where there is one; in 4-bit NormalFloat with `quantise`."""
-    from transformers import AutoModelForCausalLM
-    from transformers.utils.logging import disable_progress_bar
+    """Load a causal LM's weights, to the GPU where there is one; in 4-bit NormalFloat with `quantise`.
 
-    disable_progress_bar()  # a bar per load, a hundred times, tells nothing
-    safe = {"dtype": dtype, "trust_remote_code": False, "use_safetensors": True}
+    Raises:
+        UsageError: where a parameter is not in the files (see `harness.train.weights`).
+    """
+    from transformers import AutoModelForCausalLM
+
     if quantise:
         from transformers import BitsAndBytesConfig
 
@@ -80,14 +82,14 @@ def load_model(folder: Path, dtype: torch.dtype, *, quantise: bool = False, on_g
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
         )
-        place = {"device_map": {"": "cuda"}} if has_gpu() else {}
-        quantised = AutoModelForCausalLM.from_pretrained(folder, quantization_config=four_bits, **place, **safe)
+        place: dict[str, Any] = {"device_map": {"": "cuda"}} if has_gpu() else {}
+        quantised = load_checked(AutoModelForCausalLM, folder, dtype=dtype, quantization_config=four_bits, **place)
         for module in quantised.modules():
             # Some CPUs' kernel rounds to bf16 in passes without gradients: reference and policy would differ.
             if getattr(module, "support_avx512bf16_for_cpu", False):
                 module.support_avx512bf16_for_cpu = False
         return quantised
-    model = AutoModelForCausalLM.from_pretrained(folder, **safe)
+    model = load_checked(AutoModelForCausalLM, folder, dtype=dtype)
     return model.to("cuda") if on_gpu and has_gpu() else model
 
 
@@ -103,10 +105,10 @@ class Bases:
     """The base cache: at most one base, with a copy of its weights where all of them are trained.
 
     Args:
-        folder_of: finds a checkpoint's folder.
+        folder_of: finds a checkpoint's folder, from the section `model` and `results_dir`.
     """
 
-    def __init__(self, folder_of: Callable[[ModelConfig], Path]) -> None:
+    def __init__(self, folder_of: Callable[[ModelConfig, str], Path]) -> None:
         self._folder_of = folder_of
         self._models: dict[BaseKey, PreTrainedModel] = {}
         self._pristine: dict[BaseKey, dict[str, torch.Tensor]] = {}
@@ -119,7 +121,7 @@ class Bases:
             config: the trial.
             trains_all: True where the weights themselves will be trained; a copy is kept in memory to put them back.
         """
-        folder = self._folder_of(config.model)
+        folder = self._folder_of(config.model, config.results_dir)
         if not config.train.levers.reuse_base:
             yield load_base(config, folder)
             return

@@ -229,7 +229,7 @@ def _train_share(job: Path, rank: int) -> TrainResult:
     plan = plan_of(config, tokens.train.rows, micro=planned["micro_batch_size"])
     if plan.sha256 != planned["sha256"]:
         raise RuntimeError("the training data have changed since the trial began: the batch plan is another one")
-    folder = inputs.checkpoints.folder(config.model)
+    folder = inputs.checkpoints.folder(config.model, config.results_dir)
     base = load_base(config, folder, on_gpu=config.accelerate.distributed_type == "MULTI_GPU")  # else sharded from here
     try:
         result = train_arm(
