@@ -6,6 +6,7 @@ A check is a mapping with one key, such as `{"max_words": 3}`. The kinds are the
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -30,6 +31,20 @@ def _is_json(text: str) -> bool:
     return True
 
 
+_NUMBER = re.compile(r"[-−]?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")
+
+
+def last_number(text: str) -> float | None:
+    """Return the last number of a text, of what stands behind #### where that is there (GSM8K); None without one."""
+    found = _NUMBER.findall(text.rpartition("####")[2])
+    return float(found[-1].replace(",", "").replace("−", "-")) if found else None
+
+
+def _is_number(text: str, value: float) -> bool:
+    number = last_number(text)
+    return number is not None and math.isclose(number, value, rel_tol=1e-9)
+
+
 # Each takes (answer without outer white space, the check's value, whether the policy ended its turn).
 CHECKS: dict[str, Callable[[str, Any, bool], bool]] = {
     "equals": lambda text, value, _: text in [t.strip() for t in _as_texts(value)],  # a list: any of them
@@ -38,6 +53,7 @@ CHECKS: dict[str, Callable[[str, Any, bool], bool]] = {
     "regex": lambda text, value, _: re.search(value, text) is not None,
     "max_words": lambda text, value, _: len(text.split()) <= value,
     "min_words": lambda text, value, _: len(text.split()) >= value,
+    "number": lambda text, value, _: _is_number(text, value),
     "json": lambda text, value, _: _is_json(text),
     "ends_properly": lambda text, value, ended: ended and _PROPER_END.search(text) is not None,
 }
@@ -75,6 +91,7 @@ _ALLOWED: dict[str, tuple[Callable[[Json], bool], str]] = {
     "regex": (_is_pattern, "a regular expression that Python compiles"),
     "max_words": (_is_count, "a positive whole number"),
     "min_words": (_is_count, "a positive whole number"),
+    "number": (lambda value: isinstance(value, int | float) and not isinstance(value, bool), "a number"),
     "json": (lambda value: value is True, "true"),
     "ends_properly": (lambda value: value is True, "true"),
 }

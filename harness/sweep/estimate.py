@@ -21,6 +21,7 @@ from harness.score.scorers import planned_costs
 from harness.study.decision import Selection, read_selection
 from harness.study.errors import UnreachableError, UsageError
 from harness.study.manifest import read_manifest
+from harness.study.text import one_line
 from harness.sweep.design import Design, ordered
 from harness.sweep.trial import Trial
 from harness.train.memory import plan_of
@@ -39,6 +40,7 @@ def print_plan(design: Design, warnings: Sequence[str], machine: Machine, at_onc
     else:
         print(_size_of_a_trial(design))
     if not unknown:
+        warnings = [*warnings, *design.inputs.tokens(design.any).warnings]  # refuses what does not fit the model
         print("\n".join(_cost(design, machine, at_once)))
     print(_findable(design))
     for line in [] if unknown else _scoring_costs(design):
@@ -54,8 +56,19 @@ def print_plan(design: Design, warnings: Sequence[str], machine: Machine, at_onc
     for arm in design.tuned:
         for seed in design.seeds:
             print(f"{'-':14}{'confirm':9}{arm:14}{seed:5}  {'to run':10}the config that dev selects")
+    for line in [] if unknown else _unread_columns(design):
+        print(line)
     for warning in warnings:
         print(f"warning: {warning}")
+
+
+def _unread_columns(design: Design) -> list[str]:
+    """Return one line per file with columns that nothing reads."""
+    unread = design.inputs.splits(design.any).facts.get("unread_columns", {})
+    counts = {
+        key: [f"{one_line(name, 40)} ({count})" for name, count in found.items()] for key, found in unread.items()
+    }
+    return [f"{key}: columns that nothing reads, with their rows: {', '.join(found)}" for key, found in counts.items()]
 
 
 def to_run(design: Design) -> tuple[int, int]:

@@ -6,7 +6,6 @@ import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +101,8 @@ def _register(design: Design, command: Sequence[str], *, warnings: Sequence[str]
         say(f"{folder / name} was cut off or damaged and is put back from its backup copy")
     if not path.is_file():
         check_answerable(design, fixed)
-        inputs.tokens(config)  # a wrong tokenizer, template or length is refused here, not in the first trial
+        # A wrong tokenizer, template or length is refused here, not in the first trial.
+        warnings = [*warnings, *inputs.tokens(config).warnings]
     with locked(folder):
         old = read_study(path) if path.is_file() else None
         if old:
@@ -157,7 +157,7 @@ def _study(
         "data": {**facts},
         "warnings": merged(old.get("warnings", []), [*facts.get("warnings", []), *warnings]),
         "command": old.get("command") or command,
-        "created": old.get("created", datetime.now(UTC).isoformat(timespec="seconds")),
+        "created": old.get("created", design.inputs.date),  # chat templates take it for now
         "fixed": fixed,
         "fixed_sha256": digest(fixed),
     }

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from statistics import fmean
@@ -36,6 +36,9 @@ from harness.train.base import import_logging_libraries, set_threads
 from harness.train.checkpoints import drop_broken
 from harness.train.memory import Meter
 from harness.train.stage import TrainStage
+
+
+_FEW_ENDS = 0.5  # share of the base's answers that end by themselves, below which a warning says so
 
 
 def run_trial(trial: Trial, context: Context) -> Outcome:
@@ -145,7 +148,7 @@ class _Running:
             "pairs": {"train": len(tokens.train.rows), "dev": len(tokens.dev.rows), "golden": len(tokens.golden.rows)},
             "dropped_pairs": {split: getattr(tokens, split).dropped for split in ("train", "dev", "golden")},
             "label_noise": {**facts["label_noise"]},
-            "warnings": find_warnings(self.config),
+            "warnings": [*find_warnings(self.config), *tokens.warnings],
         }
 
     def _train(self, tokens: Tokens, tracker: Tracker) -> None:
@@ -203,6 +206,7 @@ class _Running:
             completions = stored_answers(self.folder, split, prompts) or generate_completions(
                 policy, tokens.chat, prompts, split=split, decoding=config.generate
             )
+        self._note_ends(tokens, split, [completion.ended for completion in completions])
         flagged = [asdict(c) | {"flags": completion_flags(c.completion, ended=c.ended)} for c in completions]
         with self._stage("heldout"):
             base, pad_id = self.trial.study / "base", tokens.chat.tokenizer.pad_token_id
@@ -216,6 +220,19 @@ class _Running:
         drop_answers(self.folder, split)
         spent = self.manifest["tokens"]
         spent["generated"] = spent.get("generated", 0) + sum(c.tokens for c in completions)
+
+    def _note_ends(self, tokens: Tokens, split: str, ended: Sequence[bool]) -> None:
+        """Record the share of answers that end by themselves, and warn of a base of which most do not."""
+        if not ended:
+            return
+        self.manifest["ended"] = self.manifest.get("ended", {}) | {split: sum(ended) / len(ended)}
+        if not self.trial.is_trained and sum(ended) < _FEW_ENDS * len(ended):
+            stops = tokens.chat.named(sorted(tokens.chat.stop_ids))
+            self.manifest["warnings"] += [
+                f"the SFT base ends {sum(ended)} of {len(ended)} answers to {split} by itself, with {stops}; the others "
+                f"were cut off at generate.max_new_tokens={self.config.generate.max_new_tokens}: raise it, or see "
+                "whether the base was taught to end its turns"
+            ]
 
     def _borrow_policy(self) -> Any:
         """Return what answers, the same for all splits; it is given back at the end of the run."""
