@@ -176,6 +176,9 @@ def _tokenise(splits: Splits, chat: ChatFormat, max_length: int, tables: Tables)
     ids: list[Sequence[int]] = [*asked]
     for row in rows:
         ids += [row.prompt_ids, row.chosen_ids, row.rejected_ids]
+    tokenizer = chat.tokenizer
+    if tables.rows is not None and tokenizer.pad_token_id >= tables.rows:
+        tokenizer.pad_token = tokenizer.eos_token  # padding is masked, and yet looked up
     findings += check_ids(tables, chat, ids, encodes_answers=bool(follow_ups))
     return Tokens(chat, train, dev, golden, lengths, tables, tuple(findings))
 

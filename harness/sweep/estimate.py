@@ -43,7 +43,7 @@ def print_plan(design: Design, warnings: Sequence[str], machine: Machine, at_onc
         warnings = [*warnings, *design.inputs.tokens(design.any).warnings]  # refuses what does not fit the model
         print("\n".join(_cost(design, machine, at_once)))
     print(_findable(design))
-    for line in [] if unknown else _scoring_costs(design):
+    for line in [] if unknown else [*_scoring_costs(design), *_unread_columns(design)]:
         print(line)
     print(f"{'trial':14}{'stage':9}{'arm':14}{'seed':>5}  {'state':10}config")
     if unknown:
@@ -56,8 +56,6 @@ def print_plan(design: Design, warnings: Sequence[str], machine: Machine, at_onc
     for arm in design.tuned:
         for seed in design.seeds:
             print(f"{'-':14}{'confirm':9}{arm:14}{seed:5}  {'to run':10}the config that dev selects")
-    for line in [] if unknown else _unread_columns(design):
-        print(line)
     for warning in warnings:
         print(f"warning: {warning}")
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from statistics import fmean
@@ -36,7 +36,6 @@ from harness.train.base import import_logging_libraries, set_threads
 from harness.train.checkpoints import drop_broken
 from harness.train.memory import Meter
 from harness.train.stage import TrainStage
-
 
 _FEW_ENDS = 0.5  # share of the base's answers that end by themselves, below which a warning says so
 
@@ -148,7 +147,11 @@ class _Running:
             "pairs": {"train": len(tokens.train.rows), "dev": len(tokens.dev.rows), "golden": len(tokens.golden.rows)},
             "dropped_pairs": {split: getattr(tokens, split).dropped for split in ("train", "dev", "golden")},
             "label_noise": {**facts["label_noise"]},
-            "warnings": [*find_warnings(self.config), *tokens.warnings],
+            "warnings": [
+                *find_warnings(self.config),
+                *tokens.warnings,
+                *self._end_warnings(tokens, self.manifest.get("ended", {})),
+            ],
         }
 
     def _train(self, tokens: Tokens, tracker: Tracker) -> None:
@@ -222,17 +225,21 @@ class _Running:
         spent["generated"] = spent.get("generated", 0) + sum(c.tokens for c in completions)
 
     def _note_ends(self, tokens: Tokens, split: str, ended: Sequence[bool]) -> None:
-        """Record the share of answers that end by themselves, and warn of a base of which most do not."""
-        if not ended:
-            return
-        self.manifest["ended"] = self.manifest.get("ended", {}) | {split: sum(ended) / len(ended)}
-        if not self.trial.is_trained and sum(ended) < _FEW_ENDS * len(ended):
-            stops = tokens.chat.named(sorted(tokens.chat.stop_ids))
-            self.manifest["warnings"] += [
-                f"the SFT base ends {sum(ended)} of {len(ended)} answers to {split} by itself, with {stops}; the others "
-                f"were cut off at generate.max_new_tokens={self.config.generate.max_new_tokens}: raise it, or see "
-                "whether the base was taught to end its turns"
-            ]
+        """Record the share of answers that end by themselves."""
+        if ended:
+            share = {split: sum(ended) / len(ended)}
+            self.manifest["ended"] = self.manifest.get("ended", {}) | share
+            self.manifest["warnings"] += self._end_warnings(tokens, share)
+
+    def _end_warnings(self, tokens: Tokens, shares: Mapping[str, float]) -> list[str]:
+        """Warn of a base that ends few of its answers; arms are compared with it in any case."""
+        stops, limit = tokens.chat.named(sorted(tokens.chat.stop_ids)), self.config.generate.max_new_tokens
+        return [
+            f"the SFT base ends {share:.0%} of its answers to {split} by itself, at {stops}; the others were cut off "
+            f"at generate.max_new_tokens={limit}: raise it, or see whether the base was taught to end its turns"
+            for split, share in shares.items()
+            if share < _FEW_ENDS and not self.trial.is_trained
+        ]
 
     def _borrow_policy(self) -> Any:
         """Return what answers, the same for all splits; it is given back at the end of the run."""
