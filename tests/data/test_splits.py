@@ -779,7 +779,7 @@ class TestWholeSources:
         assert [found["prompt"] for _, found in read(folder).rows] == ["question 0", "question 1", "question 2"]
 
     @pytest.mark.parametrize(
-        "other", ["more.parquet", "more.csv", "notes.txt", "part2.jsonl.bak", "deep/er/more.arrow"]
+        "other", ["more.parquet", "more.csv", "notes.txt", "notes.xml", "deep/er/more.arrow"]
     )
     def test_a_file_that_would_stay_unread_is_named(self, folder, other):
         for i in range(2):
