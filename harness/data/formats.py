@@ -336,8 +336,10 @@ def parse_golden(row: Row, number: int, columns: frozenset[str], *, both_turns: 
     if _SCORED & columns:
         return []
     rows = []
-    for found in golden_prompts(row, columns, both_turns=both_turns):
-        follows = prompt_id(found.turns[:-1]) if len(found.turns) > 1 else None
+    prompts = golden_prompts(row, columns, both_turns=both_turns)
+    given = _given(row) if prompts else NOTHING
+    for found in prompts:
+        follows = prompt_id(found.turns[:-1], given) if len(found.turns) > 1 else None
         rows.append(
             ParsedRow(
                 form=f"{found.about['form']} prompts",
@@ -352,6 +354,7 @@ def parse_golden(row: Row, number: int, columns: frozenset[str], *, both_turns: 
                 tie=False,
                 about=found.about,
                 follows=follows,
+                given=given,
             )
         )
     return rows

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from harness.config.checkpoint import Checkpoints
 from harness.config.schema import EMBEDDED, DataConfig, ModelConfig, RunConfig, Template
 from harness.config.trial_id import plain
 from harness.data.fits import Lengths, Tables, check_ids, check_lengths, read_tables
-from harness.data.records import EvalPrompt, Finding, Given, Message, Pair
+from harness.data.records import EvalPrompt, Finding, Pair
 from harness.data.splits import SplitFacts, Splits, load_splits
-from harness.data.tokens import ChatFormat, TokenisedPairs, load_chat_format, tokenise_pairs
+from harness.data.template import takes, unread_keys
+from harness.data.tokens import CHANGED, ChatFormat, TokenisedPairs, load_chat_format, tokenise_pairs
 from harness.study.errors import UsageError
 from harness.study.files import digest
-from harness.study.registration import read_study
+from harness.study.registration import registered_date
 from harness.study.rows import PromptRow
 
 _TRIED = 8  # conversations on which the chat template is proved, the first ones of the training pairs
@@ -91,7 +92,7 @@ class Inputs:
         key = digest([plain(self._data_of(config)), plain(config.model)])
         found = self._tokens.get(key)
         if found is None:
-            date = self._date_of(config)
+            date = registered_date(Path(config.results_dir) / str(config.study), otherwise=self.date)
             dated = digest([key, date.isoformat()])
             found = self._tokens.get(dated)
         if found is None:
@@ -108,14 +109,6 @@ class Inputs:
         new_tokens = config.generate.max_new_tokens or 0
         fitting = check_lengths(found.tables, found.lengths, max_length=config.data.max_length, new_tokens=new_tokens)
         return replace(found, findings=(*found.findings, *fitting))
-
-    def _date_of(self, config: RunConfig) -> datetime:
-        """Return when a config's study was registered, or will be."""
-        try:
-            created = read_study(Path(config.results_dir) / str(config.study) / "study.yaml").get("created", self.date)
-        except UsageError:  # none yet, or one that the sweep has to put back first
-            created = self.date
-        return datetime.fromisoformat(created).replace(tzinfo=None)
 
     def contents(self, config: RunConfig) -> dict[str, str]:
         """Return the SHA-256 by name of all files that a config only names: part of a trial id."""
@@ -173,6 +166,7 @@ def _tokenise(splits: Splits, chat: ChatFormat, max_length: int, tables: Tables)
         prompt=max((len(ids) for ids, prompt in zip(asked, prompts, strict=True) if prompt.follows is None), default=0),
         follow_up=max(follow_ups, default=0),
     )
+    findings += _pair_findings({"train": train, "dev": dev, "golden": golden})
     ids: list[Sequence[int]] = [*asked]
     for row in rows:
         ids += [row.prompt_ids, row.chosen_ids, row.rejected_ids]
@@ -181,6 +175,21 @@ def _tokenise(splits: Splits, chat: ChatFormat, max_length: int, tables: Tables)
         tokenizer.pad_token = tokenizer.eos_token  # padding is masked, and yet looked up
     findings += check_ids(tables, chat, ids, encodes_answers=bool(follow_ups))
     return Tokens(chat, train, dev, golden, lengths, tables, tuple(findings))
+
+
+def _pair_findings(splits: Mapping[str, TokenisedPairs]) -> Iterator[Finding]:
+    """Say what was proved of each pair, and how many pairs the template does not leave as they are."""
+    kept = sum(len(pairs.rows) for pairs in splits.values())
+    yield Finding(
+        "token ids",
+        "proved",
+        f"in {kept} pairs the ids of prompt and answer, joined, are the text that the chat template or the data give; "
+        "the answer stands in it unchanged and ends its turn once",
+    )
+    for split, pairs in splits.items():
+        if count := pairs.dropped.get(CHANGED, 0):
+            total = len(pairs.rows) + sum(pairs.dropped.values())
+            yield Finding("answers", "warned", f"{split}: {count} of {total} pairs are dropped: {CHANGED}")
 
 
 def _check_template(splits: Splits, chat: ChatFormat) -> list[Finding]:
@@ -198,7 +207,7 @@ def _check_template(splits: Splits, chat: ChatFormat) -> list[Finding]:
     findings = list(chat.findings(rows[:_TRIED]))
     given = Counter(name for _, gives in rows for name in gives.names)
     for name, count in given.items():
-        if not _takes(chat, name, [(turns, gives) for turns, gives in rows if name in gives.names]):
+        if not takes(chat.template, name, [(turns, gives) for turns, gives in rows if name in gives.names]):
             column = name if name == "tools" else f"chat_template_kwargs.{name}"
             raise UsageError(
                 f"`{column}`: {count} rows of the data have it, and the chat template does not take it, so that the "
@@ -208,46 +217,13 @@ def _check_template(splits: Splits, chat: ChatFormat) -> list[Finding]:
     turns_of_pairs = [
         ((*pair.prompt, *answer), pair.given) for pair in pairs for answer in (pair.chosen, pair.rejected)
     ]
-    unread = _unread_keys(chat, [*turns_of_pairs, *((prompt.prompt, prompt.given) for prompt in prompts)])
+    unread = unread_keys(chat.template, [*turns_of_pairs, *((prompt.prompt, prompt.given) for prompt in prompts)])
     if unread:
         shown = ", ".join(f"`{key}` ({count} turns)" for key, count in unread.items())
         findings.append(
             Finding("keys of turns", "warned", f"the chat template does not write these keys of turns: {shown}")
         )
     return findings
-
-
-def _takes(chat: ChatFormat, name: str, rows: Sequence[tuple[Sequence[Message], Given]]) -> bool:
-    """Return whether the template takes what rows give under a name; tools must change what it writes."""
-    turns, given = rows[0]
-    if not chat.template.mentions(name, given):
-        return False
-    if name != "tools":
-        return True  # a value may be the template's own default
-    render = chat.template.render
-    without = Given((), given.kwargs)
-    return render(turns, given, add_generation_prompt=True) != render(turns, without, add_generation_prompt=True)
-
-
-def _unread_keys(chat: ChatFormat, rows: Sequence[tuple[Sequence[Message], Given]]) -> Counter[str]:
-    """Count the turns with a key that does not change what the template writes, by key."""
-    found: dict[str, list[tuple[Sequence[Message], Given]]] = {}
-    counts = Counter[str]()
-    for turns, given in rows:
-        keys = Counter(key for turn in turns for key in turn if key not in ("role", "content"))
-        counts += keys
-        for key in keys:
-            found.setdefault(key, []).append((turns, given))
-    return Counter({key: counts[key] for key, examples in found.items() if not _writes(chat, key, examples[:_TRIED])})
-
-
-def _writes(chat: ChatFormat, key: str, rows: Sequence[tuple[Sequence[Message], Given]]) -> bool:
-    for turns, given in rows:
-        without: Any = [{name: value for name, value in turn.items() if name != key} for turn in turns]
-        texts = [chat.template.render(each, given, add_generation_prompt=False) for each in (turns, without)]
-        if texts[0] != texts[1]:
-            return True
-    return False
 
 
 def prompt_rows(splits: Splits) -> list[PromptRow]:

@@ -114,6 +114,11 @@ def read_table(
             f"{key}={reference}: its columns match no form (found: {columns}); rename them to one of:{forms}"
         )
     rows, bad_rows = _parse_rows(source, key, evaluates=is_evaluation, both_turns=both_turns, answer_check=answer_check)
+    if answer_check and key == "data.golden" and rows and not any(row.checks for row in rows):
+        raise UsageError(
+            f"data.answer_check={answer_check}: no row of {key}={reference} has an answer to check; remove the key, or "
+            f"call the column one of {', '.join(ANSWER_COLUMNS)}"
+        )
     kept, disagreeing = _drop_disagreeing(rows, reference)
     bad_rows = sorted([*source.bad_rows, *bad_rows, *disagreeing], key=lambda bad: bad.row)
     if len(bad_rows) > max_bad_fraction * source.count or not kept:

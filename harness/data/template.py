@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -19,6 +20,9 @@ from harness.study.text import one_line
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+Conversation = tuple[Sequence[Message], Given]  # turns, and what the template gets beside them
+
+_TRIED = 8  # conversations on which it is tried whether a template writes a key
 _COMMENT = re.compile(r"\{#.*?#\}", re.DOTALL)
 _CHANCE = re.compile(r"\|\s*random\b|\blipsum\s*\(")
 _ADDRESS = re.compile(r"\bat 0x[0-9a-fA-F]+")
@@ -47,6 +51,15 @@ def at_date(template: str, date: datetime) -> str:
     return _CLOCK.replace("DATES", json.dumps(said)) + template
 
 
+def fix_date(tokenizer: PreTrainedTokenizerBase, date: datetime) -> None:
+    """Let a tokenizer that is used for nothing else write this date in place of that of the clock."""
+    found = tokenizer.chat_template
+    if isinstance(found, dict):
+        tokenizer.chat_template = {name: at_date(text, date) for name, text in found.items()}
+    elif found:
+        tokenizer.chat_template = at_date(found, date)
+
+
 def _mentions(template: str, word: str) -> bool:
     return re.search(rf"\b{re.escape(word)}\b", _COMMENT.sub("", template)) is not None
 
@@ -73,10 +86,10 @@ class ChatTemplate:
         """
         date = date or self._date
         messages = [dict(turn) for turn in turns]
+        key = (bool(given.tools), date)
+        if key not in self._texts:
+            self._texts[key] = at_date(self._source(given), date)
         try:
-            key = (bool(given.tools), date)
-            if key not in self._texts:
-                self._texts[key] = at_date(self._source(given), date)
             text: str = self._tokenizer.apply_chat_template(
                 messages,
                 tools=list(given.tools) or None,
@@ -119,7 +132,13 @@ class ChatTemplate:
         return len(texts) > 1
 
     def _source(self, given: Given) -> str:
-        return self._tokenizer.get_chat_template(tools=list(given.tools) or None)
+        try:
+            return self._tokenizer.get_chat_template(tools=list(given.tools) or None)
+        except ValueError as error:
+            raise UsageError(
+                f"the tokenizer has the chat templates {', '.join(self._tokenizer.chat_template)} and none of the name "
+                "`default`; give one with model.chat_template"
+            ) from error
 
 
 def _refusal(messages: Sequence[dict[str, Any]], error: Exception) -> str:
@@ -135,6 +154,44 @@ def _refusal(messages: Sequence[dict[str, Any]], error: Exception) -> str:
         f"the chat template fails on a conversation with the turns {roles} "
         f"({type(error).__name__}: {one_line(str(error), 200)}); mend it, or give another one with model.chat_template"
     )
+
+
+def takes(template: ChatTemplate, name: str, rows: Sequence[Conversation]) -> bool:
+    """Return whether a template takes what rows give it under a name; it must write the names of tools."""
+    turns, given = rows[0]
+    if not template.mentions(name, given):
+        return False
+    if name != "tools":
+        return True  # a value may be the template's own default
+    render = template.render
+    text = render(turns, given, add_generation_prompt=True)
+    functions: list[Any] = [tool.get("function", tool) for tool in given.tools if isinstance(tool, Mapping)]
+    names = [str(function["name"]) for function in functions if "name" in function]
+    without = Given((), given.kwargs)
+    return all(name in text for name in names) and text != render(turns, without, add_generation_prompt=True)
+
+
+def unread_keys(template: ChatTemplate, rows: Sequence[Conversation]) -> Counter[str]:
+    """Count the turns with a key that does not change what the template writes, by key."""
+    found: dict[str, list[Conversation]] = {}
+    counts = Counter[str]()
+    for turns, given in rows:
+        keys = Counter(key for turn in turns for key in turn if key not in ("role", "content"))
+        counts += keys
+        for key in keys:
+            found.setdefault(key, []).append((turns, given))
+    return Counter(
+        {key: counts[key] for key, examples in found.items() if not _writes(template, key, examples[:_TRIED])}
+    )
+
+
+def _writes(template: ChatTemplate, key: str, rows: Sequence[Conversation]) -> bool:
+    for turns, given in rows:
+        without: Any = [{name: value for name, value in turn.items() if name != key} for turn in turns]
+        texts = [template.render(each, given, add_generation_prompt=False) for each in (turns, without)]
+        if texts[0] != texts[1]:
+            return True
+    return False
 
 
 class TurnEnd(NamedTuple):

@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 
 # Put before an answer that is encoded apart, so that the tokenizer adds no space of its own in front of it.
 _ANCHORS = ("", "\n", ".", ":", ")", "a")
-_CHANGED = (
+# Why pairs are dropped whose answer is not what would be trained on.
+CHANGED = (
     "the chat template cuts or rewrites the answer (two ways out: generate.reasoning=drop takes thinking out of both "
     "answers; model.chat_template gives a template that leaves answers as they are)"
 )
@@ -245,7 +246,7 @@ class ChatFormat:
                 "template's end in {% if add_generation_prompt %} ... {% endif %} and give it with model.chat_template"
             )
         if not _stands_in(rest, answer):
-            raise RowError(_CHANGED)
+            raise RowError(CHANGED)
         if any("tool_calls" in turn for turn in answer):
             without: list[Any] = [{key: value for key, value in turn.items() if key != "tool_calls"} for turn in answer]
             if whole == self.template.render([*prompt, *without], given, add_generation_prompt=False):
@@ -391,6 +392,8 @@ def load_chat_format(
     tokenizer = AutoTokenizer.from_pretrained(str(model_path), revision=revision, trust_remote_code=False)
     if template is not None:
         tokenizer.chat_template = Path(template).read_text(encoding="utf-8")
+        if not tokenizer.chat_template.strip():
+            raise UsageError(f"model.chat_template={template}: is empty; give a Jinja chat template")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     try:

@@ -234,6 +234,7 @@ def default_metric(config: RunConfig, splits: Splits) -> str:
         return found[0]
     raise UsageError(
         "data.golden: its rows have neither `checks` nor `chosen` and `rejected`, so that nothing can be scored; "
-        "add checks (see README, Golden sets), give held-out pairs, or set up a judge (score.judge.model) or a reward "
-        "model (score.reward_model.path); IFEval's instructions need pip install 'dpo-simpo-harness[lm-eval]'"
+        "add checks (see README, Golden sets; data.answer_check makes checks of answers), give held-out pairs, or set "
+        "up a judge (score.judge.model) or a reward model (score.reward_model.path); IFEval's instructions need "
+        "pip install 'dpo-simpo-harness[lm-eval]'"
     )

@@ -778,9 +778,7 @@ class TestWholeSources:
         (folder / "LICENSE").write_text("free\n")
         assert [found["prompt"] for _, found in read(folder).rows] == ["question 0", "question 1", "question 2"]
 
-    @pytest.mark.parametrize(
-        "other", ["more.parquet", "more.csv", "notes.txt", "notes.xml", "deep/er/more.arrow"]
-    )
+    @pytest.mark.parametrize("other", ["more.parquet", "more.csv", "notes.txt", "notes.xml", "deep/er/more.arrow"])
     def test_a_file_that_would_stay_unread_is_named(self, folder, other):
         for i in range(2):
             write_jsonl(folder / f"part{i}.jsonl", [row(i)])
