@@ -180,9 +180,8 @@ def unread_keys(template: ChatTemplate, rows: Sequence[Conversation]) -> Counter
         counts += keys
         for key in keys:
             found.setdefault(key, []).append((turns, given))
-    return Counter(
-        {key: counts[key] for key, examples in found.items() if not _writes(template, key, examples[:_TRIED])}
-    )
+    unread = [key for key, examples in found.items() if not _writes(template, key, examples[:_TRIED])]
+    return Counter({key: counts[key] for key in unread})
 
 
 def _writes(template: ChatTemplate, key: str, rows: Sequence[Conversation]) -> bool:
