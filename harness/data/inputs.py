@@ -214,10 +214,11 @@ def _check_template(splits: Splits, chat: ChatFormat) -> list[Finding]:
                 "model would not see it; take it out of the data, or give a template that takes it with "
                 "model.chat_template"
             )
-    turns_of_pairs = [
-        ((*pair.prompt, *answer), pair.given) for pair in pairs for answer in (pair.chosen, pair.rejected)
-    ]
-    unread = unread_keys(chat.template, [*turns_of_pairs, *((prompt.prompt, prompt.given) for prompt in prompts)])
+    turns: list[tuple[Sequence[Message], Given, int]] = [(prompt.prompt, prompt.given, 0) for prompt in prompts]
+    for pair in pairs:
+        turns += [((*pair.prompt, *pair.chosen), pair.given, 0)]
+        turns += [((*pair.prompt, *pair.rejected), pair.given, len(pair.prompt))]
+    unread = unread_keys(chat.template, turns)
     if unread:
         shown = ", ".join(f"`{key}` ({count} turns)" for key, count in unread.items())
         findings.append(

@@ -10,6 +10,7 @@ import functools
 import math
 import re
 from collections.abc import Iterator, Mapping
+from statistics import fmean
 
 from harness.data.conversations import RowError, shown
 from harness.study.files import Json
@@ -17,13 +18,30 @@ from harness.study.files import Json
 Words = frozenset[str]
 
 _SIDES = ("chosen", "rejected")
-_RATINGS = {"score", "scores", "rating", "ratings", "reward", "rewards", "grade", "grades", "points"}
+_SIDE_OF = {
+    **dict.fromkeys(("chosen", "winner", "win", "w", "preferred", "better", "accepted"), "chosen"),
+    **dict.fromkeys(("rejected", "loser", "lose", "l", "dispreferred", "worse"), "rejected"),
+}
+_RATINGS = {
+    "score",
+    "scores",
+    "rating",
+    "ratings",
+    "reward",
+    "rewards",
+    "grade",
+    "grades",
+    "points",
+    "quality",
+    "likert",
+    "stars",
+}
 _RANKS = {"rank", "ranks", "ranking"}  # the best is the first
 _DIFFERENCES = {"margin", "diff", "difference", "gap", "delta"}
 _QUALIFIERS = {
     *("avg", "average", "mean", "overall", "final", "total", "aggregate", "aggregated", "weighted", "raw"),
     *("normalized", "normalised", "rm", "model", "judge", "gpt", "gpt4", "4", "llm", "human", "annotator", "critic"),
-    *("preference", "quality", "armorm", "value"),
+    *("preference", "armorm", "value", "elo", "votes"),
     *(
         "metadata",
         "meta",
@@ -35,10 +53,11 @@ _QUALIFIERS = {
         "evaluation",
     ),  # what they stand in
 }
-_KNOWN = frozenset({*_SIDES, *_RATINGS, *_RANKS, *_DIFFERENCES, *_QUALIFIERS})
+_KNOWN = frozenset({*_SIDE_OF, *_RATINGS, *_RANKS, *_DIFFERENCES, *_QUALIFIERS})
 # Names whose value must be a number where it is there at all.
 _PLAIN_NAMES = re.compile(r"(score|rating)[_-](chosen|rejected)|(chosen|rejected)[_-](score|rating)")
 _WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|\d+")
+_OF_A_WHOLE = re.compile(r"\s*(/\s*\d+|%)\s*$")  # 8/10, 80%
 _DEPTH = 3  # of mappings in a column
 
 
@@ -57,8 +76,8 @@ def is_tie(row: Mapping[str, Json]) -> bool:
     found: dict[Words, dict[str, tuple[str, float]]] = {}
     differences = []
     for name, words, value in _numbers(row):
-        sides = [side for side in _SIDES if side in words]
-        rest = words - set(_SIDES)
+        sides = [side for word, side in _SIDE_OF.items() if word in words]
+        rest = words - set(_SIDE_OF)
         if not words <= _KNOWN:
             continue
         if rest & _DIFFERENCES:
@@ -96,6 +115,8 @@ def _numbers_in(value: Json, name: str, words: Words, depth: int) -> Iterator[tu
         for key, item in value.items() if depth else ():
             yield from _numbers_in(item, f"{name}.{key}", words | _words(str(key)), depth - 1)
         return
+    if isinstance(value, list) and value and all(isinstance(item, int | float) for item in value):
+        value = fmean(value)  # by several annotators
     if value is None or value == "" or isinstance(value, bool) or not isinstance(value, str | int | float):
         if _PLAIN_NAMES.fullmatch(name) and value not in (None, ""):
             raise RowError(f"`{name}`={shown(value)}; allowed: a number")
@@ -103,7 +124,7 @@ def _numbers_in(value: Json, name: str, words: Words, depth: int) -> Iterator[tu
     if not (words & (_RATINGS | _RANKS | _DIFFERENCES)):
         return
     try:
-        number = float(value)
+        number = float(_OF_A_WHOLE.sub("", value) if isinstance(value, str) else value)
     except (ValueError, OverflowError) as error:
         if _PLAIN_NAMES.fullmatch(name):
             raise RowError(f"`{name}`={shown(value)}; allowed: a number") from error

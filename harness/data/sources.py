@@ -11,6 +11,7 @@ import gzip
 import hashlib
 import io
 import json
+import os
 import re
 import zlib
 from collections.abc import Callable, Iterator
@@ -247,8 +248,8 @@ def _refuse_shard(reference: str, path: Path, key: str) -> None:
 def _refuse_missing_shards(folder: Path, key: str) -> None:
     """Refuse a folder that lacks some of the files that belong together."""
     sets: dict[tuple[Path, str, str], set[int]] = {}
-    for path in folder.rglob("*"):
-        if path.is_file() and (found := _SHARD.fullmatch(path.name)):
+    for path in _files_in(folder, key):
+        if found := _SHARD.fullmatch(path.name):
             sets.setdefault((path.parent, found["name"], found["count"]), set()).add(int(found["number"]))
     for (parent, name, count), numbers in sets.items():
         missing = sorted(set(range(int(count))) - numbers)
@@ -261,8 +262,8 @@ def _refuse_unread_files(folder: Path, read: set[Path], key: str) -> None:
     """Refuse a folder with files that are not among those which were read."""
     unread = [
         path.relative_to(folder)
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.resolve() not in read and not _is_beside_data(path.relative_to(folder))
+        for path in _files_in(folder, key)
+        if path.resolve() not in read and not _is_beside_data(path.relative_to(folder))
     ]
     if unread:
         shown = ", ".join(map(str, unread[:_SHOWN_FILES])) + (", ..." if len(unread) > _SHOWN_FILES else "")
@@ -270,6 +271,16 @@ def _refuse_unread_files(folder: Path, read: set[Path], key: str) -> None:
             f"{key}={folder}: {len(unread)} of its files would not be read ({shown}); move them out, give one file, or "
             "name all files and their splits in README.md (`configs` of datasets)"
         )
+
+
+def _files_in(folder: Path, key: str) -> list[Path]:
+    """Return all files below a folder, links that lead nowhere included; a folder that cannot be read is refused."""
+
+    def refuse(error: OSError) -> None:
+        raise UsageError(f"{key}={folder}: {error.filename} cannot be read ({error.strerror}); make it readable")
+
+    found = os.walk(folder, onerror=refuse, followlinks=True)
+    return sorted(Path(parent, name) for parent, _, names in found for name in names)
 
 
 def _is_beside_data(path: Path) -> bool:

@@ -171,12 +171,17 @@ def takes(template: ChatTemplate, name: str, rows: Sequence[Conversation]) -> bo
     return all(name in text for name in names) and text != render(turns, without, add_generation_prompt=True)
 
 
-def unread_keys(template: ChatTemplate, rows: Sequence[Conversation]) -> Counter[str]:
-    """Count the turns with a key that does not change what the template writes, by key."""
+def unread_keys(template: ChatTemplate, rows: Sequence[tuple[Sequence[Message], Given, int]]) -> Counter[str]:
+    """Count the turns with a key that does not change what the template writes, by key.
+
+    Args:
+        template: the template.
+        rows: turns, what the template gets beside them, and the turn from which on they count.
+    """
     found: dict[str, list[Conversation]] = {}
     counts = Counter[str]()
-    for turns, given in rows:
-        keys = Counter(key for turn in turns for key in turn if key not in ("role", "content"))
+    for turns, given, start in rows:
+        keys = Counter(key for turn in turns[start:] for key in turn if key not in ("role", "content"))
         counts += keys
         for key in keys:
             found.setdefault(key, []).append((turns, given))

@@ -109,7 +109,7 @@ def test_keys_of_turns_are_written_or_listed_with_their_count(tmp_path: Path) ->
     given["train"][0]["prompt"][0]["weight"] = 1
     written = Inputs().tokens(config_of(tmp_path, TAKES_NAMES, given))
     assert shown(written, written.train.rows[0].prompt_ids).startswith("<|user|>bob: sort")
-    assert written.warnings == ["the chat template does not write these keys of turns: `weight` (2 turns)"]
+    assert written.warnings == ["the chat template does not write these keys of turns: `weight` (1 turns)"]
     (unwritten,) = Inputs().tokens(config_of(tmp_path, TURNS, given)).warnings
     assert "`name` (" in unwritten
     assert "`weight` (" in unwritten

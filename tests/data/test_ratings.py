@@ -22,6 +22,9 @@ SPELLINGS: list[tuple[str, str]] = [
     ("avg_score_chosen", "avg_score_rejected"),
     ("gpt4_score_chosen", "gpt4_score_rejected"),
     ("chosen_rm_score", "rejected_rm_score"),
+    ("score_w", "score_l"),
+    ("winner_rating", "loser_rating"),
+    ("quality_chosen", "quality_rejected"),
 ]
 
 
@@ -47,6 +50,9 @@ def test_a_rating_against_the_label_is_refused_under_every_spelling(better: str,
         {"chosen": [{"content": "q"}, {"content": "a", "rating": 1}], "rejected": [{"content": "b", "rating": 5}]},
         {"metadata": {"chosen_rating": 1, "rejected_rating": 2}},
         {"annotations": {"chosen": {"overall_score": 1}, "rejected": {"overall_score": 2}}},
+        {"chosen_ratings": [1, 2, 1], "rejected_ratings": [4, 5, 4]},
+        {"chosen_score": "3/10", "rejected_score": "7/10"},
+        {"chosen_rating": "30%", "rejected_rating": "70 %"},
         {"margin": -1.5},
         {"score_diff": "-2"},
         {"reward_margin": -0.1},

@@ -840,6 +840,12 @@ class TestWholeSources:
         with pytest.raises(UsageError, match=r"would not be read \(more\.jsonl\)"):
             read(folder)
 
+    def test_a_link_that_leads_nowhere_is_named(self, folder):
+        write_jsonl(folder / "part0.jsonl", [row(0)])
+        (folder / "part1.jsonl").symlink_to(folder / "lost.jsonl")
+        with pytest.raises(UsageError, match=r"would not be read \(part1\.jsonl\)|part1\.jsonl"):
+            read(folder)
+
 
 class TestUnreadColumns:
     def test_columns_that_nothing_reads_are_listed_with_their_rows(self, files):
