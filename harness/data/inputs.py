@@ -14,7 +14,7 @@ from harness.config.checkpoint import Checkpoints
 from harness.config.schema import EMBEDDED, DataConfig, ModelConfig, RunConfig, Template
 from harness.config.trial_id import plain
 from harness.data.fits import Lengths, Tables, check_ids, check_lengths, read_tables
-from harness.data.records import EvalPrompt, Finding, Pair
+from harness.data.records import EvalPrompt, Finding, Given, Message, Pair
 from harness.data.splits import SplitFacts, Splits, load_splits
 from harness.data.template import takes, unread_keys
 from harness.data.tokens import CHANGED, ChatFormat, TokenisedPairs, load_chat_format, tokenise_pairs
