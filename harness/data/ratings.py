@@ -23,18 +23,8 @@ _SIDE_OF = {
     **dict.fromkeys(("rejected", "loser", "lose", "l", "dispreferred", "worse"), "rejected"),
 }
 _RATINGS = {
-    "score",
-    "scores",
-    "rating",
-    "ratings",
-    "reward",
-    "rewards",
-    "grade",
-    "grades",
-    "points",
-    "quality",
-    "likert",
-    "stars",
+    *("score", "scores", "rating", "ratings", "reward", "rewards", "grade", "grades", "points", "quality"),
+    *("likert", "stars"),
 }
 _RANKS = {"rank", "ranks", "ranking"}  # the best is the first
 _DIFFERENCES = {"margin", "diff", "difference", "gap", "delta"}
