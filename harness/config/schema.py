@@ -64,6 +64,8 @@ class DataConfig:
         max_length: tokens of prompt and longer answer; longer pairs are dropped: to bound memory.
         template: see `Template`: for base models trained on raw text.
         turns: turns of MT-Bench that are answered: `both`, or the `first` alone, which takes half the time.
+        answer_check: kind of check that the column `answer` (or `label`, `target`, `gold`) of dev and golden becomes:
+            for questions with answers, such as GSM8K's.
     """
 
     path: str | None = None
@@ -83,6 +85,7 @@ class DataConfig:
     max_length: int = bounded(1024, at_least=8)
     template: Template = Template.auto
     turns: str = bounded("both", choices=("both", "first"))
+    answer_check: str | None = bounded(None, choices=("contains", "equals", "number"))
 
 
 class Engine(Enum):

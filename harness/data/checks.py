@@ -7,7 +7,6 @@ straight ones. Texts are compared in Unicode's normal form NFC. No check takes l
 
 from __future__ import annotations
 
-import functools
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -28,11 +27,6 @@ FOLD = "fold"
 _NUMBER = re.compile(r"(?:(?<![\w)\]])[-−])?(?:\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)")
 
 
-# Checks that took too long in this process, each with its answer: a trial asks for the same check several times.
-_slow: set[tuple[str, str, str]] = set()
-_MAX_SLOW = 1000
-
-
 class UncheckedError(ValueError):
     """A check that took too long, named."""
 
@@ -41,7 +35,6 @@ def _as_texts(value: Any) -> list[str]:
     return [value] if isinstance(value, str) else list(value)
 
 
-@functools.lru_cache(maxsize=256)
 def _pattern(value: str) -> re.Pattern[str]:
     try:
         return re.compile(normal(value))
@@ -105,15 +98,10 @@ def _passes(kind: str, value: Json, text: str, is_folded: Json, *, ended: bool) 
     name = f"{kind}: {shown(value)}"
     if kind in _TEXT_KINDS:
         value = [(fold if is_folded else normal)(one) for one in _as_texts(value)]
-    slow = (kind, str(value), text)
     try:
-        if slow in _slow:
-            raise TooSlowError
         with time_limit(SECONDS):
             return CHECKS[kind](text, value, ended)
     except (TooSlowError, RecursionError, MemoryError) as error:
-        if len(_slow) < _MAX_SLOW:
-            _slow.add(slow)
         raise UncheckedError(
             f"the check {name} needs more than {SECONDS:g} s for an answer of {len(text):,} characters"
         ) from error

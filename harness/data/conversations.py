@@ -10,8 +10,9 @@ import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
-from harness.data.records import Message
+from harness.data.records import Message, meaning
 from harness.study.files import Json, digest
 
 Turns = list[Message]
@@ -73,20 +74,55 @@ def text_or_turns(value: Json, column: str) -> str | Turns:
 
 
 def _read_turn(turn: Json, column: str) -> Message:
+    """Read one turn with all its keys; those that are null or empty count as absent: tables fill them in."""
     if not isinstance(turn, Mapping):
         raise RowError(
             f"`{column}` has a turn of type {type(turn).__name__}; allowed: {{role, content}} or {{from, value}}"
         )
+    turn = {key: without_nulls(value) for key, value in turn.items() if value is not None}
     role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
     if not isinstance(role, str) or role not in _ROLES:
         raise RowError(f"`{column}` has a turn of role {shown(role)}; allowed: {', '.join(_ROLES)}")
-    if turn.get("tool_calls"):
-        raise RowError(f"`{column}` has a turn with `tool_calls`, which are not read")
-    if not isinstance(content, str):
-        raise RowError(f"`{column}` has a {role} turn whose content is of type {type(content).__name__}; allowed: text")
-    if not content.strip() and role != "system":
+    calls = turn.get("tool_calls") or []
+    if not isinstance(calls, list) or not all(isinstance(call, Mapping) and call for call in calls):
+        raise RowError(f"`{column}` has a turn whose `tool_calls` are {shown(calls)}; allowed: a list of mappings")
+    if content is None and not calls:
+        raise RowError(f"`{column}` has a {role} turn whose content is of type NoneType; allowed: text")
+    text = _text_of_parts(content or "", f"`{column}` has a {role} turn")
+    if not text.strip() and role != "system" and not calls:
         raise RowError(f"`{column}` has an empty {_ROLES[role]} turn")
-    return {"role": _ROLES[role], "content": content}
+    read = ("role", "from", "content", "value")
+    more = {str(key): value for key, value in turn.items() if key not in read and value not in ("", [], {})}
+    return cast(Message, {"role": _ROLES[role], "content": text, **more})
+
+
+def _text_of_parts(content: Json, place: str) -> str:
+    """Return a content as text: it is text, or a list of parts that hold text."""
+    if isinstance(content, str):
+        return content
+    parts = content if isinstance(content, list) else [content]
+    texts = []
+    for part in parts:
+        if isinstance(part, str):
+            texts.append(part)
+            continue
+        if not isinstance(part, Mapping):
+            raise RowError(f"{place} whose content is of type {type(content).__name__}; allowed: text")
+        kind = part.get("type", "text" if "text" in part else None)
+        if kind not in ("text", "input_text", "output_text") or not isinstance(part.get("text", ""), str):
+            raise RowError(f"{place} with a part of type {shown(kind)}; allowed: text (images and sound are not read)")
+        texts.append(str(part.get("text", "")))
+    return "".join(texts)
+
+
+def without_nulls(value: Json) -> Json:
+    """Return a JSON value without the keys that are null, at any depth.
+
+    Parquet files, and JSON files that `datasets` wrote, give every mapping of a column all keys of the column.
+    """
+    if isinstance(value, Mapping):
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+    return [without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def from_texts(prompt: str | Turns | None, chosen: str, rejected: str) -> Conversation:
@@ -133,9 +169,9 @@ def _repeated_prompt(prompt: str | Turns | None, chosen: Turns, rejected: Turns,
     """Split two conversations at the first different turn; a prompt that is also given must be the same."""
     _check_ends(chosen, rejected)
     shortest = min(len(chosen), len(rejected)) - 1  # each keeps an answer
-    shared = next((i for i in range(shortest) if chosen[i] != rejected[i]), shortest)
-    if isinstance(prompt, list) and prompt != chosen:  # UltraFeedback's `messages` is a copy of `chosen`
-        if not prompt or prompt != chosen[: len(prompt)] or len(prompt) > shared:
+    shared = next((i for i in range(shortest) if not _same(chosen[i], rejected[i])), shortest)
+    if isinstance(prompt, list) and not _all_same(prompt, chosen):  # UltraFeedback's `messages` is a copy of `chosen`
+        if not prompt or not _all_same(prompt, chosen[: len(prompt)]) or len(prompt) > shared:
             raise RowError("`chosen` and `rejected` are whole conversations that do not begin with the prompt given")
         shared = len(prompt)
     elif isinstance(prompt, str) and prompt.strip():
@@ -145,6 +181,14 @@ def _repeated_prompt(prompt: str | Turns | None, chosen: Turns, rejected: Turns,
             f"`chosen` and `rejected` answer different prompts: they part at turn {shared + 1}, before an answer"
         )
     return Conversation(form, chosen[:shared], chosen[shared:], rejected[shared:], True)
+
+
+def _same(turn: Message, other: Message) -> bool:
+    return meaning(turn) == meaning(other)
+
+
+def _all_same(turns: Turns, others: Turns) -> bool:
+    return [*map(meaning, turns)] == [*map(meaning, others)]
 
 
 def _check_same_prompt(text: str, turns: Turns) -> None:
@@ -226,9 +270,9 @@ def check_turns(conversation: Conversation) -> None:
 def _check_answers(chosen: Sequence[Message], rejected: Sequence[Message]) -> None:
     _check_ends(chosen, rejected)
     for column, answer in (("chosen", chosen), ("rejected", rejected)):
-        if not answer[-1]["content"].strip():
+        if not answer[-1]["content"].strip() and "tool_calls" not in answer[-1]:
             raise RowError(f"`{column}` is empty after what both answers have in common")
-    said = [[(turn["role"], turn["content"].strip()) for turn in answer] for answer in (chosen, rejected)]
+    said = [[meaning({**turn, "content": turn["content"].strip()}) for turn in answer] for answer in (chosen, rejected)]
     if said[0] == said[1]:
         raise RowError("`chosen` and `rejected` are identical")
     shortest = min(len(chosen), len(rejected))

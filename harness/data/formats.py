@@ -6,13 +6,13 @@ IFEval) keep the columns that their own tools need.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
+import json
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-from harness.data.checks import read_checks
+from harness.data.checks import last_number, read_checks
 from harness.data.conversations import (
     IMPLICIT_TEXT,
     Conversation,
@@ -27,8 +27,10 @@ from harness.data.conversations import (
     says,
     shown,
     text_or_turns,
+    without_nulls,
 )
-from harness.data.records import Check, EvalPrompt, Message, Pair, prompt_id
+from harness.data.ratings import is_rating, is_tie
+from harness.data.records import NOTHING, Check, EvalPrompt, Given, Message, Pair, prompt_id
 from harness.study.files import Json
 
 Row = Mapping[str, Json]
@@ -38,6 +40,7 @@ GOLDEN_FORMS = (
     "Arena-Hard: `question_id`, `turns` of {content} (v0.1), or `uid`, `prompt` (v2.0)",
     "MT-Bench: `question_id`, `turns` as two texts, `category`",
     "IFEval: `prompt`, `instruction_id_list`, `kwargs`",
+    "questions with answers (GSM8K): `question`, `answer`, with data.answer_check",
     "prompts alone: `prompt`, for a judge, a reward model or a scorer of your own",
 )
 PAIR_FORMS = (
@@ -56,12 +59,24 @@ EVAL_FORMS = (
 
 _SCORED = {"checks", "chosen", "rejected"}  # a file that has one of them is scored by it
 _PROMPT_COLUMNS = ("prompt", "conversations", "messages", "question", "instruction", "input")
-_SCORE_COLUMNS = (
-    ("score_chosen", "score_rejected"),
-    ("chosen_score", "rejected_score"),
-    ("chosen-rating", "rejected-rating"),
-    ("chosen_rating", "rejected_rating"),
+ANSWER_COLUMNS = (
+    *("answer", "answers", "label", "target", "gold", "gold_answer", "final_answer", "ground_truth"),
+    *("reference_answer", "expected_answer", "expected"),
 )
+_MEDIA_COLUMNS = ("images", "image", "videos", "video", "audios", "audio")
+# What `chat_template_kwargs` may not set: arguments of the rendering itself.
+_RESERVED = {
+    *("messages", "conversation", "tools", "chat_template", "add_generation_prompt", "continue_final_message"),
+    *("tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict", "tokenizer_kwargs"),
+    *("return_assistant_tokens_mask", "sanitize_control_tokens"),
+}
+_READ_COLUMNS = {
+    *_SCORED,
+    *_PROMPT_COLUMNS,
+    *_MEDIA_COLUMNS,
+    *("system", "history", "id", "cluster", "tools", "chat_template_kwargs"),
+    *("dataset", "question_id", "turns", "category", "subcategory", "uid", "instruction_id_list", "kwargs", "key"),
+}
 
 
 @dataclass(frozen=True)
@@ -74,7 +89,7 @@ class ParsedRow:
         row_id: the `id` given in the file, or `row-N`.
         chosen: the preferred answer; None where the row has checks only.
         tie: the row gives both answers the same score.
-        checks, cluster, about, follows: see `EvalPrompt`.
+        checks, cluster, about, follows, given: see `EvalPrompt`.
     """
 
     form: str
@@ -89,11 +104,12 @@ class ParsedRow:
     tie: bool
     about: dict[str, Any] = field(default_factory=dict)
     follows: str | None = None
+    given: Given = NOTHING
 
     @cached_property
     def prompt_id(self) -> str:
         """Identify the prompt by its content."""
-        return prompt_id(self.prompt)
+        return prompt_id(self.prompt, self.given)
 
     @cached_property
     def prompt_key(self) -> str:
@@ -104,7 +120,7 @@ class ParsedRow:
         """Return the preference pair, where the row holds one."""
         if self.chosen is None or self.rejected is None:
             return None
-        return Pair(self.row_id, self.prompt, self.chosen, self.rejected, self.conversational, self.row)
+        return Pair(self.row_id, self.prompt, self.chosen, self.rejected, self.conversational, self.row, self.given)
 
     def eval_prompt(self) -> EvalPrompt:
         """Return the prompt with its checks."""
@@ -117,6 +133,7 @@ class ParsedRow:
             self.row,
             self.about,
             self.follows,
+            self.given,
         )
 
 
@@ -132,7 +149,20 @@ def is_golden_set(columns: frozenset[str]) -> bool:
     return any(needed <= columns for needed, _ in _GOLDEN_READERS)
 
 
-def parse_row(row: Row, number: int, columns: frozenset[str], *, needs_pair: bool, reads_checks: bool) -> ParsedRow:
+def unread_columns(columns: Iterable[str]) -> list[str]:
+    """Return the columns that no reader takes, in order."""
+    return sorted(name for name in columns if name not in _READ_COLUMNS and not is_rating(name))
+
+
+def parse_row(
+    row: Row,
+    number: int,
+    columns: frozenset[str],
+    *,
+    needs_pair: bool,
+    reads_checks: bool,
+    answer_check: str | None = None,
+) -> ParsedRow:
     """Read one row.
 
     Args:
@@ -140,6 +170,7 @@ def parse_row(row: Row, number: int, columns: frozenset[str], *, needs_pair: boo
         columns: columns of the file: one that this row lacks is missing, one that all rows lack is another form.
         needs_pair: refuse a row without `chosen` and `rejected` (training data).
         reads_checks: read and validate the column `checks` (evaluation data).
+        answer_check: kind of the check that a row's answer column becomes, where it has neither checks nor a pair.
 
     Raises:
         RowError: with the reason, where the row cannot be used.
@@ -147,6 +178,8 @@ def parse_row(row: Row, number: int, columns: frozenset[str], *, needs_pair: boo
     has_pair = any(row.get(column) is not None for column in ("chosen", "rejected"))
     conversation = _with_system(row, _read_pair(row, columns) if has_pair or needs_pair else _read_prompt(row, columns))
     checks = read_checks(row.get("checks")) if reads_checks else ()
+    if answer_check and reads_checks and not checks and not has_pair:
+        checks = read_checks([_answer_check(row, answer_check)])
     if conversation.chosen is None and not checks and _SCORED & columns:
         raise RowError("has neither `checks` nor `chosen` and `rejected`: an answer to it cannot be scored")
     check_turns(conversation)
@@ -162,8 +195,60 @@ def parse_row(row: Row, number: int, columns: frozenset[str], *, needs_pair: boo
         conversational=conversation.conversational,
         checks=checks,
         cluster=cluster,
-        tie=has_pair and _is_tie(row),
+        tie=has_pair and is_tie(row),
+        given=_given(row),
     )
+
+
+def _given(row: Row) -> Given:
+    """Read what a row gives the chat template beside its turns; images, which no turn holds as text, are refused."""
+    media = next((name for name in _MEDIA_COLUMNS if row.get(name)), None)
+    if media is not None:
+        raise RowError(
+            f"`{media}` is given, and only text is read; take such rows out, or the column where it is empty"
+        )
+    tools, kwargs = _from_text(row, "tools") or [], _from_text(row, "chat_template_kwargs") or {}
+    if not isinstance(tools, list) or not all(isinstance(tool, Mapping) and tool for tool in tools):
+        raise RowError(f"`tools` is {shown(tools)}; allowed: a list of JSON schemas, or that list as JSON text")
+    if not isinstance(kwargs, Mapping):
+        raise RowError(f"`chat_template_kwargs` is {shown(kwargs)}; allowed: a mapping of names to values")
+    reserved = next((name for name in kwargs if name in _RESERVED), None)
+    if reserved is not None:
+        raise RowError(f"`chat_template_kwargs` sets `{reserved}`, which belongs to the rendering; take it out")
+    return Given(tools, kwargs) if tools or kwargs else NOTHING
+
+
+def _from_text(row: Row, column: str) -> Json:
+    """Return a column's JSON value; one that is given as text is kept to the letter, with its nulls."""
+    value = row.get(column)
+    if not isinstance(value, str):
+        return without_nulls(value)
+    try:
+        return json.loads(value) if value.strip() else None
+    except (ValueError, RecursionError) as error:
+        raise RowError(f"`{column}` is text and not JSON ({error})") from error
+
+
+def _answer_check(row: Row, kind: str) -> Check:
+    """Return the check that an answer column stands for; GSM8K's final answer stands behind ####."""
+    column = next((name for name in ANSWER_COLUMNS if row.get(name) not in (None, "", [])), None)
+    if column is None:
+        raise RowError(f"has no answer for data.answer_check={kind}; allowed columns: {', '.join(ANSWER_COLUMNS)}")
+    value = row[column]
+    if isinstance(value, list) and kind == "equals":
+        return {kind: [_final(text) for text in value]}
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise RowError(f"`{column}` is {shown(value)}; allowed for data.answer_check={kind}: a text or a number")
+    if kind != "number":
+        return {kind: _final(value)}
+    number = last_number(_final(value))
+    if number is None:
+        raise RowError(f"`{column}` is {shown(value)}; allowed for data.answer_check=number: a text with a number")
+    return {kind: number}
+
+
+def _final(value: Json) -> str:
+    return str(value).rpartition("####")[2].strip()
 
 
 def _read_pair(row: Row, columns: frozenset[str]) -> Conversation:
@@ -242,35 +327,6 @@ def _label_of_column(row: Row, column: str) -> str | None:
     return str(value)
 
 
-def _is_tie(row: Row) -> bool:
-    """Return True where both answers have the same score.
-
-    Raises:
-        RowError: for scores that contradict the labels.
-    """
-    for columns in _SCORE_COLUMNS:
-        scores = [_score_of_column(row, column) for column in columns]
-        if scores[0] is None or scores[1] is None:
-            continue
-        if scores[0] < scores[1]:
-            raise RowError(
-                f"`{columns[0]}`={scores[0]:g} is lower than `{columns[1]}`={scores[1]:g}: which answer is better?"
-            )
-        return scores[0] == scores[1]
-    return False
-
-
-def _score_of_column(row: Row, column: str) -> float | None:
-    value = row.get(column)
-    if value is None or value == "":
-        return None
-    try:
-        score = float(value if isinstance(value, str | int | float) else "")
-    except ValueError as error:
-        raise RowError(f"`{column}`={shown(value)}; allowed: a number") from error
-    return None if math.isnan(score) else score
-
-
 def parse_golden(row: Row, number: int, columns: frozenset[str], *, both_turns: bool) -> list[ParsedRow]:
     """Read the prompts of a row of a published golden set; none for a file of another form.
 
@@ -280,8 +336,10 @@ def parse_golden(row: Row, number: int, columns: frozenset[str], *, both_turns: 
     if _SCORED & columns:
         return []
     rows = []
-    for found in golden_prompts(row, columns, both_turns=both_turns):
-        follows = prompt_id(found.turns[:-1]) if len(found.turns) > 1 else None
+    prompts = golden_prompts(row, columns, both_turns=both_turns)
+    given = _given(row) if prompts else NOTHING
+    for found in prompts:
+        follows = prompt_id(found.turns[:-1], given) if len(found.turns) > 1 else None
         rows.append(
             ParsedRow(
                 form=f"{found.about['form']} prompts",
@@ -296,6 +354,7 @@ def parse_golden(row: Row, number: int, columns: frozenset[str], *, both_turns: 
                 tie=False,
                 about=found.about,
                 follows=follows,
+                given=given,
             )
         )
     return rows

@@ -3,34 +3,55 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TypeVar
 
 from harness.config.checkpoint import Checkpoints
 from harness.config.schema import EMBEDDED, DataConfig, ModelConfig, RunConfig, Template
 from harness.config.trial_id import plain
+from harness.data.fits import Lengths, Tables, check_ids, check_lengths, read_tables
 from harness.data.reasoning import DROP, without_reasoning
-from harness.data.records import EvalPrompt, Pair
+from harness.data.records import EvalPrompt, Finding, Given, Message, Pair
 from harness.data.splits import SplitFacts, Splits, load_splits
-from harness.data.tokens import ChatFormat, TokenisedPairs, load_chat_format, tokenise_pairs
+from harness.data.template import takes, unread_keys
+from harness.data.tokens import CHANGED, ChatFormat, TokenisedPairs, load_chat_format, tokenise_pairs
 from harness.study.errors import UsageError
 from harness.study.files import digest
+from harness.study.registration import registered_date
 from harness.study.rows import PromptRow
 
+_TRIED = 8  # conversations on which the chat template is proved, the first ones of the training pairs
 _KEPT = 4  # splits, and token ids, of the data sets used last: the studies of a family take turns
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """Token ids of all splits, and the format that made them."""
+    """Token ids of all splits, and the format that made them.
+
+    Attributes:
+        chat: the format.
+        train, dev, golden: pairs by split.
+        lengths, tables: of the longest sequences, and what the checkpoint has room for.
+        findings: what was proved on the ids and the chat template.
+    """
 
     chat: ChatFormat
     train: TokenisedPairs
     dev: TokenisedPairs
     golden: TokenisedPairs
+    lengths: Lengths
+    tables: Tables
+    findings: tuple[Finding, ...] = ()
+
+    @property
+    def warnings(self) -> list[str]:
+        """What the reader of a study should know of its tokens, one sentence each."""
+        return [finding.detail for finding in self.findings if finding.result == "warned"]
 
 
 class Inputs:
@@ -38,10 +59,12 @@ class Inputs:
 
     Attributes:
         checkpoints: folders and hashes of the checkpoints.
+        date: of the studies that are registered with these inputs, in ISO form (UTC): what chat templates take for now.
     """
 
     def __init__(self, checkpoints: Checkpoints | None = None) -> None:
         self.checkpoints = checkpoints or Checkpoints()
+        self.date = datetime.now(UTC).isoformat(timespec="seconds")
         self._splits: dict[str, Splits] = {}
         self._tokens: dict[str, Tokens] = {}
 
@@ -64,18 +87,29 @@ class Inputs:
         """Return the token ids of a config's splits.
 
         Raises:
-            UsageError: where no training pair is left, or the chat template refuses a prompt.
+            UsageError: where no training pair is left, the chat template refuses a prompt or cannot be relied on, or
+                the checkpoint has no room for a token or a length.
         """
         key = digest([plain(self._data_of(config)), plain(config.model), config.generate.reasoning == DROP])
-        if key not in self._tokens:
+        found = self._tokens.get(key)
+        if found is None:
+            date = registered_date(Path(config.results_dir) / str(config.study), otherwise=self.date)
+            dated = digest([key, date.isoformat()])
+            found = self._tokens.get(dated)
+        if found is None:
+            folder = self.checkpoints.folder(config.model, config.results_dir)
             chat = load_chat_format(
-                self.checkpoints.folder(config.model, config.results_dir),
+                folder,
                 revision=None,
                 template=config.model.chat_template,
                 auto=config.data.template is Template.auto,
+                date=date,
             )
-            _keep(self._tokens, key, _tokenise(self.splits(config), chat, config))
-        return self._tokens[key]
+            found = _tokenise(self.splits(config), chat, config, read_tables(folder))
+            _keep(self._tokens, dated if chat.reads_clock else key, found)
+        new_tokens = config.generate.max_new_tokens or 0
+        fitting = check_lengths(found.tables, found.lengths, max_length=config.data.max_length, new_tokens=new_tokens)
+        return replace(found, findings=(*found.findings, *fitting))
 
     def contents(self, config: RunConfig) -> dict[str, str]:
         """Return the SHA-256 by name of all files that a config only names: part of a trial id."""
@@ -111,17 +145,86 @@ def _keep(kept: dict[str, T], key: str, value: T) -> None:
         del kept[next(iter(kept))]
 
 
-def _tokenise(splits: Splits, chat: ChatFormat, config: RunConfig) -> Tokens:
+def _tokenise(splits: Splits, chat: ChatFormat, config: RunConfig, tables: Tables) -> Tokens:
+    findings = _check_template(splits, chat)
     train, dev, golden = (
         _tokenise_split(pairs, chat, config) for pairs in (splits.train, splits.dev_pairs, splits.golden_pairs)
     )
     if not train.rows:
         reasons = "; ".join(f"{reason} ({count} pairs)" for reason, count in train.dropped.items())
         raise UsageError(f"data.train: no training pair is left after tokenisation: {reasons}")
-    for prompt in [*splits.dev_prompts, *splits.golden_prompts]:
-        # A template may refuse one: say so before anything is trained.
-        chat.prompt_ids(prompt.conversation("Yes."), conversational=prompt.conversational)
-    return Tokens(chat, train, dev, golden)
+    prompts = [*splits.dev_prompts, *splits.golden_prompts]
+    # A template may refuse one: say so before anything is trained.
+    asked = [
+        chat.prompt_ids(prompt.conversation("Yes."), conversational=prompt.conversational, given=prompt.given)
+        for prompt in prompts
+    ]
+    rows = [row for pairs in (train, dev, golden) for row in pairs.rows]
+    follow_ups = [len(ids) for ids, prompt in zip(asked, prompts, strict=True) if prompt.follows is not None]
+    lengths = Lengths(
+        pair=max(row.length for row in rows),
+        prompt=max((len(ids) for ids, prompt in zip(asked, prompts, strict=True) if prompt.follows is None), default=0),
+        follow_up=max(follow_ups, default=0),
+    )
+    findings += _pair_findings({"train": train, "dev": dev, "golden": golden})
+    ids: list[Sequence[int]] = [*asked]
+    for row in rows:
+        ids += [row.prompt_ids, row.chosen_ids, row.rejected_ids]
+    tokenizer = chat.tokenizer
+    if tables.rows is not None and tokenizer.pad_token_id >= tables.rows:
+        tokenizer.pad_token = tokenizer.eos_token  # padding is masked, and yet looked up
+    findings += check_ids(tables, chat, ids, encodes_answers=bool(follow_ups))
+    return Tokens(chat, train, dev, golden, lengths, tables, tuple(findings))
+
+
+def _pair_findings(splits: Mapping[str, TokenisedPairs]) -> Iterator[Finding]:
+    """Say what was proved of each pair, and how many pairs the template does not leave as they are."""
+    kept = sum(len(pairs.rows) for pairs in splits.values())
+    yield Finding(
+        "token ids",
+        "proved",
+        f"in {kept} pairs the ids of prompt and answer, joined, are the text that the chat template or the data give; "
+        "the answer stands in it unchanged and ends its turn once",
+    )
+    for split, pairs in splits.items():
+        if count := pairs.dropped.get(CHANGED, 0):
+            total = len(pairs.rows) + sum(pairs.dropped.values())
+            yield Finding("answers", "warned", f"{split}: {count} of {total} pairs are dropped: {CHANGED}")
+
+
+def _check_template(splits: Splits, chat: ChatFormat) -> list[Finding]:
+    """Prove what the chat template does with a study's conversations; see `ChatFormat.findings`.
+
+    Raises:
+        UsageError: for a template with chance in it, or one that does not take what the rows give it.
+    """
+    pairs = [*splits.train, *splits.dev_pairs, *splits.golden_pairs]
+    prompts = [*splits.dev_prompts, *splits.golden_prompts]
+    both: list[Pair | EvalPrompt] = [*pairs, *prompts]
+    rows = [(row.prompt, row.given) for row in both if chat.templated(row.conversational)]
+    if not rows:
+        return []
+    findings = list(chat.findings(rows[:_TRIED]))
+    given = Counter(name for _, gives in rows for name in gives.names)
+    for name, count in given.items():
+        if not takes(chat.template, name, [(turns, gives) for turns, gives in rows if name in gives.names]):
+            column = name if name == "tools" else f"chat_template_kwargs.{name}"
+            raise UsageError(
+                f"`{column}`: {count} rows of the data have it, and the chat template does not take it, so that the "
+                "model would not see it; take it out of the data, or give a template that takes it with "
+                "model.chat_template"
+            )
+    turns: list[tuple[Sequence[Message], Given, int]] = [(prompt.prompt, prompt.given, 0) for prompt in prompts]
+    for pair in pairs:
+        turns += [((*pair.prompt, *pair.chosen), pair.given, 0)]
+        turns += [((*pair.prompt, *pair.rejected), pair.given, len(pair.prompt))]
+    unread = unread_keys(chat.template, turns)
+    if unread:
+        shown = ", ".join(f"`{key}` ({count} turns)" for key, count in unread.items())
+        findings.append(
+            Finding("keys of turns", "warned", f"the chat template does not write these keys of turns: {shown}")
+        )
+    return findings
 
 
 def _tokenise_split(pairs: tuple[Pair, ...], chat: ChatFormat, config: RunConfig) -> TokenisedPairs:

@@ -2,16 +2,71 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from harness.study.files import Json, digest
 from harness.study.rows import ChatMessage as Message
 
-__all__ = ["BadRow", "Check", "Completion", "EvalPrompt", "Message", "Pair", "PairLogps", "prompt_id"]
+__all__ = [
+    "NOTHING",
+    "BadRow",
+    "Check",
+    "Completion",
+    "EvalPrompt",
+    "Finding",
+    "Given",
+    "Message",
+    "Pair",
+    "PairLogps",
+    "meaning",
+    "prompt_id",
+]
 
 Check = dict[str, Json]  # one key: the kind of the check
+
+# Keys of a turn, beside role and content, in which two turns may say different things.
+_SAID = ("tool_calls", "tool_call_id", "name", "reasoning_content", "reasoning", "thinking")
+
+
+class Finding(NamedTuple):
+    """What a precondition has found on a study's own model and data.
+
+    Attributes:
+        name: of the precondition, such as `end of turn`.
+        result: `proved`, or `warned` where the reader should know of it.
+        detail: a sentence.
+    """
+
+    name: str
+    result: str
+    detail: str
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a row gives the chat template beside its turns: the columns `tools` and `chat_template_kwargs` of TRL."""
+
+    tools: Sequence[Json] = ()
+    kwargs: Mapping[str, Json] = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        """Return whether there is anything."""
+        return bool(self.tools or self.kwargs)
+
+    @property
+    def names(self) -> list[str]:
+        """The names under which the template gets it."""
+        return [*(["tools"] if self.tools else []), *self.kwargs]
+
+    @property
+    def plain(self) -> list[Json]:
+        """It as JSON values; empty where there is nothing, so that hashes of other rows stay as they were."""
+        return [{"tools": list(self.tools), "kwargs": dict(self.kwargs)}] if self else []
+
+
+NOTHING = Given()
 
 
 @dataclass(frozen=True)
@@ -26,6 +81,7 @@ class Pair:
         conversational: False where the file holds plain text without turns (TRL's standard form); the text is
             then the content of one user and one assistant message.
         row: row in the file, counted from 1 (the line number in a JSONL file).
+        given: what the chat template gets beside the turns.
     """
 
     pair_id: str
@@ -34,11 +90,12 @@ class Pair:
     rejected: tuple[Message, ...]
     conversational: bool
     row: int
+    given: Given = NOTHING
 
     @property
     def prompt_id(self) -> str:
         """Identify the prompt by its content: pairs of one prompt share it, in whatever file they stand."""
-        return prompt_id(self.prompt)
+        return prompt_id(self.prompt, self.given)
 
 
 @dataclass(frozen=True)
@@ -54,6 +111,7 @@ class EvalPrompt:
         row: row in the file, counted from 1.
         about: columns that a published golden set's own tools need: `form`, `id`, and more.
         follows: the prompt_id of the turn before, whose answer goes in front of the last turn; None for a first turn.
+        given: what the chat template gets beside the turns.
     """
 
     prompt_id: str
@@ -64,6 +122,7 @@ class EvalPrompt:
     row: int
     about: dict[str, Any] = field(default_factory=dict)
     follows: str | None = None
+    given: Given = NOTHING
 
     def conversation(self, said: str) -> tuple[Message, ...]:
         """Return the turns to answer; `said` is the answer to the prompt that this one follows."""
@@ -126,7 +185,12 @@ class PairLogps:
     rejected_tokens: int
 
 
-def prompt_id(prompt: Iterable[Message]) -> str:
-    """Return the first 16 hex digits of the SHA-256 of the roles and contents, in order."""
-    content = [[message["role"], message["content"]] for message in prompt]
-    return digest(content)[:16]
+def meaning(turn: Message) -> list[Json]:
+    """Return what a turn says: role, content, and a mapping of the other keys that say something, where there are."""
+    more: dict[str, Any] = {key: value for key, value in turn.items() if key in _SAID}
+    return [turn["role"], turn["content"], *([more] if more else [])]
+
+
+def prompt_id(prompt: Iterable[Message], given: Given = NOTHING) -> str:
+    """Return the first 16 hex digits of the SHA-256 of what the turns say, in order, and of what the template gets."""
+    return digest([*map(meaning, prompt), *given.plain])[:16]

@@ -1,6 +1,7 @@
 """Path or Hub reference -> a `Source`: unchanged rows with their numbers, and a SHA-256.
 
-Reads JSONL, JSON, Parquet and CSV files, folders, and Hub data sets.
+Reads JSONL, JSON, Parquet and CSV files, folders (also those of `save_to_disk`), and Hub data sets. A source of which
+a part would stay unread (a split, a shard, a file of another kind) is a `UsageError` that names the part.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import gzip
 import hashlib
 import io
 import json
+import os
 import re
 import zlib
 from collections.abc import Callable, Iterator
@@ -24,6 +26,14 @@ from harness.study.files import Json
 ALLOWED = "a .jsonl, .json, .parquet or .csv file (or one of them .gz), a folder, or a Hub data set owner/name[:split]"
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+_SHARD = re.compile(r"(?P<name>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<kind>\..*)?")
+# Files that stand beside data and hold none: cards, licences, and what `datasets` notes for itself.
+_NO_DATA = re.compile(
+    r"(?i)(readme|license|licence|citation|notice|changelog)([._-].*)?|.*\.(md|rst|ya?ml|lock|sha256|py)"
+)
+_NOTES = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
+_EVALUATES = re.compile(r"(test|dev|val|valid|validation|eval|evaluation)(_\w+)?")
+_SHOWN_FILES = 5  # files that a message names
 # The first key of a turn, written as JSON or, by pandas, as Python; the other key must follow.
 _TURN_CELL = re.compile(r"\s*\[?\s*\{\s*['\"](role|content|from|value)['\"]\s*:")
 _OTHER_KEY = {"role": "content", "content": "role", "from": "value", "value": "from"}
@@ -71,6 +81,7 @@ def read_source(reference: str, *, key: str, revision: str | None = None) -> Sou
     """
     path = Path(reference).expanduser()
     if path.is_file():
+        _refuse_shard(reference, path, key)
         return _read_file(reference, path, key)
     folder, _, split = (reference, "", "") if path.is_dir() else reference.partition(":")
     is_folder = Path(folder).expanduser().is_dir()
@@ -79,6 +90,8 @@ def read_source(reference: str, *, key: str, revision: str | None = None) -> Sou
     if not is_folder and not _HUB_NAME.fullmatch(folder):
         raise UsageError(f"{key}={reference}: neither a file nor a Hub name; allowed: {ALLOWED}")
     name = str(Path(folder).expanduser()) if is_folder else folder
+    if is_folder:
+        _refuse_missing_shards(Path(name), key)
     rows = _load_dataset(name, split, key=key, revision=revision)
     hasher = hashlib.sha256()
     for row in rows:
@@ -222,15 +235,74 @@ _READERS: dict[str, Callable[[bytes], NumberedRows]] = {
 }
 
 
+def _refuse_shard(reference: str, path: Path, key: str) -> None:
+    """Refuse one file of several that belong together."""
+    found = _SHARD.fullmatch(path.name)
+    if found and int(found["count"]) > 1:
+        raise UsageError(
+            f"{key}={reference}: is one of {int(found['count'])} files that belong together; give their folder "
+            f"({path.parent}), or write them as one file"
+        )
+
+
+def _refuse_missing_shards(folder: Path, key: str) -> None:
+    """Refuse a folder that lacks some of the files that belong together."""
+    sets: dict[tuple[Path, str, str], set[int]] = {}
+    for path in _files_in(folder, key):
+        if found := _SHARD.fullmatch(path.name):
+            sets.setdefault((path.parent, found["name"], found["count"]), set()).add(int(found["number"]))
+    for (parent, name, count), numbers in sets.items():
+        missing = sorted(set(range(int(count))) - numbers)
+        if missing:
+            shown = ", ".join(f"{name}-{number:05}-of-{count}" for number in missing[:_SHOWN_FILES])
+            raise UsageError(f"{key}={folder}: {len(missing)} of {int(count)} files are missing in {parent} ({shown})")
+
+
+def _refuse_unread_files(folder: Path, read: set[Path], key: str) -> None:
+    """Refuse a folder with files that are not among those which were read."""
+    unread = [
+        path.relative_to(folder)
+        for path in _files_in(folder, key)
+        if path.resolve() not in read and not _is_beside_data(path.relative_to(folder))
+    ]
+    if unread:
+        shown = ", ".join(map(str, unread[:_SHOWN_FILES])) + (", ..." if len(unread) > _SHOWN_FILES else "")
+        raise UsageError(
+            f"{key}={folder}: {len(unread)} of its files would not be read ({shown}); move them out, give one file, or "
+            "name all files and their splits in README.md (`configs` of datasets)"
+        )
+
+
+def _files_in(folder: Path, key: str) -> list[Path]:
+    """Return all files below a folder, links that lead nowhere included; a folder that cannot be read is refused."""
+
+    def refuse(error: OSError) -> None:
+        raise UsageError(f"{key}={folder}: {error.filename} cannot be read ({error.strerror}); make it readable")
+
+    found = os.walk(folder, onerror=refuse, followlinks=True)
+    return sorted(Path(parent, name) for parent, _, names in found for name in names)
+
+
+def _is_beside_data(path: Path) -> bool:
+    hidden = any(part.startswith((".", "__")) for part in path.parts)
+    return hidden or path.name in _NOTES or _NO_DATA.fullmatch(path.name) is not None
+
+
 def _load_dataset(name: str, split: str, *, key: str, revision: str | None) -> list[dict[str, Json]]:
     """Load one split of a folder or a Hub data set; `datasets` runs no code of the data set."""
-    from datasets import Dataset, load_dataset
+    from datasets import Dataset
     from datasets.exceptions import DatasetsError
 
+    folder = Path(name)
     try:
-        data = load_dataset(name, split=split or None, revision=revision)
+        if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
+            data = _load_saved(folder, split, key)
+        else:
+            data = _load_files(name, split, key, revision)
     except (OSError, ValueError, DatasetsError) as error:
-        is_local = Path(name).exists()
+        if isinstance(error, UsageError):
+            raise
+        is_local = folder.exists()
         raise (UsageError if is_local else UnreachableError)(
             f"{key}={name}{':' if split else ''}{split}: cannot be loaded with datasets ({error}); check the name, the "
             "split, data.revision and the connection (HF_HUB_OFFLINE unset; `hf auth login` for a gated set), or "
@@ -238,7 +310,41 @@ def _load_dataset(name: str, split: str, *, key: str, revision: str | None) -> l
         ) from error
     if isinstance(data, Dataset):
         return list(data)
-    only = next(iter(data)) if len(data) == 1 else "train" if key in ("data.train", "data.path") else None
-    if only not in data:
-        raise UsageError(f"{key}={name}: has the splits {', '.join(data)}; name one, as {name}:{next(iter(data))}")
-    return list(data[only])
+    others = [name for name in data if name != "train"]
+    if key == "data.train" and len(others) < len(data) and all(map(_EVALUATES.fullmatch, others)):
+        return list(data["train"])  # what is kept for evaluation is no part of the training data
+    if len(data) > 1:
+        raise UsageError(
+            f"{key}={name}: has the splits {', '.join(data)}; name one, as {name}:{next(iter(data))}, or several, as "
+            f"{name}:{'+'.join(list(data)[:2])}"
+        )
+    return list(next(iter(data.values())))
+
+
+def _load_files(name: str, split: str, key: str, revision: str | None) -> Any:
+    """Load a folder of data files, all of which must be read, or a Hub data set."""
+    from datasets import load_dataset, load_dataset_builder
+
+    if Path(name).is_dir():
+        files = load_dataset_builder(name).config.data_files or {}
+        read = {Path(path).resolve() for paths in files.values() for path in paths}
+        _refuse_unread_files(Path(name), read, key)
+    return load_dataset(name, split=split or None, revision=revision)
+
+
+def _load_saved(folder: Path, split: str, key: str) -> Any:
+    """Load what `save_to_disk` wrote: a data set, or one for each split."""
+    from datasets import DatasetDict, concatenate_datasets, load_from_disk
+
+    data = load_from_disk(str(folder))
+    splits = {folder / name: part for name, part in data.items()} if isinstance(data, DatasetDict) else {folder: data}
+    read = {Path(file["filename"]).resolve() for part in splits.values() for file in part.cache_files}
+    caches = {path.resolve() for path in folder.rglob("cache-*.arrow")}
+    _refuse_unread_files(folder, read | caches, key)
+    if not split:
+        return data
+    names = split.split("+")
+    if not isinstance(data, DatasetDict) or not set(names) <= set(data):
+        known = ", ".join(data) if isinstance(data, DatasetDict) else "none"
+        raise UsageError(f"{key}={folder}:{split}: no such split; its splits: {known}")
+    return concatenate_datasets([data[each] for each in names])

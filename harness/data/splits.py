@@ -8,16 +8,16 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple, TypedDict, TypeVar
+from typing import Any, NamedTuple, NotRequired, TypedDict, TypeVar
 
 import numpy as np
 
 from harness.config.schema import DataConfig
 from harness.data.formats import ParsedRow
-from harness.data.records import EvalPrompt, Message, Pair
+from harness.data.records import EvalPrompt, Message, Pair, meaning
 from harness.data.table import Table, TableFacts, read_table, table_warnings
 from harness.study.errors import UnreachableError, UsageError
-from harness.study.files import digest
+from harness.study.files import Json, digest
 from harness.study.text import one_line
 
 SPLITS = ("train", "dev", "golden")
@@ -43,13 +43,14 @@ class LabelNoise(TypedDict):
 
 
 class DataFacts(TypedDict):
-    """What was loaded, for study.yaml."""
+    """What was loaded, for study.yaml; `unread_columns` by key of the file, with the number of rows that have them."""
 
     train: SplitFacts
     dev: SplitFacts
     golden: SplitFacts
     label_noise: LabelNoise
     warnings: list[str]
+    unread_columns: NotRequired[dict[str, dict[str, int]]]
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,9 @@ def load_splits(data: DataConfig) -> Splits:
             *_checks_warnings("golden", golden_prompts),
         ],
     }
+    unread = {key: table.unread for key, table in tables.items() if table.unread}
+    if unread:
+        facts["unread_columns"] = unread
     return Splits(noisy, dev_prompts, dev_pairs, golden_prompts, golden_pairs, facts)
 
 
@@ -137,6 +141,7 @@ def _read_tables(data: DataConfig, keys: Sequence[str]) -> dict[str, Table]:
                 revision=data.revision,
                 max_bad_fraction=data.max_bad_fraction,
                 both_turns=data.turns == "both",
+                answer_check=data.answer_check,
             )
         except UsageError as error:
             problems.append(error)
@@ -244,8 +249,16 @@ def _unique_ids(pairs: Sequence[Pair]) -> tuple[Pair, ...]:
 
 
 def pair_digest(pair: Pair) -> str:
-    """Identify a pair by its content: prompt, chosen, rejected."""
-    return digest([pair.prompt, pair.chosen, pair.rejected])
+    """Identify a pair by its content: prompt, chosen, rejected, and what the chat template gets beside them."""
+    turns = [[_said(turn) for turn in said] for said in (pair.prompt, pair.chosen, pair.rejected)]
+    return digest([*turns, *pair.given.plain])
+
+
+def _said(turn: Message) -> dict[str, Json]:
+    """Return a turn's role and content, and what else it says."""
+    role, content, *more = meaning(turn)
+    rest: Any = more[0] if more else {}
+    return {"role": role, "content": content, **rest}
 
 
 def flip_labels(pairs: Sequence[Pair], share: float, *, seed: int) -> tuple[tuple[Pair, ...], LabelNoise]:
@@ -342,8 +355,8 @@ def _train_warnings(pairs: Sequence[Pair]) -> Iterator[str]:
         yield f"train: {contradicting} of {len(pairs)} pairs contradict another: the same answers, exchanged (kept)"
 
 
-def _contents_of_turns(turns: Sequence[Message]) -> tuple[tuple[str, str], ...]:
-    return tuple((turn["role"], turn["content"]) for turn in turns)
+def _contents_of_turns(turns: Sequence[Message]) -> tuple[str, ...]:
+    return tuple(repr(meaning(turn)) for turn in turns)
 
 
 def _checks_warnings(split: str, prompts: Sequence[EvalPrompt]) -> Iterator[str]:

@@ -8,12 +8,22 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TypedDict
 
 from tqdm import tqdm
 
 from harness.data.conversations import IMPLICIT_TEXT, RowError
-from harness.data.formats import EVAL_FORMS, PAIR_FORMS, ParsedRow, has_known_form, parse_golden, parse_row
+from harness.data.formats import (
+    ANSWER_COLUMNS,
+    EVAL_FORMS,
+    PAIR_FORMS,
+    ParsedRow,
+    has_known_form,
+    parse_golden,
+    parse_row,
+    unread_columns,
+)
 from harness.data.records import BadRow
 from harness.data.sources import Source, read_source
 from harness.study.errors import UsageError
@@ -41,12 +51,22 @@ class Table:
         source: the file.
         rows: usable rows.
         bad_rows: other rows, in order.
+        answers_are_checks: whether answer columns were read, as checks.
     """
 
     key: str
     source: Source
     rows: tuple[ParsedRow, ...]
     bad_rows: tuple[BadRow, ...]
+    answers_are_checks: bool = False
+
+    @cached_property
+    def unread(self) -> dict[str, int]:
+        """The columns that nothing reads, each with the number of rows that have a value in it."""
+        rows = (row for _, row in self.source.rows)
+        counts = Counter(name for row in rows for name, value in row.items() if value not in (None, "", []))
+        read = ANSWER_COLUMNS if self.answers_are_checks else ()
+        return {name: counts[name] for name in unread_columns(counts) if name not in read}
 
     @property
     def facts(self) -> TableFacts:
@@ -62,7 +82,13 @@ class Table:
 
 
 def read_table(
-    reference: str, *, key: str, revision: str | None, max_bad_fraction: float, both_turns: bool = True
+    reference: str,
+    *,
+    key: str,
+    revision: str | None,
+    max_bad_fraction: float,
+    both_turns: bool = True,
+    answer_check: str | None = None,
 ) -> Table:
     """Read one file.
 
@@ -72,6 +98,7 @@ def read_table(
         revision: of a Hub data set.
         max_bad_fraction: allowed share of bad rows.
         both_turns: also read the second turns of a golden set, each as a prompt that follows the first.
+        answer_check: kind of the check that an answer column becomes (`data.answer_check`).
 
     Raises:
         UsageError: for a file that cannot be read, has no rows, has no known form or too many bad rows.
@@ -86,22 +113,38 @@ def read_table(
         raise UsageError(
             f"{key}={reference}: its columns match no form (found: {columns}); rename them to one of:{forms}"
         )
-    rows, bad_rows = _parse_rows(source, key, evaluates=is_evaluation, both_turns=both_turns)
+    rows, bad_rows = _parse_rows(source, key, evaluates=is_evaluation, both_turns=both_turns, answer_check=answer_check)
+    if answer_check and key == "data.golden" and rows and not any(row.checks for row in rows):
+        raise UsageError(
+            f"data.answer_check={answer_check}: no row of {key}={reference} has an answer to check; remove the key, or "
+            f"call the column one of {', '.join(ANSWER_COLUMNS)}"
+        )
     kept, disagreeing = _drop_disagreeing(rows, reference)
     bad_rows = sorted([*source.bad_rows, *bad_rows, *disagreeing], key=lambda bad: bad.row)
     if len(bad_rows) > max_bad_fraction * source.count or not kept:
         raise UsageError(_bad_rows_message(source, key, bad_rows, max_bad_fraction))
-    return Table(key, source, tuple(kept), tuple(bad_rows))
+    return Table(key, source, tuple(kept), tuple(bad_rows), bool(answer_check) and is_evaluation)
 
 
-def _parse_rows(source: Source, key: str, *, evaluates: bool, both_turns: bool) -> tuple[list[ParsedRow], list[BadRow]]:
+def _parse_rows(
+    source: Source, key: str, *, evaluates: bool, both_turns: bool, answer_check: str | None
+) -> tuple[list[ParsedRow], list[BadRow]]:
     rows: list[ParsedRow] = []
     bad_rows = []
     columns, reads_checks = source.columns, key != "data.train"
     for number, row in tqdm(source.rows, desc=f"reading {key}", unit=" rows", delay=5):
         try:
             golden = parse_golden(row, number, columns, both_turns=both_turns) if evaluates else []
-            rows += golden or [parse_row(row, number, columns, needs_pair=not evaluates, reads_checks=reads_checks)]
+            rows += golden or [
+                parse_row(
+                    row,
+                    number,
+                    columns,
+                    needs_pair=not evaluates,
+                    reads_checks=reads_checks,
+                    answer_check=answer_check if evaluates else None,
+                )
+            ]
         except RowError as error:
             bad_rows.append(BadRow(source.path, number, str(error)))
     return rows, bad_rows
@@ -152,3 +195,9 @@ def table_warnings(table: Table, *, revision: str | None) -> Iterator[str]:
     several = sum(max(len(row.chosen or ()), len(row.rejected or ())) > 1 for row in rows)
     if several:
         yield f"{key}: the answers of {several} rows have several turns, and all of these turns count as the answer"
+    has_answers = any(name in ANSWER_COLUMNS for name in table.unread)
+    if has_answers and key != "data.train" and not any(row.checks or row.chosen for row in rows):
+        yield (
+            f"{key}: its rows have answers and no checks; data.answer_check=contains, equals or number makes checks of "
+            "them"
+        )

@@ -70,7 +70,7 @@ def turns_of(prompts: Sequence[EvalPrompt]) -> list[list[EvalPrompt]]:
 def prompt_ids(chat: ChatFormat, prompt: EvalPrompt, answered: Mapping[str, Completion]) -> list[int]:
     """Return a prompt's ids; `answered` must hold the answer to the prompt that it follows."""
     previous = answered[prompt.follows].completion if prompt.follows else ""
-    return chat.prompt_ids(prompt.conversation(previous), conversational=prompt.conversational)
+    return chat.prompt_ids(prompt.conversation(previous), conversational=prompt.conversational, given=prompt.given)
 
 
 def _generation_config(chat: ChatFormat, decoding: GenerateConfig) -> GenerationConfig:

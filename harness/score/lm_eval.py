@@ -17,6 +17,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from datetime import datetime
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
@@ -25,12 +26,14 @@ from harness.config.checkpoint import Checkpoints
 from harness.config.schema import BenchmarkConfig, ScoreConfig
 from harness.config.trial_id import plain
 from harness.data.reasoning import close_token
+from harness.data.template import fix_date
 from harness.score.answers import Base, Key, Run, Score, Stored, TrialOutputs, rows_if_any
 from harness.study.errors import UsageError
 from harness.study.files import Json, digest, file_sha256, mapping, read_json, write_json, write_jsonl
 from harness.study.integrity import DELETED
 from harness.study.limits import TooSlowError, time_limit
 from harness.study.manifest import load_manifest
+from harness.study.registration import registered_date
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -156,10 +159,11 @@ class BenchmarkRow(TypedDict):
 
 
 class _ModelFiles(TypedDict):
-    """A model to load: weights and tokenizer in one folder, a chat template file, and whether to load 4 bits."""
+    """A model to load: weights and tokenizer in one folder, a template file, its date, and whether in 4 bits."""
 
     folder: str
     chat_template: str | None
+    date: str
     quantise: bool
 
 
@@ -211,6 +215,7 @@ def run_benchmarks(stored: Stored, config: BenchmarkConfig, base: Base) -> dict[
         model: _ModelFiles = {
             "folder": str(base.folder),
             "chat_template": base.chat_template,
+            "date": registered_date(stored.study).isoformat(),
             "quantise": base.is_quantised,
         }
         job: _Job = {"model": model, "config": asdict(config), "runs": [str(run.folder) for run in missing]}
@@ -301,6 +306,7 @@ def _load_tokenizer(model: _ModelFiles) -> PreTrainedTokenizerBase:
     tokenizer = AutoTokenizer.from_pretrained(model["folder"], trust_remote_code=False)
     if model["chat_template"]:
         tokenizer.chat_template = Path(model["chat_template"]).read_text(encoding="utf-8")
+    fix_date(tokenizer, datetime.fromisoformat(model["date"]))
     return tokenizer
 
 

@@ -18,10 +18,12 @@ from harness.config.checkpoint import Checkpoints
 from harness.config.checkpoint_files import checkpoint_problems
 from harness.config.schema import ModelConfig, RewardModelConfig, ScoreConfig
 from harness.data.records import Message
+from harness.data.template import fix_date
 from harness.score.answers import Preference, Stored, conversation
 from harness.score.judge_endpoint import Cache
 from harness.study.errors import UnreachableError, UsageError
 from harness.study.files import Json, digest
+from harness.study.registration import registered_date
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -54,6 +56,7 @@ def reward_model_settings(score: ScoreConfig, checkpoints: Checkpoints) -> dict[
 def reward_runs(stored: Stored, config: RewardModelConfig, cache: Path) -> dict[Path, list[Preference]]:
     """Score every run that does not score as worst already against the baseline."""
     model = RewardModel(config, cache)
+    fix_date(model.tokenizer, registered_date(stored.study))
     cases = [(run, row, (row["split"], row["prompt_id"])) for run, row in stored.cases()]
     own = model.rewards([(conversation(row, run.answers), run.answers[key]) for run, row, key in cases])
     other = model.rewards([(conversation(row, stored.baseline), stored.baseline[key]) for _, row, key in cases])

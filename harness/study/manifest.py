@@ -41,6 +41,7 @@ class Manifest(TypedDict, total=False):
         packed, why_padded: whether sequences were packed, and why not.
         files: each file by its name in the trial's folder.
         degenerate: shares of degenerate answers by split and kind.
+        ended: share of the answers that end by themselves, by split.
         weights_deleted: the policy that deleted the weights (`keep`).
         source: file of the answers where another tool generated them.
         sha256: the seal.
@@ -80,6 +81,7 @@ class Manifest(TypedDict, total=False):
     why_padded: str
     files: dict[str, FileRecord]
     degenerate: dict[str, dict[str, float]]
+    ended: dict[str, float]
     weights_deleted: str
     source: dict[str, str]
     sha256: str

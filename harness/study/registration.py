@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict, TypeVar, cast
 
@@ -102,6 +104,19 @@ def read_study(path: Path) -> Registration:
             "back as it was, or register the new question as a study of its own, study=NAME"
         )
     return cast(Registration, study)
+
+
+def registered_date(folder: Path, *, otherwise: str = "") -> datetime:
+    """Return when a study was registered (UTC): what chat templates take for now, in all its commands.
+
+    Args:
+        folder: of the study.
+        otherwise: the date, in ISO form, of a study that is not registered yet; empty for now.
+    """
+    date = otherwise or datetime.now(UTC).isoformat(timespec="seconds")
+    with contextlib.suppress(UsageError):  # none yet, or one that the sweep has to put back first
+        date = read_study(folder / "study.yaml").get("created", date)
+    return datetime.fromisoformat(date).replace(tzinfo=None)
 
 
 def write_study(path: Path, study: Registration) -> None:

@@ -17,10 +17,16 @@ class TrialName(TypedDict):
 
 
 class ChatMessage(TypedDict):
-    """One turn of a conversation."""
+    """One turn of a conversation; it may have further keys, as chat templates take them (`name`, `reasoning_content`).
+
+    Attributes:
+        content: text; empty where an assistant's turn only calls tools.
+        tool_calls: the calls, in the form that the chat template expects.
+    """
 
     role: str
     content: str
+    tool_calls: NotRequired[list[dict[str, Json]]]
 
 
 class PromptRow(TypedDict):

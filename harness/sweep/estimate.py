@@ -21,6 +21,7 @@ from harness.score.scorers import planned_costs
 from harness.study.decision import Selection, read_selection
 from harness.study.errors import UnreachableError, UsageError
 from harness.study.manifest import read_manifest
+from harness.study.text import one_line
 from harness.sweep.design import Design, ordered
 from harness.sweep.trial import Trial
 from harness.train.memory import plan_of
@@ -39,9 +40,10 @@ def print_plan(design: Design, warnings: Sequence[str], machine: Machine, at_onc
     else:
         print("\n".join([*_sources(design), _size_of_a_trial(design)]))
     if not unknown:
+        warnings = [*warnings, *design.inputs.tokens(design.any).warnings]  # refuses what does not fit the model
         print("\n".join(_cost(design, machine, at_once)))
     print(_findable(design))
-    for line in [] if unknown else _scoring_costs(design):
+    for line in [] if unknown else [*_scoring_costs(design), *_unread_columns(design)]:
         print(line)
     print(f"{'trial':14}{'stage':9}{'arm':14}{'seed':>5}  {'state':10}config")
     if unknown:
@@ -71,6 +73,15 @@ def _sources(design: Design) -> list[str]:
         else f"the language model of {made['base']}"
     )
     return [f"model: base, arms and reference are {what}: {folder}"]
+
+
+def _unread_columns(design: Design) -> list[str]:
+    """Return one line per file with columns that nothing reads."""
+    unread = design.inputs.splits(design.any).facts.get("unread_columns", {})
+    counts = {
+        key: [f"{one_line(name, 40)} ({count})" for name, count in found.items()] for key, found in unread.items()
+    }
+    return [f"{key}: columns that nothing reads, with their rows: {', '.join(found)}" for key, found in counts.items()]
 
 
 def to_run(design: Design) -> tuple[int, int]:

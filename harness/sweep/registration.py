@@ -6,7 +6,6 @@ import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +109,8 @@ def _register(design: Design, command: Sequence[str], *, warnings: Sequence[str]
         say(f"{folder / name} was cut off or damaged and is put back from its backup copy")
     if not path.is_file():
         check_answerable(design, fixed)
-        inputs.tokens(config)  # a wrong tokenizer, template or length is refused here, not in the first trial
+        # A wrong tokenizer, template or length is refused here, not in the first trial.
+        warnings = [*warnings, *inputs.tokens(config).warnings]
     with locked(folder):
         old = read_study(path) if path.is_file() else None
         if old:
@@ -166,7 +166,7 @@ def _study(
         "data": {**facts},
         "warnings": merged(old.get("warnings", []), [*facts.get("warnings", []), *warnings]),
         "command": old.get("command") or command,
-        "created": old.get("created", datetime.now(UTC).isoformat(timespec="seconds")),
+        "created": old.get("created", design.inputs.date),  # chat templates take it for now
         "fixed": fixed,
         "fixed_sha256": digest(fixed),
     }
@@ -249,6 +249,7 @@ def default_metric(config: RunConfig, splits: Splits) -> str:
         return found[0]
     raise UsageError(
         "data.golden: its rows have neither `checks` nor `chosen` and `rejected`, so that nothing can be scored; "
-        "add checks (see README, Golden sets), give held-out pairs, or set up a judge (score.judge.model) or a reward "
-        "model (score.reward_model.path); IFEval's instructions need pip install 'dpo-simpo-harness[lm-eval]'"
+        "add checks (see README, Golden sets; data.answer_check makes checks of answers), give held-out pairs, or set "
+        "up a judge (score.judge.model) or a reward model (score.reward_model.path); IFEval's instructions need "
+        "pip install 'dpo-simpo-harness[lm-eval]'"
     )

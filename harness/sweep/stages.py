@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from statistics import fmean
 from typing import Any, Unpack
@@ -35,6 +35,8 @@ from harness.train.base import import_logging_libraries, set_threads
 from harness.train.checkpoints import drop_broken
 from harness.train.memory import Meter
 from harness.train.stage import TrainStage
+
+_FEW_ENDS = 0.5  # share of the base's answers that end by themselves, below which a warning says so
 
 
 def run_trial(trial: Trial, context: Context) -> Outcome:
@@ -144,7 +146,11 @@ class _Running:
             "pairs": {"train": len(tokens.train.rows), "dev": len(tokens.dev.rows), "golden": len(tokens.golden.rows)},
             "dropped_pairs": {split: getattr(tokens, split).dropped for split in ("train", "dev", "golden")},
             "label_noise": {**facts["label_noise"]},
-            "warnings": find_warnings(self.config),
+            "warnings": [
+                *find_warnings(self.config),
+                *tokens.warnings,
+                *self._end_warnings(tokens, self.manifest.get("ended", {})),
+            ],
         }
 
     def _train(self, tokens: Tokens, tracker: Tracker) -> None:
@@ -202,6 +208,7 @@ class _Running:
             completions = stored_answers(self.folder, split, prompts) or generate_completions(
                 policy, tokens.chat, prompts, split=split, decoding=config.generate
             )
+        self._note_ends(tokens, split, [completion.ended for completion in completions])
         flagged = [completion_row(c) for c in completions]
         with self._stage("heldout"):
             base, pad_id = self.trial.study / "base", tokens.chat.tokenizer.pad_token_id
@@ -215,6 +222,23 @@ class _Running:
         drop_answers(self.folder, split)
         spent = self.manifest["tokens"]
         spent["generated"] = spent.get("generated", 0) + sum(c.tokens + c.thinking_tokens for c in completions)
+
+    def _note_ends(self, tokens: Tokens, split: str, ended: Sequence[bool]) -> None:
+        """Record the share of answers that end by themselves."""
+        if ended:
+            share = {split: sum(ended) / len(ended)}
+            self.manifest["ended"] = self.manifest.get("ended", {}) | share
+            self.manifest["warnings"] += self._end_warnings(tokens, share)
+
+    def _end_warnings(self, tokens: Tokens, shares: Mapping[str, float]) -> list[str]:
+        """Warn of a base that ends few of its answers; arms are compared with it in any case."""
+        stops, limit = tokens.chat.named(sorted(tokens.chat.stop_ids)), self.config.generate.max_new_tokens
+        return [
+            f"the SFT base ends {share:.0%} of its answers to {split} by itself, at {stops}; the others were cut off "
+            f"at generate.max_new_tokens={limit}: raise it, or see whether the base was taught to end its turns"
+            for split, share in shares.items()
+            if share < _FEW_ENDS and not self.trial.is_trained
+        ]
 
     def _borrow_policy(self) -> Any:
         """Return what answers, the same for all splits; it is given back at the end of the run."""

@@ -29,6 +29,7 @@ CASES = [
     ({"number": "1,250"}, "8 * 150 + 50 = 1,250.00 dollars.", "1,250 minus 1"),
     ({"max_words": 2}, "two words", "three words now"),
     ({"min_words": 2}, "two words", "one"),
+    ({"number": 42}, "In all: 1,000 - 958 = 42.", "42 of 43"),
     ({"json": True}, '{"a": [1, 2]}', "{'a': 1}"),
     ({"ends_properly": True}, "It ends.", "It ends and"),
 ]

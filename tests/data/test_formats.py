@@ -1,5 +1,6 @@
 """Rows as people have them, and what is made of each: one behaviour a test."""
 
+import json
 import re
 
 import pytest
@@ -552,3 +553,148 @@ class TestChecks:
 def test_a_form_is_known_by_its_columns(columns, for_training, for_evaluation):
     assert has_known_form(frozenset(columns), evaluation=False) == for_training
     assert has_known_form(frozenset(columns), evaluation=True) == for_evaluation
+
+
+SKY_TOOL = {"type": "function", "function": {"name": "sky", "parameters": {"type": "object", "default": None}}}
+
+
+class TestWhatTheTemplateGets:
+    """Columns and keys that change what the model sees, in TRL's format and as tables write them."""
+
+    @pytest.mark.parametrize("tools", [[SKY_TOOL], json.dumps([SKY_TOOL])])
+    def test_tools_as_a_list_or_as_json_text(self, tools):
+        parsed = parse(conversational(tools=tools))
+        assert [tool["function"]["name"] for tool in parsed.given.tools] == ["sky"]
+        assert parsed.pair().given == parsed.eval_prompt().given == parsed.given
+
+    def test_nulls_of_a_table_go_and_those_of_json_text_stay(self):
+        of_table, of_text = (parse(conversational(tools=tools)).given for tools in ([SKY_TOOL], json.dumps([SKY_TOOL])))
+        assert "default" not in of_table.tools[0]["function"]["parameters"]
+        assert of_text.tools[0]["function"]["parameters"]["default"] is None
+
+    @pytest.mark.parametrize("kwargs", [{"enable_thinking": False, "date_string": None}, '{"enable_thinking": false}'])
+    def test_arguments_of_the_template(self, kwargs):
+        assert parse(conversational(chat_template_kwargs=kwargs)).given.kwargs == {"enable_thinking": False}
+
+    @pytest.mark.parametrize("empty", [None, "", [], {}])
+    def test_empty_columns_give_nothing(self, empty):
+        parsed = parse(conversational(tools=empty, chat_template_kwargs=empty, images=empty))
+        assert not parsed.given
+        assert parsed.prompt_id == parse(conversational()).prompt_id
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"images": ["a.png"]}, "`images` is given, and only text is read"),
+            ({"image": {"bytes": "x"}}, "`image` is given"),
+            ({"audio": "a.wav"}, "`audio` is given"),
+            ({"videos": [["a.mp4"]]}, "`videos` is given"),
+            ({"tools": {"name": "sky"}}, "`tools` is {'name': 'sky'}; allowed: a list of JSON schemas"),
+            ({"tools": ["sky"]}, "allowed: a list of JSON schemas"),
+            ({"tools": "sky"}, "`tools` is text and not JSON"),
+            ({"chat_template_kwargs": ["x"]}, "allowed: a mapping of names to values"),
+            ({"chat_template_kwargs": {"tokenize": True}}, "sets `tokenize`, which belongs to the rendering"),
+            ({"chat_template_kwargs": {"add_generation_prompt": False}}, "sets `add_generation_prompt`"),
+        ],
+    )
+    def test_what_no_template_can_take_is_refused_by_name(self, changes, message):
+        refuses(conversational(**changes), message)
+        refuses({"prompt": "x", "checks": [{"json": True}], **changes}, message, evaluation=True)
+
+    @pytest.mark.parametrize(
+        "content",
+        [
+            [{"type": "text", "text": SKY}],
+            [{"type": "text", "text": SKY, "image_url": None}],
+            [{"text": "What color is "}, {"type": "text", "text": "the sky?"}],
+            [SKY],
+            {"type": "text", "text": SKY},
+            [{"type": "input_text", "text": SKY}],
+        ],
+    )
+    def test_parts_that_hold_text_are_read_as_text(self, content):
+        parsed = parse(conversational(prompt=[{"role": "user", "content": content}]))
+        assert parsed.prompt == (user(SKY),)
+        assert parsed.prompt_id == parse(conversational()).prompt_id
+
+    @pytest.mark.parametrize(
+        "part", [{"type": "image"}, {"type": "image_url", "image_url": {"url": "x"}}, {"type": "audio"}]
+    )
+    def test_parts_of_another_kind_are_refused_by_name(self, part):
+        refuses(
+            conversational(prompt=[{"role": "user", "content": [{"type": "text", "text": SKY}, part]}]),
+            f"with a part of type {part['type']!r}; allowed: text",
+        )
+
+    def test_other_keys_of_turns_stay_with_the_turn(self):
+        named = user(SKY) | {"name": "Ada", "weight": 0, "tool_calls": None, "notes": ""}
+        parsed = parse(conversational(prompt=[named]))
+        assert parsed.prompt == (user(SKY) | {"name": "Ada", "weight": 0},)
+        assert parsed.prompt_id != parse(conversational()).prompt_id
+        assert parsed.prompt_key == parse(conversational()).prompt_key
+
+    def test_keys_that_say_nothing_do_not_make_another_prompt(self):
+        weighted = parse(conversational(prompt=[user(SKY) | {"weight": 0}]))
+        assert weighted.prompt_id == parse(conversational()).prompt_id
+
+    def test_answers_that_differ_in_the_tool_they_call_are_two_answers(self):
+        calls = [{"role": "assistant", "content": None, "tool_calls": [{"function": {"name": n}}]} for n in "ab"]
+        parsed = parse(conversational(chosen=[calls[0]], rejected=[calls[1]]))
+        assert parsed.chosen[0]["tool_calls"] == [{"function": {"name": "a"}}]
+        assert parsed.chosen[0]["content"] == ""
+        refuses(conversational(chosen=[calls[0]], rejected=[calls[0]]), "identical")
+
+    def test_a_table_that_gives_every_turn_the_keys_of_all(self):
+        """What `datasets` writes where some turns are {role, content} and others {from, value}."""
+
+        def filled(turn):
+            return dict.fromkeys(("role", "content", "from", "value", "tool_calls")) | turn
+
+        parsed = parse(
+            {"conversations": [filled(human(SKY))], "chosen": filled(gpt("Blue.")), "rejected": filled(gpt("Red."))}
+        )
+        assert (parsed.prompt, parsed.chosen) == ((user(SKY),), (assistant("Blue."),))
+        parsed = parse(conversational(prompt=[filled(user(SKY))]))
+        assert parsed.prompt == (user(SKY),)
+
+
+class TestAnswers:
+    """Questions with answers, as GSM8K has them, become checks."""
+
+    @pytest.mark.parametrize(
+        ("row", "kind", "check"),
+        [
+            ({"question": "1 + 41?", "answer": "1 + 41 = <<1+41=42>>42\n#### 42"}, "number", {"number": 42.0}),
+            ({"question": "How many?", "answer": "#### 1,250"}, "number", {"number": 1250.0}),
+            ({"question": "How many?", "target": -3.5}, "number", {"number": -3.5}),
+            ({"question": "Capital?", "gold": "Paris"}, "contains", {"contains": "Paris"}),
+            ({"prompt": "Entailed?", "label": 1}, "equals", {"equals": "1"}),
+            ({"prompt": "Yes or no?", "answers": ["yes", "Yes"]}, "equals", {"equals": ["yes", "Yes"]}),
+            ({"instruction": "Say it", "target": "it\n"}, "equals", {"equals": "it"}),
+        ],
+    )
+    def test_an_answer_is_a_check(self, row, kind, check):
+        parsed = parse_row(row, 1, frozenset(row), needs_pair=False, reads_checks=True, answer_check=kind)
+        assert parsed.checks == (check,)
+
+    def test_checks_of_the_row_itself_come_first(self):
+        row = {"prompt": "x", "answer": "y", "checks": [{"json": True}]}
+        parsed = parse_row(row, 1, frozenset(row), needs_pair=False, reads_checks=True, answer_check="contains")
+        assert parsed.checks == ({"json": True},)
+
+    @pytest.mark.parametrize(
+        ("row", "kind", "message"),
+        [
+            ({"question": "x"}, "number", "has no answer for data.answer_check=number; allowed columns: answer"),
+            (
+                {"question": "x", "answer": "none"},
+                "number",
+                "allowed for data.answer_check=number: a text with a number",
+            ),
+            ({"question": "x", "answer": {"a": 1}}, "contains", "a text or a number"),
+            ({"question": "x", "answers": ["a"]}, "contains", "a text or a number"),
+        ],
+    )
+    def test_an_answer_that_cannot_be_checked_is_refused(self, row, kind, message):
+        with pytest.raises(RowError, match=re.escape(message)):
+            parse_row(row, 1, frozenset(row), needs_pair=False, reads_checks=True, answer_check=kind)

@@ -4,6 +4,7 @@ import csv
 import gzip
 import hashlib
 import json
+import re
 from pathlib import Path
 
 import datasets
@@ -770,3 +771,108 @@ class TestRealData:
         assert first["id"] == "1000"
         assert first["instructions"]["instruction_id_list"][0] == "punctuation:no_comma"
         assert first["instructions"]["kwargs"][1] == {"num_highlights": 3}
+
+
+class TestWholeSources:
+    """A source is read as a whole, or refused with the name of the part that would stay unread."""
+
+    @pytest.fixture(autouse=True)
+    def cache(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+    @pytest.fixture
+    def folder(self, tmp_path):
+        (tmp_path / "pairs").mkdir()
+        return tmp_path / "pairs"
+
+    def test_all_files_of_a_folder_are_read(self, folder):
+        for i in range(3):
+            write_jsonl(folder / f"part{i}.jsonl", [row(i)])
+        (folder / "README.md").write_text("# Pairs\n")
+        (folder / "LICENSE").write_text("free\n")
+        assert [found["prompt"] for _, found in read(folder).rows] == ["question 0", "question 1", "question 2"]
+
+    @pytest.mark.parametrize("other", ["more.parquet", "more.csv", "notes.txt", "notes.xml", "deep/er/more.arrow"])
+    def test_a_file_that_would_stay_unread_is_named(self, folder, other):
+        for i in range(2):
+            write_jsonl(folder / f"part{i}.jsonl", [row(i)])
+        (folder / other).parent.mkdir(parents=True, exist_ok=True)
+        (folder / other).write_bytes(b"prompt,chosen,rejected\na,b,c\n")
+        with pytest.raises(UsageError, match=rf"1 of its files would not be read \({re.escape(other)}\)"):
+            read(folder)
+
+    @pytest.mark.parametrize("key", ["data.path", "data.golden"])
+    def test_a_second_split_is_named(self, folder, key):
+        for split in ("train", "test"):
+            write_jsonl(folder / f"{split}.jsonl", [row(split)])
+        with pytest.raises(UsageError, match=r"has the splits train, test; name one, as .*:train, or several"):
+            read(folder, key=key)
+
+    def test_training_takes_train_beside_splits_that_evaluate_and_beside_no_other(self, folder):
+        for split in ("train", "test", "validation"):
+            write_jsonl(folder / f"{split}.jsonl", [row(split)])
+        assert [found["prompt"] for _, found in read(folder).rows] == ["question train"]
+        names = "".join(f"  - split: {name}\n    path: {name}.jsonl\n" for name in ("train", "extra"))
+        for split in ("test", "validation"):
+            (folder / f"{split}.jsonl").unlink()
+        write_jsonl(folder / "extra.jsonl", [row("extra")])
+        (folder / "README.md").write_text(f"---\nconfigs:\n- config_name: default\n  data_files:\n{names}---\n")
+        with pytest.raises(UsageError, match="has the splits train, extra; name one"):
+            read(folder)
+
+    def test_one_file_of_several_is_refused(self, folder):
+        path = folder / "train-00000-of-00002.parquet"
+        pd.DataFrame([row(1)]).to_parquet(path)
+        with pytest.raises(UsageError, match=r"is one of 2 files that belong together; give their folder"):
+            read(path)
+        with pytest.raises(UsageError, match=r"1 of 2 files are missing in .*train-00001-of-00002"):
+            read(folder)
+        pd.DataFrame([row(2)]).to_parquet(folder / "train-00001-of-00002.parquet")
+        assert read(folder).count == 2
+
+    def test_a_saved_data_set_is_read(self, folder):
+        rows = [row(i) for i in range(3)]
+        datasets.Dataset.from_list(rows).save_to_disk(folder, num_shards=2)
+        assert [found for _, found in read(folder).rows] == rows
+
+    def test_a_saved_data_set_of_several_splits_needs_their_names(self, folder):
+        parts = {name: datasets.Dataset.from_list([row(name)]) for name in ("train", "test", "more")}
+        datasets.DatasetDict(parts).save_to_disk(folder)
+        assert [found["prompt"] for _, found in read(f"{folder}:test+more").rows] == ["question test", "question more"]
+        with pytest.raises(UsageError, match="has the splits train, test, more; name one"):
+            read(folder)
+        with pytest.raises(UsageError, match="no such split; its splits: train, test, more"):
+            read(f"{folder}:dev")
+
+    def test_a_saved_data_set_with_a_lost_or_a_foreign_file_is_refused(self, folder):
+        datasets.Dataset.from_list([row(i) for i in range(3)]).save_to_disk(folder, num_shards=3)
+        (folder / "data-00001-of-00003.arrow").rename(folder / "other.arrow")
+        with pytest.raises(UsageError, match=r"1 of 3 files are missing"):
+            read(folder)
+        (folder / "other.arrow").rename(folder / "data-00001-of-00003.arrow")
+        write_jsonl(folder / "more.jsonl", [row(9)])
+        with pytest.raises(UsageError, match=r"would not be read \(more\.jsonl\)"):
+            read(folder)
+
+    def test_a_link_that_leads_nowhere_is_named(self, folder):
+        write_jsonl(folder / "part0.jsonl", [row(0)])
+        (folder / "part1.jsonl").symlink_to(folder / "lost.jsonl")
+        with pytest.raises(UsageError, match=r"would not be read \(part1\.jsonl\)|part1\.jsonl"):
+            read(folder)
+
+
+class TestUnreadColumns:
+    def test_columns_that_nothing_reads_are_listed_with_their_rows(self, files):
+        rows = [row(i, source="web" if i % 2 else None, score_chosen=3, score_rejected=1) for i in range(10, 14)]
+        facts = load_splits(files(train=rows)).facts
+        assert facts["unread_columns"] == {"data.train": {"source": 2}}
+        assert facts["warnings"] == []
+
+    def test_answers_without_checks_say_which_key_makes_checks_of_them(self, files):
+        spec = files(golden=[{"question": "1 + 1?", "answer": "2"}])
+        assert any(
+            "data.answer_check=contains, equals or number" in text for text in load_splits(spec).facts["warnings"]
+        )
+        splits = load_splits(with_changes(spec, answer_check="number"))
+        assert splits.golden_prompts[0].checks == ({"number": 2.0},)
+        assert splits.facts["warnings"] == []

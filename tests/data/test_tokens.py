@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from harness.config.paths import embedded_dir as study_dir
-from harness.data.records import Pair
+from harness.data.records import Given, Pair
 from harness.data.tokens import ChatFormat, TokenPair, load_chat_format, tokenise_pairs
 from harness.study.errors import UsageError
 
@@ -67,11 +67,6 @@ def test_what_a_template_puts_behind_the_end_of_turn_is_cut() -> None:
 def test_an_end_of_turn_written_in_the_data_is_not_doubled() -> None:
     format_ = chat(CHATML)
     assert format_.tokenizer.decode(only_row(pair(chosen="abc<|end|>"), format_).chosen_ids) == "abc<|end|>"
-
-
-def test_a_template_without_an_end_of_turn_gets_one() -> None:
-    format_ = chat(CHATML.replace("<|end|>", ""))
-    assert format_.tokenizer.decode(only_row(pair(), format_).chosen_ids).endswith("<|end|>")
 
 
 def test_plain_text_goes_through_the_template_where_there_is_one() -> None:
@@ -487,3 +482,163 @@ def test_what_a_template_refuses_is_a_user_error_with_its_words() -> None:
     refuses = "{{ raise_exception('no system role') if messages[0]['role'] == 'system' }}" + BYTE_LEVEL_CHATML
     with pytest.raises(UsageError, match=r"chat template.*no system role"):
         only_row(pair(before=[("system", "be short")]), load("chatml", template=refuses))
+
+
+# What stands in the data reaches the model: the answer unchanged, one end of turn, and what the row gives the template.
+
+NAMED = (
+    "{% for m in messages %}<|{{ m['role'] }}|>\n{{ CONTENT }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+
+
+def phi(content: str = "m['content']", *, end: str = "<|end|>") -> ChatFormat:
+    return load("phi-3", template=NAMED.replace("CONTENT", content).replace("<|end|>", end))
+
+
+@pytest.mark.parametrize(
+    ("content", "answer"),
+    [
+        ("m['content'].split('</think>')[-1]", "<think>\nit is abc\n</think>\n\nabc"),
+        ("m['content'].split('</think>')[-1].lstrip()", "a good reason</think>abc"),
+        ("m['content'] | lower", "Abc"),
+        ("m['content'] | replace('letters', 'Letters')", "the letters of abc"),
+        ("m['content'][:20]", "a b c a b c a b c a b c"),
+        ("m['content'] | escape", "a < b"),
+        ("m['content'] | wordwrap(6)", "sort the letters of cab"),
+        ("m['content'] | replace('\\n\\n', '\\n')", "abc\n\n1 2 3"),
+        ("'' if '<think>' in m['content'] else m['content']", "<think>abc</think>abc"),
+    ],
+)
+def test_a_pair_whose_answer_the_template_cuts_or_rewrites_is_dropped_with_the_ways_out(
+    content: str, answer: str
+) -> None:
+    tokenised = tokenise_pairs([pair(), pair(chosen=answer)], phi(content), max_length=128)
+    assert len(tokenised.rows) == 1
+    (reason,) = tokenised.dropped
+    assert "the chat template cuts or rewrites the answer" in reason
+    assert "generate.reasoning=drop" in reason
+    assert "model.chat_template" in reason
+
+
+def test_pairs_that_differ_in_what_the_template_cuts_are_not_called_equal() -> None:
+    given = pair(chosen="<think>good</think>abc", rejected="<think>bad</think>abc")
+    (reason,) = tokenise_pairs([given], phi("m['content'].split('</think>')[-1]"), max_length=128).dropped
+    assert "cuts or rewrites" in reason
+
+
+def test_white_space_around_an_answer_may_go_and_what_a_template_adds_may_come() -> None:
+    given = pair(chosen="\nabc \n")
+    assert only_row(given, phi("m['content'] | trim")).chosen_ids == only_row(pair(), phi()).chosen_ids
+    thinks = phi("('<think>\n\n</think>\n\n' if m['role'] == 'assistant' else '') + m['content']")
+    assert thinks.tokenizer.decode(only_row(pair(), thinks).chosen_ids) == "<think>\n\n</think>\n\nabc<|end|>"
+
+
+def test_earlier_turns_are_what_the_template_makes_of_them() -> None:
+    format_ = phi("m['content'] if loop.last else m['content'].split('</think>')[-1]")
+    before = [("user", "sort ba"), ("assistant", "<think>hm</think>ab")]
+    row = only_row(pair(chosen="<think>hm</think>abc", before=before), format_)
+    assert "hm" not in format_.tokenizer.decode(row.prompt_ids)
+    assert format_.tokenizer.decode(row.chosen_ids) == "<think>hm</think>abc<|end|>"
+
+
+@pytest.mark.parametrize("template", [INST.replace("[/INST]'", "[/INST] '").replace("' ' + m", "m"), None])
+@pytest.mark.parametrize("answer", ["abc", "cba 1", "1 2 3", "e"])
+def test_no_space_comes_between_prompt_and_answer_that_the_text_does_not_have(
+    template: str | None, answer: str
+) -> None:
+    """A tokenizer as Llama's puts a space of its own in front of whatever it encodes."""
+    if template is None:
+        format_, conversational = ChatFormat(load("llama-2").tokenizer, use_template=False), False
+    else:
+        format_, conversational = load("llama-2", template=template), True
+    given = pair("sort ca", answer, "b", conversational=conversational)
+    row = only_row(given, format_)
+    text = "<s> [INST] sort ca [/INST] " if conversational else "<s> sort ca"
+    text += answer + (" " if conversational else "")
+    shown = format_.tokenizer.decode([*row.prompt_ids, *row.chosen_ids])
+    assert shown.replace("<s>", "<s> ").replace("  ", " ") == f"{text}</s>".replace("<s>  ", "<s> ")
+
+
+@pytest.mark.parametrize("stops", [(), ("<|endoftext|>",), ("<|user|>",)])
+def test_the_token_that_ends_the_templates_turn_is_one_at_which_generation_stops(stops: tuple[str, ...]) -> None:
+    """However the checkpoint calls its EOS: many an SFT run leaves <|endoftext|> there."""
+    tokenizer = load("phi-3").tokenizer
+    format_ = ChatFormat(tokenizer, tokenizer.convert_tokens_to_ids(list(stops)))
+    end = tokenizer.convert_tokens_to_ids("<|end|>")
+    assert end in format_.stop_ids
+    assert only_row(pair(), format_).chosen_ids.count(end) == 1
+    assert only_row(pair(), format_).chosen_ids[-1] == end
+    (found,) = [f for f in format_.findings([]) if f.name == "end of turn"]
+    assert found.result == "warned"
+    assert "ends a turn with <|end|>" in found.detail
+    assert "<|endoftext|>" in found.detail
+
+
+def test_an_end_of_turn_at_which_the_checkpoint_stops_by_itself_is_proved() -> None:
+    for name in ("chatml", "llama-2", "gemma", "llama-3"):
+        assert [f.result for f in load(name).findings([]) if f.name == "end of turn"] == ["proved"], name
+
+
+@pytest.mark.parametrize(
+    ("end", "said"),
+    [
+        ("", "does not end the assistant's turn"),
+        ("\n\n", "does not end the assistant's turn"),
+        ("{{ '<|end|>' if not loop.last }}", "does not end the assistant's turn"),
+        ("</turn>", r"'</turn>', which is no token of this tokenizer but \d in a row"),
+        ("\n### Stop<|end|>", "which is no token of this tokenizer"),
+    ],
+)
+def test_a_template_without_one_token_that_ends_a_turn_is_refused(end: str, said: str) -> None:
+    with pytest.raises(UsageError, match=rf"{said}.*\(model\.chat_template\)"):
+        only_row(pair(), phi(end=end))
+
+
+def test_text_in_the_templates_form_ends_as_the_template_does() -> None:
+    """data.template=never, for prompts that were rendered before; the checkpoint's EOS is another token."""
+    format_ = ChatFormat(load("phi-3").tokenizer, use_template=False)
+    given = pair("<|user|>\nsort cab<|end|>\n<|assistant|>\n", conversational=False)
+    assert format_.tokenizer.decode(only_row(given, format_).chosen_ids) == "abc<|end|>"
+    assert format_.tokenizer.decode(only_row(pair(conversational=False), format_).chosen_ids) == "abc<|endoftext|>"
+
+
+TOOLS = (
+    "{% if tools %}<|user|>{% for t in tools %}{{ t | tojson }}{% endfor %}<|end|>{% endif %}"
+    "{% if loud is defined and loud %}<|user|>LOUD<|end|>{% endif %}"
+    "{% for m in messages %}<|{{ 'user' if m['role'] != 'assistant' else 'assistant' }}|>\n{{ m['content'] }}"
+    "{% for c in m.tool_calls or [] %}<call>{{ c.function.name }}({{ c.function.arguments | tojson }}){% endfor %}<|end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+TOOL = {"type": "function", "function": {"name": "sort", "parameters": {"letters": {"type": "string"}}}}
+
+
+def calling(name: str) -> dict[str, Any]:
+    call = {"type": "function", "function": {"name": name, "arguments": {"letters": "cab"}}}
+    return {"role": "assistant", "content": "", "tool_calls": [call]}
+
+
+def test_tools_and_template_arguments_of_a_row_reach_prompts_and_answers() -> None:
+    format_ = load("phi-3", template=TOOLS)
+    given = replace(pair(), given=Given([TOOL], {"loud": True}))
+    row = only_row(given, format_)
+    theirs = format_.tokenizer.apply_chat_template(
+        list(given.prompt), tools=[TOOL], loud=True, tokenize=True, return_dict=False, add_generation_prompt=True
+    )
+    assert list(row.prompt_ids) == theirs == format_.prompt_ids(given.prompt, conversational=True, given=given.given)
+    assert '"sort"' in format_.tokenizer.decode(theirs)
+    assert given.prompt_id != pair().prompt_id
+
+
+def test_an_answer_that_calls_a_tool_is_trained_on_where_the_template_writes_calls() -> None:
+    given = replace(pair(), chosen=(calling("sort"),), rejected=(calling("reverse"),))
+    format_ = load("phi-3", template=TOOLS)
+    assert "<call>sort(" in format_.tokenizer.decode(only_row(given, format_).chosen_ids)
+    (reason,) = tokenise_pairs([given], phi(), max_length=128).dropped
+    assert "leaves out the answer's `tool_calls`" in reason
+
+
+def test_what_rows_give_a_template_needs_one() -> None:
+    given = replace(pair(conversational=False), given=Given([TOOL]))
+    with pytest.raises(UsageError, match=r"give the chat template tools, and prompts do not go through one"):
+        only_row(given, ChatFormat(load("phi-3").tokenizer, use_template=False))
