@@ -283,7 +283,7 @@ def _train(
     used = tuple(rows[i] for i in plan.order[warmup * batch :])
     facts = {
         "packed": bool(getattr(trainer, "packs", False)),
-        "why_padded": getattr(trainer, "why_padded", ""),
+        "why_padded": trainer.layout.why,
         "checkpointing": bool(trainer.args.gradient_checkpointing),
         "build_s": built,
         "pairs": len(used),

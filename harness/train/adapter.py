@@ -14,7 +14,7 @@ from harness.config.schema import RunConfig, Tuning
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
-    from peft.tuners.lora.layer import Linear
+    from peft.tuners.lora.layer import Linear, LoraLayer
     from torch.autograd.function import BackwardCFunction
     from transformers import PreTrainedModel, Trainer
 
@@ -26,16 +26,27 @@ if TYPE_CHECKING:
 
 
 def adapter_config(config: RunConfig) -> LoraConfig:
-    """Return the adapter on all linear layers, without dropout: the arms must differ in the loss alone."""
+    """Return the adapter on all linear layers; `train.lora_dropout` is 0 unless it was set, and equal in all arms."""
     from peft import LoraConfig
 
     return LoraConfig(
         r=config.train.lora_rank,
         lora_alpha=config.train.lora_alpha,
-        lora_dropout=0.0,
+        lora_dropout=config.train.lora_dropout,
         target_modules="all-linear",
         task_type="CAUSAL_LM",
     )
+
+
+def restore_adapter_dropout(model: PeftModel | PreTrainedModel, dropout: float) -> None:
+    """Set the adapter's dropout, which TRL's trainers switch off with the base's."""
+    from peft.tuners.lora import LoraLayer
+
+    for layer in model.modules():
+        if isinstance(layer, LoraLayer):
+            for module in layer.lora_dropout.values():
+                if isinstance(module, torch.nn.Dropout):
+                    module.p = dropout
 
 
 def adapter_on_quantised(base: PreTrainedModel, config: RunConfig) -> PeftModel:
@@ -99,7 +110,9 @@ def save_weights(trainer: Trainer, folder: Path, config: RunConfig) -> None:
     if is_adapter:
         about = model.active_peft_config
         about.base_model_name_or_path = config.model.path
-        about.target_modules = sorted(about.target_modules)  # the order of a set differs between processes
+        for targets in ("target_modules", "target_parameters"):  # the order of a set differs between processes
+            if getattr(about, targets, None):
+                setattr(about, targets, sorted(getattr(about, targets)))
         more["selected_adapters"] = ["default"]
         more["save_embedding_layers"] = False  # PEFT would ask the Hub about the base's vocabulary
     model.save_pretrained(temporary, safe_serialization=True, **({"state_dict": state} if gathered else {}), **more)
@@ -108,21 +121,38 @@ def save_weights(trainer: Trainer, folder: Path, config: RunConfig) -> None:
     temporary.rename(target)
 
 
+def adapted_weight(layer: LoraLayer) -> Tensor:
+    """Return the frozen weight that a LoRA layer adapts: a layer's `weight`, or a parameter of experts."""
+    get_param = getattr(layer, "get_param", None)
+    weight: Tensor = get_param() if get_param else layer.get_base_layer().weight
+    return weight
+
+
 def fuse_adapters(model: PreTrainedModel, name: str = "default") -> int:
     """Compute every plain fp32 LoRA layer of a model in one function; return the number of such layers.
 
-    Layers with dropout, DoRA, a trained base weight or another dtype stay as PEFT made them.
+    Layers with dropout, DoRA, a trained base weight or another dtype stay as PEFT made them, and so do those that
+    merely behave like `nn.Linear` (GPT-2's Conv1D, which is transposed; subclasses; parametrised and 8-bit layers) or
+    are watched by hooks.
     """
     from peft.tuners.lora.layer import Linear
 
     fused = 0
     for layer in [module for module in model.modules() if type(module) is Linear]:
+        if not _is_plain_linear(layer.get_base_layer()):
+            continue
         weight = layer.get_base_layer().weight
         plain = isinstance(layer.lora_dropout[name], torch.nn.Identity) and not layer.use_dora[name]
         if plain and not weight.requires_grad and weight.dtype == torch.float32 and not layer.lora_bias[name]:
             layer.forward = partial(_fused_forward, layer, name)
             fused += 1
     return fused
+
+
+def _is_plain_linear(layer: torch.nn.Module) -> bool:
+    """Whether a layer computes `x W^T + b` and nothing else."""
+    has_hooks = bool(layer._forward_hooks or layer._forward_pre_hooks)
+    return type(layer) is torch.nn.Linear and "forward" not in vars(layer) and not has_hooks
 
 
 def _fused_forward(layer: Linear, name: str, x: Tensor) -> Tensor:

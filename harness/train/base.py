@@ -68,6 +68,8 @@ def load_model(folder: Path, dtype: torch.dtype, *, quantise: bool = False, on_g
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
+    from harness.train.pure import make_pure
+
     disable_progress_bar()  # a bar per load, a hundred times, tells nothing
     safe = {"dtype": dtype, "trust_remote_code": False, "use_safetensors": True}
     if quantise:
@@ -86,8 +88,8 @@ def load_model(folder: Path, dtype: torch.dtype, *, quantise: bool = False, on_g
             # Some CPUs' kernel rounds to bf16 in passes without gradients: reference and policy would differ.
             if getattr(module, "support_avx512bf16_for_cpu", False):
                 module.support_avx512bf16_for_cpu = False
-        return quantised
-    model = AutoModelForCausalLM.from_pretrained(folder, **safe)
+        return make_pure(quantised)
+    model = make_pure(AutoModelForCausalLM.from_pretrained(folder, **safe))
     return model.to("cuda") if on_gpu and has_gpu() else model
 
 
@@ -152,6 +154,8 @@ class Bases:
         from peft import PeftModel
         from peft.tuners.lora import LoraLayer
 
+        from harness.train.adapter import adapted_weight
+
         if (folder / "model").is_dir():
             yield load_model(folder / "model", torch.float32)
             return
@@ -162,7 +166,7 @@ class Bases:
                 return
             originals = {}
             for layer in [module for module in policy.modules() if isinstance(module, LoraLayer)]:
-                weight = layer.get_base_layer().weight
+                weight = adapted_weight(layer)
                 originals[weight] = weight.data
                 weight.data = weight.data + layer.get_delta_weight("default")
             try:
@@ -188,9 +192,12 @@ def reset_model(model: PreTrainedModel) -> None:
     """Undo the changes that trainers and PEFT make to a model: adapters, patched methods, gradients, modes."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
+    adapted: list[str] = []
     for name, module in list(model.named_modules()):
-        if isinstance(module, BaseTunerLayer):
+        # A layer with several adapted weights is wrapped once per weight: the outermost holds the layer itself.
+        if isinstance(module, BaseTunerLayer) and not name.startswith(tuple(f"{outer}." for outer in adapted)):
             model.set_submodule(name, module.get_base_layer())
+            adapted.append(name)
     for patched in ("forward", "peft_config"):
         model.__dict__.pop(patched, None)
     if model.is_gradient_checkpointing:
