@@ -39,6 +39,7 @@ class Manifest(TypedDict, total=False):
         pairs: number of pairs by split; `dropped_pairs`: number by split and reason.
         padding_share: of all positions.
         packed, why_padded: whether sequences were packed, and why not.
+        preconditions: what was proved before the training (`harness.study.findings.Finding`).
         files: each file by its name in the trial's folder.
         degenerate: shares of degenerate answers by split and kind.
         weights_deleted: the policy that deleted the weights (`keep`).
@@ -78,6 +79,7 @@ class Manifest(TypedDict, total=False):
     parameters: dict[str, int]
     packed: bool
     why_padded: str
+    preconditions: list[dict[str, str]]
     files: dict[str, FileRecord]
     degenerate: dict[str, dict[str, float]]
     weights_deleted: str

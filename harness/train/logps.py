@@ -132,7 +132,17 @@ def _padded_batches(answers: Sequence[tuple[Ids, Ids]], vocab_size: int) -> Iter
 
 
 def _padded_batch_logps(model: PreTrainedModel, answers: Sequence[tuple[Ids, Ids]], pad_id: int) -> Tensor:
-    """Pad on the right, as TRL's trainers do: no model that reads from left to right sees the padding."""
+    logps, scored = _padded_token_logps(model, answers, pad_id)
+    return (logps * scored).sum(-1).double().cpu()
+
+
+def _padded_token_logps(
+    model: PreTrainedModel, answers: Sequence[tuple[Ids, Ids]], pad_id: int
+) -> tuple[Tensor, Tensor]:
+    """Return log-probs of each row's next tokens, and which of them are an answer's: (num_answers, width - 1).
+
+    Rows are padded on the right, as TRL's trainers do: no model that reads from left to right sees the padding.
+    """
     width = max(len(prompt) + len(answer) for prompt, answer in answers)
     ids = torch.full((len(answers), width), pad_id)
     attended = torch.zeros_like(ids)
@@ -146,7 +156,7 @@ def _padded_batch_logps(model: PreTrainedModel, answers: Sequence[tuple[Ids, Ids
     logits = model(input_ids=ids, attention_mask=attended, use_cache=False).logits[:, :-1].float()
     # Not log_softmax: its fp32 kernel is off by about 5e-6 nats per token at a vocabulary of 49,152, always upwards.
     logps: Tensor = logits.gather(-1, ids[:, 1:, None]).squeeze(-1) - logits.logsumexp(-1)
-    return (logps * scored.to(logps.device)).sum(-1).double().cpu()
+    return logps, scored.to(logps.device)
 
 
 def why_padded(model: PreTrainedModel, rows: Sequence[TokenPair], pad_id: int) -> str:
@@ -157,14 +167,45 @@ def why_padded(model: PreTrainedModel, rows: Sequence[TokenPair], pad_id: int) -
     Raises:
         torch.OutOfMemoryError: where memory runs out, which says nothing about packing.
     """
-    window = getattr(model.config.get_text_config(), "sliding_window", None)
-    longest = max(row.length for row in rows)
-    if window is not None and longest > window:
-        return f"its attention has a sliding_window of {window}, shorter than the longest pair of {longest}"
+    if problem := window_problem(model, rows):
+        return problem
     known: dict[str, str] = vars(model)  # not getattr, by which an adapter's model answers for its base
     if _PROBE_RESULT not in known:
         known[_PROBE_RESULT] = _probe(model, min(rows, key=lambda row: row.length), pad_id)
     return known[_PROBE_RESULT]
+
+
+def window_problem(model: PreTrainedModel, rows: Sequence[TokenPair]) -> str:
+    """Return which window of the model's attention is shorter than the longest pair, or nothing."""
+    longest = max(row.length for row in rows)
+    for name, size in vars(model.config.get_text_config()).items():
+        is_window = ("window" in name and "layers" not in name) or name == "attention_chunk_size"
+        if is_window and isinstance(size, int) and not isinstance(size, bool) and 0 < size < longest:
+            return f"its attention has a {name} of {size}, shorter than the longest pair of {longest}"
+    return ""
+
+
+@torch.no_grad()
+def answer_token_logps(
+    model: PreTrainedModel, rows: Sequence[TokenPair], way: Way, *, pad_id: int, share_prefix: bool = True
+) -> list[Tensor]:
+    """Return the log-probs of each answer's tokens, chosen before rejected, in the model's present mode.
+
+    Args:
+        model: a causal LM.
+        rows: the pairs, in one batch.
+        way: of running it.
+        pad_id: padding.
+        share_prefix: as in `pair_logps`.
+    """
+    if way == "padded":
+        answers = [(row.prompt_ids, answer) for row in rows for answer in (row.chosen_ids, row.rejected_ids)]
+        logps, scored = _padded_token_logps(model, answers, pad_id)
+        return [part[mask].cpu() for part, mask in zip(logps, scored, strict=True)]
+    shares, run = (share_prefix, packed_logps) if way == "packed" else (False, alone_logps)
+    with packing(model) if way == "packed" else contextlib.nullcontext():
+        packed = pack(groups_of(rows, share_prefix=shares)).to(model.device)
+        return list(run(model, packed).log_probs.float().cpu().split(packed.lengths))
 
 
 def forget_probe(model: PreTrainedModel) -> None:

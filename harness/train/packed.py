@@ -193,8 +193,9 @@ def alone_logps(model: PreTrainedModel, packed: Packed, *, metrics: bool = False
     prompts = packed.input_ids[0].split([length for span in packed.spans for length in span])[::2]
     found = []
     for prompt, answer in zip(prompts, packed.targets.split(packed.lengths), strict=True):
-        logits = model(input_ids=torch.cat([prompt, answer[:-1]])[None], use_cache=False).logits
-        found.append(_of_logits(logits[0, len(prompt) - 1 :].float(), answer, metrics=metrics))
+        # With the last token, as TRL runs it: positions may depend on a row's length.
+        logits = model(input_ids=torch.cat([prompt, answer])[None], use_cache=False).logits
+        found.append(_of_logits(logits[0, len(prompt) - 1 : -1].float(), answer, metrics=metrics))
     logps, *more = (torch.cat(parts) for parts in zip(*found, strict=True))
     return HeadOutput(logps, *more) if metrics else HeadOutput(logps)
 

@@ -58,8 +58,9 @@ def _configs(config: PreTrainedConfig, prefix: str = "") -> Iterator[tuple[str, 
 
 
 def _is_noise(name: str, value: object) -> bool:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_number and bool(_NOISE.search(name)) and 0 < value <= 1
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return bool(_NOISE.search(name)) and 0 < value <= 1
 
 
 def _without_noise(model: PreTrainedModel) -> Iterator[str]:
@@ -120,8 +121,9 @@ def _give_positions(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict
     ids = args[0] if args else kwargs.get("input_ids")
     if ids is None:
         ids = kwargs.get("inputs_embeds")
-    is_whole = isinstance(mask, Tensor) and mask.dim() == 2 and ids is not None and mask.shape[:2] == ids.shape[:2]
-    if kwargs.get("position_ids") is None and is_whole:
+    if kwargs.get("position_ids") is not None or not isinstance(mask, Tensor) or ids is None:
+        return args, kwargs
+    if mask.dim() == 2 and mask.shape == ids.shape[:2]:
         kwargs["position_ids"] = (mask.long().cumsum(1) - 1).clamp(min=0)
     return args, kwargs
 

@@ -172,7 +172,9 @@ def build_trainer(
     adapted = adapter_on_quantised(model, config) if is_quantised else model
     start = trained_weights(adapted) if is_quantised else {}
     processes = config.accelerate.num_processes
-    has_reference_model = arm.uses_reference and config.train.reference is Reference.separate
+    # TRL would load a missing reference by itself, with the noise and the positions that `make_pure` has taken away.
+    is_trls = config.train.engine is Engine.stock and config.train.tuning is Tuning.full
+    has_reference_model = arm.uses_reference and (config.train.reference is Reference.separate or is_trls)
     trainer = kind.trainer(
         model=adapted,
         args=kind.arguments(**arguments),

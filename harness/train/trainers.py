@@ -12,7 +12,7 @@ import functools
 import math
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -29,7 +29,7 @@ from harness.data.plan import ConsumedTokens, MicroBatch
 from harness.data.tokens import TokenPair
 from harness.study.errors import DivergedError
 from harness.train.checkpoints import checkpoints, seal_checkpoint
-from harness.train.collator import COLLATED, PACKED, Collated, Features, PaddedRows, PairCollator, TensorComparison
+from harness.train.collator import COLLATED, PACKED, ROW, Collated, Features, PaddedRows, PairCollator, TensorComparison
 from harness.train.layout import Layout
 from harness.train.packed import (
     HEAD_OUTPUTS,
@@ -126,12 +126,22 @@ class ProvesConsumption(Trainer):
         """
         collated = inputs[COLLATED]
         assert isinstance(collated, Collated)
-        batch = self._prepare_inputs({name: value for name, value in inputs.items() if name != COLLATED})
-        if PACKED in batch:
-            batch[PACKED] = batch[PACKED].to(self.args.device)
-        self.comparison.compare(collated, self.padded_rows(batch), batch.get(PACKED))
+        batch = self._on_device(inputs)
+        packed = batch.get(PACKED)
+        assert packed is None or isinstance(packed, Packed)
+        self.comparison.compare(collated, self.padded_rows(batch), packed)
         self._consume(collated)
         return super().training_step(model, batch, num_items_in_batch)
+
+    def collated(self, numbers: Sequence[int]) -> Batch:
+        """Return the batch of some rows, as `compute_loss` takes it."""
+        return self._on_device(self.data_collator([{ROW: number} for number in numbers]))
+
+    def _on_device(self, inputs: Mapping[str, Tensor | Packed | Collated]) -> Batch:
+        batch: Batch = self._prepare_inputs({name: value for name, value in inputs.items() if name != COLLATED})
+        if PACKED in batch:
+            batch[PACKED] = batch[PACKED].to(self.args.device)
+        return batch
 
     def _consume(self, collated: Collated) -> None:
         """Hash the pairs; of several processes in their order, which is the plan's."""
