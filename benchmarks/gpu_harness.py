@@ -312,7 +312,7 @@ def loaded_adapter(model: LlamaForCausalLM) -> Iterator[torch.nn.Module]:
     from peft import get_peft_model
 
     try:
-        yield get_peft_model(model, adapter_config(run_config("dpo"))).eval()
+        yield get_peft_model(model, adapter_config(run_config("dpo"), model)).eval()
     finally:
         give_back(model)
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
         shape: torch.Size
 
 
-def adapter_config(config: RunConfig) -> LoraConfig:
+def adapter_config(config: RunConfig, model: PreTrainedModel) -> LoraConfig:
     """Return the adapter on all linear layers; `train.lora_dropout` is 0 unless it was set, and equal in all arms."""
     from peft import LoraConfig
 
@@ -34,8 +34,41 @@ def adapter_config(config: RunConfig) -> LoraConfig:
         lora_alpha=config.train.lora_alpha,
         lora_dropout=config.train.lora_dropout,
         target_modules="all-linear",
+        exclude_modules=_not_adapted(model) or None,
         task_type="CAUSAL_LM",
     )
+
+
+# State-space models run the weights of these layers in kernels that see no adapter; PEFT refuses them by name.
+_IN_KERNELS = ("out_proj", "conv1d")
+_STATE_SPACE = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
+
+
+def _not_adapted(model: PreTrainedModel) -> list[str]:
+    """Return the names of linear layers that cannot have an adapter: in kernels, or with more than a tensor as output.
+
+    Some routers are subclasses of `nn.Linear` that return scores and logits.
+    """
+    in_kernels = model.config.get_text_config().model_type in _STATE_SPACE
+    return sorted(
+        name
+        for name, module in model.named_modules()
+        if (in_kernels and name.endswith(_IN_KERNELS)) or (_is_own_linear(module) and not _returns_tensor(module))
+    )
+
+
+def _is_own_linear(module: torch.nn.Module) -> bool:
+    return isinstance(module, torch.nn.Linear) and type(module).forward is not torch.nn.Linear.forward
+
+
+@torch.no_grad()
+def _returns_tensor(layer: torch.nn.Linear) -> bool:
+    if not layer.weight.is_floating_point():  # 4-bit and 8-bit layers, which PEFT has adapters for
+        return True
+    try:
+        return isinstance(layer(layer.weight.new_zeros(2, layer.in_features)), Tensor)
+    except Exception:  # called in another way than `nn.Linear`, so that an adapter cannot call it
+        return False
 
 
 def restore_adapter_dropout(model: PeftModel | PreTrainedModel, dropout: float) -> None:
@@ -59,7 +92,7 @@ def adapter_on_quantised(base: PreTrainedModel, config: RunConfig) -> PeftModel:
     from transformers import set_seed
 
     set_seed(config.seed)  # as TRL's trainers do before they make an adapter
-    return get_peft_model(base, adapter_config(config))
+    return get_peft_model(base, adapter_config(config, base))
 
 
 def undo_quantised_extras(model: PeftModel, *, start: dict[str, Tensor], has_reference: bool) -> None:
@@ -110,7 +143,11 @@ def save_weights(trainer: Trainer, folder: Path, config: RunConfig) -> None:
     if is_adapter:
         about = model.active_peft_config
         about.base_model_name_or_path = config.model.path
-        for targets in ("target_modules", "target_parameters"):  # the order of a set differs between processes
+        for targets in (
+            "target_modules",
+            "target_parameters",
+            "exclude_modules",
+        ):  # the order of a set differs between processes
             if getattr(about, targets, None):
                 setattr(about, targets, sorted(getattr(about, targets)))
         more["selected_adapters"] = ["default"]
@@ -172,11 +209,17 @@ class _LoraLinear(torch.autograd.Function):
     ) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])
         inner = flat @ down.t()
-        out = flat @ weight.t() if bias is None else torch.addmm(bias, flat, weight.t())
+        # No view is returned: some models change a layer's output in place, which autograd forbids for views.
+        found = x.new_empty((*x.shape[:-1], weight.shape[0]))
+        out = found.view(-1, weight.shape[0])
+        if bias is None:
+            torch.mm(flat, weight.t(), out=out)
+        else:
+            torch.addmm(bias, flat, weight.t(), out=out)
         out.addmm_(inner, up.t(), alpha=scaling)
         ctx.save_for_backward(flat, inner, weight, down, up)
         ctx.scaling, ctx.shape = scaling, x.shape
-        return out.view(*x.shape[:-1], -1)
+        return found
 
     @staticmethod
     def backward(ctx: LoraContext, grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -13,6 +13,7 @@ import contextlib
 import functools
 import hashlib
 import os
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -179,7 +180,7 @@ def window_problem(model: PreTrainedModel, rows: Sequence[TokenPair]) -> str:
     """Return which window of the model's attention is shorter than the longest pair, or nothing."""
     longest = max(row.length for row in rows)
     for name, size in vars(model.config.get_text_config()).items():
-        is_window = ("window" in name and "layers" not in name) or name == "attention_chunk_size"
+        is_window = bool(re.search(r"window(_size)?$|^attention_chunk_size$", name))
         if is_window and isinstance(size, int) and not isinstance(size, bool) and 0 < size < longest:
             return f"its attention has a {name} of {size}, shorter than the longest pair of {longest}"
     return ""

@@ -43,6 +43,7 @@ ALONE = Layout("alone")
 _CUTS = ((8, 6, 9), (20, 12, 7), (32, 16, 20))
 _LONGEST_CUT = (192, 96, 96)
 _TOKEN_GAP = 1e-4  # nats per token in fp32; noise between batch shapes is below 2e-5
+_LEAK_GAP = 2e-6  # nats per token in fp32, between two batches of one shape: other rows only change
 _LOSS_GAP = 1e-4  # in fp32
 _NORM_GAP = 1e-3  # relative, in fp32
 _NOISE_GAP = 1e-6  # nats per token between two equal calls in fp32, which a CPU computes bit by bit alike
@@ -57,10 +58,12 @@ class Proof:
     Attributes:
         layout: how all arms, the reference and the held-out pairs of the study are run.
         findings: for the manifest.
+        gaps: largest differences to TRL's own engine, of the loss and of the gradient norm (relative).
     """
 
     layout: Layout
     findings: tuple[Finding, ...]
+    gaps: tuple[float, float] = (0.0, 0.0)
 
 
 def proved_once(
@@ -133,6 +136,12 @@ def _cut(row: TokenPair, lengths: tuple[int, int, int]) -> TokenPair:
     )
 
 
+def _reversed(row: TokenPair) -> TokenPair:
+    return replace(
+        row, prompt_ids=row.prompt_ids[::-1], chosen_ids=row.chosen_ids[::-1], rejected_ids=row.rejected_ids[::-1]
+    )
+
+
 def prove(config: RunConfig, rows: Sequence[TokenPair], base: PreTrainedModel, chat: ChatFormat) -> Proof:
     """Prove the preconditions on a base, which stays as it was.
 
@@ -196,6 +205,7 @@ class _Prover:
     chat: ChatFormat
     folder: Path
     still: bool = False
+    gaps: tuple[float, float] = (0.0, 0.0)
     spread: tuple[float, float] = (0.0, 0.0)  # of TRL's engine with itself: of the loss, of the norm (relative)
     stock: dict[str, _Measured] = field(default_factory=dict)
     stock_problems: dict[str, str] = field(default_factory=dict)
@@ -235,7 +245,7 @@ class _Prover:
             layout = self._first_forward_layout()
             loss = Finding(LOSS, "not proved", "memory ran out while it was measured")
             engine = Finding(ENGINE, "not proved", "memory ran out while it was measured")
-        return Proof(layout, (deterministic, loss, engine))
+        return Proof(layout, (deterministic, loss, engine), self.gaps)
 
     def _ways(self) -> list[Way]:
         from harness.train.run import uses_packing
@@ -343,6 +353,7 @@ class _Prover:
             problem, gaps = self._try(layout)
             self._reset()
             if not problem:
+                self.gaps = gaps
                 return layout, self._loss_finding(), self._engine_finding(layout, failed, gaps)
             failed[way] = problem
         tried = "; ".join(f"{way}: {problem}" for way, problem in failed.items())
@@ -425,9 +436,24 @@ class _Prover:
             return problem
         self.model.eval()
         gap = _largest_gap(self._token_logps(way, self.checked), self.truth)
-        if gap <= _TOKEN_GAP * self.coarseness:
-            return ""
-        return f"its log-probs differ by {gap:.2g} nats per token from those of single rows"
+        if gap > _TOKEN_GAP * self.coarseness:
+            return f"its log-probs differ by {gap:.2g} nats per token from those of single rows"
+        leak = self._leak(way)
+        if leak > _LEAK_GAP * self.coarseness:
+            return f"its log-probs of an answer depend on the rows beside it (by {leak:.2g} nats per token)"
+        return ""
+
+    def _leak(self, way: Way) -> float:
+        """Return how far the last answer's log-probs change where all rows before it do, but for its own prompt.
+
+        In random and in small models a leak can be weaker than the noise between two shapes; here the shapes are equal.
+        """
+        *before, last = self.sample
+        others = (
+            *map(_reversed, before),
+            replace(_reversed(last), prompt_ids=last.prompt_ids, rejected_ids=last.rejected_ids),
+        )
+        return _largest_gap(self._token_logps(way, self.sample)[-1:], self._token_logps(way, others)[-1:])
 
     def _first_forward_layout(self) -> Layout:
         """Return the first layout whose log-probs are right, where more could not be measured."""

@@ -181,7 +181,7 @@ def build_trainer(
         # With several processes, a share holds the plan's row numbers.
         train_dataset=Dataset.from_dict({ROW: list(plan.order) if processes == 1 else list(range(len(rows)))}),
         processing_class=chat.tokenizer,
-        peft_config=adapter_config(config) if config.train.tuning is Tuning.lora else None,
+        peft_config=adapter_config(config, model) if config.train.tuning is Tuning.lora else None,
         **({"ref_model": load_base(config, Path(model.name_or_path))} if has_reference_model else {}),
     )
     trainer.data_collator = trainer.pair_collator(rows, with_margin(reference, rows, config))
