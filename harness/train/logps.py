@@ -182,7 +182,7 @@ def window_problem(model: PreTrainedModel, rows: Sequence[TokenPair]) -> str:
     for name, size in vars(model.config.get_text_config()).items():
         is_window = bool(re.search(r"window(_size)?$|^attention_chunk_size$", name))
         if is_window and isinstance(size, int) and not isinstance(size, bool) and 0 < size < longest:
-            return f"its attention has a {name} of {size}, shorter than the longest pair of {longest}"
+            return f"its {name} of {size} is shorter than the longest pair of {longest} tokens"
     return ""
 
 

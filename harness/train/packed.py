@@ -123,8 +123,8 @@ def packed_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    packed: Packed,
     scaling: float,
+    packed: Packed | None = None,
     **variants: float | Tensor | None,
 ) -> tuple[Tensor, None]:
     """Attend within each group: query (1, heads, num_tokens, head_dim) -> (1, num_tokens, heads, head_dim).
@@ -132,6 +132,8 @@ def packed_attention(
     Raises:
         NotImplementedError: for variants that this attention does not compute, so that no model is computed wrongly.
     """
+    if packed is None:
+        raise NotImplementedError("the model does not hand its attention the packed row")
     window = variants.get("sliding_window")
     if window is not None and max(map(sum, packed.spans)) > window:
         raise NotImplementedError(f"the model's attention has a sliding_window of {window}, shorter than a pair")

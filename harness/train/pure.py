@@ -68,14 +68,14 @@ def _without_noise(model: PreTrainedModel) -> Iterator[str]:
     for prefix, config in _configs(model.config):
         for name, value in list(vars(config).items()):
             if _is_noise(name, value):
-                setattr(config, name, 0.0)
+                setattr(config, name, type(value)())  # configs check the types of their fields
                 yield f"{prefix}{name}={value:g}"
     for module in model.modules():
         if isinstance(module, torch.nn.modules.dropout._DropoutNd):
             module.p = 0.0
         for name, value in list(vars(module).items()):
             if _is_noise(name, value):
-                setattr(module, name, 0.0)
+                setattr(module, name, type(value)())
 
 
 def _without_own_loss(model: PreTrainedModel) -> Iterator[str]:
