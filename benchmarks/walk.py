@@ -1,9 +1,9 @@
 """Walk over transformers' architectures at tiny size: does each train alike in both arms, and in which layout?
 
-`make walk` runs all of them and writes docs/architectures.md; `--only NAME ...` runs some and prints. Each class is made
-with random weights, saved, loaded as a checkpoint is, and put through the preconditions of a study
-(`harness.train.preconditions`): both arms, LoRA and full fine-tuning, TRL's own trainers and the paired engine, loss and
-gradient norm on one batch. `--steps N` trains N steps with both engines instead, and prints the largest gaps.
+`make walk` runs all of them and writes docs/architectures.md; `--only NAME ...` runs some and prints. Each class is
+made with random weights, saved, loaded as a checkpoint is, and put through the preconditions of a study
+(`harness.train.preconditions`): both arms, LoRA and full fine-tuning, TRL's own trainers and the paired engine, loss
+and gradient norm on one batch. `--steps N` trains N steps with both engines instead, and prints the largest gaps.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from harness.config.schema import RunConfig
     from harness.data.inputs import Tokens
-    from harness.train.preconditions import Proof
+    from harness.train.prover import Proof
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "architectures.md"
 TUNINGS = ("lora", "full")
@@ -242,11 +242,11 @@ def study_of(tuning: str, folder: Path) -> tuple[RunConfig, Tokens]:
 
 def walk_one(name: str, tuning: str) -> Row:
     """Put one class through the preconditions of a study."""
+    import torch
+
     from harness.study.errors import UsageError
     from harness.train.base import load_model
     from harness.train.preconditions import prove
-
-    import torch
 
     class_name = ARCHITECTURES[name].model_type or name
     with tempfile.TemporaryDirectory() as folder:
@@ -269,6 +269,8 @@ def walk_one(name: str, tuning: str) -> Row:
 
 def train_both(name: str, tuning: str, steps: int) -> tuple[str, float, float]:
     """Train a class with both engines; return the layout and the largest gaps of loss and gradient norm (relative)."""
+    import torch
+
     from harness.config.arms import ARMS
     from harness.config.schema import Engine
     from harness.train.base import load_model
@@ -276,8 +278,6 @@ def train_both(name: str, tuning: str, steps: int) -> tuple[str, float, float]:
     from harness.train.memory import plan_of
     from harness.train.preconditions import prove
     from harness.train.run import train_arm
-
-    import torch
 
     gaps = [0.0, 0.0]
     with tempfile.TemporaryDirectory() as folder:
@@ -328,11 +328,11 @@ def page_of(rows: Sequence[Row]) -> str:
         "# Architectures",
         "",
         "Written by `make walk`. Each class is made at tiny size with random weights and put through a study's",
-        "preconditions: DPO and SimPO, LoRA and full fine-tuning, TRL's own trainers and the paired engine. A gap is the",
-        "paired engine's to TRL's own on one batch in fp32: of the loss, and of the gradient norm (relative).",
+        "preconditions: DPO and SimPO, LoRA and full fine-tuning, TRL's own trainers and the paired engine. A gap is",
+        "the paired engine's to TRL's own on one batch in fp32: of the loss, and of the gradient norm (relative).",
         "",
-        f"{len(names)} rows: {count['packed']} packed, {count['padded']} padded, {count['alone']} alone (one forward pass",
-        f"for each answer), {count['refused']} refused. Versions: {versions}.",
+        f"{len(names)} rows: {count['packed']} packed, {count['padded']} padded, {count['alone']} alone (one forward",
+        f"pass for each answer), {count['refused']} refused. Versions: {versions}.",
         "",
         "| class | kind | LoRA | full | loss gap | norm gap | reason |",
         "|---|---|---|---|---|---|---|",

@@ -25,10 +25,9 @@ from harness.score.scorers import TRIAL_SCORERS
 from harness.score.trial_scores import completion_flags, score_trial
 from harness.study.errors import DivergedError
 from harness.study.files import FileRecord, locked, read_jsonl, to_jsonl
-from harness.study.findings import Finding, added
 from harness.study.integrity import DELETED, delete_weights, fingerprints, resume_stages, without_weights
 from harness.study.log import LOG, say, trial_log
-from harness.study.manifest import Manifest, load_manifest, read_manifest, write_manifest
+from harness.study.manifest import Finding, Manifest, load_manifest, read_manifest, with_findings, write_manifest
 from harness.study.outcome import SPLIT_PREFIX, STEP, Outcome, describe, end_log, forget, note_step, write_failure
 from harness.sweep.problems import find_warnings
 from harness.sweep.trial import Context, Trial
@@ -176,7 +175,7 @@ class _Running:
 
     def note(self, findings: Iterable[Finding]) -> None:
         """Add what a stage has found out about the study's preconditions to the manifest."""
-        self.manifest["preconditions"] = added(self.manifest.get("preconditions", []), findings)
+        self.manifest["preconditions"] = with_findings(self.manifest.get("preconditions", []), findings)
 
     def _train(self, tokens: Tokens, tracker: Tracker) -> None:
         end_log(self.folder)

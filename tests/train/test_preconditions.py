@@ -14,7 +14,8 @@ import torch
 from harness.config.schema import Engine, RunConfig
 from harness.study.errors import UsageError
 from harness.sweep.problems import load_run
-from harness.train.preconditions import DETERMINISTIC, ENGINE, LOSS, Proof, prove, proved_once, sample_of
+from harness.train.preconditions import prove, proved_once
+from harness.train.prover import DETERMINISTIC, ENGINE, LOSS, Proof, sample_of
 from tests.conftest import load_base, tokens_of, training_overrides
 
 
