@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from torch import Tensor
@@ -53,7 +54,7 @@ _PROBE_RESULT = "harness_why_padded"  # attribute of a probed model
 
 @torch.no_grad()
 def pair_logps(
-    model: PreTrainedModel,
+    model: PreTrainedModel | PeftModel,
     rows: Sequence[TokenPair],
     *,
     pad_id: int,
@@ -75,6 +76,8 @@ def pair_logps(
         float64, shape (num_pairs, 2): chosen, rejected; in the order of `rows`.
     """
     model.eval()
+    if isinstance(model, PeftModel):  # the causal LM inside of it, with the adapter in its layers
+        model = model.get_base_model()
     if not rows:
         return torch.zeros(0, 2, dtype=torch.float64)
     way = layout.way if layout else "padded" if why_padded(model, rows, pad_id) else "packed"
