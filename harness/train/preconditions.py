@@ -15,8 +15,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from harness.config.schema import Reference, RunConfig
+from harness.config.schema import Reference, RunConfig, Tuning
 from harness.data.tokens import ChatFormat, TokenPair, canonical_bytes
+from harness.study.errors import UsageError
 from harness.study.files import digest, locked, read_json, write_json
 from harness.study.manifest import Finding
 from harness.train.layout import Layout
@@ -69,6 +70,7 @@ def _key(config: RunConfig, rows: Sequence[TokenPair], base_sha256: str) -> str:
     train, levers = config.train, config.train.levers
     ids = [canonical_bytes([*row.prompt_ids], [*row.chosen_ids], [*row.rejected_ids]).hex() for row in checked_of(rows)]
     settings = [train.engine.value, train.tuning.value, train.precision.value, train.reference.value, train.lora_rank]
+    settings += [train.lora_dropout]
     settings += [levers.share_prefix, levers.completion_head, levers.fuse_adapters]
     versions = [version(name) for name in ("torch", "transformers", "trl", "peft")]
     return digest([VERSION, base_sha256, ids, max(row.length for row in rows), settings, versions, has_gpu()])[:32]
@@ -94,10 +96,31 @@ def prove(config: RunConfig, rows: Sequence[TokenPair], base: PreTrainedModel, c
     with torch.random.fork_rng(), tempfile.TemporaryDirectory() as folder:
         model = _in_fp32(config, base) or base
         try:
+            _refuse_dropout(config, base)
             return Prover(config, rows, model, chat, Path(folder)).run()
         finally:
             reset_model(base)
             base.set_attn_implementation(attention)
+
+
+def _refuse_dropout(config: RunConfig, base: PreTrainedModel) -> None:
+    """Raise a UsageError where `train.lora_dropout` is set and the adapter on this base cannot have any."""
+    from peft import get_peft_model
+
+    from harness.train.adapter import adapter_config
+    from harness.train.base import reset_model
+
+    if not config.train.lora_dropout or config.train.tuning is Tuning.full:
+        return
+    try:
+        get_peft_model(base, adapter_config(config, base))
+    except ValueError as error:
+        raise UsageError(
+            f"train.lora_dropout={config.train.lora_dropout:g}: the adapter on a {type(base).__name__} has layers "
+            f"without dropout ({error}); use train.lora_dropout=0"
+        ) from error
+    finally:
+        reset_model(base)
 
 
 def _in_fp32(config: RunConfig, base: PreTrainedModel) -> PreTrainedModel | None:

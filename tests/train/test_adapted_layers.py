@@ -23,10 +23,14 @@ from transformers import (
 )
 
 from harness.config.schema import RunConfig
+from harness.study.errors import UsageError
 from harness.sweep.problems import load_run
 from harness.train.adapter import adapter_config, fuse_adapters
 from harness.train.base import Bases, reset_model
-from tests.conftest import tiny_model, training_overrides
+from harness.train.memory import plan_of
+from harness.train.preconditions import prove
+from harness.train.run import build_trainer
+from tests.conftest import load_base, tiny_model, tokens_of, training_overrides
 
 IDS = torch.arange(1, 25)[None]
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}
@@ -137,3 +141,27 @@ def test_a_layer_that_only_looks_like_a_linear_one_is_not_fused(change) -> None:
     before = policy(input_ids=IDS).logits
     assert fuse_adapters(base) == 3  # of the four layers
     assert torch.allclose(policy(input_ids=IDS).logits, before, atol=1e-5)
+
+
+def test_an_adapters_dropout_is_on_in_both_arms_where_it_is_set_and_off_in_the_proof(tmp_path: Path) -> None:
+    """TRL's trainers switch it off with the base's."""
+    tokens = None
+    for arm in ("dpo", "simpo"):
+        config = load_run(training_overrides(f"+method={arm}", "data.max_train_pairs=8", "train.lora_dropout=0.25"))
+        tokens = tokens_of(config)
+        plan, base = plan_of(config, tokens.train.rows), load_base(config)
+        trainer = build_trainer(config, tokens.train.rows, plan, model=base, chat=tokens.chat, output_dir=tmp_path)
+        found = {m.p for name, m in trainer.model.named_modules() if name.endswith("lora_dropout.default")}
+        assert found == {0.25}
+        reset_model(base)
+    said = [finding.detail for finding in prove(config, tokens.train.rows, load_base(config), tokens.chat).findings]
+    assert "train.lora_dropout=0.25 is on in all arms" in said[0]
+
+
+def test_dropout_on_experts_that_cannot_have_it_is_refused_by_name() -> None:
+    config_class, model_class, more = MODELS["experts"]
+    config = load_run(training_overrides("+method=dpo", "train.lora_dropout=0.1"))
+    with pytest.raises(UsageError, match=r"train\.lora_dropout=0\.1: .*; use train\.lora_dropout=0"):
+        prove(
+            config, tokens_of(config).train.rows, tiny_model(config_class, model_class, **more), tokens_of(config).chat
+        )
