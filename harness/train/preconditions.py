@@ -70,7 +70,7 @@ def _key(config: RunConfig, rows: Sequence[TokenPair], base_sha256: str) -> str:
     train, levers = config.train, config.train.levers
     ids = [canonical_bytes([*row.prompt_ids], [*row.chosen_ids], [*row.rejected_ids]).hex() for row in checked_of(rows)]
     settings = [train.engine.value, train.tuning.value, train.precision.value, train.reference.value, train.lora_rank]
-    settings += [train.lora_dropout]
+    settings += [str(train.lora_dropout)]
     settings += [levers.share_prefix, levers.completion_head, levers.fuse_adapters]
     versions = [version(name) for name in ("torch", "transformers", "trl", "peft")]
     return digest([VERSION, base_sha256, ids, max(row.length for row in rows), settings, versions, has_gpu()])[:32]

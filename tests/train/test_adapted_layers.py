@@ -18,6 +18,8 @@ from transformers import (
     LlamaForCausalLM,
     Mamba2Config,
     Mamba2ForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     Qwen2MoeConfig,
     Qwen2MoeForCausalLM,
 )
@@ -34,9 +36,11 @@ from tests.conftest import load_base, tiny_model, tokens_of, training_overrides
 
 IDS = torch.arange(1, 25)[None]
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}
+MIXTRAL = {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8}
 GPT2 = {"n_embd": 32, "n_head": 4, "n_layer": 2, "n_positions": 128}
 LLAMA4 = {"num_local_experts": 2, "num_experts_per_tok": 1, "intermediate_size_mlp": 48, "head_dim": 8}
 MODELS: dict[str, Any] = {
+    "experts that are adapted": (MixtralConfig, MixtralForCausalLM, MIXTRAL),
     "experts": (Qwen2MoeConfig, Qwen2MoeForCausalLM, MOE),
     "Conv1D": (GPT2Config, GPT2LMHeadModel, GPT2),
     "a router with two outputs": (Llama4TextConfig, Llama4ForCausalLM, LLAMA4),
@@ -94,7 +98,7 @@ def test_an_adapter_comes_off_and_leaves_the_base_as_it_was(kind: str) -> None:
     assert torch.equal(base(input_ids=IDS).logits, fresh(input_ids=IDS).logits)
 
 
-@pytest.mark.parametrize("kind", ["experts", "Conv1D", "plain"])
+@pytest.mark.parametrize("kind", ["experts that are adapted", "experts", "Conv1D", "plain"])
 def test_a_stored_policy_answers_as_the_trained_one_and_the_base_comes_back(kind: str, tmp_path: Path) -> None:
     config_class, model_class, more = MODELS[kind]
     tiny_model(config_class, model_class, **more).save_pretrained(tmp_path / "base")
@@ -159,7 +163,7 @@ def test_an_adapters_dropout_is_on_in_both_arms_where_it_is_set_and_off_in_the_p
 
 
 def test_dropout_on_experts_that_cannot_have_it_is_refused_by_name() -> None:
-    config_class, model_class, more = MODELS["experts"]
+    config_class, model_class, more = MODELS["experts that are adapted"]
     config = load_run(training_overrides("+method=dpo", "train.lora_dropout=0.1"))
     with pytest.raises(UsageError, match=r"train\.lora_dropout=0\.1: .*; use train\.lora_dropout=0"):
         prove(
