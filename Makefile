@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 WORKERS ?= 2
 
-.PHONY: help install sweep test faults lint base clean
+.PHONY: help install sweep test walk faults lint base clean
 
 help:            ## show this
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -22,6 +22,9 @@ sweep: $(INSTALLED)            ## the main job on the embedded study: DPO agains
 
 test: lint            ## format, lint, types and all tests
 	$(BIN)/python -m pytest -q --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
+
+walk: $(INSTALLED)            ## both arms on 70 architectures at tiny size, by TRL's engine and ours; writes docs/architectures.md
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.walk --write
 
 KILLS ?= 200
 faults: $(INSTALLED)            ## kill, damage, double and starve a small study, hundreds of times; every time it must end the same

@@ -283,7 +283,7 @@ def _train(
     used = tuple(rows[i] for i in plan.order[warmup * batch :])
     facts = {
         "packed": bool(getattr(trainer, "packs", False)),
-        "why_padded": getattr(trainer, "why_padded", ""),
+        "why_padded": trainer.layout.why,
         "checkpointing": bool(trainer.args.gradient_checkpointing),
         "build_s": built,
         "pairs": len(used),
@@ -312,7 +312,7 @@ def loaded_adapter(model: LlamaForCausalLM) -> Iterator[torch.nn.Module]:
     from peft import get_peft_model
 
     try:
-        yield get_peft_model(model, adapter_config(run_config("dpo"))).eval()
+        yield get_peft_model(model, adapter_config(run_config("dpo"), model)).eval()
     finally:
         give_back(model)
 

@@ -154,6 +154,7 @@ class TrainConfig:
         engine: see `Engine`: to compare with TRL's own trainers.
         tuning: see `Tuning`: what fits into memory, and what will be shipped.
         lora_rank, lora_alpha: of the adapter, on all linear layers.
+        lora_dropout: of the adapter's input, equal in all arms: to repeat a published recipe.
         epochs: passes over the training pairs.
         batch_size: pairs per optimiser step.
         micro_batch_size: pairs per forward pass: to fit the memory. It must divide batch_size.
@@ -173,6 +174,7 @@ class TrainConfig:
     tuning: Tuning = Tuning.lora
     lora_rank: int = bounded(16, at_least=1)
     lora_alpha: int = bounded(32, at_least=1)
+    lora_dropout: float = bounded(0.0, at_least=0.0, below=1.0)
     epochs: int | None = bounded(None, at_least=1)
     batch_size: int | None = bounded(None, at_least=1)
     micro_batch_size: int | None = bounded(None, at_least=1)

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness.data.records import Finding
 from harness.study.errors import UsageError
+from harness.study.manifest import Finding
 
 if TYPE_CHECKING:
     from harness.data.tokens import ChatFormat

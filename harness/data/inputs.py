@@ -15,12 +15,13 @@ from harness.config.schema import EMBEDDED, DataConfig, ModelConfig, RunConfig, 
 from harness.config.trial_id import plain
 from harness.data.fits import Lengths, Tables, check_ids, check_lengths, read_tables
 from harness.data.reasoning import DROP, without_reasoning
-from harness.data.records import EvalPrompt, Finding, Given, Message, Pair
+from harness.data.records import EvalPrompt, Given, Message, Pair
 from harness.data.splits import SplitFacts, Splits, load_splits
 from harness.data.template import takes, unread_keys
 from harness.data.tokens import CHANGED, ChatFormat, TokenisedPairs, load_chat_format, tokenise_pairs
 from harness.study.errors import UsageError
 from harness.study.files import digest
+from harness.study.manifest import Finding
 from harness.study.registration import registered_date
 from harness.study.rows import PromptRow
 
@@ -189,7 +190,7 @@ def _pair_findings(splits: Mapping[str, TokenisedPairs]) -> Iterator[Finding]:
     for split, pairs in splits.items():
         if count := pairs.dropped.get(CHANGED, 0):
             total = len(pairs.rows) + sum(pairs.dropped.values())
-            yield Finding("answers", "warned", f"{split}: {count} of {total} pairs are dropped: {CHANGED}")
+            yield Finding(f"answers of {split}", "warned", f"{count} of {total} pairs are dropped: {CHANGED}")
 
 
 def _check_template(splits: Splits, chat: ChatFormat) -> list[Finding]:

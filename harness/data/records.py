@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 from harness.study.files import Json, digest
 from harness.study.rows import ChatMessage as Message
@@ -15,7 +15,6 @@ __all__ = [
     "Check",
     "Completion",
     "EvalPrompt",
-    "Finding",
     "Given",
     "Message",
     "Pair",
@@ -28,20 +27,6 @@ Check = dict[str, Json]  # one key: the kind of the check
 
 # Keys of a turn, beside role and content, in which two turns may say different things.
 _SAID = ("tool_calls", "tool_call_id", "name", "reasoning_content", "reasoning", "thinking")
-
-
-class Finding(NamedTuple):
-    """What a precondition has found on a study's own model and data.
-
-    Attributes:
-        name: of the precondition, such as `end of turn`.
-        result: `proved`, or `warned` where the reader should know of it.
-        detail: a sentence.
-    """
-
-    name: str
-    result: str
-    detail: str
 
 
 @dataclass(frozen=True)

@@ -21,10 +21,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from harness.data.conversations import RowError
-from harness.data.records import NOTHING, Finding, Given, Message, Pair
+from harness.data.records import NOTHING, Given, Message, Pair
 from harness.data.template import ChatTemplate, TurnEnd, end_of_turn
 from harness.study.errors import UsageError
 from harness.study.files import Json
+from harness.study.manifest import Finding
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

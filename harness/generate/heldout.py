@@ -17,6 +17,7 @@ from harness.data.records import PairLogps
 from harness.data.tokens import TokenPair
 from harness.study.errors import DivergedError
 from harness.study.files import FileCache, read_jsonl
+from harness.train.layout import Layout
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -32,6 +33,7 @@ def heldout_rows(
     base: Path,
     pad_id: int,
     files: FileCache | None = None,
+    layout: Layout | None = None,
 ) -> list[dict[str, str | int | float]]:
     """Return the rows of pairs.jsonl for one split (`harness.data.records.PairLogps`).
 
@@ -43,6 +45,7 @@ def heldout_rows(
         base: folder of the SFT base's own trial, whose log-probs are the reference. The base is its own reference.
         pad_id: the tokenizer's padding.
         files: cache of this process.
+        layout: of the study; None tries the shortest pair packed.
 
     Raises:
         DivergedError: where the trained policy's log-probs are not finite; for the base it is a ValueError.
@@ -50,7 +53,8 @@ def heldout_rows(
     from harness.train.logps import pair_logps
 
     is_trained = ARMS[config.method.name].trainer is not None
-    logps: list[list[float]] = pair_logps(policy, rows, pad_id=pad_id, desc=f"held-out {split}").tolist()
+    found = pair_logps(policy, rows, pad_id=pad_id, desc=f"held-out {split}", layout=layout)
+    logps: list[list[float]] = found.tolist()
     broken = sum(not all(map(math.isfinite, pair)) for pair in logps)
     if broken:
         error = DivergedError if is_trained else ValueError
@@ -76,6 +80,6 @@ def heldout_rows(
 
 def _stored_logps(base: Path, split: str, rows: tuple[TokenPair, ...], files: FileCache | None) -> list[list[float]]:
     """Return the log-probs of chosen and rejected that the base's trial stored for these pairs."""
-    found = {(row["split"], row["pair_id"]): row for row in read_jsonl(base / "pairs.jsonl", files)}
-    stored = [found[split, row.pair_id] for row in rows]
+    by_pair = {(row["split"], row["pair_id"]): row for row in read_jsonl(base / "pairs.jsonl", files)}
+    stored = [by_pair[split, row.pair_id] for row in rows]
     return [[row["chosen_sum_logps"], row["rejected_sum_logps"]] for row in stored]

@@ -50,6 +50,18 @@ def identity_sentence(identity: Mapping[str, Json]) -> str:
     return f"Identical data: NOT proved. {reasons or 'No reason was given.'}"
 
 
+def preconditions(study: Study) -> list[str]:
+    """Return what was proved before the training, a sentence for each finding; those that differ stand side by side."""
+    found: dict[str, None] = {}
+    for trial in [*study.trials, *([study.base] if study.base else [])]:
+        rows = trial.manifest.get("preconditions")
+        for row in map(mapping, rows if isinstance(rows, list) else []):
+            name, result, detail = (str(row.get(key) or "") for key in ("name", "result", "detail"))
+            if name:
+                found[f"{name[0].upper()}{name[1:]}: {result}. {detail[:1].upper()}{detail[1:]}."] = None
+    return list(found)
+
+
 def identity_table(study: Study) -> Table | None:
     """Show the hashes of the consumed token ids: one row per seed, one column per arm."""
     rows: dict[str, dict[str, str]] = {}

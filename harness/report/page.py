@@ -105,6 +105,7 @@ def _content(study: Study, arm_looks: Mapping[str, Look], figures: _Figures) -> 
         "pairs_only": study.metric.startswith(PREFERENCE),
         **_tables(study),
         "identity": facts.identity_sentence(identity),
+        "preconditions": facts.preconditions(study),
         "proved": identity.get("status") == "proved",
         "compared": compared,
         "completions_data": page_data(compared, arm_looks),

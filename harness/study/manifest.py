@@ -5,6 +5,8 @@ Input of `data_identity`: the manifests -> output: a status with reasons, for th
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
@@ -39,6 +41,7 @@ class Manifest(TypedDict, total=False):
         pairs: number of pairs by split; `dropped_pairs`: number by split and reason.
         padding_share: of all positions.
         packed, why_padded: whether sequences were packed, and why not.
+        preconditions: what was proved before the training (`Finding`).
         files: each file by its name in the trial's folder.
         degenerate: shares of degenerate answers by split and kind.
         ended: share of the answers that end by themselves, by split.
@@ -79,12 +82,34 @@ class Manifest(TypedDict, total=False):
     parameters: dict[str, int]
     packed: bool
     why_padded: str
+    preconditions: list[dict[str, str]]
     files: dict[str, FileRecord]
     degenerate: dict[str, dict[str, float]]
     ended: dict[str, float]
     weights_deleted: str
     source: dict[str, str]
     sha256: str
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One precondition and how it came out.
+
+    Attributes:
+        name: a few words, such as `training is deterministic`; unique within a trial.
+        result: `proved`; `warned` where the reader should know of it; `not proved`; or what follows (`padded`).
+        detail: a sentence for the reader of the report, with its figures.
+    """
+
+    name: str
+    result: str
+    detail: str
+
+
+def with_findings(recorded: Sequence[dict[str, str]], found: Iterable[Finding]) -> list[dict[str, str]]:
+    """Return the manifest's list with findings added; a finding of the same name is replaced."""
+    rows = {row["name"]: row for row in recorded}
+    return list((rows | {finding.name: asdict(finding) for finding in found}).values())
 
 
 def write_manifest(folder: Path, manifest: Manifest, files: FileCache | None = None) -> None:

@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TypedDict
 
-from harness.study.errors import is_outside, meaning
+from harness.study.errors import UsageError, is_outside, meaning
 from harness.study.files import Reader, read_json, write_json
 from harness.study.rows import TrialName
 from harness.study.text import redact
@@ -96,7 +96,10 @@ def describe(error: BaseException, stage: str, about: TrialName, folder: Path) -
         **about,
         **failure,
         "outside": outside,
-        "retries": outside or not _is_same_failure(failure, _read_failure(folder / EARLIER)),
+        # A refusal costs little, and what it asks for (another version of a library) may not show in the trial's id.
+        "retries": outside
+        or isinstance(error, UsageError)
+        or not _is_same_failure(failure, _read_failure(folder / EARLIER)),
         "traceback": redact("".join(traceback.format_exception(error))),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
     }
@@ -164,6 +167,12 @@ def standing_failure(folder: Path) -> str:
     """Describe a failure that stands: the same command does not run the trial again; empty otherwise."""
     failure = _read_failure(folder / FAILURE_FILE)
     return "" if failure.get("retries", True) else _failure_sentence(failure)
+
+
+def refusal(folder: Path) -> str:
+    """Return the sentence with which a trial was refused as the user's own to mend; empty otherwise."""
+    failure = _read_failure(folder / FAILURE_FILE)
+    return str(failure.get("message", "")) if failure.get("error") == UsageError.__name__ else ""
 
 
 def _failure_sentence(failure: Failure) -> str:

@@ -396,16 +396,15 @@ def lines(found: Estimate, *, tune: int, confirm: int, keep: str) -> Sequence[st
 
 def machine_rate(design: Design, machine: Machine) -> float:
     """Measure how fast matrices are multiplied where training will run, in FLOP/s."""
-    from harness.train.base import set_threads
+    from harness.train.base import threads
     from harness.train.memory import matmul_rate
 
     config = design.any
-    set_threads(config)
     text: Any = json.loads(
         (design.inputs.checkpoints.folder(config.model, config.results_dir) / "config.json").read_text()
     )
     text = text.get("text_config", text)
     inner = int(text.get("hidden_size", 1024))
-    return matmul_rate(
-        inner, int(text.get("intermediate_size") or 4 * inner), seconds=0.3, bf16=_may_use_bf16(config, machine)
-    )
+    outer = int(text.get("intermediate_size") or 4 * inner)
+    with threads(config):
+        return matmul_rate(inner, outer, seconds=0.3, bf16=_may_use_bf16(config, machine))

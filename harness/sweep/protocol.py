@@ -19,7 +19,7 @@ from harness.study.errors import UsageError, is_outside, problem
 from harness.study.files import FileCache, drop_temporaries, locked, locked_if_free
 from harness.study.integrity import drop_damaged, is_outdated
 from harness.study.manifest import read_manifest
-from harness.study.outcome import Outcome, set_aside, standing_failure
+from harness.study.outcome import Outcome, refusal, set_aside, standing_failure
 from harness.study.registration import read_study
 from harness.sweep.design import Design
 from harness.sweep.trial import Context, Trial
@@ -64,12 +64,17 @@ def run_study(design: Design, launch: Launch, context: Context) -> StudyResult:
         design: what to train.
         launch: runs trials and returns how they ended, in the same order.
         context: state of this process.
+
+    Raises:
+        UsageError: where the SFT base is refused: no trial of the study can run.
     """
     study = design.study
     _drop_damaged(study, context.files)
     runs = _Runs(launch, design, study, context.files)
     verdict, undecided = None, ""
     if runs.finish("base", [design.base]):
+        if why := refusal(design.base.folder):
+            raise UsageError(why)
         undecided = "the SFT base, which every arm is measured against, could not be scored"
         return _result(runs, design, None, undecided)
     selected = tune(design, study, lambda trials: runs.finish("tune", trials), lambda: runs.failed)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from statistics import fmean
 from typing import Any, Unpack
@@ -26,14 +26,16 @@ from harness.study.errors import DivergedError
 from harness.study.files import FileRecord, locked, read_jsonl, to_jsonl
 from harness.study.integrity import DELETED, delete_weights, fingerprints, resume_stages, without_weights
 from harness.study.log import LOG, say, trial_log
-from harness.study.manifest import Manifest, load_manifest, read_manifest, write_manifest
+from harness.study.manifest import Finding, Manifest, load_manifest, read_manifest, with_findings, write_manifest
 from harness.study.outcome import SPLIT_PREFIX, STEP, Outcome, describe, end_log, forget, note_step, write_failure
 from harness.sweep.problems import find_warnings
 from harness.sweep.trial import Context, Trial
 from harness.track.tracker import Tracker, track
-from harness.train.base import import_logging_libraries, set_threads
+from harness.train.base import import_logging_libraries, threads
 from harness.train.checkpoints import drop_broken
+from harness.train.layout import Layout
 from harness.train.memory import Meter
+from harness.train.preconditions import proved_once
 from harness.train.stage import TrainStage
 
 _FEW_ENDS = 0.5  # share of the base's answers that end by themselves, below which a warning says so
@@ -49,7 +51,7 @@ def run_trial(trial: Trial, context: Context) -> Outcome:
             running = _Running(trial, context)
             trial.refuse_golden()
             import_logging_libraries()
-            with trial_log(trial.folder, f"trial {trial.trial_id}"):
+            with trial_log(trial.folder, f"trial {trial.trial_id}"), threads(trial.config):
                 running.run()
         except (KeyboardInterrupt, SystemExit, GeneratorExit):
             raise
@@ -72,6 +74,7 @@ class _Running:
         self.manifest = self._stored_manifest() or self._new_manifest()
         self.meter.seconds.update(self.manifest["seconds"])  # an earlier, interrupted run counts too
         self._policy: Any = None
+        self._layout: Layout | None = None
         self._lent = contextlib.ExitStack()
 
     def _stored_manifest(self) -> Manifest:
@@ -107,7 +110,6 @@ class _Running:
     def run(self) -> None:
         """Run the missing stages in order, mirrored to the tracker."""
         config, about = self.config, self.manifest
-        set_threads(config)
         self.files.write_text(
             self.folder / "config.yaml", yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True)
         )
@@ -127,6 +129,7 @@ class _Running:
                 if self.trial.is_trained:  # imported once per process: no part of the training's seconds
                     importlib.import_module("harness.train.trainers")
             self.context.imports.freeze()
+            self._prove(tokens)
             if self.trial.is_trained and "train" not in about["done"]:
                 self._train(tokens, tracker)
             with self._lent:
@@ -153,6 +156,31 @@ class _Running:
             ],
         }
 
+    def _prove(self, tokens: Tokens) -> None:
+        """Prove the preconditions before the first answer and the first step; free where an earlier trial has done so.
+
+        Raises:
+            UsageError: where the study's model cannot be compared.
+        """
+        trains = self.trial.is_trained and "train" not in self.manifest["done"]
+        if not trains and set(self.trial.splits) <= set(self.manifest["done"]):
+            return
+        config, bases = self.config, self.context.bases
+        with self._stage("preconditions"):
+            proof = proved_once(
+                config,
+                tokens.train.rows,
+                tokens.chat,
+                base_sha256=self.manifest["base_sha256"],
+                lend=lambda: bases.borrow_base(config),
+            )
+        self._layout = proof.layout
+        self.note([*proof.findings, *tokens.findings])
+
+    def note(self, findings: Iterable[Finding]) -> None:
+        """Add what a stage has found out about the study's preconditions to the manifest."""
+        self.manifest["preconditions"] = with_findings(self.manifest.get("preconditions", []), findings)
+
     def _train(self, tokens: Tokens, tracker: Tracker) -> None:
         end_log(self.folder)
         drop_broken(self.folder / "checkpoints")
@@ -175,6 +203,7 @@ class _Running:
             self._stage,
             self.context.bases,
             self.context.machine,
+            self._layout,
         )
         found = stage.run(is_cost_trial=bool(self.trial.cost_name))
         path = self.folder / "train.jsonl"
@@ -212,9 +241,8 @@ class _Running:
         flagged = [completion_row(c) for c in completions]
         with self._stage("heldout"):
             base, pad_id = self.trial.study / "base", tokens.chat.tokenizer.pad_token_id
-            pairs = (
-                heldout_rows(config, policy, rows, split, base=base, pad_id=pad_id, files=self.files) if rows else []
-            )
+            about = {"base": base, "pad_id": pad_id, "files": self.files, "layout": self._layout}
+            pairs = heldout_rows(config, policy, rows, split, **about) if rows else []
         for name, new in (("completions.jsonl", flagged), ("pairs.jsonl", pairs)):
             path = self.folder / name
             old = [row for row in read_jsonl(path, self.files) if row["split"] != split] if path.is_file() else []

@@ -15,7 +15,7 @@ from harness.config.schema import RunConfig, Tuning
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
-    from peft.tuners.lora.layer import Linear
+    from peft.tuners.lora.layer import Linear, LoraLayer
     from torch.autograd.function import BackwardCFunction
     from transformers import PreTrainedModel, Trainer
 
@@ -26,17 +26,61 @@ if TYPE_CHECKING:
         shape: torch.Size
 
 
-def adapter_config(config: RunConfig) -> LoraConfig:
-    """Return the adapter on all linear layers, without dropout: the arms must differ in the loss alone."""
+def adapter_config(config: RunConfig, model: PreTrainedModel) -> LoraConfig:
+    """Return the adapter on all linear layers; `train.lora_dropout` is 0 unless it was set, and equal in all arms."""
     from peft import LoraConfig
 
     return LoraConfig(
         r=config.train.lora_rank,
         lora_alpha=config.train.lora_alpha,
-        lora_dropout=0.0,
+        lora_dropout=config.train.lora_dropout,
         target_modules="all-linear",
+        exclude_modules=_not_adapted(model) or None,
         task_type="CAUSAL_LM",
     )
+
+
+# State-space models run the weights of these layers in kernels that see no adapter; PEFT refuses them by name.
+_IN_KERNELS = ("out_proj", "conv1d")
+_STATE_SPACE = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
+
+
+def _not_adapted(model: PreTrainedModel) -> list[str]:
+    """Return the names of linear layers that cannot have an adapter: in kernels, or with more than a tensor as output.
+
+    Some routers are subclasses of `nn.Linear` that return scores and logits.
+    """
+    in_kernels = model.config.get_text_config().model_type in _STATE_SPACE
+    return sorted(
+        name
+        for name, module in model.named_modules()
+        if (in_kernels and name.endswith(_IN_KERNELS)) or (_is_own_linear(module) and not _returns_tensor(module))
+    )
+
+
+def _is_own_linear(module: torch.nn.Module) -> bool:
+    return isinstance(module, torch.nn.Linear) and type(module).forward is not torch.nn.Linear.forward
+
+
+@torch.no_grad()
+def _returns_tensor(layer: torch.nn.Linear) -> bool:
+    if not layer.weight.is_floating_point():  # 4-bit and 8-bit layers, which PEFT has adapters for
+        return True
+    try:
+        return isinstance(layer(layer.weight.new_zeros(2, layer.in_features)), Tensor)
+    except Exception:  # called in another way than `nn.Linear`, so that an adapter cannot call it
+        return False
+
+
+def restore_adapter_dropout(model: PeftModel | PreTrainedModel, dropout: float) -> None:
+    """Set the adapter's dropout, which TRL's trainers switch off with the base's."""
+    from peft.tuners.lora import LoraLayer
+
+    for layer in model.modules():
+        if isinstance(layer, LoraLayer):
+            for module in layer.lora_dropout.values():
+                if isinstance(module, torch.nn.Dropout):
+                    module.p = dropout
 
 
 def adapter_on_quantised(base: PreTrainedModel, config: RunConfig) -> PeftModel:
@@ -49,7 +93,7 @@ def adapter_on_quantised(base: PreTrainedModel, config: RunConfig) -> PeftModel:
     from transformers import set_seed
 
     set_seed(config.seed)  # as TRL's trainers do before they make an adapter
-    return get_peft_model(base, adapter_config(config))
+    return get_peft_model(base, adapter_config(config, base))
 
 
 def undo_quantised_extras(model: PeftModel, *, start: dict[str, Tensor], has_reference: bool) -> None:
@@ -101,7 +145,9 @@ def save_weights(trainer: Trainer, folder: Path, config: RunConfig) -> None:
         about = model.active_peft_config
         if not is_derived(Path(about.base_model_name_or_path)):  # else what was made of model.path is the base
             about.base_model_name_or_path = config.model.path
-        about.target_modules = sorted(about.target_modules)  # the order of a set differs between processes
+        for targets in ("target_modules", "target_parameters", "exclude_modules"):
+            if getattr(about, targets, None):  # the order of a set differs between processes
+                setattr(about, targets, sorted(getattr(about, targets)))
         more["selected_adapters"] = ["default"]
         more["save_embedding_layers"] = False  # PEFT would ask the Hub about the base's vocabulary
     model.save_pretrained(temporary, safe_serialization=True, **({"state_dict": state} if gathered else {}), **more)
@@ -110,21 +156,38 @@ def save_weights(trainer: Trainer, folder: Path, config: RunConfig) -> None:
     temporary.rename(target)
 
 
+def adapted_weight(layer: LoraLayer) -> Tensor:
+    """Return the frozen weight that a LoRA layer adapts: a layer's `weight`, or a parameter of experts."""
+    get_param = getattr(layer, "get_param", None)
+    weight: Tensor = get_param() if get_param else layer.get_base_layer().weight
+    return weight
+
+
 def fuse_adapters(model: PreTrainedModel, name: str = "default") -> int:
     """Compute every plain fp32 LoRA layer of a model in one function; return the number of such layers.
 
-    Layers with dropout, DoRA, a trained base weight or another dtype stay as PEFT made them.
+    Layers with dropout, DoRA, a trained base weight or another dtype stay as PEFT made them, and so do those that
+    merely behave like `nn.Linear` (GPT-2's Conv1D, which is transposed; subclasses; parametrised and 8-bit layers) or
+    are watched by hooks.
     """
     from peft.tuners.lora.layer import Linear
 
     fused = 0
     for layer in [module for module in model.modules() if type(module) is Linear]:
+        if not _is_plain_linear(layer.get_base_layer()):
+            continue
         weight = layer.get_base_layer().weight
         plain = isinstance(layer.lora_dropout[name], torch.nn.Identity) and not layer.use_dora[name]
         if plain and not weight.requires_grad and weight.dtype == torch.float32 and not layer.lora_bias[name]:
             layer.forward = partial(_fused_forward, layer, name)
             fused += 1
     return fused
+
+
+def _is_plain_linear(layer: torch.nn.Module) -> bool:
+    """Whether a layer computes `x W^T + b` and nothing else."""
+    has_hooks = bool(layer._forward_hooks or layer._forward_pre_hooks)
+    return type(layer) is torch.nn.Linear and "forward" not in vars(layer) and not has_hooks
 
 
 def _fused_forward(layer: Linear, name: str, x: Tensor) -> Tensor:
@@ -144,11 +207,17 @@ class _LoraLinear(torch.autograd.Function):
     ) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])
         inner = flat @ down.t()
-        out = flat @ weight.t() if bias is None else torch.addmm(bias, flat, weight.t())
+        # No view is returned: some models change a layer's output in place, which autograd forbids for views.
+        found = x.new_empty((*x.shape[:-1], weight.shape[0]))
+        out = found.view(-1, weight.shape[0])
+        if bias is None:
+            torch.mm(flat, weight.t(), out=out)
+        else:
+            torch.addmm(bias, flat, weight.t(), out=out)
         out.addmm_(inner, up.t(), alpha=scaling)
         ctx.save_for_backward(flat, inner, weight, down, up)
         ctx.scaling, ctx.shape = scaling, x.shape
-        return out.view(*x.shape[:-1], -1)
+        return found
 
     @staticmethod
     def backward(ctx: LoraContext, grad: Tensor) -> tuple[Tensor | None, ...]:

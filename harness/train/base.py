@@ -27,12 +27,18 @@ def import_logging_libraries() -> None:
     importlib.import_module("transformers.utils.logging")
 
 
-def set_threads(config: RunConfig) -> None:
-    """Set torch's number of threads to `train.threads`; null leaves torch's default."""
+@contextlib.contextmanager
+def threads(config: RunConfig) -> Iterator[None]:
+    """Run with torch's number of threads at `train.threads` (null: torch's own), and put it back for the next study."""
     import torch
 
+    before = torch.get_num_threads()
     if config.train.threads is not None:
         torch.set_num_threads(config.train.threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def uses_bf16(config: RunConfig) -> bool:
@@ -72,6 +78,8 @@ def load_model(folder: Path, dtype: torch.dtype, *, quantise: bool = False, on_g
     """
     from transformers import AutoModelForCausalLM
 
+    from harness.train.pure import make_pure
+
     if quantise:
         from transformers import BitsAndBytesConfig
 
@@ -88,8 +96,8 @@ def load_model(folder: Path, dtype: torch.dtype, *, quantise: bool = False, on_g
             # Some CPUs' kernel rounds to bf16 in passes without gradients: reference and policy would differ.
             if getattr(module, "support_avx512bf16_for_cpu", False):
                 module.support_avx512bf16_for_cpu = False
-        return quantised
-    model = load_checked(AutoModelForCausalLM, folder, dtype=dtype)
+        return make_pure(quantised)
+    model = make_pure(load_checked(AutoModelForCausalLM, folder, dtype=dtype))
     return model.to("cuda") if on_gpu and has_gpu() else model
 
 
@@ -154,6 +162,8 @@ class Bases:
         from peft import PeftModel
         from peft.tuners.lora import LoraLayer
 
+        from harness.train.adapter import adapted_weight
+
         if (folder / "model").is_dir():
             yield load_model(folder / "model", torch.float32)
             return
@@ -164,7 +174,7 @@ class Bases:
                 return
             originals = {}
             for layer in [module for module in policy.modules() if isinstance(module, LoraLayer)]:
-                weight = layer.get_base_layer().weight
+                weight = adapted_weight(layer)
                 originals[weight] = weight.data
                 weight.data = weight.data + layer.get_delta_weight("default")
             try:
@@ -190,9 +200,12 @@ def reset_model(model: PreTrainedModel) -> None:
     """Undo the changes that trainers and PEFT make to a model: adapters, patched methods, gradients, modes."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
+    adapted: list[str] = []
     for name, module in list(model.named_modules()):
-        if isinstance(module, BaseTunerLayer):
+        # A layer with several adapted weights is wrapped once per weight: the outermost holds the layer itself.
+        if isinstance(module, BaseTunerLayer) and not name.startswith(tuple(f"{outer}." for outer in adapted)):
             model.set_submodule(name, module.get_base_layer())
+            adapted.append(name)
     for patched in ("forward", "peft_config"):
         model.__dict__.pop(patched, None)
     if model.is_gradient_checkpointing:

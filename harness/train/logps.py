@@ -9,15 +9,18 @@ TRL's own cache misses on every point of a grid.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import os
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from torch import Tensor
@@ -26,7 +29,16 @@ from tqdm import tqdm
 from harness.data.tokens import TokenisedPairs, TokenPair, canonical_bytes
 from harness.study.files import digest
 from harness.train.base import is_quantised
-from harness.train.packed import Ids, answer_sums, groups_of, pack, packed_logps, packing
+from harness.train.layout import Layout, Way
+from harness.train.packed import (
+    Ids,
+    alone_logps,
+    answer_sums,
+    groups_of,
+    pack,
+    packed_logps,
+    packing,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -42,7 +54,13 @@ _PROBE_RESULT = "harness_why_padded"  # attribute of a probed model
 
 @torch.no_grad()
 def pair_logps(
-    model: PreTrainedModel, rows: Sequence[TokenPair], *, pad_id: int, desc: str, share_prefix: bool = True
+    model: PreTrainedModel | PeftModel,
+    rows: Sequence[TokenPair],
+    *,
+    pad_id: int,
+    desc: str,
+    share_prefix: bool = True,
+    layout: Layout | None = None,
 ) -> Tensor:
     """Return the log-probs of both answers, summed over their tokens, the end of turn included, in nats.
 
@@ -52,20 +70,26 @@ def pair_logps(
         pad_id: padding.
         desc: text of the progress bar.
         share_prefix: False computes each prompt once per answer.
+        layout: the study's; None tries the shortest pair packed.
 
     Returns:
         float64, shape (num_pairs, 2): chosen, rejected; in the order of `rows`.
     """
     model.eval()
+    if isinstance(model, PeftModel):  # the causal LM inside of it, with the adapter in its layers
+        model = model.get_base_model()
     if not rows:
         return torch.zeros(0, 2, dtype=torch.float64)
-    if why_padded(model, rows, pad_id):
+    way = layout.way if layout else "padded" if why_padded(model, rows, pad_id) else "packed"
+    if way == "padded":
         return padded_logps(model, rows, pad_id=pad_id, desc=desc)
     sums = torch.zeros(len(rows), 2, dtype=torch.float64)
-    with packing(model), tqdm(total=len(rows), desc=desc, delay=5, leave=False) as bar:
+    shares, run = (share_prefix, packed_logps) if way == "packed" else (False, alone_logps)
+    attention = packing(model) if way == "packed" else contextlib.nullcontext()
+    with attention, tqdm(total=len(rows), desc=desc, delay=5, leave=False) as bar:
         for batch in _packed_batches(rows):
-            packed = pack(groups_of([rows[i] for i in batch], share_prefix=share_prefix)).to(model.device)
-            sums[batch] = answer_sums(packed_logps(model, packed).log_probs, packed).view(-1, 2).cpu()
+            packed = pack(groups_of([rows[i] for i in batch], share_prefix=shares)).to(model.device)
+            sums[batch] = answer_sums(run(model, packed).log_probs, packed).view(-1, 2).cpu()
             bar.update(len(batch))
     return sums
 
@@ -101,45 +125,42 @@ def _padded_batches(answers: Sequence[tuple[Ids, Ids]], vocab_size: int) -> Iter
     """Group answers of similar length, so that neither the padded ids nor the logits pass their bounds."""
     order = sorted(range(len(answers)), key=lambda i: len(answers[i][0]) + len(answers[i][1]))
     batch: list[int] = []
-    longest_answer = 0
     for i in order:
-        length = len(answers[i][0]) + len(answers[i][1])  # the longest so far, by the order
-        longest = max(longest_answer, len(answers[i][1]))
-        size = len(batch) + 1
-        too_large = size * length > MAX_BATCH_TOKENS or size * longest * vocab_size * 4 > MAX_LOGITS_BYTES
-        if batch and too_large:
+        size = (len(batch) + 1) * (len(answers[i][0]) + len(answers[i][1]))  # the longest so far, by the order
+        if batch and (size > MAX_BATCH_TOKENS or size * vocab_size * 4 > MAX_LOGITS_BYTES):
             yield batch
-            batch, longest = [], len(answers[i][1])
+            batch = []
         batch.append(i)
-        longest_answer = longest
     if batch:
         yield batch
 
 
 def _padded_batch_logps(model: PreTrainedModel, answers: Sequence[tuple[Ids, Ids]], pad_id: int) -> Tensor:
-    """Pad on the left, so that all answers end at the last position and the head runs on those positions only."""
+    logps, scored = _padded_token_logps(model, answers, pad_id)
+    return (logps * scored).sum(-1).double().cpu()
+
+
+def _padded_token_logps(
+    model: PreTrainedModel, answers: Sequence[tuple[Ids, Ids]], pad_id: int
+) -> tuple[Tensor, Tensor]:
+    """Return log-probs of each row's next tokens, and which of them are an answer's: (num_answers, width - 1).
+
+    Rows are padded on the right, as TRL's trainers do: no model that reads from left to right sees the padding.
+    """
     width = max(len(prompt) + len(answer) for prompt, answer in answers)
-    keep = max(len(answer) for _, answer in answers)
     ids = torch.full((len(answers), width), pad_id)
     attended = torch.zeros_like(ids)
-    scored = torch.zeros((len(answers), keep), dtype=torch.bool)
+    scored = torch.zeros((len(answers), width - 1), dtype=torch.bool)
     for i, (prompt, answer) in enumerate(answers):
-        row = torch.tensor([*prompt, *answer])
-        ids[i, -len(row) :] = row
-        attended[i, -len(row) :] = 1
-        scored[i, -len(answer) :] = True
+        length = len(prompt) + len(answer)
+        ids[i, :length] = torch.tensor([*prompt, *answer])
+        attended[i, :length] = 1
+        scored[i, len(prompt) - 1 : length - 1] = True
     ids, attended = ids.to(model.device), attended.to(model.device)
-    logits = model(
-        input_ids=ids,
-        attention_mask=attended,
-        position_ids=(attended.cumsum(1) - 1).clamp(min=0),
-        use_cache=False,
-        logits_to_keep=keep + 1,
-    ).logits[:, :-1]
-    logits = logits.float()
+    logits = model(input_ids=ids, attention_mask=attended, use_cache=False).logits[:, :-1].float()
     # Not log_softmax: its fp32 kernel is off by about 5e-6 nats per token at a vocabulary of 49,152, always upwards.
-    logps: Tensor = logits.gather(-1, ids[:, -keep:, None]).squeeze(-1) - logits.logsumexp(-1)
-    return (logps * scored.to(logps.device)).sum(-1).double().cpu()
+    logps: Tensor = logits.gather(-1, ids[:, 1:, None]).squeeze(-1) - logits.logsumexp(-1)
+    return logps, scored.to(logps.device)
 
 
 def why_padded(model: PreTrainedModel, rows: Sequence[TokenPair], pad_id: int) -> str:
@@ -150,14 +171,45 @@ def why_padded(model: PreTrainedModel, rows: Sequence[TokenPair], pad_id: int) -
     Raises:
         torch.OutOfMemoryError: where memory runs out, which says nothing about packing.
     """
-    window = getattr(model.config.get_text_config(), "sliding_window", None)
-    longest = max(row.length for row in rows)
-    if window is not None and longest > window:
-        return f"its attention has a sliding_window of {window}, shorter than the longest pair of {longest}"
+    if problem := window_problem(model, rows):
+        return problem
     known: dict[str, str] = vars(model)  # not getattr, by which an adapter's model answers for its base
     if _PROBE_RESULT not in known:
         known[_PROBE_RESULT] = _probe(model, min(rows, key=lambda row: row.length), pad_id)
     return known[_PROBE_RESULT]
+
+
+def window_problem(model: PreTrainedModel, rows: Sequence[TokenPair]) -> str:
+    """Return which window of the model's attention is shorter than the longest pair, or nothing."""
+    longest = max(row.length for row in rows)
+    for name, size in vars(model.config.get_text_config()).items():
+        is_window = bool(re.search(r"window(_size)?$|^attention_chunk_size$", name))
+        if is_window and isinstance(size, int) and not isinstance(size, bool) and 0 < size < longest:
+            return f"its {name} of {size} is shorter than the longest pair of {longest} tokens"
+    return ""
+
+
+@torch.no_grad()
+def answer_token_logps(
+    model: PreTrainedModel, rows: Sequence[TokenPair], way: Way, *, pad_id: int, share_prefix: bool = True
+) -> list[Tensor]:
+    """Return the log-probs of each answer's tokens, chosen before rejected, in the model's present mode.
+
+    Args:
+        model: a causal LM.
+        rows: the pairs, in one batch.
+        way: of running it.
+        pad_id: padding.
+        share_prefix: as in `pair_logps`.
+    """
+    if way == "padded":
+        answers = [(row.prompt_ids, answer) for row in rows for answer in (row.chosen_ids, row.rejected_ids)]
+        logps, scored = _padded_token_logps(model, answers, pad_id)
+        return [part[mask].cpu() for part, mask in zip(logps, scored, strict=True)]
+    shares, run = (share_prefix, packed_logps) if way == "packed" else (False, alone_logps)
+    with packing(model) if way == "packed" else contextlib.nullcontext():
+        packed = pack(groups_of(rows, share_prefix=shares)).to(model.device)
+        return list(run(model, packed).log_probs.float().cpu().split(packed.lengths))
 
 
 def forget_probe(model: PreTrainedModel) -> None:
@@ -194,6 +246,7 @@ def reference_logps(
     pad_id: int,
     cache: Path,
     share_prefix: bool = True,
+    layout: Layout | None = None,
 ) -> Tensor:
     """Return the base's log-probs of all pairs; answers in the cache are not computed again, but for a few as a check.
 
@@ -205,7 +258,7 @@ def reference_logps(
         base_sha256: of its weights.
         pad_id: padding.
         cache: folder of all caches.
-        share_prefix: as in `pair_logps`.
+        share_prefix, layout: as in `pair_logps`.
 
     Returns:
         float64, shape (num_pairs, 2): chosen, rejected.
@@ -213,8 +266,9 @@ def reference_logps(
     Raises:
         StaleReferenceError: where a cached value differs from the base's.
     """
-    compute = functools.partial(pair_logps, base, pad_id=pad_id, share_prefix=share_prefix)
-    folder = cache / _cache_key(base, base_sha256, packed=not why_padded(base, pairs.rows, pad_id))
+    way = layout.way if layout else "padded" if why_padded(base, pairs.rows, pad_id) else "packed"
+    compute = functools.partial(pair_logps, base, pad_id=pad_id, share_prefix=share_prefix, layout=Layout(way))
+    folder = cache / _cache_key(base, base_sha256, way)
     known = _read_cache(folder)
     keys = [[_answer_key(row.prompt_ids, ids) for ids in (row.chosen_ids, row.rejected_ids)] for row in pairs.rows]
     found = np.array([[known.get(key, np.nan) for key in both] for both in keys]).reshape(-1, 2)
@@ -234,9 +288,9 @@ def reference_logps(
     return torch.from_numpy(found)
 
 
-def _cache_key(base: PreTrainedModel, base_sha256: str, *, packed: bool) -> str:
+def _cache_key(base: PreTrainedModel, base_sha256: str, way: Way) -> str:
     """Return the name of the folder for one base in one dtype, kernel, device type and version of torch."""
-    kernel = "packed" if packed else base.config._attn_implementation
+    kernel = base.config._attn_implementation if way == "padded" else way
     about = [base_sha256, str(base.dtype), kernel, base.device.type, torch.__version__]
     return digest([*about, "nf4"] if is_quantised(base) else about)[:32]
 

@@ -123,8 +123,8 @@ def packed_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    packed: Packed,
     scaling: float,
+    packed: Packed | None = None,
     **variants: float | Tensor | None,
 ) -> tuple[Tensor, None]:
     """Attend within each group: query (1, heads, num_tokens, head_dim) -> (1, num_tokens, heads, head_dim).
@@ -132,6 +132,8 @@ def packed_attention(
     Raises:
         NotImplementedError: for variants that this attention does not compute, so that no model is computed wrongly.
     """
+    if packed is None:
+        raise NotImplementedError("the model does not hand its attention the packed row")
     window = variants.get("sliding_window")
     if window is not None and max(map(sum, packed.spans)) > window:
         raise NotImplementedError(f"the model's attention has a sliding_window of {window}, shorter than a pair")
@@ -178,6 +180,36 @@ def packed_logps(model: PreTrainedModel, packed: Packed, *, metrics: bool = Fals
     """Return the log-prob of each target, shape (num_targets,), in nats; inside `packing(model)` only."""
     hidden = packed_hidden_states(model, packed)[packed.predicting]
     return token_logps(model, hidden, packed.targets, metrics=metrics)
+
+
+def alone_logps(model: PreTrainedModel, packed: Packed, *, metrics: bool = False) -> HeadOutput:
+    """Return what `packed_logps` returns, each answer after its prompt in a forward pass of its own.
+
+    The slow way that holds for every causal model: the logits are the model's own, and no row sees another one.
+
+    Args:
+        model: a causal LM.
+        packed: with one answer in each group.
+        metrics: also compute TRL's metrics.
+    """
+    prompts = packed.input_ids[0].split([length for span in packed.spans for length in span])[::2]
+    found = []
+    for prompt, answer in zip(prompts, packed.targets.split(packed.lengths), strict=True):
+        # With the last token, as TRL runs it: positions may depend on a row's length.
+        logits = model(input_ids=torch.cat([prompt, answer])[None], use_cache=False).logits
+        found.append(_of_logits(logits[0, len(prompt) - 1 : -1].float(), answer, metrics=metrics))
+    logps, *more = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return HeadOutput(logps, *more) if metrics else HeadOutput(logps)
+
+
+def _of_logits(logits: Tensor, targets: Tensor, *, metrics: bool) -> tuple[Tensor, ...]:
+    norm = logits.logsumexp(-1, keepdim=True)
+    logps = (logits.gather(1, targets[:, None]) - norm).squeeze(1)
+    if not metrics:
+        return logps, logps, logps, logps
+    with torch.no_grad():
+        entropy = -((logits - norm).exp() * (logits - norm)).sum(-1)
+        return logps, entropy, logits.mean(-1), logits.argmax(-1) == targets
 
 
 def packed_hidden_states(model: PreTrainedModel, packed: Packed) -> Tensor:

@@ -32,7 +32,8 @@ from harness.study.errors import DivergedError, NoRoomError, WorkerDiedError, is
 from harness.study.files import read_json, write_json
 from harness.study.log import prepare_process, trial_log
 from harness.study.text import redact
-from harness.train.base import import_logging_libraries, load_base, set_threads
+from harness.train.base import import_logging_libraries, load_base, threads
+from harness.train.layout import Layout
 from harness.train.memory import peak_memory_bytes, plan_of
 from harness.train.run import OnStep, TrainResult, train_arm
 
@@ -56,7 +57,13 @@ class ProcessError(TypedDict):
 
 
 def train_in_processes(
-    config: RunConfig, plan: BatchPlan, *, folder: Path, reference: Tensor | None, on_step: OnStep
+    config: RunConfig,
+    plan: BatchPlan,
+    *,
+    folder: Path,
+    reference: Tensor | None,
+    on_step: OnStep,
+    layout: Layout | None = None,
 ) -> TrainResult:
     """Train one arm as `harness.train.run.train_arm` does, with `accelerate.num_processes` processes.
 
@@ -66,6 +73,7 @@ def train_in_processes(
         folder: of the trial; job files are deleted with its checkpoints.
         reference: the base's log-probs, shape (num_rows, 2), or None.
         on_step: called after each step, while the processes run.
+        layout: as in `train_arm`.
 
     Raises:
         DivergedError: as in `train_arm`.
@@ -76,6 +84,7 @@ def train_in_processes(
     job = folder / "checkpoints" / "job"
     shutil.rmtree(job, ignore_errors=True)
     _write_job(job, config, plan, reference)
+    write_json(job / "layout.json", asdict(layout) if layout else None)
     print(f"accelerate launch: {config.accelerate.num_processes} processes, {config.accelerate.distributed_type}")
     with (job / "log.txt").open("wb") as log:
         command = [sys.executable, "-m", "harness.train.processes", "launch", str(job)]
@@ -205,14 +214,18 @@ def _kind_of(error: BaseException) -> str:
 
 
 def _train_share(job: Path, rank: int) -> TrainResult:
+    config = config_from(read_json(job / "config.json"))
+    with threads(config):
+        return _train_config(config, job, rank)
+
+
+def _train_config(config: RunConfig, job: Path, rank: int) -> TrainResult:
     import torch
     from accelerate.utils import gather_object
     from safetensors.torch import load_file
 
     from harness.data.inputs import Inputs
 
-    config = config_from(read_json(job / "config.json"))
-    set_threads(config)
     if has_gpu():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     inputs = Inputs()
@@ -240,6 +253,7 @@ def _train_share(job: Path, rank: int) -> TrainResult:
             chat=tokens.chat,
             folder=job.parent.parent,
             reference=load_file(path)["reference"] if path.is_file() else None,
+            layout=Layout(**found) if (found := read_json(job / "layout.json")) else None,
             on_step=on_step,
         )
     except torch.OutOfMemoryError as error:

@@ -19,12 +19,14 @@ from harness.train.adapter import (
     adapter_on_quantised,
     count_parameters,
     fuse_adapters,
+    restore_adapter_dropout,
     save_weights,
     trained_weights,
     undo_quantised_extras,
 )
 from harness.train.base import load_base, uses_bf16
 from harness.train.checkpoints import last_checkpoint
+from harness.train.layout import Layout
 from harness.train.memory import needs_checkpointing
 
 if TYPE_CHECKING:
@@ -73,7 +75,7 @@ class TrainResult:
         }
 
 
-def train_arm(
+def train_arm(  # noqa: PLR0913 - what differs between trials, each by its name
     config: RunConfig,
     rows: tuple[TokenPair, ...],
     plan: BatchPlan,
@@ -82,6 +84,7 @@ def train_arm(
     chat: ChatFormat,
     folder: Path,
     reference: Tensor | None = None,
+    layout: Layout | None = None,
     on_step: OnStep = lambda step, logs: None,
 ) -> TrainResult:
     """Train one arm and save `adapter/` or `model/` in `folder`; resume from the newest complete checkpoint there.
@@ -94,6 +97,7 @@ def train_arm(
         chat: the tokenizer, for padding.
         folder: the trial's folder.
         reference: the base's log-probs, shape (num_rows, 2); None: TRL computes them, or the arm needs none.
+        layout: the study's; None tries the shortest pair packed.
         on_step: called after each logged step.
 
     Raises:
@@ -106,7 +110,9 @@ def train_arm(
 
     output = folder / "checkpoints"
     resume, consumed = last_checkpoint(output) or (None, ConsumedTokens())
-    trainer = build_trainer(config, rows, plan, model=model, chat=chat, output_dir=output, reference=reference)
+    trainer = build_trainer(
+        config, rows, plan, model=model, chat=chat, output_dir=output, reference=reference, layout=layout
+    )
     trainer.consumed, parameters = consumed, count_parameters(trainer.model)  # before they are sharded
     with tqdm(total=plan.num_steps, desc=f"train {config.method.name} seed {config.seed}", delay=5, leave=False) as bar:
 
@@ -123,8 +129,8 @@ def train_arm(
         consumed_tokens_sha256=consumed.state,
         num_pairs=consumed.num_pairs,
         parameters=parameters,
-        packed=getattr(trainer, "packs", False),  # the stock engine's trainers have no such attributes
-        why_padded=getattr(trainer, "why_padded", ""),
+        packed=trainer.layout.way == "packed",
+        why_padded=trainer.layout.why,
     )
 
 
@@ -137,6 +143,7 @@ def build_trainer(
     chat: ChatFormat,
     output_dir: Path,
     reference: Tensor | None = None,
+    layout: Layout | None = None,
 ) -> PairTrainer:
     """Build the arm's trainer over the rows in the plan's order, with an adapter where one is trained."""
     from datasets import Dataset, disable_progress_bars
@@ -153,21 +160,28 @@ def build_trainer(
     if arm.trainer == "CPOTrainer":
         arguments["max_length"] = max(row.length for row in rows)  # nothing is truncated; null means 512 there
     else:
-        arguments |= {"max_length": None, "precompute_ref_log_probs": reference is not None}
+        # The router's loss: DPOTrainer adds it to the loss of every mixture of experts, CPOTrainer does not.
+        arguments |= {
+            "max_length": None,
+            "precompute_ref_log_probs": reference is not None,
+            "router_aux_loss_coef": 0.0,
+        }
     if arguments["gradient_checkpointing"] is None:
         arguments["gradient_checkpointing"] = _uses_checkpointing(config, model, rows, plan)
     is_quantised = config.train.tuning is Tuning.qlora
     adapted = adapter_on_quantised(model, config) if is_quantised else model
     start = trained_weights(adapted) if is_quantised else {}
     processes = config.accelerate.num_processes
-    has_reference_model = arm.uses_reference and config.train.reference is Reference.separate
+    # TRL would load a missing reference by itself, with the noise and the positions that `make_pure` has taken away.
+    is_trls = config.train.engine is Engine.stock and config.train.tuning is Tuning.full
+    has_reference_model = arm.uses_reference and (config.train.reference is Reference.separate or is_trls)
     trainer = kind.trainer(
         model=adapted,
         args=kind.arguments(**arguments),
         # With several processes, a share holds the plan's row numbers.
         train_dataset=Dataset.from_dict({ROW: list(plan.order) if processes == 1 else list(range(len(rows)))}),
         processing_class=chat.tokenizer,
-        peft_config=adapter_config(config) if config.train.tuning is Tuning.lora else None,
+        peft_config=adapter_config(config, model) if config.train.tuning is Tuning.lora else None,
         **({"ref_model": load_base(config, Path(model.name_or_path))} if has_reference_model else {}),
     )
     trainer.data_collator = trainer.pair_collator(rows, with_margin(reference, rows, config))
@@ -177,8 +191,10 @@ def build_trainer(
         undo_quantised_extras(trainer.model, start=start, has_reference=reference is not None)
     if processes > 1:
         trainer.take_share(share_of(plan, trainer.args.process_index, processes))
+    restore_adapter_dropout(trainer.model, config.train.lora_dropout)
+    trainer.layout = layout or _tried_layout(model, config, rows, chat)
     if config.train.engine is Engine.paired:
-        _pull_levers(trainer, model, config, rows, chat)
+        _pull_levers(trainer, model, config)
     return trainer
 
 
@@ -189,29 +205,43 @@ def _uses_checkpointing(config: RunConfig, model: PreTrainedModel, rows: Sequenc
     return has_run_out or needs_checkpointing(model, rows, plan, share_prefix=shares)
 
 
-def _pull_levers(
-    trainer: PairedTrainer, model: PreTrainedModel, config: RunConfig, rows: tuple[TokenPair, ...], chat: ChatFormat
-) -> None:
-    """Set up the paired engine: fused adapters, and packed batches where the model can be run so."""
+def _tried_layout(model: PreTrainedModel, config: RunConfig, rows: tuple[TokenPair, ...], chat: ChatFormat) -> Layout:
     from harness.train.logps import why_padded
-    from harness.train.packed import ATTENTION
 
+    if not uses_packing(config):
+        return Layout("padded")
+    why = why_padded(model, rows, chat.tokenizer.pad_token_id)
+    return Layout("padded" if why else "packed", why)
+
+
+def uses_packing(config: RunConfig) -> bool:
+    """Return whether packed batches were asked for."""
     levers = config.train.levers
+    return config.train.engine is Engine.paired and (levers.share_prefix or levers.completion_head)
+
+
+def _pull_levers(trainer: PairedTrainer, model: PreTrainedModel, config: RunConfig) -> None:
+    """Set up the paired engine: fused adapters, and packed batches where the model can be run so."""
+    from harness.train.packed import ATTENTION, alone_logps, packed_logps
+    from harness.train.trainers import logps_of_all_rows
+
+    levers, way = config.train.levers, trainer.layout.way
     if isinstance(config.method, SimPOConfig):
         trainer.length_norm = config.method.length_norm
     if levers.fuse_adapters and config.train.tuning is Tuning.lora:
         fuse_adapters(model)
-    if not (levers.share_prefix or levers.completion_head):
-        return
-    trainer.why_padded = why_padded(model, rows, chat.tokenizer.pad_token_id)
-    if trainer.why_padded:
+    if way == "padded":
         return
     trainer.metrics_steps = levers.metrics_steps
     reference_model = getattr(trainer, "ref_model", None)
     models = [model] if reference_model is None else [model, reference_model]
+    if way == "alone":
+        trainer.run_packed(models, alone_logps, share_prefix=False)
+        return
     for each in models:
         each.set_attn_implementation(ATTENTION)  # to stay: gradient checkpointing runs layers again going backward
-    trainer.run_packed(models, share_prefix=levers.share_prefix, completion_head=levers.completion_head)
+    run = packed_logps if levers.completion_head else logps_of_all_rows
+    trainer.run_packed(models, run, share_prefix=levers.share_prefix)
 
 
 def with_margin(reference: Tensor | None, rows: Sequence[TokenPair], config: RunConfig) -> Tensor | None:

@@ -24,6 +24,7 @@ from harness.study.errors import DivergedError, NoRoomError, UsageError
 from harness.study.log import say
 from harness.study.manifest import Manifest
 from harness.train.base import Bases
+from harness.train.layout import Layout
 from harness.train.memory import halve, note_seed, plan_of, smaller_than
 
 if TYPE_CHECKING:
@@ -67,6 +68,7 @@ class TrainStage:
         clock: a context manager per stage's name, which measures the block.
         bases: the base cache of this process.
         machine: its devices.
+        layout: how the study runs its models; None tries the shortest pair packed.
     """
 
     config: RunConfig
@@ -77,6 +79,7 @@ class TrainStage:
     clock: Callable[[str], AbstractContextManager[None]]
     bases: Bases
     machine: Machine
+    layout: Layout | None = None
 
     def run(self, *, is_cost_trial: bool = False) -> Trained:
         """Train, with a smaller micro-batch where it does not fit; the checkpoints stay, for the caller to delete.
@@ -131,7 +134,8 @@ class TrainStage:
         found.steps, found.peak_memory_bytes = result.steps, result.peak_memory_bytes
         found.facts |= {**result.facts, "tokens": {"train": trained_tokens(rows, plan)}}
         if result.why_padded:
-            found.warnings.append(f"the model is run padded, slower than packed: {result.why_padded}")
+            way = {"alone": "one answer at a time, much"}.get(self.layout.way if self.layout else "", "padded,")
+            found.warnings.append(f"the model is run {way} slower than packed: {result.why_padded}")
         return found
 
     def _run_here(self, plan: BatchPlan, on_step: OnStep) -> TrainResult:
@@ -149,6 +153,7 @@ class TrainStage:
                     chat=self.tokens.chat,
                     folder=self.folder,
                     reference=reference,
+                    layout=self.layout,
                     on_step=on_step,
                 )
 
@@ -158,7 +163,9 @@ class TrainStage:
         reference = self._reference_of_base()
         self.bases.release()  # the processes load it again, and need the memory
         with self.clock("train"), _out_of_memory_as_no_room():
-            return train_in_processes(self.config, plan, folder=self.folder, reference=reference, on_step=on_step)
+            return train_in_processes(
+                self.config, plan, folder=self.folder, reference=reference, layout=self.layout, on_step=on_step
+            )
 
     def _reference_of_base(self) -> Tensor | None:
         """Return the base's log-probs; no variable of the caller keeps the base in memory."""
@@ -181,6 +188,7 @@ class TrainStage:
                 pad_id=self.tokens.chat.tokenizer.pad_token_id,
                 cache=Path(self.config.results_dir) / ".cache" / "reference",
                 share_prefix=self.config.train.levers.share_prefix,
+                layout=self.layout,
             )
 
     @property

@@ -12,7 +12,7 @@ import functools
 import math
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -29,15 +29,16 @@ from harness.data.plan import ConsumedTokens, MicroBatch
 from harness.data.tokens import TokenPair
 from harness.study.errors import DivergedError
 from harness.train.checkpoints import checkpoints, seal_checkpoint
-from harness.train.collator import COLLATED, PACKED, Collated, Features, PaddedRows, PairCollator, TensorComparison
+from harness.train.collator import COLLATED, PACKED, ROW, Collated, Features, PaddedRows, PairCollator, TensorComparison
+from harness.train.layout import Layout
 from harness.train.packed import (
     HEAD_OUTPUTS,
     HeadOutput,
     Packed,
     packed_hidden_states,
-    packed_logps,
     token_logps,
 )
+from harness.train.pure import make_still
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # CPOTrainer is in trl.experimental and warns at each use
 
+RunPacked = Callable[..., HeadOutput]  # of a model and a packed batch, with `metrics`
 Batch = dict[str, Tensor]  # TRL's tensors; in a packed batch the packed row under PACKED, too
 
 
@@ -55,11 +57,13 @@ class ProvesConsumption(Trainer):
         consumed: the hash so far, the same in every process.
         comparison: of tensors and pairs.
         share: this process's micro-batches, where there are several processes; their rows count in the plan's order.
+        layout: how the model is run.
     """
 
     consumed: ConsumedTokens
     comparison: TensorComparison
     share: Sequence[MicroBatch] = ()
+    layout = Layout("padded")
     _micro_batch = MicroBatch(())
     _num_taken: int | None = None
 
@@ -122,12 +126,22 @@ class ProvesConsumption(Trainer):
         """
         collated = inputs[COLLATED]
         assert isinstance(collated, Collated)
-        batch = self._prepare_inputs({name: value for name, value in inputs.items() if name != COLLATED})
-        if PACKED in batch:
-            batch[PACKED] = batch[PACKED].to(self.args.device)
-        self.comparison.compare(collated, self.padded_rows(batch), batch.get(PACKED))
+        batch = self._on_device(inputs)
+        packed = batch.get(PACKED)
+        assert packed is None or isinstance(packed, Packed)
+        self.comparison.compare(collated, self.padded_rows(batch), packed)
         self._consume(collated)
         return super().training_step(model, batch, num_items_in_batch)
+
+    def collated(self, numbers: Sequence[int]) -> Batch:
+        """Return the batch of some rows, as `compute_loss` takes it."""
+        return self._on_device(self.data_collator([{ROW: number} for number in numbers]))
+
+    def _on_device(self, inputs: Mapping[str, Tensor | Packed | Collated]) -> Batch:
+        batch: Batch = self._prepare_inputs({name: value for name, value in inputs.items() if name != COLLATED})
+        if PACKED in batch:
+            batch[PACKED] = batch[PACKED].to(self.args.device)
+        return batch
 
     def _consume(self, collated: Collated) -> None:
         """Hash the pairs; of several processes in their order, which is the plan's."""
@@ -154,6 +168,8 @@ class ProvesConsumption(Trainer):
         num_items_in_batch: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, object]:
         """Return TRL's loss, weighted where the micro-batches of a step differ between processes."""
+        if self.layout.still:  # again at every micro-batch: the trainer puts the model into training mode before each
+            make_still(model)
         found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if not self.share:
             return found
@@ -220,27 +236,25 @@ class RunsPacked(Trainer):
     """What the paired trainers share: a model that answers from a packed batch, where it can be run so.
 
     Attributes:
-        packs: True where the model runs packed; else TRL's own forward pass runs.
-        why_padded: why the model cannot run packed.
+        packs: True where the model answers from packed batches; else TRL's own forward pass runs.
         metrics_steps: steps from one computation of `HEAD_METRICS` to the next.
     """
 
     packs = False
-    why_padded = ""
     metrics_steps = 1
 
-    def run_packed(self, models: Sequence[PreTrainedModel], *, share_prefix: bool, completion_head: bool) -> None:
-        """Collate packed rows, from which these models, whose attention must be packed, answer TRL's calls.
+    def run_packed(self, models: Sequence[PreTrainedModel], run: RunPacked, *, share_prefix: bool) -> None:
+        """Collate packed rows, from which these models answer TRL's calls.
 
         Args:
             models: the causal LMs themselves, inside of any adapter: the policy's and the reference's.
+            run: computes a packed batch's answers; all but `alone_logps` need packed attention.
             share_prefix: compute each prompt once for both answers.
-            completion_head: run the head on the rows that predict an answer's token only.
         """
         self.packs = self.data_collator.packs = True
         self.data_collator.share_prefix = share_prefix
         for model in models:
-            answer_packed_calls(model, completion_head=completion_head, metrics=self.wants_metrics)
+            answer_packed_calls(model, run, metrics=self.wants_metrics)
 
     def wants_metrics(self) -> bool:
         """Return True at the steps that compute `HEAD_METRICS`."""
@@ -309,16 +323,16 @@ class PairedCPOTrainer(RunsPacked, StockCPOTrainer):
         return sums / (labels[:, 1:] != -100).sum(-1) ** self.length_norm
 
 
-def answer_packed_calls(model: PreTrainedModel, *, completion_head: bool, metrics: Callable[[], bool]) -> None:
+def answer_packed_calls(model: PreTrainedModel, run: RunPacked, *, metrics: Callable[[], bool]) -> None:
     """Make a model answer calls with `packed=` in the layout of TRL's fused head; every other call is as before.
 
     Args:
-        model: the causal LM itself, inside of any adapter; its attention must be `harness.train.packed.ATTENTION`.
-        completion_head: run the head on the rows that predict an answer's token only.
+        model: the causal LM itself, inside of any adapter; its attention must be `harness.train.packed.ATTENTION`,
+            unless `run` is `alone_logps`.
+        run: computes the answers of a packed batch.
         metrics: returns, per call, whether TRL's extra metrics are computed; else they are 0.
     """
     before = model.forward
-    run = packed_logps if completion_head else _logps_of_all_rows
 
     @functools.wraps(type(model).forward)
     def forward(*args: Tensor, packed: Packed | None = None, **kwargs: Tensor) -> FusedCausalLMOutput:
@@ -329,7 +343,7 @@ def answer_packed_calls(model: PreTrainedModel, *, completion_head: bool, metric
     model.forward = forward
 
 
-def _logps_of_all_rows(model: PreTrainedModel, packed: Packed, *, metrics: bool) -> HeadOutput:
+def logps_of_all_rows(model: PreTrainedModel, packed: Packed, *, metrics: bool) -> HeadOutput:
     """Run the head on every row, as a trainer without a completion-only head does; drop the rows beside the targets."""
     hidden = packed_hidden_states(model, packed)
     rest = torch.ones(len(hidden), dtype=torch.bool, device=hidden.device)

@@ -10,10 +10,11 @@ import pytest
 import yaml
 
 from harness.data.inputs import Inputs
-from harness.data.records import NOTHING, Finding
+from harness.data.records import NOTHING
 from harness.data.template import ChatTemplate, at_date
 from harness.data.tokens import ChatFormat
 from harness.study.errors import UsageError
+from harness.study.manifest import Finding
 from harness.study.registration import read_study
 from harness.sweep.app import run_sweep
 from harness.sweep.problems import load_run

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -13,12 +14,13 @@ import harness.generate.heldout
 import harness.sweep.stages
 import harness.train.base
 import harness.train.logps
+from harness.config.schema import ModelConfig
 from harness.data.inputs import Inputs
 from harness.study.errors import UsageError
 from harness.study.files import read_json
 from harness.sweep.app import print_result, run_sweep
 from harness.sweep.protocol import StudyResult
-from tests.conftest import SMALL, overriding
+from tests.conftest import SMALL, overriding, tiny_model
 from tests.servers import command
 
 pytestmark = pytest.mark.slow
@@ -205,3 +207,34 @@ def test_two_sweeps_on_one_study_at_once_lose_nothing(tmp_path: Path) -> None:
     assert again.launched == 0
     assert again.verdict is not None
     assert again.verdict["n_seeds"] == {"simpo": 3, "dpo": 3}
+
+
+def test_a_model_that_cannot_be_compared_is_refused_before_any_trial(tmp_path: Path) -> None:
+    """Llama 4's text model has no backbone apart, which TRL's own DPO needs; the paired engine runs it otherwise."""
+    from transformers import Llama4ForCausalLM, Llama4TextConfig
+
+    embedded = Inputs().checkpoints.folder(ModelConfig())
+    model = tmp_path / "model"
+    shutil.copytree(embedded, model)
+    vocab_size = json.loads((model / "config.json").read_text())["vocab_size"]
+    sizes = {"num_local_experts": 2, "num_experts_per_tok": 1, "intermediate_size_mlp": 48, "head_dim": 8}
+    tiny_model(Llama4TextConfig, Llama4ForCausalLM, vocab_size=vocab_size, pad_token_id=0, **sizes).save_pretrained(
+        model
+    )
+    data = [f"data.{split}={embedded / f'{split}.jsonl'}" for split in ("train", "dev", "golden")]
+    about = (f"model.path={model}", *data, "seed=0", "study=refused", "train.engine=stock")
+    for _ in range(2):  # the second time, too: a refusal does not turn into a failure that stands
+        with pytest.raises(UsageError, match=r"train\.engine=stock: TRL's own trainers .* use train\.engine=paired"):
+            sweep(tmp_path / "results", *about)
+    assert not list((tmp_path / "results" / "refused").glob("trials/*"))
+
+
+def test_what_was_proved_stands_in_the_manifests_and_in_the_report(finished: Path) -> None:
+    found = [manifest["preconditions"] for manifest in manifests(finished).values()]
+    assert len(found) == 2
+    assert found[0] == found[1]
+    assert [row["result"] for row in found[0]] == ["proved"] * 3
+    for page in ("report.html", "report.md"):
+        text = (finished / page).read_text()
+        assert "Training is deterministic: proved." in text
+        assert "DPO's is 0.693147 (log 2)" in text.replace("&#39;", "'").replace("\\", "")

@@ -16,7 +16,7 @@ from torch.distributed.fsdp import fully_shard
 
 from harness.sweep.problems import load_run
 from harness.train.adapter import fuse_adapters
-from harness.train.packed import ATTENTION, Packed, groups_of, pack
+from harness.train.packed import ATTENTION, Packed, groups_of, pack, packed_logps
 from harness.train.trainers import answer_packed_calls
 from tests.conftest import load_base, tokens_of, training_overrides
 
@@ -33,7 +33,7 @@ def make() -> tuple[Any, Any]:
             torch.nn.init.normal_(parameter, std=0.02)
     fuse_adapters(base)
     base.set_attn_implementation(ATTENTION)
-    answer_packed_calls(base, completion_head=True, metrics=lambda: True)
+    answer_packed_calls(base, packed_logps, metrics=lambda: True)
     return policy.train(), base
 
 

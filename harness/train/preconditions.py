@@ -1,0 +1,141 @@
+"""What a study proves on its own model before it trains: a base and pairs -> `Proof`: findings, and the layout.
+
+On three of the study's pairs, cut to unlike lengths, and on its longest pair: the model is deterministic in training
+mode; the loss of each trainer at step 0 is the value of `harness.train.losses`, on log-probs of single rows; and loss
+and gradient norm of the paired engine are those of TRL's own, with an adapter that is no longer zero. The layout is the
+first of packed, padded and alone that passes. A result is kept per model, tokens, settings and versions.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from harness.config.schema import Reference, RunConfig, Tuning
+from harness.data.tokens import ChatFormat, TokenPair, canonical_bytes
+from harness.study.errors import UsageError
+from harness.study.files import digest, locked, read_json, write_json
+from harness.study.manifest import Finding
+from harness.train.layout import Layout
+from harness.train.prover import Proof, Prover, checked_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+VERSION = 1  # of what is proved; results of another version are not used
+
+
+def proved_once(
+    config: RunConfig,
+    rows: Sequence[TokenPair],
+    chat: ChatFormat,
+    *,
+    base_sha256: str,
+    lend: Callable[[], AbstractContextManager[PreTrainedModel]],
+) -> Proof:
+    """Return the proof for a trial's study: computed where no earlier trial or study has done so.
+
+    Args:
+        config: any trial of the study, the base included.
+        rows: the training pairs.
+        chat: the tokenizer, for padding.
+        base_sha256: of the base's weights.
+        lend: lends the base.
+
+    Raises:
+        UsageError: where the model cannot be compared in this way; nothing is trained.
+    """
+    folder = Path(config.results_dir) / ".cache" / "preconditions" / _key(config, rows, base_sha256)
+    path = folder / "proof.json"
+    with locked(folder):
+        if path.is_file():
+            found = read_json(path)
+            return Proof(Layout(**found["layout"]), tuple(Finding(**row) for row in found["findings"]))
+        with lend() as base:
+            proof = prove(config, rows, base, chat)
+        write_json(path, {"layout": asdict(proof.layout), "findings": [asdict(row) for row in proof.findings]})
+    return proof
+
+
+def _key(config: RunConfig, rows: Sequence[TokenPair], base_sha256: str) -> str:
+    """Return the name of a proof: all that it depends on."""
+    from importlib.metadata import version
+
+    from harness.config.machine import has_gpu
+
+    train, levers = config.train, config.train.levers
+    ids = [canonical_bytes([*row.prompt_ids], [*row.chosen_ids], [*row.rejected_ids]).hex() for row in checked_of(rows)]
+    settings = [train.engine.value, train.tuning.value, train.precision.value, train.reference.value, train.lora_rank]
+    settings += [str(train.lora_dropout)]
+    settings += [levers.share_prefix, levers.completion_head, levers.fuse_adapters]
+    versions = [version(name) for name in ("torch", "transformers", "trl", "peft")]
+    return digest([VERSION, base_sha256, ids, max(row.length for row in rows), settings, versions, has_gpu()])[:32]
+
+
+def prove(config: RunConfig, rows: Sequence[TokenPair], base: PreTrainedModel, chat: ChatFormat) -> Proof:
+    """Prove the preconditions on a base, which stays as it was.
+
+    Args:
+        config: a trial of the study; its arm does not matter.
+        rows: the training pairs.
+        base: the base, without an adapter.
+        chat: the tokenizer.
+
+    Raises:
+        UsageError: as in `proved_once`.
+    """
+    import torch
+
+    from harness.train.base import reset_model
+
+    attention = base.config._attn_implementation
+    with torch.random.fork_rng(), tempfile.TemporaryDirectory() as folder:
+        model = _in_fp32(config, base) or base
+        try:
+            _refuse_dropout(config, base)
+            return Prover(config, rows, model, chat, Path(folder)).run()
+        finally:
+            reset_model(base)
+            base.set_attn_implementation(attention)
+
+
+def _refuse_dropout(config: RunConfig, base: PreTrainedModel) -> None:
+    """Raise a UsageError where `train.lora_dropout` is set and the adapter on this base cannot have any."""
+    from peft import get_peft_model
+
+    from harness.train.adapter import adapter_config
+    from harness.train.base import reset_model
+
+    if not config.train.lora_dropout or config.train.tuning is Tuning.full:
+        return
+    try:
+        get_peft_model(base, adapter_config(config, base))
+    except ValueError as error:
+        raise UsageError(
+            f"train.lora_dropout={config.train.lora_dropout:g}: the adapter on a {type(base).__name__} has layers "
+            f"without dropout ({error}); use train.lora_dropout=0"
+        ) from error
+    finally:
+        reset_model(base)
+
+
+def _in_fp32(config: RunConfig, base: PreTrainedModel) -> PreTrainedModel | None:
+    """Return a copy of a base of lower precision in fp32, where there is one and it fits into memory."""
+    import torch
+
+    from harness.train.base import is_quantised, load_model
+
+    if base.dtype == torch.float32 or is_quantised(base) or config.train.reference is Reference.separate:
+        return None
+    if base.device.type == "cuda":
+        needed = 6 * sum(parameter.numel() for parameter in base.parameters())  # 4 bytes each, and activations
+        if torch.cuda.mem_get_info()[0] < needed:
+            return None
+    try:
+        return load_model(Path(base.name_or_path), torch.float32)
+    except (torch.OutOfMemoryError, MemoryError):
+        return None
