@@ -62,6 +62,7 @@ class MethodConfig:
     """Keys that every arm has.
 
     Attributes:
+        name: of the arm, as `+method=` gives it.
         learning_rate: peak learning rate; null takes `learning_rates[train.tuning]`.
         learning_rates: the arm's published rate for each tuning, `lora` (also for qlora) and `full`.
         learning_rate_factor: multiplies the rate: for one grid that suits arms with different rates.
@@ -75,7 +76,11 @@ class MethodConfig:
 
 @dataclass
 class BetaConfig(MethodConfig):
-    """Keys of DPO and of length-normalised DPO."""
+    """Keys of DPO and of length-normalised DPO.
+
+    Attributes:
+        beta: scale of the reward, against drift from the base: the first key to tune.
+    """
 
     beta: float = bounded(0.1, above=0.0, at_most=1000.0)
 
@@ -96,6 +101,7 @@ class SimPOConfig(BetaConfig):
     """Keys of SimPO.
 
     Attributes:
+        beta: scale of the reward, per token and so larger than DPO's: the first key to tune.
         gamma_beta_ratio: target margin over beta, in nats per token (the SimPO code's name for it).
         length_norm: reward = log-prob / length**length_norm; 1.0 is SimPO, 0.0 the plain sum.
         sft_weight: weight of the cross-entropy on the chosen answer (TRL's `cpo_alpha`); 0.0 is SimPO.

@@ -153,15 +153,15 @@ class TrainConfig:
     Attributes:
         engine: see `Engine`: to compare with TRL's own trainers.
         tuning: see `Tuning`: what fits into memory, and what will be shipped.
-        lora_rank, lora_alpha: of the adapter, on all linear layers.
+        lora_rank, lora_alpha: of the adapter, on all linear layers: to repeat a recipe, or to learn more at more cost.
         lora_dropout: of the adapter's input, equal in all arms: to repeat a published recipe.
-        epochs: passes over the training pairs.
-        batch_size: pairs per optimiser step.
+        epochs: passes over the training pairs: few for many pairs, more for few.
+        batch_size: pairs per optimiser step: to repeat a recipe, together with its learning rate.
         micro_batch_size: pairs per forward pass: to fit the memory. It must divide batch_size.
         scheduler: of the learning rate: to repeat a published recipe; likewise the next three keys.
         warmup_ratio: share of the steps in which the learning rate rises.
-        weight_decay: of AdamW.
-        max_grad_norm: gradients are clipped to it.
+        weight_decay: of AdamW: to repeat a published recipe.
+        max_grad_norm: gradients are clipped to it: to repeat a published recipe.
         precision: see `Precision`: to repeat a GPU's arithmetic on a CPU, or the other way round.
         gradient_checkpointing: recompute activations to save memory; null decides by the memory that is free.
         threads: of torch on a CPU; null takes torch's own number: for several trials on one machine.
@@ -214,11 +214,11 @@ class GenerateConfig:
 
     Attributes:
         backend: null is vLLM where it is installed, a GPU is there and adapters are trained; else transformers.
-        max_new_tokens: tokens per answer.
+        max_new_tokens: tokens per answer: as many as answers of the product may have.
         batch_size: prompts per batch: to fit the memory.
         temperature: 0 is greedy; a higher one answers as a product that samples.
         top_p: probability mass to sample from, with a temperature.
-        seed: of the sampling.
+        seed: of the sampling: to see how much the answers vary.
         reasoning: blocks as `<think>`. `auto` and `drop` cut them off before answers are scored; `drop` also takes them
             out of both answers of each pair. `keep` scores and trains on them: to decide on the reasoning, too.
     """
@@ -281,7 +281,7 @@ class RewardModelConfig:
         path: a folder or a Hub id: to score answers without a judge.
         revision: of a Hub id: to pin what is downloaded.
         batch_size: answers per forward pass: to fit the memory.
-        max_length: tokens of prompt and answer; longer ones are unscored.
+        max_length: tokens of prompt and answer, beyond which they are unscored: what the model was trained on.
     """
 
     path: str | None = None
@@ -315,7 +315,7 @@ class BenchmarkConfig:
         include_path: a folder of your own task files; with it only these are known.
         metric: of tasks that have several; null takes the task's first.
         limit: documents per task, the first ones: for short runs; null for all.
-        num_fewshot: to repeat a published setting; null for the task's own.
+        num_fewshot: examples in front of each document: to repeat a published setting; null for the task's own.
         batch_size: documents per batch: to fit the memory.
         chat_template: apply the tokenizer's chat template; false for base models.
     """
@@ -359,9 +359,9 @@ class DecideConfig:
     """The decision rule, registered before the first trial.
 
     Attributes:
-        metric: the scorer that decides; null is the golden set's own.
+        metric: the scorer that decides: for a golden set with several; null is its own.
         margin: the smallest difference that matters to you.
-        alpha: error rate.
+        alpha: error rate: smaller where a wrong winner is expensive.
         guards: metrics on which the winner must not be worse, each with a margin.
         looks: numbers of seeds after which golden is decided on, such as [3,5,8], each at alpha / number of looks: to
             stop at the first winner or tie. Null: one look, with all seeds.
@@ -400,7 +400,7 @@ class FamilyConfig:
 
     Attributes:
         key: the key that differs, such as `data.label_noise`: to see how the verdict depends on it.
-        values: its values.
+        values: its values, one study each.
     """
 
     key: str | None = None
@@ -413,7 +413,7 @@ class TrackingConfig:
 
     Attributes:
         backend: `none` where no W&B files are wanted.
-        project, entity: of the W&B runs.
+        project, entity: of the W&B runs: to find them among those of a team.
         mode: `online` sends while trials run; `offline` keeps files for `wandb sync`.
     """
 
@@ -428,7 +428,7 @@ class RunConfig:
     """One trial, or, with `arms` and `seeds`, the study that it belongs to.
 
     Attributes:
-        method: the arm; chosen on the command line with `+method=`.
+        method: the arm; chosen on the command line with `+method=`, one or several.
         model, data, train, generate, score, decide, tracking, accelerate: sections, see their classes.
         seed: of the LoRA initialisation and of the order of the data; the same for all arms of a study.
         seeds: seeds of the sweep, for presets in `sweeps/`; `seed=` on the command line replaces them.
@@ -437,9 +437,9 @@ class RunConfig:
         family: several studies that differ in one key.
         arms: search space per arm, `{arm: {key: value or list of values}}`.
         study: name of the study's folder: to add seeds or arms to it; null derives one from the question.
-        results_dir: folder of the studies.
-        question: one sentence for the report.
-        plan: print the trials and their expected cost, then stop.
+        results_dir: folder of the studies: for a disk with room.
+        question: one sentence for the report: for those who read it without you.
+        plan: print the trials and their expected cost, then stop: before an expensive sweep.
         measure_costs: train DPO also with each other reference mode, to compare their costs.
         allow_unequal_budgets: let one arm have more configs than another; the verdict then warns.
         keep: whose weights stay on disk: of all trials, of those that decide (`confirmed`), or of none once scored.

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass, replace
 
 import pytest
 
@@ -13,7 +15,7 @@ import harness.sweep.app
 from harness.config.arms import ARMS
 from harness.config.paths import CONF
 from harness.config.paths import embedded_dir as study_dir
-from harness.config.schema import Tuning
+from harness.config.schema import RunConfig, Tuning
 from harness.config.trial_id import plain
 from harness.study.errors import UsageError
 from harness.sweep.problems import find_warnings, load_run
@@ -206,3 +208,21 @@ def test_the_embedded_study_runs_at_the_settings_that_its_card_recommends() -> N
 def test_seed_0_is_a_seed() -> None:
     assert load_run(["+method=dpo", "seed=0"]).seed == 0
     assert load_run(["+method=dpo", "seed=7"]).seed == 7
+
+
+# What a key is for
+
+
+def sections(kind: type) -> Iterator[type]:
+    """Yield a section of the config, and those in it."""
+    yield kind
+    for value in (getattr(kind(), field.name) for field in fields(kind)):
+        if is_dataclass(value):
+            yield from sections(type(value))
+
+
+def test_every_key_has_a_sentence_in_its_section() -> None:
+    for kind in {*sections(RunConfig), *(arm.config for arm in ARMS.values())}:
+        documented = "".join(base.__doc__ or "" for base in kind.__mro__ if is_dataclass(base))
+        named = {name for line in re.findall(r"^ {8}([\w, ]+): [\w`]", documented, re.M) for name in line.split(", ")}
+        assert {field.name for field in fields(kind)} <= named, kind.__name__
