@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
+from harness.decide.copies import drop_copies
 from harness.decide.scores_file import ArmScores, arm_scores, checked, choose_metric, same_prompts
 from harness.decide.stats import Components, compare, compare_runs, needed
 from harness.decide.words import reason
@@ -53,12 +54,15 @@ def verdict(
     frame = checked(scores)
     metric = choose_metric(frame, metric, arms)
     deciding = deciding_scores(frame, metric, arms, cluster)
+    frame, copied = drop_copies(frame, metric, deciding.configs)
+    if copied:
+        deciding = deciding_scores(frame, metric, arms, cluster)
     runs = deciding.arms
     kept, unscored_warnings = paired(runs)
     found = _components(kept)
     word, winner = decide_interval(found, arms=arms, margin=margin, alpha=alpha)
     n_unscored = {name: int(np.isnan(arm.values).sum()) for name, arm in runs.items()}
-    warnings = [*deciding.warnings, *unscored_warnings, *_run_warnings(runs), *_size_warnings(found)]
+    warnings = [*copied, *deciding.warnings, *unscored_warnings, *_run_warnings(runs), *_size_warnings(found)]
     if any(n_unscored.values()):
         warnings += _bound_warnings(runs, word, arms=arms, margin=margin, alpha=alpha)
     tested = [_test_guard(frame, guard, winner, arms, deciding.configs, cluster, alpha) for guard in guards]

@@ -85,7 +85,7 @@ def decision(study: Path, files: FileCache | None = None) -> Decision:
     if len(base):
         result["base_mean"] = float(base["score"].mean())
     result["warnings"] += [
-        *_plan_warnings(registered, result, runs.seeds),
+        *_plan_warnings(registered, result, runs),
         *registered.get("warnings", []),
         *facts_warnings(study),
     ]
@@ -105,11 +105,12 @@ def _refuse_foreign(study: Path, scores: pd.DataFrame, arms: Sequence[str], seed
             raise UsageError(f"{study / 'scores.csv'}: {problem}")
 
 
-def _plan_warnings(registered: Registration, result: Verdict, decided_by: Mapping[str, Sequence[int]]) -> list[str]:
+def _plan_warnings(registered: Registration, result: Verdict, runs: DecidingRuns) -> list[str]:
     """Warn of registered seeds without scores, of unequal budgets, and of a selected config on the edge of its grid."""
     warnings = []
     for arm in result["arms"]:
-        missing = [seed for seed in decided_by[arm] if str(seed) not in result["run_means"][arm]]
+        scored = set(runs.scores[(runs.scores["arm"] == arm) & (runs.scores["split"] == "golden")]["seed"])
+        missing = [seed for seed in runs.seeds[arm] if str(seed) not in map(str, scored)]
         if missing:
             shown = ", ".join(map(str, missing))
             warnings.append(

@@ -1,0 +1,83 @@
+"""Copies of one run do not count as independent seeds."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from harness.decide.rule import verdict
+
+PROMPTS = 60
+
+
+def scores(arm: str, seed: int, values: np.ndarray, *, lengths: int | None = None) -> pd.DataFrame:
+    frame = pd.DataFrame(
+        {"arm": arm, "seed": seed, "prompt_id": [f"p{i}" for i in range(len(values))], "score": values}
+    )
+    return frame if lengths is None else frame.assign(tokens=lengths + np.arange(len(values)))
+
+
+def drawn(rate: float, seed: int, prompts: int = PROMPTS) -> np.ndarray:
+    return (np.random.default_rng(seed).random(prompts) < rate).astype(float)
+
+
+def test_one_run_under_five_seeds_is_one_checkpoint() -> None:
+    """The verdict, its interval and its level are those of the run given once; each arm is named."""
+    one = {arm: drawn(rate, 1) for arm, rate in (("simpo", 0.9), ("dpo", 0.4))}
+    five = verdict(pd.concat([scores(arm, seed, values) for arm, values in one.items() for seed in range(1, 6)]))
+    once = verdict(pd.concat([scores(arm, 1, values) for arm, values in one.items()]))
+    assert five["level"] == "checkpoint"
+    for key in ("verdict", "difference", "ci95", "n_seeds", "run_means"):
+        assert five[key] == once[key], key
+    for arm in one:
+        assert any(w.startswith(f"{arm}: seeds 1, 2, 3, 4, 5 are copies of one run") for w in five["warnings"])
+
+
+def test_a_copy_among_real_seeds_is_left_out_and_the_others_count() -> None:
+    """Two of three seeds are equal: the arm has two seeds, as if the copy had never been given."""
+    simpo = [scores("simpo", seed, drawn(0.7, seed)) for seed in (1, 2)]
+    dpo = [scores("dpo", seed, drawn(0.5, 10 + seed)) for seed in (1, 2, 3)]
+    copied = verdict(pd.concat([*simpo, scores("simpo", 3, drawn(0.7, 2)), *dpo]))
+    without = verdict(pd.concat([*simpo, *dpo]))
+    assert copied["n_seeds"] == {"simpo": 2, "dpo": 3}
+    assert copied["ci95"] == without["ci95"]
+    assert [w for w in copied["warnings"] if "copies" in w] == [
+        "simpo: seeds 2, 3 are copies of one run, or of a training that has changed nothing: their scores are equal on "
+        "all 60 prompts; they are counted once"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("simpo", "why"),
+    [
+        ([scores("simpo", s, np.ones(PROMPTS)) for s in (1, 2, 3)], "all right: nothing tells two trainings apart"),
+        ([scores("simpo", s, drawn(0.7, 1), lengths=10 * s) for s in (1, 2, 3)], "answers of other lengths"),
+    ],
+)
+def test_runs_that_may_well_be_trainings_of_their_own_count_each(simpo: list[pd.DataFrame], why: str) -> None:
+    dpo = [scores("dpo", s, drawn(0.5, 10 + s), lengths=5) for s in (1, 2, 3)]
+    found = verdict(pd.concat([*simpo, *dpo]))
+    assert found["n_seeds"] == {"simpo": 3, "dpo": 3}, why
+    assert not any("copies" in w for w in found["warnings"])
+
+
+def test_on_few_prompts_equal_scores_are_no_copies() -> None:
+    few = [scores(arm, s, drawn(rate, 1, 12)) for arm, rate in (("simpo", 0.7), ("dpo", 0.5)) for s in (1, 2, 3)]
+    assert verdict(pd.concat(few))["n_seeds"] == {"simpo": 3, "dpo": 3}
+
+
+def test_a_guard_is_tested_on_the_same_runs() -> None:
+    """A copy is left out for every metric: the guard's interval is that without it, too."""
+    arms = {"simpo": 0.9, "dpo": 0.4}
+    given = [
+        scores(arm, seed, drawn(rate, base)).assign(scorer=metric)
+        for arm, rate in arms.items()
+        for metric, offset in (("checks", 0), ("safety", 50))
+        for seed, base in ((1, 1 + offset), (2, 2 + offset), (3, 2 + offset))
+    ]
+    frame = pd.concat(given)
+    guards = [{"metric": "safety", "margin": 0.9}]
+    copied = verdict(frame, metric="checks", guards=guards)
+    without = verdict(frame[frame["seed"] != 3], metric="checks", guards=guards)
+    assert copied["guards"] == without["guards"]
