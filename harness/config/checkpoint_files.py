@@ -29,6 +29,7 @@ _UNMERGEABLE = {
 # Initialisations after which PEFT cannot give an adapter the base that it was trained on: the base's weights were
 # changed by something that the folder does not hold (gradients, random numbers, another library's quantiser).
 _CHANGES_THE_BASE = re.compile(r"pissa_niter_.*|loftq|corda.*|lora_ga", re.IGNORECASE)
+_PARTS_OF_PISSA = ("pissa_init", "pissa_backup")
 _FOUR_BITS = re.compile(r"(-unsloth)?-bnb-4bit$", re.IGNORECASE)  # how the names of models in 4 bits end
 _NO_LANGUAGE_MODEL = (
     *("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "ForMultipleChoice"),
@@ -146,15 +147,32 @@ def adapter_problems(folder: Path) -> Iterator[str]:
             f"its adapter ({ADAPTER_CONFIG}: task_type={task}) is not of a language model; allowed: CAUSAL_LM. "
             "A reward model's adapter is not what DPO or SimPO start from"
         )
-    start = about.get("init_lora_weights")
-    if isinstance(start, str) and _CHANGES_THE_BASE.fullmatch(start):
+    if why := _changed_base(folder, about):
+        converted = folder.parent / "pissa_converted" if folder.name in _PARTS_OF_PISSA else folder / "pissa_converted"
+        remedy = (
+            f"give {converted}"
+            if is_adapter(converted)
+            else "save it as an adapter of the unchanged base (PEFT: save_pretrained with "
+            "path_initial_model_for_weight_conversion; LLaMA-Factory: pissa_convert: true), or give the merged model"
+        )
         yield (
-            f"its adapter ({ADAPTER_CONFIG}: init_lora_weights={start}) belongs to a base whose weights were changed "
-            "before training, and these are not in the folder; save it as an adapter of the unchanged base (PEFT: "
-            "save_pretrained with path_initial_model_for_weight_conversion; LLaMA-Factory: pissa_convert: true), or "
-            "give the merged model"
+            f"its adapter ({why}) belongs to a base whose weights were changed before training, and these are not in "
+            f"the folder; {remedy}"
         )
     yield from _adapter_weight_problems(folder)
+
+
+def _changed_base(folder: Path, about: dict[str, Any]) -> str:
+    """Say what tells that an adapter belongs to other weights than those of the base that it names; else nothing."""
+    start = about.get("init_lora_weights")
+    if isinstance(start, str) and _CHANGES_THE_BASE.fullmatch(start):
+        return f"{ADAPTER_CONFIG}: init_lora_weights={start}"
+    # LLaMA-Factory keeps these two beside the adapter, and says in them that the base is unchanged; where it wrote the
+    # changed base as well, that is the folder above.
+    base = str(about.get("base_model_name_or_path"))
+    if folder.name in _PARTS_OF_PISSA and Path(base).expanduser().resolve() != folder.parent.resolve():
+        return f"{folder.name}, a part of PiSSA"
+    return ""
 
 
 def _adapter_weight_problems(folder: Path) -> Iterator[str]:

@@ -44,8 +44,23 @@ def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_base(folder, Qwen2Config, Qwen2ForCausalLM, tie_word_embeddings=True)
 
 
-def trained(base: Path, folder: Path, *, prepare: Callable[[Any], Any] = lambda model: None, **more: Any) -> Any:
-    """Train an adapter in one random step, save it, and return the model as it was trained: not as PEFT loads it."""
+def trained(
+    base: Path,
+    folder: Path,
+    *,
+    prepare: Callable[[Any], Any] = lambda model: None,
+    before: Path | None = None,
+    **more: Any,
+) -> Any:
+    """Train an adapter in one random step, save it, and return the model as it was trained: not as PEFT loads it.
+
+    Args:
+        base: folder of the base.
+        folder: of the adapter.
+        prepare: changes the base.
+        before: folder for the adapter before it is trained, said to be one of the unchanged base.
+        more: of LoRA's config.
+    """
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
@@ -55,6 +70,11 @@ def trained(base: Path, folder: Path, *, prepare: Callable[[Any], Any] = lambda 
     prepare(model)
     lora = {"r": 4, "lora_alpha": 16, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **more}
     adapted = get_peft_model(model, LoraConfig(**lora))
+    if before is not None:
+        settings = adapted.peft_config["default"]
+        start, settings.init_lora_weights = settings.init_lora_weights, True
+        adapted.save_pretrained(before)
+        settings.init_lora_weights = start
     with torch.no_grad():
         for parameter in adapted.parameters():
             if parameter.requires_grad:
@@ -193,6 +213,29 @@ class TestLLaMAFactory:
         said = refusal(edit(tmp_path / "out", CONFIG, init_lora_weights=start), tmp_path / "results")
         assert f"init_lora_weights={start}) belongs to a base whose weights were changed" in said
         assert "pissa_convert: true" in said
+
+    def test_what_pissa_convert_writes(self, llama: Path, tmp_path: Path) -> None:
+        """PissaConvertCallback: the adapter before and after training, and the one of the unchanged base."""
+        folder, first = tmp_path / "out", tmp_path / "out" / "pissa_init"
+
+        model = trained(llama, folder, init_lora_weights="pissa_niter_16", before=first)
+        settings = model.peft_config["default"]
+        settings.init_lora_weights = True
+        model.save_pretrained(folder / "pissa_backup")
+        wanted = logits(model)
+        settings.init_lora_weights = "pissa_niter_16"
+        model.save_pretrained(folder / "pissa_converted", path_initial_model_for_weight_conversion=str(first))
+        for place in (folder, first, folder / "pissa_backup"):
+            assert refusal(place, tmp_path / "results").endswith(f"give {folder / 'pissa_converted'}")
+        found = logits(loaded(resolved(folder / "pissa_converted", tmp_path / "results")))
+        assert (found - wanted).abs().max() < 1e-4 * wanted.abs().max()
+
+    def test_a_base_that_pissa_has_changed(self, llama: Path, tmp_path: Path) -> None:
+        """scripts/pissa_init.py saves the changed base, and in it the adapter to begin with."""
+        shutil.copytree(llama, tmp_path / "base")
+        model = trained(tmp_path / "base", tmp_path / "base" / "pissa_init", target_modules=ATTENTION)
+        assert not list(folder_problems(tmp_path / "base" / "pissa_init"))
+        assert_same(tmp_path / "base" / "pissa_init", model, tmp_path / "results")
 
     def test_an_adapter_on_merged_adapters(self, llama: Path, tmp_path: Path) -> None:
         """With create_new_adapter the base that adapter_config.json names is the one below the merged adapters."""
