@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from harness.config.checkpoint_files import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -22,13 +24,17 @@ from harness.config.checkpoint_files import (
     adapter_problems,
     checkpoint_problems,
     file_problem,
+    has_chat_template,
     has_vocabulary,
     has_weights,
     header,
+    in_full_precision,
     is_adapter,
     language_model_problems,
     multimodal_type,
+    quantisation,
     read_json_object,
+    template_of_processor,
     weight_files,
 )
 from harness.config.paths import embedded_dir
@@ -195,13 +201,16 @@ class Checkpoints:
         if folder == adapter.resolve():
             raise UsageError(f"{ADAPTER_CONFIG} names its own folder as the base, which holds no weights; copy them")
         try:
-            folder = folder or _download(name, revision)
+            if folder is None:
+                _refuse_quantised_base(name, revision)
+                folder = _download(name, revision)
         except UnreachableError as error:
             raise UnreachableError(f"the base of its adapter, {error}") from error
         named = f"its adapter's base {name}"
         if is_adapter(folder):
             _refuse(folder_problems(folder), named)
         else:
+            _refuse_merged_before(adapter)
             _refuse(checkpoint_problems(folder, needs_tokenizer=not has_vocabulary(adapter)), named)
             _refuse(
                 language_model_problems(folder),
@@ -269,18 +278,55 @@ class Checkpoints:
             self._derive(derivation, temporary)
             for name, path in derivation.files.items():
                 shutil.copyfile(path, temporary / name)
+            template = template_of_processor(temporary)
+            if template is not None and not has_chat_template(temporary):
+                (temporary / "chat_template.jinja").write_text(template, encoding="utf-8")
             _write_facts(temporary, facts)
             temporary.rename(target)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _download(hub_id: str, revision: str | None) -> Path:
+def _refuse_quantised_base(hub_id: str, revision: str | None) -> None:
+    """Refuse an adapter whose base on the Hub is quantised, before its weights are downloaded."""
+    full = in_full_precision(hub_id)
+    if not full:
+        config = read_json_object(_download(hub_id, revision, ("config.json",)) / "config.json") or {}
+        if not quantisation(config):
+            return
+    raise UsageError(
+        f"its adapter was trained on {hub_id}, a quantised copy of a model; write the model in full precision into "
+        f"{ADAPTER_CONFIG} as base_model_name_or_path, by its Hub id{f' ({full})' if full else ''} or its folder: the "
+        "adapter is merged into that one"
+    )
+
+
+def _refuse_merged_before(adapter: Path) -> None:
+    """Refuse an adapter that was trained after others were merged into its base, as far as the folder says so."""
+    path = adapter / "training_args.yaml"  # LLaMA-Factory's web interface writes it; adapter_config.json has no word
+    if not path.is_file():
+        return
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return
+    given = found.get("adapter_name_or_path") if isinstance(found, dict) else None
+    names = [name.strip() for name in (given.split(",") if isinstance(given, str) else given or []) if name]
+    merged = names if names and found.get("create_new_adapter") else names[:-1]
+    if merged:
+        raise UsageError(
+            f"it was trained after the adapter {', '.join(merged)} had been merged into the base ({path.name}: "
+            f"adapter_name_or_path); write that adapter's folder into {ADAPTER_CONFIG} as base_model_name_or_path: "
+            "adapters on adapters are merged in turn"
+        )
+
+
+def _download(hub_id: str, revision: str | None, wanted: tuple[str, ...] = _WANTED) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
         found = snapshot_download(
-            hub_id, revision=revision, allow_patterns=list(_WANTED), ignore_patterns=list(_NOT_WANTED)
+            hub_id, revision=revision, allow_patterns=list(wanted), ignore_patterns=list(_NOT_WANTED)
         )
         return Path(found)
     except Exception as error:  # the Hub's client raises many kinds: no such model, no network, no permission

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,11 @@ _UNMERGEABLE = {
     *("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT", "CPT", "CARTRIDGE"),
     *("XLORA", "POLY", "SHADOW"),
 }
+# Initialisations after which PEFT cannot give an adapter the base that it was trained on: the base's weights were
+# changed by something that the folder does not hold (gradients, random numbers, another library's quantiser).
+_CHANGES_THE_BASE = re.compile(r"pissa_niter_.*|loftq|corda.*|lora_ga", re.IGNORECASE)
+_PARTS_OF_PISSA = ("pissa_init", "pissa_backup")
+_FOUR_BITS = re.compile(r"(-unsloth)?-bnb-4bit$", re.IGNORECASE)  # how the names of models in 4 bits end
 _NO_LANGUAGE_MODEL = (
     *("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "ForMultipleChoice"),
     *("ForMaskedLM", "ForPreTraining", "RewardModel", "ForRewardModel", "ForScore", "ForNextSentencePrediction"),
@@ -53,10 +59,15 @@ def multimodal_type(folder: Path) -> str:
 
 
 def has_chat_template(folder: Path) -> bool:
-    """Return whether a checkpoint's tokenizer has a chat template."""
-    files = ("chat_template.jinja", "chat_template.json")
+    """Return whether a checkpoint's tokenizer has a chat template; of chat_template.json it takes none."""
     about = read_json_object(folder / "tokenizer_config.json") or {}
-    return bool(about.get("chat_template")) or any((folder / name).is_file() for name in files)
+    return bool(about.get("chat_template")) or (folder / "chat_template.jinja").is_file()
+
+
+def template_of_processor(folder: Path) -> str | None:
+    """Return the chat template in chat_template.json, which processors wrote and no tokenizer reads."""
+    found = (read_json_object(folder / "chat_template.json") or {}).get("chat_template")
+    return found if isinstance(found, str) else None
 
 
 def checkpoint_problems(folder: Path, *, needs_tokenizer: bool = True) -> Iterator[str]:
@@ -94,7 +105,7 @@ def language_model_problems(folder: Path) -> Iterator[str]:
             f"its weights are quantised (config.json: quantization_config, {method}); give the same checkpoint in "
             "bf16, fp16 or fp32 (train.tuning=qlora makes 4 bits of it by itself)"
         )
-    for path in weight_files(folder):
+    for path in weight_files(folder) if not quantisation(config) else ():
         if name := next(iter(_quantised_tensors(path)), ""):
             yield f"{path.name}: tensor {name} is no bf16, fp16, fp32 or fp64; give the checkpoint in one of these"
             break
@@ -109,6 +120,12 @@ def quantisation(config: dict[str, Any]) -> str:
             bits = [key for key in ("load_in_4bit", "load_in_8bit") if found.get(key)]
             return " ".join(map(str, [found.get("quant_method", "of an unknown method"), *bits]))
     return ""
+
+
+def in_full_precision(name: str) -> str:
+    """Return the name in full precision of a model whose name says that it is in 4 bits; empty for all others."""
+    found = _FOUR_BITS.search(name)
+    return name[: found.start()] if found else ""
 
 
 def adapter_problems(folder: Path) -> Iterator[str]:
@@ -130,18 +147,69 @@ def adapter_problems(folder: Path) -> Iterator[str]:
             f"its adapter ({ADAPTER_CONFIG}: task_type={task}) is not of a language model; allowed: CAUSAL_LM. "
             "A reward model's adapter is not what DPO or SimPO start from"
         )
+    if why := _changed_base(folder, about):
+        converted = folder.parent / "pissa_converted" if folder.name in _PARTS_OF_PISSA else folder / "pissa_converted"
+        remedy = (
+            f"give {converted}"
+            if is_adapter(converted)
+            else "save it as an adapter of the unchanged base (PEFT: save_pretrained with "
+            "path_initial_model_for_weight_conversion; LLaMA-Factory: pissa_convert: true), or give the merged model"
+        )
+        yield (
+            f"its adapter ({why}) belongs to a base whose weights were changed before training, and these are not in "
+            f"the folder; {remedy}"
+        )
+    yield from _adapter_weight_problems(folder)
+
+
+def _changed_base(folder: Path, about: dict[str, Any]) -> str:
+    """Say what tells that an adapter belongs to other weights than those of the base that it names; else nothing."""
+    start = about.get("init_lora_weights")
+    if isinstance(start, str) and _CHANGES_THE_BASE.fullmatch(start):
+        return f"{ADAPTER_CONFIG}: init_lora_weights={start}"
+    # LLaMA-Factory keeps these two beside the adapter, and says in them that the base is unchanged; where it wrote the
+    # changed base as well, that is the folder above.
+    base = str(about.get("base_model_name_or_path"))
+    if folder.name in _PARTS_OF_PISSA and Path(base).expanduser().resolve() != folder.parent.resolve():
+        return f"{folder.name}, a part of PiSSA"
+    return ""
+
+
+def _adapter_weight_problems(folder: Path) -> Iterator[str]:
     path = folder / ADAPTER_WEIGHTS
     if path.is_file():
         if header(path) is None:
             yield f"{path.name} is cut off, or no safetensors file; copy or download it again"
+    elif sharded := _unmerged_shards(folder, adapter=True):
+        yield sharded
+    elif parts := sorted(folder.glob("adapter_model-*-of-*.safetensors")):
+        yield (
+            f"its adapter is in parts ({parts[0].name}, ...), which PEFT does not read; in that folder run "
+            'python -c "from glob import glob; from safetensors.torch import load_file, save_file; save_file({name: x '
+            "for part in glob('adapter_model-*-of-*.safetensors') for name, x in load_file(part).items()}, "
+            f"'{ADAPTER_WEIGHTS}')\""
+        )
     elif (folder / "adapter_model.bin").is_file():
         yield (
             "its adapter is pickled (adapter_model.bin), which is not loaded; in that folder run "
             'python -c "import torch; from safetensors.torch import save_file; save_file(torch.load('
             "'adapter_model.bin', weights_only=True), 'adapter_model.safetensors')\""
         )
+    elif inner := inner_checkpoints(folder):
+        yield (
+            f"{ADAPTER_CONFIG} is there and {ADAPTER_WEIGHTS} is not, as where training has not ended; the folder "
+            f"holds checkpoints of it: give one, such as {inner[-1]}"
+        )
     else:
         yield f"{ADAPTER_CONFIG} is there and {ADAPTER_WEIGHTS} is not; copy or download the adapter again"
+
+
+def inner_checkpoints(folder: Path) -> list[Path]:
+    """Return the folders in a folder that hold weights or an adapter, the newest step last."""
+    return sorted(
+        (path for path in folder.glob("*/") if has_weights(path) or (path / ADAPTER_WEIGHTS).is_file()),
+        key=lambda path: (len(path.name), path.name),
+    )
 
 
 def has_vocabulary(folder: Path) -> bool:
@@ -190,11 +258,7 @@ def _without_config(folder: Path) -> str:
         return _gguf(found[0])
     if sharded := _unmerged_shards(folder):
         return sharded
-    inner = sorted(
-        (path for path in folder.glob("*/") if has_weights(path) or is_adapter(path)),
-        key=lambda path: (len(path.name), path.name),
-    )
-    if inner:
+    if inner := inner_checkpoints(folder):
         names = ", ".join(path.name for path in inner[-3:])
         return f"the folder holds checkpoints ({names}) and is none itself; give one, such as {inner[-1]}"
     if (folder / ADAPTER_WEIGHTS).is_file():
@@ -232,6 +296,11 @@ def _without_safetensors(folder: Path) -> str:
     pickled = [name for name in pickled if name not in ("training_args.bin", "optimizer.pt", "scheduler.pt")]
     if found := sorted(folder.glob("*.gguf")):
         return _gguf(found[0])
+    if not pickled and (inner := inner_checkpoints(folder)):
+        return (
+            "the folder has no *.safetensors, as where training has not ended; it holds checkpoints: give one, such "
+            f"as {inner[-1]}"
+        )
     if any(name.startswith("pytorch_model") for name in pickled):
         return (
             f"its weights are pickled ({pickled[0]}); pickled weights are not loaded, since they can run code. Where "
@@ -245,18 +314,20 @@ def _without_safetensors(folder: Path) -> str:
     return "the folder has no *.safetensors (pickled weights are not loaded); save it again with save_pretrained"
 
 
-def _unmerged_shards(folder: Path) -> str:
+def _unmerged_shards(folder: Path, *, adapter: bool = False) -> str:
     """Say how to gather what several processes saved in parts; empty where a folder holds no such parts."""
+    what = "its adapter is" if adapter else "its weights are"
+    then = f"rename NEW/{SINGLE} to {ADAPTER_WEIGHTS}, copy {ADAPTER_CONFIG}" if adapter else "copy config.json"
     if (folder / "zero_to_fp32.py").is_file() or any(folder.glob("global_step*/")):
         return (
-            "its weights are DeepSpeed's parts of several processes; in that folder run "
-            "python zero_to_fp32.py . NEW --safe_serialization, copy config.json and the tokenizer there and give NEW"
+            f"{what} DeepSpeed's parts of several processes; in that folder run python zero_to_fp32.py . NEW "
+            f"--safe_serialization, {then} and the tokenizer there and give NEW"
         )
     parts = [path.parent for path in [*folder.glob("*.distcp"), *folder.glob("*/*.distcp")]]
     if parts:
         return (
-            f"its weights are FSDP's parts of several processes; run accelerate merge-weights {parts[0]} NEW, copy "
-            "config.json and the tokenizer there and give NEW"
+            f"{what} FSDP's parts of several processes; run accelerate merge-weights {parts[0]} NEW, {then} and the "
+            "tokenizer there and give NEW"
         )
     return ""
 

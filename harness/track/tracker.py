@@ -257,7 +257,6 @@ def _within(seconds: float, call: Callable[[], T]) -> T:
 def _stop_service() -> None:
     """Kill W&B's service process: it holds the run's id, and this process would wait for it before it exits."""
     import psutil
-
     import wandb
 
     for child in psutil.Process().children():

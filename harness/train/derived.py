@@ -18,6 +18,7 @@ from harness.config.checkpoint import Derivation
 from harness.config.checkpoint_files import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
+    has_vocabulary,
     header,
     is_adapter,
     multimodal_type,
@@ -49,8 +50,11 @@ def derive(derivation: Derivation, target: Path) -> None:
     Raises:
         UsageError: where the adapter does not fit its base, cannot be merged, or where the file computes another thing.
     """
+    import torch
+
     make = _merge if derivation.adapter else _take_text
-    with _quiet():
+    with _quiet(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # rows of embeddings that no tensor fills: the same in each place
         try:
             logits = make(derivation, target)
         except (UsageError, MemoryError):
@@ -87,7 +91,9 @@ def _merge(derivation: Derivation, target: Path) -> Tensor:
     with _weights_alone(derivation.base) as folder:
         base = load_checked(_class_of(derivation.base), folder, named=str(derivation.base), dtype="auto")
     _refuse_unknown_settings(adapter)
-    _resize_embeddings(base, adapter)
+    rows = base.get_input_embeddings().weight.shape[0]
+    is_whole = _resize_embeddings(base, adapter)
+    _refuse_lost_tokens(derivation, base.get_input_embeddings().weight.shape[0] if is_whole else rows)
     was_tied = _is_tied(base)
     with torch.no_grad():
         try:
@@ -95,7 +101,13 @@ def _merge(derivation: Derivation, target: Path) -> Tensor:
             loaded = model.load_adapter(adapter, "default", torch_device="cpu")  # a second time, for what it reports
         except (ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:
             raise UsageError(f"its adapter does not fit the base {derivation.base}: {_first_line(error)}") from error
-        if lost := sorted({*loaded.unexpected_keys, *loaded.missing_keys}):
+        lost = sorted({*loaded.unexpected_keys, *loaded.missing_keys} - set(_copies(adapter)))
+        if lost and all("lora_magnitude_vector" in name for name in lost):
+            raise UsageError(
+                f"its adapter has the magnitudes of DoRA ({lost[0]}, ...) and {ADAPTER_CONFIG} does not say so; "
+                "write use_dora: true there"
+            )
+        if lost:
             raise UsageError(
                 f"its adapter does not fit the base {derivation.base}: {len(lost)} tensors have no counterpart "
                 f"({', '.join(lost[:3])}); name the base it was trained on in {ADAPTER_CONFIG}"
@@ -103,7 +115,7 @@ def _merge(derivation: Derivation, target: Path) -> Tensor:
         logits = _logits(model.eval())
         if not bool(torch.isfinite(logits).all()):
             raise UsageError(f"base and adapter give no finite logits; {ADAPTER_WEIGHTS} or the base is damaged")
-        _untie(model)
+        _unshare(model)
         merged = model.merge_and_unload(safe_merge=True)
     if was_tied:
         _tie_again(merged)
@@ -193,32 +205,87 @@ def _weights_alone(folder: Path) -> Iterator[Path]:
         yield Path(place)
 
 
-def _resize_embeddings(base: PreTrainedModel, adapter: Path) -> None:
-    """Give the base as many rows of embeddings as the adapter was trained with: SFT may have added tokens."""
+def _copies(adapter: Path) -> Iterator[str]:
+    """Yield the tensors that PEFT saves a second time where a vocabulary has grown: of a module that is saved whole."""
+    from safetensors import safe_open
+
+    marker = ".modules_to_save."
+    with safe_open(adapter / ADAPTER_WEIGHTS, framework="pt") as file:
+        names = set(file.keys())
+        for name in names:
+            plain = name.replace(marker, ".")
+            if marker in name and plain in names and file.get_tensor(name).equal(file.get_tensor(plain)):
+                yield name
+
+
+def _resize_embeddings(base: PreTrainedModel, adapter: Path) -> bool:
+    """Give the base as many rows of embeddings as the adapter was trained with: SFT may have added tokens.
+
+    Returns:
+        Whether the adapter holds all rows of the input embeddings.
+    """
     modules = {id(module): name for name, module in base.named_modules()}
-    rows = set()
+    rows, is_whole = set(), False
     inputs, outputs = base.get_input_embeddings(), base.get_output_embeddings()
     for part, low_rank in ((inputs, ("lora_embedding_A", 1)), (outputs, ("lora_B.weight", 0))):
         name = modules.get(id(part), "")
-        whole = [f"{name}.{rest}" for rest in ("weight", "base_layer.weight", "modules_to_save.weight")]
+        ends = ("weight", "base_layer.weight", "modules_to_save.weight", "token_adapter.base_layer.weight")
+        whole = [f"{name}.{rest}" for rest in ends]
         for tensor, entry in (header(adapter / ADAPTER_WEIGHTS) or {}).items():
             plain = tensor.removeprefix("base_model.model.")
             if name and plain in whole:
                 rows.add(entry["shape"][0])
+                is_whole |= part is inputs
             elif name and plain == f"{name}.{low_rank[0]}":
                 rows.add(entry["shape"][low_rank[1]])
     if len(rows) == 1 and (count := rows.pop()) != inputs.weight.shape[0]:
         base.resize_token_embeddings(count, mean_resizing=False)  # the adapter's own rows replace the new ones
+    return is_whole
 
 
-def _untie(model: PeftModel) -> None:
-    """Give the head weights of its own: merging into one of a tied pair would change the other as well."""
+def _refuse_lost_tokens(derivation: Derivation, rows: int) -> None:
+    """Refuse tokens that SFT added and whose rows of embeddings were not saved.
+
+    Args:
+        derivation: of a merge.
+        rows: number of rows that base and adapter hold.
+    """
+    adapter = derivation.adapter
+    if (
+        adapter is None
+        or adapter == derivation.base
+        or not (has_vocabulary(adapter) and has_vocabulary(derivation.base))
+    ):
+        return
+    from transformers import AutoTokenizer
+
+    own, of_base = (
+        AutoTokenizer.from_pretrained(folder, trust_remote_code=False).get_vocab()
+        for folder in (adapter, derivation.base)
+    )
+    trained = (read_json_object(adapter / ADAPTER_CONFIG) or {}).get("trainable_token_indices") or []
+    saved = {*(trained if isinstance(trained, list) else (index for part in trained.values() for index in part))}
+    lost = sorted(
+        token for token, index in own.items() if index >= rows and index not in saved and token not in of_base
+    )
+    if lost:
+        raise UsageError(
+            f"its tokenizer has {len(lost)} tokens more than its base ({', '.join(lost[:3])}), and {ADAPTER_WEIGHTS} "
+            "does not hold their rows of the embeddings; save the adapter with save_embedding_layers=True, or give "
+            "the merged model"
+        )
+
+
+def _unshare(model: PeftModel) -> None:
+    """Give each module weights of its own: merging into one of two that share theirs would change the other as well."""
     from torch import nn
 
-    embeddings = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
+    seen = set()
     for module in model.modules():
-        if isinstance(module, nn.Linear) and any(module.weight is weight for weight in embeddings):
-            module.weight = nn.Parameter(module.weight.detach().clone())
+        for name, parameter in module.named_parameters(recurse=False):
+            if id(parameter) in seen:
+                setattr(module, name, nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad))
+            seen.add(id(parameter))
 
 
 def _is_tied(model: PreTrainedModel) -> bool:
