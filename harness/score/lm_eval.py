@@ -8,8 +8,8 @@ process of their own (`python -m harness.score.lm_eval WORK.json ROWS.json`): th
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -102,15 +102,15 @@ def follows_instructions(instructions: Mapping[str, Json], prompt: str, answer: 
         return float(process_results(document, [answer])[_IFEVAL_METRICS[strict]])
 
 
-@functools.cache
 def _ifeval_checks() -> Callable[[Mapping[str, Any], Sequence[str]], Mapping[str, Any]]:
-    """Load the library, and langdetect's profiles, once and before any clock runs."""
+    """Load the library, and langdetect's profiles, before any clock runs."""
     with _no_download():
         from lm_eval.tasks.ifeval.utils import process_results
-    import langdetect
+    from langdetect import DetectorFactory, detector_factory
 
-    langdetect.DetectorFactory.seed = 0  # else the detected language of a short answer changes between runs
-    langdetect.detect("These profiles are loaded once.")
+    DetectorFactory.seed = 0  # else the detected language of a short answer changes between runs
+    detector_factory.init_factory()
+    logging.getLogger("lm_eval.tasks.ifeval.instructions").disabled = True  # it prints answers, whatever they hold
     return process_results
 
 
