@@ -105,5 +105,23 @@ def test_nobody_but_the_table_of_arms_compares_an_arms_name() -> None:
                 assert not values & set(ARMS), f"{name}:{node.lineno} compares an arm's name"
 
 
+# A process that serves a launcher's jobs has one context; a name's words are the same for every study.
+CACHES = {"sweep/launch.py: worker_context", "data/ratings.py: _words"}
+
+
+def test_no_module_keeps_state_between_studies() -> None:
+    """No cache on a module's function, no empty container or variable that functions fill later."""
+    found = set()
+    for name, path in FILES.items():
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.FunctionDef) and any("cache" in ast.unparse(d) for d in node.decorator_list):
+                found.add(f"{name}: {node.name}")
+            is_variable = isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None
+            if is_variable and ast.unparse(node.value) in ("{}", "[]", "set()", "dict()", "list()", "None"):
+                found.add(f"{name}: {ast.unparse(node).partition(' ')[0].rstrip(':')}")
+        found |= {f"{name}: global" for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Global)}
+    assert found == CACHES
+
+
 def test_there_is_no_drawer_for_odds_and_ends() -> None:
     assert not {"utils.py", "common.py", "helpers.py"} & {Path(name).name for name in FILES}

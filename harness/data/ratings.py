@@ -88,7 +88,7 @@ def is_tie(row: Mapping[str, Json]) -> bool:
     return bool(gaps) and not any(gaps)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=1024)  # of a pure function: a file has few names and many rows
 def _words(name: str) -> Words:
     return frozenset(word.lower() for word in _WORD.findall(name))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -522,7 +521,6 @@ _WAYS: dict[Way, str] = {
 }
 
 
-@functools.cache
 def _method(arm: str) -> MethodConfig:
     return ARMS[arm].config(name=arm, learning_rate=1e-6)
 
