@@ -126,7 +126,7 @@ def test_a_base_that_fails_is_named_with_its_reason_and_exits_with_1(tmp_path: P
     assert print_result(result) == 1
     said = capsys.readouterr().out
     assert "failed: sft base seed 0" in said
-    assert "generate: MemoryError: cannot allocate the weights" in said
+    assert "preconditions: MemoryError: cannot allocate the weights" in said
     assert "no verdict: the SFT base, which every arm is measured against, could not be scored" in said
     assert "report:" not in said
 
@@ -178,7 +178,7 @@ def test_a_metric_that_golden_cannot_give_is_refused_before_anything_is_register
 
 def test_a_template_that_cannot_work_is_refused_before_anything_is_registered(tmp_path: Path) -> None:
     template = tmp_path / "template.jinja"
-    template.write_text("{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}")
+    template.write_text("{{ messages | length }}{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}")
     with pytest.raises(UsageError, match="the chat template renders the prompt alone differently"):
         sweep(tmp_path / "results", "seed=0", f"model.chat_template={template}")
     assert not (tmp_path / "results").exists()
@@ -233,7 +233,13 @@ def test_what_was_proved_stands_in_the_manifests_and_in_the_report(finished: Pat
     found = [manifest["preconditions"] for manifest in manifests(finished).values()]
     assert len(found) == 2
     assert found[0] == found[1]
-    assert [row["result"] for row in found[0]] == ["proved"] * 3
+    assert {row["name"]: row["result"] for row in found[0]} == dict.fromkeys(
+        [
+            *("parameters are those of the files", "training is deterministic", "the loss is the arm's alone"),
+            *("the engine computes what TRL's computes", "date", "end of turn", "token ids", "embedding", "positions"),
+        ],
+        "proved",
+    )
     for page in ("report.html", "report.md"):
         text = (finished / page).read_text()
         assert "Training is deterministic: proved." in text
