@@ -186,6 +186,15 @@ def _state(path: Path) -> _State:
     return path, about.st_ino, about.st_size, about.st_mtime_ns, about.st_ctime_ns
 
 
+def read_sealed(path: Path) -> dict[str, Any] | None:
+    """Return a sealed mapping without its seal; None where the file is absent, damaged or was changed."""
+    try:
+        found = read_json(path)
+    except (OSError, ValueError):
+        return None
+    return unsealed(found) if isinstance(found, dict) and is_sealed(found) else None
+
+
 def read_json(path: Path, files: FileCache | None = None) -> Any:
     """Read a JSON file.
 

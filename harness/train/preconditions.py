@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from harness.config.schema import Reference, RunConfig, Tuning
 from harness.data.tokens import ChatFormat, TokenPair, canonical_bytes
 from harness.study.errors import UsageError
-from harness.study.files import digest, locked, read_json, write_json
+from harness.study.files import digest, locked, read_sealed, seal, write_json
 from harness.study.manifest import Finding
 from harness.train.layout import Layout
 from harness.train.prover import Proof, Prover, checked_of
@@ -52,12 +52,12 @@ def proved_once(
     folder = Path(config.results_dir) / ".cache" / "preconditions" / _key(config, rows, base_sha256)
     path = folder / "proof.json"
     with locked(folder):
-        if path.is_file():
-            found = read_json(path)
+        if (found := read_sealed(path)) is not None:
             return Proof(Layout(**found["layout"]), tuple(Finding(**row) for row in found["findings"]))
         with lend() as base:
             proof = prove(config, rows, base, chat)
-        write_json(path, {"layout": asdict(proof.layout), "findings": [asdict(row) for row in proof.findings]})
+        facts = {"layout": asdict(proof.layout), "findings": [asdict(row) for row in proof.findings]}
+        write_json(path, seal(facts))
     return proof
 
 

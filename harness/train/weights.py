@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from harness.config.checkpoint_files import header, weight_files
 from harness.study.errors import UsageError
-from harness.study.files import digest, is_sealed, read_json, seal, write_json
+from harness.study.files import digest, read_sealed, seal, write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -78,7 +78,7 @@ def check_weights(folder: Path, *, named: str, about: Sequence[str], cache: Path
     import transformers
 
     path = cache / "weights" / f"{digest([*about, transformers.__version__])[:16]}.json"
-    if path.is_file() and is_sealed(known := read_json(path)):
+    if (known := read_sealed(path)) is not None:
         return list(known["unexpected"] and [_unexpected(known["unexpected"], named)])
     unexpected = _check(folder, named)
     write_json(path, seal({"unexpected": unexpected}))

@@ -108,7 +108,7 @@ def test_a_stored_policy_answers_as_the_trained_one_and_the_base_comes_back(kind
     policy.save_pretrained(tmp_path / "adapter")
     with torch.no_grad():
         expected = policy(input_ids=IDS).logits
-        bases = Bases(lambda model: Path(model.path))
+        bases = Bases(lambda model, results: Path(model.path))
         with bases.borrow_base(config) as base:
             plain = base(input_ids=IDS).logits
         with bases.borrow_policy(config, tmp_path) as stored:
