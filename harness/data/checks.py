@@ -24,7 +24,9 @@ from harness.study.limits import TooSlowError, can_limit, time_limit
 SECONDS = 0.3  # of CPU time for one check of one answer
 FOLD = "fold"
 
-_NUMBER = re.compile(r"(?:(?<![\w)\]])[-−])?(?:\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)")
+_NUMBER = re.compile(
+    r"(?:(?<![\w)\]])[-−])?(?:\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)(?:[eE][-+−]?\d{1,3}(?!\w))?"
+)
 
 
 class UncheckedError(ValueError):

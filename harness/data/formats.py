@@ -7,6 +7,7 @@ IFEval) keep the columns that their own tools need.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -63,6 +64,7 @@ ANSWER_COLUMNS = (
     *("answer", "answers", "label", "target", "gold", "gold_answer", "final_answer", "ground_truth"),
     *("reference_answer", "expected_answer", "expected"),
 )
+_NO_NUMBER = re.compile(r"\d\s*[/:]\s*\d|\\[dt]?frac\b")  # what its last number is not
 _MEDIA_COLUMNS = ("images", "image", "videos", "video", "audios", "audio")
 # What `chat_template_kwargs` may not set: arguments of the rendering itself.
 _RESERVED = {
@@ -242,6 +244,8 @@ def _answer_check(row: Row, kind: str) -> Check:
     if kind != "number":
         return {kind: _final(value)}
     number = last_number(_final(value))
+    if isinstance(value, str) and _NO_NUMBER.search(_final(value)):
+        raise RowError(f"`{column}` is {shown(value)}; a fraction or a time is no number: use data.answer_check=equals")
     if number is None:
         raise RowError(f"`{column}` is {shown(value)}; allowed for data.answer_check=number: a text with a number")
     return {kind: number}
@@ -285,9 +289,9 @@ def _prompt_value(row: Row, columns: frozenset[str]) -> str | Turns | None:
     if column is None or (column == "input" and "instruction" in columns):
         return None
     value = text_or_turns(row[column], column)
+    if row.get("history"):
+        raise RowError(f"`history` is not read beside `{column}`; give all turns as `conversations`")
     if column == "instruction":
-        if row.get("history"):
-            raise RowError("`history` is not read beside `instruction`; give all turns as `conversations`")
         if row.get("input"):
             return f"{value}\n{text_or_turns(row['input'], 'input')}"
     return value

@@ -31,7 +31,8 @@ _DIFFERENCES = {"margin", "diff", "difference", "gap", "delta"}
 _QUALIFIERS = {
     *("avg", "average", "mean", "overall", "final", "total", "aggregate", "aggregated", "weighted", "raw"),
     *("normalized", "normalised", "rm", "model", "judge", "gpt", "gpt4", "4", "llm", "human", "annotator", "critic"),
-    *("preference", "armorm", "value", "elo", "votes"),
+    *("preference", "armorm", "value", "elo", "votes", "o"),  # gpt4o
+    *("response", "responses", "answer", "answers", "completion", "output", "generation", "text"),
     *(
         "metadata",
         "meta",

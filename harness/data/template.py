@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from harness.data.records import NOTHING, Given, Message
 from harness.study.errors import UsageError
+from harness.study.limits import TooSlowError, time_limit
 from harness.study.text import one_line
 
 if TYPE_CHECKING:
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 Conversation = tuple[Sequence[Message], Given]  # turns, and what the template gets beside them
 
+_SECONDS = 2.0  # of CPU time for one conversation; a real template needs some thousandths
+_MOST_CHARS, _TIMES = 1_000_000, 20  # a text may have so many characters, and so many for each one of the conversation
 _TRIED = 8  # conversations on which it is tried whether a template writes a key
 _COMMENT = re.compile(r"\{#.*?#\}", re.DOTALL)
 _CHANCE = re.compile(r"\|\s*random\b|\blipsum\s*\(")
@@ -90,16 +93,22 @@ class ChatTemplate:
         if key not in self._texts:
             self._texts[key] = at_date(self._source(given), date)
         try:
-            text: str = self._tokenizer.apply_chat_template(
-                messages,
-                tools=list(given.tools) or None,
-                chat_template=self._texts[key],
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-                **dict(given.kwargs),
-            )
+            with time_limit(_SECONDS):
+                text: str = self._tokenizer.apply_chat_template(
+                    messages,
+                    tools=list(given.tools) or None,
+                    chat_template=self._texts[key],
+                    tokenize=False,
+                    add_generation_prompt=add_generation_prompt,
+                    **dict(given.kwargs),
+                )
         except Exception as error:  # a template can raise whatever Python can
             raise UsageError(_refusal(messages, error)) from error
+        if len(text) > _MOST_CHARS and len(text) > _TIMES * len(str((messages, given))):
+            raise UsageError(
+                f"the chat template writes {len(text):,} characters for a conversation with the turns "
+                f"{_roles(messages)}; mend it, or give another one with model.chat_template"
+            )
         return text
 
     def mentions(self, word: str, given: Given = NOTHING) -> bool:
@@ -141,10 +150,19 @@ class ChatTemplate:
             ) from error
 
 
+def _roles(messages: Sequence[dict[str, Any]]) -> str:
+    return ", ".join(str(message["role"]) for message in messages)
+
+
 def _refusal(messages: Sequence[dict[str, Any]], error: Exception) -> str:
     from jinja2 import TemplateError
 
-    roles = ", ".join(str(message["role"]) for message in messages)
+    roles = _roles(messages)
+    if isinstance(error, TooSlowError):
+        return (
+            f"the chat template needs more than {_SECONDS:g} s for a conversation with the turns {roles}, as where a "
+            "loop does not end; mend it, or give another one with model.chat_template"
+        )
     if isinstance(error, TemplateError):
         return (
             f"the chat template refuses a conversation with the turns {roles}: {error}; "

@@ -399,7 +399,13 @@ def load_chat_format(
         tokenizer.pad_token = tokenizer.eos_token
     try:
         stops = GenerationConfig.from_pretrained(str(model_path), revision=revision).eos_token_id
-    except OSError:  # a checkpoint without generation_config.json
+    except OSError as error:
+        if (Path(model_path) / "generation_config.json").is_file():
+            raise UsageError(f"{model_path}/generation_config.json is not readable; copy it again, or remove it") from error
         stops = None
     stop_ids = [] if stops is None else stops if isinstance(stops, list) else [stops]
+    if not all(isinstance(stop, int) for stop in stop_ids):
+        raise UsageError(
+            f"{model_path}/generation_config.json: eos_token_id={stops!r}; allowed: the id of a token, or a list of ids"
+        )
     return ChatFormat(tokenizer, stop_ids, use_template=auto, date=date)

@@ -10,15 +10,15 @@ import unicodedata
 import regex
 
 # Unicode's "Stream-Safe Text Format" allows 30 marks in a row. Sorting a longer run takes quadratic time.
-_MANY_MARKS = regex.compile(r"\p{M}{31}")
+_MANY_MARKS = regex.compile(r"(\P{M}?\p{M}{31,}+)")
 
 _QUOTES = str.maketrans(dict.fromkeys("‘’‚‛‹›ʼ´′＇", "'") | dict.fromkeys("“”„‟«»″〝〞＂", '"'))
 _INVISIBLE = regex.compile(r"\p{Default_Ignorable_Code_Point}")
 
 # Scripts without spaces between words, by the mean number of characters in a word.
 _ONE = r"\p{Script=Katakana}ーｰ"  # a run is one word
-_SHORT_WORDS = r"\p{Script=Han}\p{Script=Hiragana}\p{Script=Bopomofo}"
-_LONG_WORDS = r"\p{Script=Thai}\p{Script=Lao}\p{Script=Khmer}\p{Script=Myanmar}"
+_SHORT_WORDS = r"\p{Script=Han}\p{Script=Hiragana}\p{Script=Bopomofo}\p{Script=Yi}"
+_LONG_WORDS = r"\p{Line_Break=Complex_Context}\p{Script=Tibetan}\p{Script=Javanese}\p{Script=Balinese}"
 _UNSPACED = regex.compile(f"[{_ONE}{_SHORT_WORDS}{_LONG_WORDS}]")
 _SHORT, _LONG = 1.5, 4.0
 _WORD = regex.compile(
@@ -37,10 +37,11 @@ _PICTURE = regex.compile(r"\p{Extended_Pictographic}")
 
 
 def normal(text: str) -> str:
-    """Return the text in NFC; one with more than 30 marks on a letter stays as it is."""
-    if text.isascii() or _MANY_MARKS.search(text):
+    """Return the text in NFC; letters with more than 30 marks stay as they are."""
+    if text.isascii():
         return text
-    return unicodedata.normalize("NFC", text)
+    parts = _MANY_MARKS.split(text)  # every second one is such a letter
+    return "".join(part if i % 2 else unicodedata.normalize("NFC", part) for i, part in enumerate(parts))
 
 
 def fold(text: str) -> str:
@@ -52,8 +53,8 @@ def count_words(text: str) -> int:
     """Count words.
 
     What stands between white space is a word. In scripts that put no spaces between words, the number is estimated from
-    the mean length of a word: 1.5 characters of Chinese and Japanese, 4 of Thai, Lao, Khmer and Burmese; a run of
-    katakana is one word. Where zero-width spaces part the words of the latter, these are counted.
+    the mean length of a word: 1.5 characters of Chinese, Japanese and Yi; 4 of Thai, Lao, Khmer, Burmese, Tibetan and
+    their kin; a run of katakana is one word. Where zero-width spaces part the words of the latter, these are counted.
     """
     return sum(_words_of(token) if _UNSPACED.search(token) else 1 for token in text.split())
 

@@ -85,6 +85,11 @@ def _reversed(row: TokenPair) -> TokenPair:
     )
 
 
+def _other_end(ids: tuple[int, ...]) -> tuple[int, ...]:
+    """Return ids with another last one, which stands in the same row."""
+    return (*ids[:-1], next((token for token in ids if token != ids[-1]), 0))
+
+
 @dataclass(frozen=True)
 class _Measured:
     """A trainer's loss at its start and with the nudged adapter, and the gradient's norm there."""
@@ -144,6 +149,7 @@ class Prover:
             return Proof(Layout(self._ways()[0]), (Finding(ENGINE, "not proved", why),))
         self.base_sums = self._sums(self.truth)
         deterministic = self._prove_deterministic()
+        self._refuse_look_ahead()
         try:
             layout, loss, engine = self._prove_engine()
         except (torch.OutOfMemoryError, MemoryError):
@@ -152,6 +158,18 @@ class Prover:
             loss = Finding(LOSS, "not proved", "memory ran out while it was measured")
             engine = Finding(ENGINE, "not proved", "memory ran out while it was measured")
         return Proof(layout, (self._parameters(), deterministic, loss, engine), self.gaps)
+
+    def _refuse_look_ahead(self) -> None:
+        """Raise a UsageError for a model whose tokens see later ones: answers that it writes are not those it scores."""
+        changed = [replace(row, chosen_ids=_other_end(row.chosen_ids)) for row in self.sample]
+        found, before = self._token_logps("alone", changed), self.truth
+        gap = max(_largest_gap([found[i][:-1]], [before[i][:-1]]) for i in range(0, len(found), 2))
+        if gap > _TOKEN_GAP * self.coarseness:
+            raise UsageError(
+                f"model.path={self.name}: a {type(self.model).__name__} lets tokens see later ones (log-probs change "
+                f"by up to {gap:.2g} nats where only the last token does), so that it is no causal language model; "
+                "write is_decoder: true into config.json where it was trained as one, or take another checkpoint"
+            )
 
     def _parameters(self) -> Finding:
         """Say that loading has found every parameter in the files, or it would have been refused (`load_checked`)."""

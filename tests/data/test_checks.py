@@ -30,6 +30,8 @@ CASES = [
     ({"max_words": 2}, "two words", "three words now"),
     ({"min_words": 2}, "two words", "one"),
     ({"number": 42}, "In all: 1,000 - 958 = 42.", "42 of 43"),
+    ({"number": 1e-05}, "It is 1e-05.", "It is 5."),
+    ({"number": 2.5e16}, "2.5E+16", "16"),
     ({"json": True}, '{"a": [1, 2]}', "{'a': 1}"),
     ({"ends_properly": True}, "It ends.", "It ends and"),
 ]
@@ -87,6 +89,9 @@ def test_answers_that_stop_in_the_middle_do_not(text: str) -> None:
         ("ฉันชอบกินแอปเปิล", 4),  # estimated: 4 characters a word
         ("ខ្ញុំ\u200bស្រលាញ់\u200bកម្ពុជា", 3),  # parted by zero-width spaces
         ("Python是一种语言", 4),
+        ("བོད་ཡིག་སྐད་ཆ་", 4),
+        ("ꦱꦸꦒꦼꦁꦫꦮꦸꦃ", 2),
+        ("ꆈꌠꁱꂷ", 3),
         ("", 0),
     ],
 )

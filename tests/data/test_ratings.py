@@ -25,6 +25,9 @@ SPELLINGS: list[tuple[str, str]] = [
     ("score_w", "score_l"),
     ("winner_rating", "loser_rating"),
     ("quality_chosen", "quality_rejected"),
+    ("chosen_response_score", "rejected_response_score"),
+    ("rating_chosen_answer", "rating_rejected_answer"),
+    ("gpt4o_score_chosen", "gpt4o_score_rejected"),
 ]
 
 

@@ -104,6 +104,11 @@ def test_an_address_in_a_users_text_is_no_chance() -> None:
         ("{% for m in messages %}{{ m.content }", "refuses a conversation"),
         ("{{ raise_exception('no system turns') }}", "no system turns"),
         ("{% for i in range(10 ** 9) %}x{% endfor %}", "OverflowError"),
+        (
+            "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+            "needs more than 2 s .* turns user, as where a loop does not end",
+        ),
+        ("{{ 'x' * 2000000 }}", "writes 2,000,000 characters for a conversation with the turns user"),
     ],
 )
 def test_a_template_that_fails_is_refused_whatever_it_raises(template: str, error: str) -> None:

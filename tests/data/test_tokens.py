@@ -252,6 +252,17 @@ def load(name: str, *, template: str | None = None) -> ChatFormat:
         return load_chat_format(folder, revision=None, template=None, auto=True)
 
 
+@pytest.mark.parametrize(
+    ("written", "message"),
+    [('{"eos_token_id": "2"}', "eos_token_id='2'; allowed: the id of a token"), ("{nope", "json is not readable")],
+)
+def test_a_generation_config_that_says_nothing_of_use_is_refused(written: str, message: str, tmp_path: Path) -> None:
+    build_tokenizer(FAMILIES["phi-3"]).save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").write_text(written)
+    with pytest.raises(UsageError, match=message):
+        load_chat_format(tmp_path, revision=None, template=None, auto=True)
+
+
 def build_tokenizer(family: Family) -> Any:
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast

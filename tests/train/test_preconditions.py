@@ -40,7 +40,7 @@ def test_the_embedded_model_is_proved_packed_and_comes_back_as_it_was(tuning: st
     proof = proof_of(config, base)
     assert proof.layout.way == "packed"
     assert not proof.layout.still
-    assert [result for result, _ in details(proof).values()] == ["proved"] * 3
+    assert [result for result, _ in details(proof).values()] == ["proved"] * 4
     assert "0.693147 (log 2)" in details(proof)[LOSS][1]
     assert max(proof.gaps) < 1e-5
     assert before.keys() == base.state_dict().keys()
@@ -78,6 +78,14 @@ def test_noise_that_no_mode_switches_off_is_refused_by_name() -> None:
     with pytest.raises(
         UsageError, match=r"Linear \(model\.layers\.0\.self_attn\.o_proj\) gives other values at each call"
     ):
+        proof_of(configure(), base)
+
+
+def test_a_model_whose_tokens_see_later_ones_is_refused() -> None:
+    """As an encoder does that transformers loads as a language model (BERT without is_decoder)."""
+    base = load_base(configure())
+    base.model.layers[0].mlp.register_forward_hook(lambda module, args, output: output + 0.1 * output.mean(1, True))
+    with pytest.raises(UsageError, match=r"LlamaForCausalLM lets tokens see later ones .* is_decoder: true"):
         proof_of(configure(), base)
 
 
