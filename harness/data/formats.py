@@ -291,9 +291,8 @@ def _prompt_value(row: Row, columns: frozenset[str]) -> str | Turns | None:
     value = text_or_turns(row[column], column)
     if row.get("history"):
         raise RowError(f"`history` is not read beside `{column}`; give all turns as `conversations`")
-    if column == "instruction":
-        if row.get("input"):
-            return f"{value}\n{text_or_turns(row['input'], 'input')}"
+    if column == "instruction" and row.get("input"):
+        return f"{value}\n{text_or_turns(row['input'], 'input')}"
     return value
 
 

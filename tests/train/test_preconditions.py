@@ -170,3 +170,13 @@ def test_a_second_study_of_the_same_model_pays_nothing(tmp_path: Path) -> None:
     ask(config, "b")
     ask(replace(config, train=replace(config.train, engine=Engine.stock)))
     assert len(lent) == 3
+    (kept, *_) = sorted((tmp_path / ".cache" / "preconditions").glob("*/proof.json"))
+    kept.write_text(kept.read_text().replace("proved", "\x00roved", 1))
+    for _ in range(2):
+        for one, sha256 in (
+            (config, "a"),
+            (config, "b"),
+            (replace(config, train=replace(config.train, engine=Engine.stock)), "a"),
+        ):
+            ask(one, sha256)
+    assert len(lent) == 4, "a damaged proof is made again, once"
