@@ -14,12 +14,14 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any, TextIO
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.singleton import Singleton
 from hydra.core.utils import JobReturn, JobStatus, run_job, setup_globals
 from hydra.plugins.launcher import Launcher as HydraLauncher
+from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict
 
 from harness.config.launchers import Launcher
@@ -49,11 +51,11 @@ class RayLauncher(HydraLauncher):
         self.address, self.resources = address, {"num_cpus": num_cpus, "num_gpus": num_gpus}
         self.max_retries, self.init = max_retries, dict(init or {})
 
-    def setup(self, *, hydra_context: Any, task_function: Any, config: DictConfig) -> None:
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Keep what a job needs."""
         self.context, self.task, self.config = hydra_context, task_function, config
 
-    def _resources(self, ray: Any) -> dict[str, float]:
+    def _resources(self, ray: ModuleType) -> dict[str, float]:
         processes = int(self.config.accelerate.num_processes)
         has_gpus = ray.cluster_resources().get("GPU", 0) > 0
         usual = {"num_cpus": processes, "num_gpus": processes if has_gpus else 0}
@@ -92,7 +94,13 @@ class RayLauncher(HydraLauncher):
 
 
 def _execute(
-    number: int, overrides: list[str], context: Any, config: Any, task: Any, state: Any, folder: str
+    number: int,
+    overrides: list[str],
+    context: HydraContext,
+    config: DictConfig,
+    task: TaskFunction,
+    state: dict[type, Singleton],
+    folder: str,
 ) -> JobReturn:
     """Run one Hydra job in a Ray worker, in the folder of the sweep: paths may be relative to it."""
     os.chdir(folder)
@@ -111,7 +119,7 @@ def _execute(
     )
 
 
-def _result(ray: Any, job: Any) -> JobReturn:
+def _result(ray: ModuleType, job: object) -> JobReturn:
     try:
         return ray.get(job)
     except Exception as error:  # the worker died, or could not be started

@@ -18,7 +18,7 @@ from harness.score.lm_eval import unchecked
 from harness.score.scorers import allowed_scorers, needs_instructions, registered_settings
 from harness.study.backup import put_back
 from harness.study.errors import UnreachableError, UsageError
-from harness.study.files import digest, locked, to_jsonl, write_text
+from harness.study.files import Json, digest, locked, to_jsonl, write_text
 from harness.study.log import say
 from harness.study.registration import (
     ModelSources,
@@ -175,7 +175,7 @@ def _study(
     return study
 
 
-def _family(design: Design) -> dict[str, Any]:
+def _family(design: Design) -> dict[str, Json]:
     return asdict(design.family) if design.family else {}
 
 
@@ -207,7 +207,7 @@ def _check_instructions(prompts: Sequence[EvalPrompt], key: str) -> None:
         raise UsageError(f"{key}: {count} of {len(asked)} prompts cannot be scored: {reason}; or leave these out")
 
 
-def _refuse_changes(path: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
+def _refuse_changes(path: Path, old: Mapping[str, Json], new: Mapping[str, Json]) -> None:
     before, after = _flat(old), _flat(new)
     changes = [
         f"  {key}: registered {before.get(key)}, now {after.get(key)}"
@@ -228,10 +228,10 @@ def _made_of(config: RunConfig, inputs: Inputs) -> ModelSources:
     return {"made_of": found} if found else {}
 
 
-def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def _flat(value: Mapping[str, Json], prefix: str = "") -> dict[str, Json]:
+    flat: dict[str, Json] = {}
     for key, item in value.items():
-        flat |= _flat(item, f"{prefix}{key}.") if isinstance(item, dict) else {f"{prefix}{key}": item}
+        flat |= _flat(item, f"{prefix}{key}.") if isinstance(item, Mapping) else {f"{prefix}{key}": item}
     return flat
 
 
