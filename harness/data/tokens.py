@@ -401,7 +401,9 @@ def load_chat_format(
         stops = GenerationConfig.from_pretrained(str(model_path), revision=revision).eos_token_id
     except OSError as error:
         if (Path(model_path) / "generation_config.json").is_file():
-            raise UsageError(f"{model_path}/generation_config.json is not readable; copy it again, or remove it") from error
+            raise UsageError(
+                f"{model_path}/generation_config.json is not readable; copy it again, or remove it"
+            ) from error
         stops = None
     stop_ids = [] if stops is None else stops if isinstance(stops, list) else [stops]
     if not all(isinstance(stop, int) for stop in stop_ids):

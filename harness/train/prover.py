@@ -161,7 +161,7 @@ class Prover:
         return Proof(layout, (self._parameters(), deterministic, loss, engine), self.gaps)
 
     def _refuse_look_ahead(self) -> None:
-        """Raise a UsageError for a model whose tokens see later ones: answers that it writes are not those it scores."""
+        """Raise a UsageError for a model whose tokens see later ones: it scores other answers than it writes."""
         changed = [replace(row, chosen_ids=_other_end(row.chosen_ids)) for row in self.sample]
         found, before = self._token_logps("alone", changed), self.truth
         gap = max(_largest_gap([found[i][:-1]], [before[i][:-1]]) for i in range(0, len(found), 2))
