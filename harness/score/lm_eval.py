@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -108,6 +109,9 @@ def _ifeval_checks() -> Callable[[Mapping[str, Any], Sequence[str]], Mapping[str
     with _no_download():
         from lm_eval.tasks.ifeval.utils import process_results
     import langdetect
+
+    # It writes whole answers to the terminal, with what control characters they hold.
+    logging.getLogger("lm_eval.tasks.ifeval.instructions").disabled = True
 
     langdetect.DetectorFactory.seed = 0  # else the detected language of a short answer changes between runs
     langdetect.detect("These profiles are loaded once.")
