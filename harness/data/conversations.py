@@ -32,6 +32,7 @@ _MARKER = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
 _UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 _WORD = re.compile(rf"[^\W{_UNSPACED}]+(?:[.,'’\-][^\W{_UNSPACED}]+)*")
 
+MEDIA = ("images", "image", "videos", "video", "audios", "audio")  # columns and keys of turns that hold no text
 # The form with a guessed prompt; `table_warnings` warns of it.
 IMPLICIT_TEXT = "TRL standard, implicit prompt"
 
@@ -91,6 +92,8 @@ def _read_turn(turn: Json, column: str) -> Message:
     text = _text_of_parts(content or "", f"`{column}` has a {role} turn")
     if not text.strip() and role != "system" and not calls:
         raise RowError(f"`{column}` has an empty {_ROLES[role]} turn")
+    if media := next((name for name in MEDIA if turn.get(name)), None):
+        raise RowError(f"`{column}` has a turn with `{media}`, and only text is read; take such rows out")
     read = ("role", "from", "content", "value")
     more = {str(key): value for key, value in turn.items() if key not in read and value not in ("", [], {})}
     return cast(Message, {"role": _ROLES[role], "content": text, **more})

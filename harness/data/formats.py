@@ -16,6 +16,7 @@ from typing import Any
 from harness.data.checks import last_number, read_checks
 from harness.data.conversations import (
     IMPLICIT_TEXT,
+    MEDIA,
     Conversation,
     RowError,
     Turns,
@@ -65,7 +66,6 @@ ANSWER_COLUMNS = (
     *("reference_answer", "expected_answer", "expected"),
 )
 _NO_NUMBER = re.compile(r"\d\s*[/:]\s*\d|\\[dt]?frac\b")  # what its last number is not
-_MEDIA_COLUMNS = ("images", "image", "videos", "video", "audios", "audio")
 # What `chat_template_kwargs` may not set: arguments of the rendering itself.
 _RESERVED = {
     *("messages", "conversation", "tools", "chat_template", "add_generation_prompt", "continue_final_message"),
@@ -75,7 +75,7 @@ _RESERVED = {
 _READ_COLUMNS = {
     *_SCORED,
     *_PROMPT_COLUMNS,
-    *_MEDIA_COLUMNS,
+    *MEDIA,
     *("system", "history", "id", "cluster", "tools", "chat_template_kwargs"),
     *("dataset", "question_id", "turns", "category", "subcategory", "uid", "instruction_id_list", "kwargs", "key"),
 }
@@ -156,6 +156,12 @@ def unread_columns(columns: Iterable[str]) -> list[str]:
     return sorted(name for name in columns if name not in _READ_COLUMNS and not is_rating(name))
 
 
+def unread_prompts(row: Row) -> list[str]:
+    """Return the columns of a row that could hold its prompt, beside the one that does."""
+    given = [name for name in _PROMPT_COLUMNS if row.get(name) not in (None, "", [])]
+    return [name for name in given[1:] if not (name == "input" and given[0] == "instruction")]
+
+
 def parse_row(
     row: Row,
     number: int,
@@ -204,7 +210,7 @@ def parse_row(
 
 def _given(row: Row) -> Given:
     """Read what a row gives the chat template beside its turns; images, which no turn holds as text, are refused."""
-    media = next((name for name in _MEDIA_COLUMNS if row.get(name)), None)
+    media = next((name for name in MEDIA if row.get(name)), None)
     if media is not None:
         raise RowError(
             f"`{media}` is given, and only text is read; take such rows out, or the column where it is empty"

@@ -53,12 +53,13 @@ def _form(opens: str, closes: str, *tokens: str, closes_alone: bool = True, must
 
 
 def _tag(name: str) -> _Form:
-    return _form(rf"<{name}>", rf"</{name}>", f"<{name}>", f"</{name}>")
+    return _form(rf"<{name}(?:\s[^<>]{{0,80}})?>", rf"</{name}>", f"<{name}>", f"</{name}>")
 
 
+_TAGS = ("think", "thinking", "thought", "thoughts", "reasoning", "seed:think", "scratchpad", "reflection")
 _CHANNEL = r"(?:(?:<\|start\|>\s*)?assistant\s*)?<\|channel\|>\s*"
 _FORMS = (
-    *map(_tag, ("think", "thinking", "thought", "thoughts", "reasoning", "seed:think")),
+    *map(_tag, _TAGS),
     _form(r"\[THINK\]", r"\[/THINK\]", "[THINK]", "[/THINK]"),  # Magistral
     _form("◁think▷", "◁/think▷", "◁think▷", "◁/think▷"),  # Kimi
     _form(r"<\|START_THINKING\|>", r"<\|END_THINKING\|>", "<|START_THINKING|>", "<|END_THINKING|>"),  # Command A
@@ -78,6 +79,9 @@ _FORMS = (
         *("<|channel|>", "<|message|>", "<|start|>", "<|end|>", "<|return|>"),
         closes_alone=False,
     ),
+    _form(  # Granite 3.2
+        r"Here(?:'s| is) my thought process:", r"Here(?:'s| is) my response:", closes_alone=False, must_close=True
+    ),
     # gpt-oss decoded without its special tokens
     _form(r"analysis(?=\S)", "assistantfinal", closes_alone=False, must_close=True),
 )
@@ -85,6 +89,7 @@ _FORMS = (
 _FRAME_START = re.compile(
     rf"\s*(?:{_CHANNEL}final[^<]{{0,80}}<\|message\|>|<\|START_RESPONSE\|>|<\|begin_of_solution\|>)\s*"
 )
+_ANSWER_TAGS = re.compile(r"\s*<(answer|response)>(.*)</\1>\s*", re.DOTALL | re.IGNORECASE)  # after thinking alone
 _FRAME_END = re.compile(r"<\|(?:return|end|END_RESPONSE|end_of_solution)\|>\Z")
 
 _IGNORED = re.compile(r"[\s\ufeff\u200b\u2060]*")
@@ -128,7 +133,9 @@ def part(text: str, *, before: str = "", unopened: bool = True) -> Parted:
     spans = tuple((start, block.end) for start, block in zip(starts, blocks, strict=True))
     kept = [text[end:start] for (_, end), (start, _) in zip([(0, 0), *spans], [*spans, (len(text), 0)], strict=True)]
     thinking = "\n\n".join(inner for block in blocks if (inner := text[block.inner : block.close].strip()))
-    return Parted(_without_frame("".join(kept).lstrip()), thinking, blocks[-1].closed, spans)
+    answer = _without_frame("".join(kept).lstrip())
+    tagged = _ANSWER_TAGS.fullmatch(answer)
+    return Parted(tagged.group(2).strip() if tagged else answer, thinking, blocks[-1].closed, spans)
 
 
 def _without_frame(text: str) -> str:

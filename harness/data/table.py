@@ -23,6 +23,7 @@ from harness.data.formats import (
     parse_golden,
     parse_row,
     unread_columns,
+    unread_prompts,
 )
 from harness.data.records import BadRow
 from harness.data.sources import Source, read_source
@@ -63,10 +64,11 @@ class Table:
     @cached_property
     def unread(self) -> dict[str, int]:
         """The columns that nothing reads, each with the number of rows that have a value in it."""
-        rows = (row for _, row in self.source.rows)
+        rows = [row for _, row in self.source.rows]
         counts = Counter(name for row in rows for name, value in row.items() if value not in (None, "", []))
         read = ANSWER_COLUMNS if self.answers_are_checks else ()
-        return {name: counts[name] for name in unread_columns(counts) if name not in read}
+        found = {name: counts[name] for name in unread_columns(counts) if name not in read}
+        return found | Counter(name for row in rows for name in unread_prompts(row))
 
     @property
     def facts(self) -> TableFacts:

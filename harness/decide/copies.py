@@ -13,14 +13,16 @@ import pandas as pd
 from harness.decide.words import plural
 
 MIN_PROMPTS = 30  # on fewer prompts, two trainings may well be right and wrong on the same ones
+_MIN_VALUES = 8  # different scores, which two trainings do not share by chance on any number of prompts
+_ROUNDING = 6e-4  # what one file may have rounded: to three decimals
 _ANSWER = ("tokens", "chars")  # lengths of the answers, where the scores have them
 
 
 def drop_copies(frame: pd.DataFrame, metric: str, configs: Mapping[str, str]) -> tuple[pd.DataFrame, list[str]]:
     """Return the scores without runs that are copies of an earlier one, and a warning for each arm with some.
 
-    Copies have the same score, and answers of the same length, on every golden prompt. Runs with one score for all
-    prompts (all right; diverged, and so scored as worst) are none.
+    Copies have the same score but for rounding, and answers of the same length, on every golden prompt. Runs with one
+    score for all prompts (all right; diverged, and so scored as worst) are none.
 
     Args:
         frame: checked scores (`harness.decide.scores_file.checked`).
@@ -33,11 +35,16 @@ def drop_copies(frame: pd.DataFrame, metric: str, configs: Mapping[str, str]) ->
     golden = frame[(frame["split"] == "golden") & (frame["scorer"] == metric)]
     for arm, config in configs.items():
         runs = golden[(golden["arm"] == arm) & (golden["config"] == config)]
-        alike: dict[tuple[object, ...], list[str]] = {}
+        alike: list[tuple[pd.DataFrame, list[str]]] = []
         for seed, rows in runs.groupby("seed", sort=False):
-            if rows["score"].nunique() > 1 and rows["prompt_id"].nunique() >= MIN_PROMPTS:
-                alike.setdefault(_content(rows), []).append(str(seed))
-        for seeds in (seeds for seeds in alike.values() if len(seeds) > 1):
+            content = _content(rows)
+            if _is_telling(content):
+                first = next((one for one in alike if _is_copy(one[0], content)), None)
+                if first is None:
+                    alike.append((content, [str(seed)]))
+                else:
+                    first[1].append(str(seed))
+        for seeds in (seeds for _, seeds in alike if len(seeds) > 1):
             count = runs["prompt_id"].nunique()
             warnings.append(
                 f"{arm}: seeds {', '.join(seeds)} are copies of one run, or of a training that has changed nothing: "
@@ -48,8 +55,18 @@ def drop_copies(frame: pd.DataFrame, metric: str, configs: Mapping[str, str]) ->
     return frame, warnings
 
 
-def _content(rows: pd.DataFrame) -> tuple[object, ...]:
+def _content(rows: pd.DataFrame) -> pd.DataFrame:
     """Return what two copies have in common: scores and lengths, by prompt."""
-    ordered = rows.sort_values("prompt_id")
-    columns = ["prompt_id", "score", *(name for name in _ANSWER if name in ordered)]
-    return tuple(ordered[columns].fillna(-1).itertuples(index=False, name=None))
+    columns = ["prompt_id", *(name for name in _ANSWER if name in rows), "score"]
+    return rows.sort_values("prompt_id")[columns].fillna(-1).reset_index(drop=True)
+
+
+def _is_telling(content: pd.DataFrame) -> bool:
+    """Return whether two trainings do not have this content by chance."""
+    values = content["score"].nunique()
+    return values >= _MIN_VALUES or (values > 1 and content["prompt_id"].nunique() >= MIN_PROMPTS)
+
+
+def _is_copy(one: pd.DataFrame, other: pd.DataFrame) -> bool:
+    same = one.drop(columns="score").equals(other.drop(columns="score"))
+    return same and bool(((one["score"] - other["score"]).abs() <= _ROUNDING).all())

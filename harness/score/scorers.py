@@ -260,7 +260,7 @@ def load_scorer(path: str) -> TrialScorer:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UsageError(f"{path}: fails when it is loaded ({type(error).__name__}: {error})") from error
     score = getattr(module, "score", None)
     if not callable(score):
@@ -269,7 +269,7 @@ def load_scorer(path: str) -> TrialScorer:
     def checked(outputs: TrialOutputs) -> list[Score]:
         try:
             found = list(score(outputs))
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # an exit of its own would pass for success
             raise UsageError(f"{path}: score() failed ({type(error).__name__}: {error})") from error
         wrong = next((one for one in found if not isinstance(one, Score)), None)
         if wrong is not None:

@@ -179,15 +179,18 @@ def _count(design: Design) -> str:
 def _size_of_a_trial(design: Design) -> str:
     """Say what one trial works through, and how long those took that are finished already."""
     trial = design.any
-    splits = design.inputs.splits(trial)
-    pairs = len(splits.train)
+    splits, tokens = design.inputs.splits(trial), design.inputs.tokens(trial)
+    pairs = len(tokens.train.rows)
     steps = num_steps(trial, pairs)
     answers = {"dev": len(splits.dev_prompts), "golden": len(splits.golden_prompts)}
     text = f"each trial: {pairs} pairs x {trial.train.epochs} epochs = {steps} steps of {trial.train.batch_size}; "
     text += f"answers to {answers['dev']} dev and {answers['golden']} golden prompts"
     found = [read_manifest(path.parent) for path in design.study.glob("trials/*/manifest.json")]
     seconds = [sum(manifest["seconds"].values()) for manifest in found if manifest.get("status") == "complete"]
-    return text + (f"; finished ones took {fmean(seconds):.0f} s on average" if seconds else "")
+    text += f"; finished ones took {fmean(seconds):.0f} s on average" if seconds else ""
+    if dropped := tokens.train.dropped:
+        text += f"\ndropped training pairs: {'; '.join(f'{count}: {reason}' for reason, count in dropped.items())}"
+    return text
 
 
 LOOP_OVER_PRODUCTS = {

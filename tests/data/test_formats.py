@@ -586,6 +586,8 @@ class TestWhatTheTemplateGets:
         ("changes", "message"),
         [
             ({"images": ["a.png"]}, "`images` is given, and only text is read"),
+            ({"prompt": [user(SKY) | {"images": ["a.png"]}]}, "`prompt` has a turn with `images`"),
+            ({"history": [["a", "b"]]}, "`history` is not read beside `prompt`"),
             ({"image": {"bytes": "x"}}, "`image` is given"),
             ({"audio": "a.wav"}, "`audio` is given"),
             ({"videos": [["a.mp4"]]}, "`videos` is given"),

@@ -26,6 +26,9 @@ SPELLINGS = {
     "gpt-oss": "<|channel|>analysis<|message|>the sum is 7<|end|>"
     "<|start|>assistant<|channel|>final<|message|>Seven.<|return|>",
     "gpt-oss without special tokens": "analysisthe sum is 7assistantfinalSeven.",
+    "Granite": "Here is my thought process:\nthe sum is 7\n\nHere is my response:\nSeven.",
+    "with an attribute": '<think lang="en">the sum is 7</think>Seven.',
+    "with a tag around the answer": "<think>the sum is 7</think>\n<answer>\nSeven.\n</answer>",
     "begun in the prompt": "the sum is 7\n</think>\n\nSeven.",
     "begun in the prompt, on one line": "the sum is 7</think>Seven.",
     "after an invisible mark": "\ufeff\n<think>the sum is 7</think>Seven.",
@@ -47,6 +50,8 @@ def test_every_spelling_is_parted(text: str) -> None:
         "Close it with the </think> mark.",
         "analysis of the poem: it rhymes",
         "I think </b> is a tag.",
+        "Here is my thought process: none.",
+        "<answer>Seven.</answer>",
         "Sure.\n<think>too late to be an opening</think>\nYes.",
         "",
     ],

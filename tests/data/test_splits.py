@@ -868,6 +868,10 @@ class TestUnreadColumns:
         assert facts["unread_columns"] == {"data.train": {"source": 2}}
         assert facts["warnings"] == []
 
+    def test_of_several_columns_that_could_hold_the_prompt_those_that_do_not_are_listed(self, files):
+        rows = [row(11, instruction="sort"), row(12, input="x"), row(13)]
+        assert load_splits(files(train=rows)).facts["unread_columns"] == {"data.train": {"instruction": 1, "input": 1}}
+
     def test_answers_without_checks_say_which_key_makes_checks_of_them(self, files):
         spec = files(golden=[{"question": "1 + 1?", "answer": "2"}])
         assert any(

@@ -67,6 +67,14 @@ def test_on_few_prompts_equal_scores_are_no_copies() -> None:
     assert verdict(pd.concat(few))["n_seeds"] == {"simpo": 3, "dpo": 3}
 
 
+@pytest.mark.parametrize(("digits", "prompts"), [(4, PROMPTS), (3, PROMPTS), (16, 12)])
+def test_a_copy_of_a_judges_scores_is_found_though_rounded_and_on_few_prompts(digits: int, prompts: int) -> None:
+    values = np.random.default_rng(1).random(prompts)
+    simpo = [scores("simpo", 1, values), scores("simpo", 2, values.round(digits))]
+    dpo = [scores("dpo", seed, np.random.default_rng(10 + seed).random(prompts)) for seed in (1, 2)]
+    assert verdict(pd.concat([*simpo, *dpo]))["n_seeds"] == {"simpo": 1, "dpo": 2}
+
+
 def test_a_guard_is_tested_on_the_same_runs() -> None:
     """A copy is left out for every metric: the guard's interval is that without it, too."""
     arms = {"simpo": 0.9, "dpo": 0.4}

@@ -44,6 +44,13 @@ def test_all_instructions_must_be_followed_and_loose_forgives_a_first_line(instr
     assert follows_instructions(instructions, "Write.", answer, strict=False) == loose
 
 
+def test_no_answer_reaches_the_terminal(caplog: pytest.LogCaptureFixture) -> None:
+    """As the library does where an answer is in no language."""
+    german = {"instruction_id_list": ["language:response_language"], "kwargs": [{"language": "de"}]}
+    follows_instructions(german, "Write.", "\x1b[[[", strict=True)
+    assert not caplog.text
+
+
 def test_the_process_is_left_as_it_was(monkeypatch) -> None:
     monkeypatch.setenv("LOCAL_RANK", "3")
     follows_instructions(NO_COMMA, "Write.", "x", strict=True)

@@ -67,6 +67,8 @@ def test_it_decides_a_sweep_and_its_text_is_registered(brevity: Path, small: lis
         ("import nothing_like_it", "fails when it is loaded (ModuleNotFoundError"),
         ("x = 1", "has no function `score(outputs)`"),
         ("def score(outputs):\n    return 1 / 0", "score() failed (ZeroDivisionError"),
+        ("import sys\ndef score(outputs):\n    sys.exit(0)", "score() failed (SystemExit"),
+        ("raise SystemExit", "fails when it is loaded (SystemExit"),
         ("def score(outputs):\n    return [0.5]", "score() returned 0.5"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections import namedtuple
 from pathlib import Path
@@ -139,3 +140,14 @@ def test_bytes_are_written_as_one_reads_them(count: float, text: str) -> None:
 
 def test_seconds_are_written_as_one_reads_them() -> None:
     assert [time_text(s) for s in (12.3, 600, 7200)] == ["12 s", "10 min", "2.0 h"]
+
+
+def test_the_plan_counts_the_pairs_that_are_trained_on(tmp_path: Path, capsys) -> None:
+    """Most answers are too long for the setting: the plan says so, and counts the steps of the others."""
+    assert run_sweep([*study(tmp_path, "data.max_length=24"), "plan=true"]) == []
+    said = capsys.readouterr().out
+    dropped = re.search(r"dropped training pairs: (\d+): longer than data\.max_length=24", said)
+    pairs = re.search(r"each trial: (\d+) pairs", said)
+    assert dropped
+    assert pairs
+    assert int(dropped[1]) + int(pairs[1]) == 16
