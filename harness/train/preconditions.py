@@ -1,9 +1,10 @@
 """What a study proves on its own model before it trains: a base and pairs -> `Proof`: findings, and the layout.
 
 On three of the study's pairs, cut to unlike lengths, and on its longest pair: the model is deterministic in training
-mode; the loss of each trainer at step 0 is the value of `harness.train.losses`, on log-probs of single rows; and loss
-and gradient norm of the paired engine are those of TRL's own, with an adapter that is no longer zero. The layout is the
-first of packed, padded and alone that passes. A result is kept per model, tokens, settings and versions.
+mode; the loss of each trainer at step 0 is the value of `harness.train.losses`, on log-probs of single rows, and alone
+has a gradient; and loss and gradient norm of the paired engine are those of TRL's own, with an adapter that is no
+longer zero. The layout is the first of packed, padded and alone that passes. A result is kept per model, tokens,
+settings and versions.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from harness.train.prover import Proof, Prover, checked_of
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-VERSION = 1  # of what is proved; results of another version are not used
+VERSION = 2  # of what is proved; results of another version are not used
 
 
 def proved_once(

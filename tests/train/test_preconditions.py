@@ -40,7 +40,7 @@ def test_the_embedded_model_is_proved_packed_and_comes_back_as_it_was(tuning: st
     proof = proof_of(config, base)
     assert proof.layout.way == "packed"
     assert not proof.layout.still
-    assert [result for result, _ in details(proof).values()] == ["proved"] * 3
+    assert [result for result, _ in details(proof).values()] == ["proved"] * 4
     assert "0.693147 (log 2)" in details(proof)[LOSS][1]
     assert max(proof.gaps) < 1e-5
     assert before.keys() == base.state_dict().keys()
@@ -142,6 +142,28 @@ def test_a_gradient_that_differs_is_found(monkeypatch) -> None:
     monkeypatch.setattr(harness.train.run, "fuse_adapters", fuse_wrongly)
     with pytest.raises(UsageError, match="gradient norm is"):
         proof_of(configure(), load_base(configure()))
+
+
+@pytest.mark.parametrize("engine", ["paired", "stock"])
+@pytest.mark.parametrize("tuning", ["lora", "full"])
+def test_a_gradient_that_the_model_adds_to_that_of_the_loss_is_refused(engine: str, tuning: str) -> None:
+    """As of routers whose loss enters going backward alone: no loss shows it, and every layout has it."""
+
+    class Penalty(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, output: torch.Tensor) -> torch.Tensor:
+            ctx.save_for_backward(output)
+            return output.clone()
+
+        @staticmethod
+        def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+            return gradient + 1e-6 * ctx.saved_tensors[0]
+
+    config = configure(f"train.engine={engine}", f"train.tuning={tuning}")
+    base = load_base(config)
+    base.model.layers[1].mlp.register_forward_hook(lambda module, args, output: Penalty.apply(output))
+    with pytest.raises(UsageError, match=r"(?i)dpo.*gradient has a part that is not its loss's"):
+        proof_of(config, base)
 
 
 def test_a_second_study_of_the_same_model_pays_nothing(tmp_path: Path) -> None:
