@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from harness.config.schema import RunConfig
+    from harness.data.inputs import Tokens
 
 RECORD = Path(__file__).with_suffix(".json")
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "preconditions.md"
@@ -76,6 +77,7 @@ class Study:
 
     @classmethod
     def of(cls, model: str, pairs: Path | None, work: Path, *overrides: str) -> Study:
+        """Return a study of a folder, or of `embedded`, on pairs of one file (None: the embedded study's)."""
         from harness.config.checkpoint import embedded_dir
         from harness.sweep.problems import load_run
 
@@ -89,9 +91,11 @@ class Study:
 
     @property
     def folder(self) -> Path:
+        """The checkpoint's folder."""
         return Path(self.config.model.path)
 
     def with_model(self, folder: Path) -> RunConfig:
+        """Return the config with another checkpoint."""
         return replace(self.config, model=replace(self.config.model, path=str(folder)))
 
     def copy(self) -> Path:
@@ -110,7 +114,8 @@ class Study:
         return [*_about_files(self.config), *_about_model(self.config)]
 
     @functools.cached_property
-    def tokens(self) -> Any:
+    def tokens(self) -> Tokens:
+        """Token ids of the honest checkpoint."""
         from harness.data.inputs import Inputs
 
         return Inputs().tokens(self.config)
@@ -325,8 +330,9 @@ def _gradient_of_its_own(model: PreTrainedModel) -> None:
     """Add the gradient of a penalty on activations, as a router does that never shows its loss."""
 
     def hook(_: object, args: object, output: Any) -> Any:
+        values = output.detach()
         if output.requires_grad:
-            output.register_hook(lambda gradient, values=output.detach(): gradient + 1e-4 * values)
+            output.register_hook(lambda gradient: gradient + 1e-4 * values)
         return output
 
     _inner(model, "mlp").register_forward_hook(hook)
@@ -390,7 +396,7 @@ def _simpo_with_sft() -> Iterator[None]:
 def _answers_see_each_other() -> AbstractContextManager[None]:
     import torch
 
-    import harness.train.packed as packed
+    from harness.train import packed
 
     def mask(prompt: int, answers: Sequence[int]) -> Any:
         return torch.ones_like(real(prompt, answers)).tril()
@@ -400,7 +406,7 @@ def _answers_see_each_other() -> AbstractContextManager[None]:
 
 
 def _gradient_of_fused_adapter() -> AbstractContextManager[None]:
-    import harness.train.run as run
+    from harness.train import run
 
     real = run.fuse_adapters
 
@@ -572,64 +578,71 @@ def measure(study: Study, faults: Sequence[Fault] = FAULTS) -> dict[str, Any]:
 
 _WAYS = {
     1: "At the start of the command, from names, shapes and numbers in the files. Refused by name.",
-    2: "Two equal calls in training mode. Noise of training mode: all arms train in evaluation mode. Other noise: refused.",
+    2: "Two equal calls in training mode. Where that mode alone is noisy, all arms train in evaluation mode; other noise "
+    "is refused.",
     3: "The loss at step 0 and with an adapter, against its equation on log-probs of single rows; and no gradient where "
     "the loss is multiplied by 0. Another layout is tried; where none passes, the model is refused.",
-    4: "Log-probs, loss and gradient norm against single rows and TRL's trainers. Packed, then padded, then each answer "
-    "by itself: the first that passes, for all arms.",
-    5: "While all pairs are tokenised. Pairs are dropped and counted; what affects all pairs is refused or warned of.",
-    6: "On token ids, before anything is generated. Another token is added to the stop ids, and said. No token: refused.",
+    4: "Log-probs, loss and gradient norm against single rows and TRL's trainers: packed, then padded, then each answer "
+    "by itself. The first that passes is taken for all arms; where none does, the model is refused.",
+    5: "While all pairs are tokenised. Pairs that fail are dropped and counted; what fails for all is refused or warned of.",
+    6: "On token ids, before anything is generated. Another token is added to the stop ids, and said; no token is refused.",
 }
+_TOP = """# Preconditions
+
+What a study proves on its own model before it trains. The findings stand in the manifest of each trial, and in the
+report under "Identical data". 2 to 4 run on three pairs of the study, cut to unlike lengths, and forward on its longest
+one. They run once per model, tokens, settings and versions: the result is kept in `results/.cache`.
+
+| | what is proved | when and how; what happens where it fails |
+|---|---|---|
+"""
+_FAULTS = """
+## Planted faults
+
+Made by `python benchmarks/preconditions.py MODEL --page`, which exits with 1 where a fault is not found. The words are
+those on LAST. The seconds are those of checking the faulty study; a fault in memory takes all layouts that are tried.
+
+"""
 
 
 def page_of(record: dict[str, Any]) -> str:
     """Return docs/preconditions.md."""
     names = list(record)
-    lines = [
-        "# Preconditions",
-        "",
-        "What a study proves on its own model before it trains. The findings stand in the manifest of each trial and in",
-        'the report under "Identical data". 2 to 4 run on three pairs of the study, cut to unlike lengths, and once per',
-        "model, tokens, settings and versions: the result is kept in `results/.cache`.",
-        "",
-        "| | what is proved | when and how; what happens where it fails |",
-        "|---|---|---|",
-        *(f"| {number} | {name} | {_WAYS[number]} |" for number, name in NAMES.items()),
-        "",
-        "## Planted faults",
-        "",
-        "Made by `python benchmarks/preconditions.py MODEL --page`, which exits with 1 where a fault is not found. The",
-        f"words are those on {names[-1]}; the seconds are those of the faulty study's start, for a fault in memory with",
-        "the whole proof.",
-        "",
-        "| | fault | what is said | " + " | ".join(f"{name}, s" for name in names) + " |",
-        "|---|---|---|" + "---|" * len(names),
-    ]
     found = {name: {row["fault"]: row for row in record[name]["rows"]} for name in names}
-    for fault, row in found[names[-1]].items():
+    last = names[-1]
+    lines = [f"| {number} | {name} | {_WAYS[number]} |\n" for number, name in NAMES.items()]
+    lines += [_FAULTS.replace("LAST", last), _line("", "fault", "what is said", *(f"{name}, s" for name in names))]
+    lines.append("|---" * (3 + len(names)) + "|\n")
+    for fault, row in found[last].items():
         seconds = []
         for name in names:
             other = found[name].get(fault)
             seconds.append("" if other is None else f"{other['seconds']:.1f}" if other["said"] else "**not found**")
-        said = re.sub(r"\s+", " ", row["said"]).replace("|", "\\|") or "**not found**"
-        said = said if len(said) <= _SHOWN else f"{said[:_SHOWN].rpartition(' ')[0]} ..."
-        lines.append(f"| {row['precondition']} | {fault} | {said} | {' | '.join(seconds)} |")
-    lines += ["", "## Cost", ""]
-    lines += ["| | " + " | ".join(f"{name}, s | {name}, CPU s" for name in names) + " |"]
-    lines += ["|---|" + "---|---|" * len(names)]
-    for i, cost in enumerate(record[names[-1]]["costs"]):
-        each = [record[name]["costs"][i] for name in names]
-        lines.append(f"| {cost['step']} | " + " | ".join(f"{c['wall']:.2f} | {c['cpu']:.2f}" for c in each) + " |")
-    lines.append("")
+        lines.append(_line(str(row["precondition"]), fault, _shown(row["said"]), *seconds))
+    lines += ["\n## Cost\n\n", _line("", *(f"{name}, {unit}" for name in names for unit in ("s", "CPU s")))]
+    lines.append("|---" * (1 + 2 * len(names)) + "|\n")
+    for costs in zip(*(record[name]["costs"] for name in names), strict=True):
+        lines.append(_line(costs[0]["step"], *(f"{cost[unit]:.2f}" for cost in costs for unit in ("wall", "cpu"))))
+    lines.append("\n")
     for name in names:
         about, hardware = record[name], record[name]["hardware"]
         versions = ", ".join(f"{part} {about['versions'][part]}" for part in ("torch", "transformers", "trl", "peft"))
         lines.append(
-            f"- {name}: {about['pairs']} pairs of training data; {hardware['cpu']}, {hardware['cores']} cores, "
-            f"train.threads={hardware['threads']}; {versions}."
+            f"- {name}: {about['pairs']} training pairs; {hardware['cpu']}, {hardware['cores']} cores, "
+            f"train.threads={hardware['threads']}; {versions}.\n"
         )
-    lines += ["", "The machine was shared with other work, so that CPU seconds are the steadier figure.", ""]
-    return "\n".join(lines)
+    lines.append("\nThe machine was shared with other work: CPU seconds are the steadier figure.\n")
+    return _TOP + "".join(lines)
+
+
+def _line(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |\n"
+
+
+def _shown(said: str) -> str:
+    """Return the beginning of what was said, for a cell of a table."""
+    text = re.sub(r"\s+", " ", said).replace("|", "\\|") or "**not found**"
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN].rpartition(' ')[0]} ..."
 
 
 def main() -> None:

@@ -402,7 +402,7 @@ class Prover:
                 continue
             if not abs(loss - expected) <= tolerance:
                 return f"loss {when} is {loss:.6g} instead of {expected:.6g}"
-        if not found.own == 0:
+        if found.own != 0:  # NaN is not 0 either
             return (
                 "gradient has a part that is not its loss's, which the model adds going backward (a norm of "
                 f"{found.own:.3g} where the loss is multiplied by 0)"
@@ -432,8 +432,6 @@ class Prover:
             layout: how it runs the model.
             one_by_one: a micro-batch per pair.
         """
-        import torch
-
         from harness.train.logps import pair_logps
         from harness.train.run import build_trainer
 
