@@ -92,10 +92,14 @@ def _other_end(ids: tuple[int, ...]) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class _Measured:
-    """A trainer's loss at its start and with the nudged adapter, and the gradient's norm there."""
+    """A trainer's loss at its start and with the nudged adapter, and the gradient's norm there.
+
+    `own` is the gradient's norm at the start where the loss is multiplied by 0: what does not come from the loss.
+    """
 
     engine: Engine
     first: float
+    own: float
     loss: float
     norm: float
 
@@ -415,6 +419,11 @@ class Prover:
                 continue
             if not abs(loss - expected) <= tolerance:
                 return f"loss {when} is {loss:.6g} instead of {expected:.6g}"
+        if found.own != 0:  # NaN is not 0 either
+            return (
+                "gradient has a part that is not its loss's, which the model adds going backward (a norm of "
+                f"{found.own:.3g} where the loss is multiplied by 0)"
+            )
         return ""
 
     def _oracle(self, arm: str, policy: Tensor) -> float:
@@ -440,8 +449,6 @@ class Prover:
             layout: how it runs the model.
             one_by_one: a micro-batch per pair.
         """
-        import torch
-
         from harness.train.logps import pair_logps
         from harness.train.run import build_trainer
 
@@ -463,10 +470,15 @@ class Prover:
             layout=layout,
         )
         batches = [[i] for i in range(count)] if one_by_one else [list(range(count))]
-        first = math.nan  # of TRL's own engine only where it is the study's
+        first, own = math.nan, 0.0  # of TRL's own engine only where it is the study's
         if engine is self.config.train.engine:
-            with torch.no_grad():
-                first = sum(float(_loss_of(trainer, batch)) for batch in batches) / len(batches)
+            first = 0.0
+            for batch in batches:
+                loss = _loss_of(trainer, batch)
+                (0 * loss).backward()
+                first += float(loss.detach()) / len(batches)
+            own = _gradient_norm(trainer.model)
+            trainer.model.zero_grad(set_to_none=True)
         _nudge(trainer.model)
         if self.nudged is None:  # with normal attention, since TRL's engine is measured first
             trainer.model.eval()
@@ -476,10 +488,9 @@ class Prover:
             loss = _loss_of(trainer, batch) / len(batches)
             loss.backward()
             total += float(loss.detach())
-        gradients = [parameter.grad for parameter in trainer.model.parameters() if parameter.grad is not None]
-        norm = math.sqrt(sum(float(gradient.double().square().sum()) for gradient in gradients))
+        norm = _gradient_norm(trainer.model)
         self._reset()
-        return _Measured(engine, first, total, norm)
+        return _Measured(engine, first, own, total, norm)
 
     def _reset(self) -> None:
         from harness.train.base import reset_model
@@ -511,7 +522,10 @@ class Prover:
             for arm in _TRAINERS
         )
         return Finding(
-            LOSS, "proved", f"at step 0 each trainer's loss is the one of its equation on single rows: {said}"
+            LOSS,
+            "proved",
+            f"at step 0 each trainer's loss is the one of its equation on single rows: {said}; nothing else has a "
+            "part in its gradient",
         )
 
     def _engine_finding(self, layout: Layout, failed: dict[str, str], gaps: tuple[float, float]) -> Finding:
@@ -549,6 +563,11 @@ def _loss_of(trainer: PairTrainer, numbers: Sequence[int]) -> Tensor:
     loss = trainer.compute_loss(trainer.model, trainer.collated(numbers))
     assert not isinstance(loss, tuple)
     return loss
+
+
+def _gradient_norm(model: torch.nn.Module) -> float:
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    return math.sqrt(sum(float(gradient.double().square().sum()) for gradient in gradients))
 
 
 def _nudge(model: torch.nn.Module) -> None:

@@ -190,7 +190,9 @@ def _renaming(missing: Sequence[str], unexpected: Sequence[str]) -> str:
         for start in range(len(name)):
             if name[start:] in wanted:
                 prefix = name[:start]
-                if prefix and wanted <= {other.removeprefix(prefix) for other in unexpected}:
+                renamed = {other.removeprefix(prefix) for other in unexpected}
+                # A tied head is wanted, too, where the embeddings have not been found.
+                if prefix and (wanted <= renamed or renamed <= wanted):
                     return f" (the same with `{prefix}` in front: unwrap the model before it is saved)"
                 break
     for name in missing:

@@ -152,6 +152,28 @@ def test_a_gradient_that_differs_is_found(monkeypatch) -> None:
         proof_of(configure(), load_base(configure()))
 
 
+@pytest.mark.parametrize("engine", ["paired", "stock"])
+@pytest.mark.parametrize("tuning", ["lora", "full"])
+def test_a_gradient_that_the_model_adds_to_that_of_the_loss_is_refused(engine: str, tuning: str) -> None:
+    """As of routers whose loss enters going backward alone: no loss shows it, and every layout has it."""
+
+    class Penalty(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, output: torch.Tensor) -> torch.Tensor:
+            ctx.save_for_backward(output)
+            return output.clone()
+
+        @staticmethod
+        def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+            return gradient + 1e-6 * ctx.saved_tensors[0]
+
+    config = configure(f"train.engine={engine}", f"train.tuning={tuning}")
+    base = load_base(config)
+    base.model.layers[1].mlp.register_forward_hook(lambda module, args, output: Penalty.apply(output))
+    with pytest.raises(UsageError, match=r"(?i)dpo.*gradient has a part that is not its loss's"):
+        proof_of(config, base)
+
+
 def test_a_second_study_of_the_same_model_pays_nothing(tmp_path: Path) -> None:
     config = replace(configure(), results_dir=str(tmp_path))
     tokens, lent = tokens_of(config), []
