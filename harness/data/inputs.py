@@ -190,7 +190,7 @@ def _pair_findings(splits: Mapping[str, TokenisedPairs]) -> Iterator[Finding]:
     for split, pairs in splits.items():
         if count := pairs.dropped.get(CHANGED, 0):
             total = len(pairs.rows) + sum(pairs.dropped.values())
-            yield Finding(f"answers of {split}", "warned", f"{count} of {total} pairs are dropped: {CHANGED}")
+            yield Finding(f"answers of {split}", "warned", f"{split}: {count} of {total} pairs are dropped: {CHANGED}")
 
 
 def _check_template(splits: Splits, chat: ChatFormat) -> list[Finding]:
