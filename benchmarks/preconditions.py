@@ -578,14 +578,16 @@ def measure(study: Study, faults: Sequence[Fault] = FAULTS) -> dict[str, Any]:
 
 _WAYS = {
     1: "At the start of the command, from names, shapes and numbers in the files. Refused by name.",
-    2: "Two equal calls in training mode. Where that mode alone is noisy, all arms train in evaluation mode; other noise "
-    "is refused.",
-    3: "The loss at step 0 and with an adapter, against its equation on log-probs of single rows; and no gradient where "
-    "the loss is multiplied by 0. Another layout is tried; where none passes, the model is refused.",
-    4: "Log-probs, loss and gradient norm against single rows and TRL's trainers: packed, then padded, then each answer "
-    "by itself. The first that passes is taken for all arms; where none does, the model is refused.",
-    5: "While all pairs are tokenised. Pairs that fail are dropped and counted; what fails for all is refused or warned of.",
-    6: "On token ids, before anything is generated. Another token is added to the stop ids, and said; no token is refused.",
+    2: "Two equal calls in training mode. Where that mode alone is noisy, all arms train in evaluation mode; any other "
+    "noise is refused.",
+    3: "The loss at step 0 and with an adapter, against its equation on log-probs of single rows; and no gradient "
+    "where the loss is multiplied by 0. Another layout is tried; where none passes, the model is refused.",
+    4: "Log-probs, loss and gradient norm against single rows and TRL's trainers: packed, then padded, then each "
+    "answer by itself. The first that passes is taken for all arms; where none does, the model is refused.",
+    5: "While all pairs are tokenised. Pairs that fail are dropped and counted; what fails for all is refused or "
+    "warned of.",
+    6: "On token ids, before anything is generated. Another token is added to the stop ids, and said; where there is "
+    "none, the template is refused.",
 }
 _TOP = """# Preconditions
 
@@ -599,7 +601,7 @@ one. They run once per model, tokens, settings and versions: the result is kept 
 _FAULTS = """
 ## Planted faults
 
-Made by `python benchmarks/preconditions.py MODEL --page`, which exits with 1 where a fault is not found. The words are
+Made by `python benchmarks/preconditions.py MODEL --page`, which exits with 1 where a fault stays hidden. The words are
 those on LAST. The seconds are those of checking the faulty study; a fault in memory takes all layouts that are tried.
 
 """
