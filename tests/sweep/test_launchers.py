@@ -223,7 +223,7 @@ from harness.config.launchers import LAUNCHERS
 from harness.config.machine import Machine
 from harness.sweep.launchers import Slots
 slots = Slots(Machine.here())
-print("asks", flush=True)
+print("asks", file=sys.stderr, flush=True)
 print(*slots.take(LAUNCHERS[sys.argv[1]], int(sys.argv[2])), os.environ["CUDA_VISIBLE_DEVICES"], flush=True)
 time.sleep(3600)
 """
@@ -232,10 +232,16 @@ time.sleep(3600)
 def worker(tmp_path: Path, *, launcher: str = "submitit_local", count: int = 1, gpus: str = "2,5") -> subprocess.Popen:
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": gpus, "TMPDIR": str(tmp_path)}
     process = subprocess.Popen(
-        [sys.executable, "-c", TAKE, launcher, str(count)], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", TAKE, launcher, str(count)],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
-    assert process.stdout is not None
-    assert process.stdout.readline() == "asks\n", "from here on it waits for nothing but its places"
+    assert process.stderr is not None
+    assert process.stderr.readline() == "asks\n", "from here on it waits for nothing but its places"
+    process.stderr.close()
     return process
 
 
