@@ -28,6 +28,7 @@ from harness.study.errors import UsageError
 from harness.study.files import Json, Reader, mapping, write_json
 from harness.study.outcome import SPLIT_PREFIX, STEP
 from harness.study.text import one_line
+from harness.track.tracker import stop_service
 
 if TYPE_CHECKING:
     import wandb_workspaces.reports.v2 as wr
@@ -129,6 +130,7 @@ def _entity(study: Study, runs: int, wanted: str | None, named: str | None) -> s
     except NotPublishedError:
         raise
     except Exception as error:  # W&B's errors have no common base
+        stop_service()  # it goes on asking for minutes, and this process would wait for it before it ends
         raise NotPublishedError(f"W&B did not answer or refused: {one_line(str(error), 300)}. {ready}") from error
     if not wanted and named not in (None, owner):
         place = one_line(named, 80)

@@ -144,7 +144,7 @@ def _start(tracking: TrackingConfig, folder: Path, about: _About, trackers: Trac
                 **about._asdict(),
             )
         except Exception as error:  # W&B's errors have no common base
-            _stop_service()
+            stop_service()
             then = ""
             if mode == "online":
                 trackers.is_offline = True
@@ -208,7 +208,7 @@ class WandbTracker:
         try:
             _within(WAIT_SECONDS, lambda: self._run.finish(exit_code=exit_code))
         except Exception as error:
-            _stop_service()
+            stop_service()
             self._trackers.is_offline = True
             kept = f"`wandb sync --no-skip-online {self._run.settings.sync_dir}` uploads what is on disk"
             problem = f"{type(error).__name__}: {one_line(error)}"
@@ -254,7 +254,7 @@ def _within(seconds: float, call: Callable[[], T]) -> T:
         raise TimeoutError(f"no answer in {seconds:g} s") from None
 
 
-def _stop_service() -> None:
+def stop_service() -> None:
     """Kill W&B's service process: it holds the run's id, and this process would wait for it before it exits."""
     import psutil
     import wandb
