@@ -464,7 +464,7 @@ FAULTS = (
         4,
         "an adapter's gradient is doubled in one matrix",
         _code(_gradient_of_fused_adapter),
-        r"gradient norm is .* instead of",
+        r"gradient norm is .* instead of|gradient differs from TRL's in",
     ),
     Fault(
         5,
@@ -582,7 +582,7 @@ _WAYS = {
     "noise is refused.",
     3: "The loss at step 0 and with an adapter, against its equation on log-probs of single rows; and no gradient "
     "where the loss is multiplied by 0. Another layout is tried; where none passes, the model is refused.",
-    4: "Log-probs, loss and gradient norm against single rows and TRL's trainers: packed, then padded, then each "
+    4: "Log-probs, loss and gradient against single rows and TRL's trainers: packed, then padded, then each "
     "answer by itself. The first that passes is taken for all arms; where none does, the model is refused.",
     5: "While all pairs are tokenised. Pairs that fail are dropped and counted; what fails for all is refused or "
     "warned of.",
@@ -664,7 +664,10 @@ def main() -> None:
         found = measure(study, [fault for fault in FAULTS if fault.precondition in given.only])
     if given.page:
         record = json.loads(RECORD.read_text(encoding="utf-8")) if RECORD.is_file() else {}
-        record[Path(given.model).name] = found
+        name = Path(given.model).name
+        kept = [row for row in record.get(name, found)["rows"] if row["precondition"] not in given.only]
+        rows = sorted([*kept, *found["rows"]], key=lambda row: row["precondition"])
+        record[name] = found | {"rows": rows}
         RECORD.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         PAGE.write_text(page_of(record), encoding="utf-8")
     sys.exit(any(not row["said"] for row in found["rows"]))

@@ -2,8 +2,8 @@
 
 On three of the study's pairs, cut to unlike lengths, and on its longest pair: the model is deterministic in training
 mode; no token sees later ones; the loss of each trainer at step 0 is the value of `harness.train.losses`, on log-probs
-of single rows, and alone has a gradient; and loss and gradient norm of the paired engine are those of TRL's own, with
-an adapter that is no longer zero. The layout is the first of packed, padded and alone that passes. A result is kept per
+of single rows, and alone has a gradient; and loss and gradient of the paired engine are those of TRL's own, with an
+adapter that is no longer zero. The layout is the first of packed, padded and alone that passes. A result is kept per
 model, tokens, settings and versions.
 """
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,6 +37,8 @@ _TOKEN_GAP = 1e-4  # nats per token in fp32; noise between batch shapes is below
 _LEAK_GAP = 2e-6  # nats per token in fp32, between two batches of one shape: other rows only change
 _LOSS_GAP = 1e-4  # in fp32
 _NORM_GAP = 1e-3  # relative, in fp32
+_PART_GAP = 5e-3  # of one parameter's gradient, relative to its norm, in fp32
+_LEAST_SHARE = 0.01  # of the root mean square over parameters
 _NOISE_GAP = 1e-6  # nats per token between two equal calls in fp32, which a CPU computes bit by bit alike
 _COARSER = 100  # times a tolerance where the model is not in fp32
 _NUDGE = 0.02  # standard deviation of the adapter's second matrices, which are 0 at the start
@@ -95,6 +97,7 @@ class _Measured:
     """A trainer's loss at its start and with the nudged adapter, and the gradient's norm there.
 
     `own` is the gradient's norm at the start where the loss is multiplied by 0: what does not come from the loss.
+    `parts` has each parameter's gradient in two numbers, by name (see `_gradient_parts`).
     """
 
     engine: Engine
@@ -102,6 +105,7 @@ class _Measured:
     own: float
     loss: float
     norm: float
+    parts: dict[str, tuple[float, float]]
 
 
 @dataclass
@@ -354,6 +358,8 @@ class Prover:
                         f"{_TITLES[arm]}'s gradient norm is {found.norm:.6g} instead of {expected.norm:.6g}",
                         (0.0, 0.0),
                     )
+                if self.coarseness == 1 and (problem := _parts_problem(found, expected)):
+                    return f"{_TITLES[arm]}'s {problem}", (0.0, 0.0)
                 gaps = [max(gaps[0], gap), max(gaps[1], norm_gap)]
             return "", (gaps[0], gaps[1])
         except (torch.OutOfMemoryError, MemoryError):
@@ -477,7 +483,7 @@ class Prover:
                 loss = _loss_of(trainer, batch)
                 (0 * loss).backward()
                 first += float(loss.detach()) / len(batches)
-            own = _gradient_norm(trainer.model)
+            own = _norm(_gradient_parts(trainer.model))
             trainer.model.zero_grad(set_to_none=True)
         _nudge(trainer.model)
         if self.nudged is None:  # with normal attention, since TRL's engine is measured first
@@ -488,9 +494,9 @@ class Prover:
             loss = _loss_of(trainer, batch) / len(batches)
             loss.backward()
             total += float(loss.detach())
-        norm = _gradient_norm(trainer.model)
+        parts = _gradient_parts(trainer.model)
         self._reset()
-        return _Measured(engine, first, own, total, norm)
+        return _Measured(engine, first, own, total, _norm(parts), parts)
 
     def _reset(self) -> None:
         from harness.train.base import reset_model
@@ -565,9 +571,44 @@ def _loss_of(trainer: PairTrainer, numbers: Sequence[int]) -> Tensor:
     return loss
 
 
-def _gradient_norm(model: torch.nn.Module) -> float:
-    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    return math.sqrt(sum(float(gradient.double().square().sum()) for gradient in gradients))
+def _gradient_parts(model: torch.nn.Module) -> dict[str, tuple[float, float]]:
+    """Return of each parameter's gradient its norm, and its product with a random vector, the same each time.
+
+    Where two gradients differ by a vector, their products do by about its norm: a sign shows in them, too.
+    """
+    import torch
+
+    parts = {}
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            gradient = parameter.grad.float().flatten()
+            generator = torch.Generator(gradient.device).manual_seed(0)
+            direction = torch.randn(gradient.shape, generator=generator, device=gradient.device)
+            parts[name] = (float(gradient.double().norm()), float(gradient @ direction))
+    return parts
+
+
+def _norm(parts: Mapping[str, tuple[float, float]]) -> float:
+    return math.sqrt(sum(norm**2 for norm, _ in parts.values()))
+
+
+def _parts_problem(found: _Measured, expected: _Measured) -> str:
+    """Return the parameter whose gradient differs most, relative to its norm; or nothing.
+
+    In a large model a gradient that is wrong in one matrix hardly changes the norm of all of them.
+    """
+    least = _LEAST_SHARE * expected.norm / math.sqrt(max(len(expected.parts), 1))  # below it there is noise alone
+    none = (0.0, 0.0)
+    gaps = {}
+    for name in found.parts.keys() | expected.parts.keys():
+        ours, theirs = found.parts.get(name, none), expected.parts.get(name, none)
+        gap = max(abs(ours[0] - theirs[0]), abs(ours[1] - theirs[1]))
+        gaps[name] = gap / max(ours[0], theirs[0], least, 1e-30)
+    worst = max(gaps, key=lambda name: gaps[name], default="")
+    if worst and gaps[worst] > _PART_GAP:
+        short = worst.removeprefix("base_model.model.")
+        return f"gradient differs from TRL's in {short} (by {gaps[worst]:.2g} of its norm there)"
+    return ""
 
 
 def _nudge(model: torch.nn.Module) -> None:

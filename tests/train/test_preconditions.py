@@ -139,16 +139,19 @@ def test_tokens_that_mix_beside_the_attention_are_found_however_little(strength:
     assert proof.layout.why in details(proof)[ENGINE][1]
 
 
-def test_a_gradient_that_differs_is_found(monkeypatch) -> None:
-    """Forward passes agree here; only going backward a layer of the paired engine is wrong."""
+@pytest.mark.parametrize("factor", [1.5, -1.0, 1.01])
+def test_a_gradient_that_differs_in_one_matrix_is_found(factor: float, monkeypatch) -> None:
+    """Forward passes agree here; only going backward a layer of the paired engine is wrong, or has the wrong sign."""
     import harness.train.run
 
     def fuse_wrongly(model: Any) -> None:
         layer = model.model.layers[0].self_attn.q_proj
-        layer.lora_B["default"].weight.register_hook(lambda gradient: gradient * 1.5)
+        layer.lora_B["default"].weight.register_hook(lambda gradient: gradient * factor)
 
     monkeypatch.setattr(harness.train.run, "fuse_adapters", fuse_wrongly)
-    with pytest.raises(UsageError, match="gradient norm is"):
+    with pytest.raises(
+        UsageError, match=r"gradient norm is|gradient differs from TRL's in model\.layers\.0\.self_attn\.q_proj\.lora_B"
+    ):
         proof_of(configure(), load_base(configure()))
 
 
