@@ -38,6 +38,8 @@ class Command:
 
     def wait(self) -> subprocess.CompletedProcess[str]:
         """Wait for its end; return its exit status and all that it printed."""
+        self.process.join(1800)
+        self.process.kill()  # no effect on one that has ended; one that hangs fails its test by name
         self.process.join()
         out, err = ((Path(self.folder.name) / name).read_text() for name in ("out", "err"))
         status = self.process.exitcode
