@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 from harness.config.arms import Limits, MethodConfig, bounded
@@ -469,3 +470,8 @@ class RunConfig:
     keep: str = bounded("all", choices=("all", "confirmed", "none"))
     retry_failed: bool = False
     allow_unequal_budgets: bool = False
+
+    @property
+    def study_folder(self) -> Path:
+        """The study's folder; its name is known."""
+        return Path(self.results_dir) / str(self.study)

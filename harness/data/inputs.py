@@ -94,7 +94,7 @@ class Inputs:
         key = digest([plain(self._data_of(config)), plain(config.model), config.generate.reasoning == DROP])
         found = self._tokens.get(key)
         if found is None:
-            date = registered_date(Path(config.results_dir) / str(config.study), otherwise=self.date)
+            date = registered_date(config.study_folder, otherwise=self.date)
             dated = digest([key, date.isoformat()])
             found = self._tokens.get(dated)
         if found is None:

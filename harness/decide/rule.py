@@ -89,9 +89,7 @@ def verdict(
         "n_seeds": dict(zip(kept, found.num_seeds, strict=True)),
         "n_unscored": n_unscored,
         "means": {name: float(arm.values.mean()) for name, arm in kept.items()},
-        "run_means": {
-            name: dict(zip(arm.seeds, arm.values.mean(1).tolist(), strict=True)) for name, arm in kept.items()
-        },
+        "run_means": {name: arm.run_means for name, arm in kept.items()},
         "guards": tested,
         "warnings": warnings,
         "reason": "",

@@ -193,6 +193,11 @@ class ArmScores:
     clusters: np.ndarray
     flags: dict[str, str]
 
+    @property
+    def run_means(self) -> dict[str, float]:
+        """Mean score of each run, by seed."""
+        return dict(zip(self.seeds, self.values.mean(1).tolist(), strict=True))
+
 
 def arm_scores(frame: pd.DataFrame, arm: str, config: str, cluster: str | None = None) -> ArmScores:
     """Lay out one config's rows of one scorer and split as an array.

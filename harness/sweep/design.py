@@ -28,7 +28,7 @@ from harness.data.inputs import Inputs
 from harness.study.errors import UsageError
 from harness.study.integrity import SPLITS
 from harness.sweep.problems import find_warnings, resolve
-from harness.sweep.trial import Trial, study_dir
+from harness.sweep.trial import Trial
 
 
 @dataclass(frozen=True)
@@ -220,7 +220,7 @@ class Design:
     @property
     def study(self) -> Path:
         """The study's folder."""
-        return study_dir(self.base_config)
+        return self.base_config.study_folder
 
     @property
     def suggests(self) -> bool:

@@ -75,7 +75,7 @@ class Trial:
     @property
     def study(self) -> Path:
         """The study's folder."""
-        return study_dir(self.config)
+        return self.config.study_folder
 
     @property
     def arm(self) -> str:
@@ -124,11 +124,6 @@ class Trial:
         """Read how this trial ended; it is complete."""
         facts = load_manifest(self.folder, files)
         return self.outcome(facts["status"], facts.get("divergence", ""))
-
-
-def study_dir(config: RunConfig) -> Path:
-    """Return the folder of a study whose name is known."""
-    return Path(config.results_dir) / str(config.study)
 
 
 def write_trial(path: Path, trial: Trial) -> None:

@@ -55,12 +55,12 @@ def micro_batch_size(config: RunConfig) -> int:
     """Return the micro-batch of a trial's study, in pairs per process."""
     configured = config.train.micro_batch_size
     assert configured is not None, "the profile fills it"
-    return min(configured, settled(_study_folder(config)) or configured)
+    return min(configured, settled(config.study_folder) or configured)
 
 
 def note_seed(config: RunConfig, size: int) -> None:
     """Record in a study whose micro-batch was made smaller that a trial of this seed trains with `size` pairs."""
-    study = _study_folder(config)
+    study = config.study_folder
     if settled(study) is None:
         return
     with locked(study):
@@ -80,7 +80,7 @@ def halve(config: RunConfig, tried: int, *, trial_id: str) -> int:
     Raises:
         DoesNotFitError: where no micro-batch is smaller.
     """
-    study = _study_folder(config)
+    study = config.study_folder
     with locked(study):
         known = settled(study)
         if known is not None and known < tried:  # another trial was first
@@ -92,10 +92,6 @@ def halve(config: RunConfig, tried: int, *, trial_id: str) -> int:
         about_study = {"micro_batch_size": smaller, "asked": config.train.micro_batch_size}
         write_json(study / MICRO_BATCH_FILE, about_study | {"seeds": found.get("seeds", {}), "halved": halved})
     return smaller
-
-
-def _study_folder(config: RunConfig) -> Path:
-    return Path(config.results_dir) / str(config.study)
 
 
 def smaller_than(config: RunConfig, tried: int) -> int:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness.config.arms import ARMS, BetaConfig, MethodConfig, SimPOConfig
+from harness.config.arms import ARMS, BetaConfig, MethodConfig, SimPOConfig, title
 from harness.config.schema import Engine, Precision, Reference, RunConfig, Tuning
 from harness.data.plan import BatchPlan
 from harness.data.tokens import ChatFormat, TokenPair
@@ -350,16 +350,16 @@ class Prover:
             for arm in _TRAINERS:
                 found = self._measure(arm, Engine.paired, layout)
                 if problem := self._loss_problem(arm, found):
-                    return f"{_TITLES[arm]}'s {problem}", (0.0, 0.0)
+                    return f"{title(arm)}'s {problem}", (0.0, 0.0)
                 expected = self._expected(arm)
                 gap, norm_gap = abs(found.loss - expected.loss), _relative(found.norm, expected.norm)
                 if norm_gap > max(_NORM_GAP * self.coarseness / 2, 3 * self.spread[1]):
                     return (
-                        f"{_TITLES[arm]}'s gradient norm is {found.norm:.6g} instead of {expected.norm:.6g}",
+                        f"{title(arm)}'s gradient norm is {found.norm:.6g} instead of {expected.norm:.6g}",
                         (0.0, 0.0),
                     )
                 if self.coarseness == 1 and (problem := _parts_problem(found, expected)):
-                    return f"{_TITLES[arm]}'s {problem}", (0.0, 0.0)
+                    return f"{title(arm)}'s {problem}", (0.0, 0.0)
                 gaps = [max(gaps[0], gap), max(gaps[1], norm_gap)]
             return "", (gaps[0], gaps[1])
         except (torch.OutOfMemoryError, MemoryError):
@@ -523,7 +523,7 @@ class Prover:
 
     def _loss_finding(self) -> Finding:
         said = ", ".join(
-            f"{_TITLES[arm]}'s is {self._oracle(arm, self.base_sums):.6f}"
+            f"{title(arm)}'s is {self._oracle(arm, self.base_sums):.6f}"
             + (" (log 2)" if ARMS[arm].uses_reference else "")
             for arm in _TRAINERS
         )
@@ -542,7 +542,7 @@ class Prover:
             f"{len(self.sample)} pairs of {min(lengths)} to {max(lengths)} tokens in {precision}"
         )
         if self.stock_problems:
-            wrong = "; ".join(f"{_TITLES[arm]}'s {problem}" for arm, problem in self.stock_problems.items())
+            wrong = "; ".join(f"{title(arm)}'s {problem}" for arm, problem in self.stock_problems.items())
             detail += f"; where TRL's own engine fails, they equal those of single rows ({wrong})"
         if failed:
             reasons = "; ".join(f"not {way}: {problem}" for way, problem in failed.items())
@@ -551,7 +551,6 @@ class Prover:
 
 
 _TRAINERS = ("dpo", "simpo")  # one arm for each of TRL's trainers
-_TITLES = {"dpo": "DPO", "simpo": "SimPO"}
 _WAYS: dict[Way, str] = {
     "packed": "the study runs packed",
     "padded": "the study runs padded",

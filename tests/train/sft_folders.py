@@ -55,12 +55,19 @@ def save_adapter(
     lora = {"r": 4, "lora_alpha": 16, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
     torch.manual_seed(1)
     adapted = get_peft_model(model, config or LoraConfig(**{**lora, **more}))
+    move(adapted, 0.1)
+    adapted.save_pretrained(folder)
+    return folder
+
+
+def move(adapted: Any, scale: float) -> None:
+    """Move the trained weights away from their start, as a training does."""
+    import torch
+
     with torch.no_grad():
         for parameter in adapted.parameters():
             if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter) * 0.1)
-    adapted.save_pretrained(folder)
-    return folder
+                parameter.add_(torch.randn_like(parameter) * scale)
 
 
 def rewrite(folder: Path, change: Callable[[dict[str, Any]], dict[str, Any]], name: str = "model.safetensors") -> Path:

@@ -19,7 +19,7 @@ from harness.config.checkpoint import folder_problems
 from harness.config.checkpoint_files import in_full_precision
 from harness.study.errors import UsageError
 from harness.train.weights import check_weights
-from tests.train.sft_folders import edit, logits_of, rewrite, save_base, save_tokenizer, vocabulary
+from tests.train.sft_folders import edit, logits_of, move, rewrite, save_base, save_tokenizer, vocabulary
 from tests.train.test_derived import loaded, resolved
 
 CONFIG = "adapter_config.json"
@@ -75,10 +75,7 @@ def trained(
         start, settings.init_lora_weights = settings.init_lora_weights, True
         adapted.save_pretrained(before)
         settings.init_lora_weights = start
-    with torch.no_grad():
-        for parameter in adapted.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter) * 0.05)
+    move(adapted, 0.05)
     adapted.save_pretrained(folder)
     return adapted
 
