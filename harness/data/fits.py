@@ -5,13 +5,13 @@ Reads config.json and the headers of the safetensors files, and loads no weights
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from harness.config.checkpoint_files import header, read_json_object, weight_files
 from harness.study.errors import UsageError
 from harness.study.manifest import Finding
 
@@ -32,7 +32,7 @@ class Tables:
     """The sizes of a checkpoint's tables.
 
     Attributes:
-        rows: of the embedding, one a token; None where it is not known.
+        rows: of the embedding, one per token; None where it is not known.
         positions: tokens that a sequence may have; None for any number.
         absolute: whether a longer sequence is impossible, and not only beyond what the model was trained on.
     """
@@ -44,7 +44,7 @@ class Tables:
 
 def read_tables(folder: Path) -> Tables:
     """Read the sizes of a checkpoint's tables."""
-    config = _text_config(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    config = _text_config(read_json_object(folder / "config.json") or {})
     shapes = dict(_shapes(folder))
     rows = [shape[0] for name, shape in shapes.items() if _EMBEDDING.search(name)]
     if isinstance(config.get("vocab_size"), int) and not rows:
@@ -79,11 +79,9 @@ def _text_config(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _shapes(folder: Path) -> Iterator[tuple[str, Sequence[int]]]:
-    for path in sorted(folder.glob("*.safetensors")):
-        with path.open("rb") as file:
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        for name, about in header.items():
-            if name != "__metadata__" and len(about["shape"]) == 2 and not _OTHER_TOWERS.search(name):
+    for path in weight_files(folder):
+        for name, about in (header(path) or {}).items():
+            if len(about["shape"]) == 2 and not _OTHER_TOWERS.search(name):
                 yield name, about["shape"]
 
 

@@ -196,7 +196,7 @@ def test_no_text_holds_a_check_for_long(text: str) -> None:
     for check in [*(check for check, _, _ in CASES), {"contains": "b", "fold": True}]:
         start = time.process_time()
         failed_checks(text, [check], ended=True)
-        assert time.process_time() - start < 20
+        assert time.process_time() - start < 10  # a second, on a machine ten times slower
 
 
 @pytest.mark.parametrize("pattern", [r"(a+)+$", r"(.*)(.*)(.*)x", r"(\w+\s?)+:", r"(?:a|aa)+$", r"(a*)\1!", r"[a-z]*!"])
@@ -205,7 +205,7 @@ def test_a_pattern_that_would_take_forever_is_unchecked_by_name(pattern: str) ->
     for _ in range(2):
         with pytest.raises(UncheckedError, match=re.escape(f"the check regex: {pattern!r} needs more than 0.3 s")):
             failed_checks("a" * 99_999 + "?\n.", [{"regex": pattern}], ended=True)
-    assert time.process_time() - start < 40
+    assert time.process_time() - start < 20  # two seconds, on a machine ten times slower
 
 
 def test_a_pattern_is_stopped_in_another_thread_too() -> None:
@@ -266,7 +266,7 @@ def test_hostile_text_does_not_slow_the_detector() -> None:
     start = time.perf_counter()
     completion_flags("ab" * 50_000 + "c", ended=True)
     completion_flags("".join(chr(97 + i % 26) for i in range(100_000)), ended=True)
-    assert time.perf_counter() - start < 100  # quadratic growth would take minutes
+    assert time.perf_counter() - start < 50  # quadratic growth would take minutes
 
 
 def rows(*texts: str, ended: bool = True) -> list[dict]:

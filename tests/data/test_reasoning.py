@@ -93,7 +93,7 @@ def test_hostile_text_is_parted_in_no_time(unit: str) -> None:
     start = time.process_time()
     part(unit * (100_000 // len(unit)))
     part("<think>a</think>" + unit * (100_000 // len(unit)))
-    assert time.process_time() - start < 20
+    assert time.process_time() - start < 10  # a second, on a machine ten times slower
 
 
 WORDS = ["what", "?", "because", "of", "seven", ".", "<|system|>", "<|user|>", "<|bot|>", "<|stop|>"]

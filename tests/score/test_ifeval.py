@@ -111,7 +111,7 @@ def test_a_hostile_answer_gets_a_score_or_a_reason_in_time(instructions, answer)
     score_ifeval(TrialOutputs(outputs.prompts, [completion | {"completion": "x"}], []))  # loads the library
     start = time.process_time()
     (score,) = score_ifeval(outputs)
-    assert time.process_time() - start < 20
+    assert time.process_time() - start < 10  # a second, on a machine ten times slower
     assert (
         score.score in (0, 1)
         or "IFEval's checks" in score.unscored_reason
