@@ -193,7 +193,9 @@ def _pair_findings(splits: Mapping[str, TokenisedPairs]) -> Iterator[Finding]:
         total = len(pairs.rows) + sum(pairs.dropped.values())
         for name, reason in (("answers", CHANGED), ("single answers", TWICE), ("prompts", NOT_ASKED)):
             if count := pairs.dropped.get(reason, 0):
-                yield Finding(f"{name} of {split}", "warned", f"{split}: {count} of {total} pairs are dropped: {reason}")
+                yield Finding(
+                    f"{name} of {split}", "warned", f"{split}: {count} of {total} pairs are dropped: {reason}"
+                )
         if pairs.readback is not None:
             yield from pairs.readback.findings(split)
 
@@ -207,7 +209,8 @@ def _prompt_findings(splits: Splits, asked: Sequence[Sequence[int]], chat: ChatF
     ):
         readback = Readback(chat.tokenizer, chat.stop_ids)
         with_pairs = {pair.prompt_id for pair in pairs}
-        for prompt, own in zip(prompts, ids):
+        for prompt in prompts:
+            own = next(ids)
             if prompt.follows is None:
                 chat.look_at(prompt, (own,), readback)
         if any(prompt.prompt_id not in with_pairs for prompt in prompts):

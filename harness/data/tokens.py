@@ -38,7 +38,9 @@ CHANGED = (
     "the chat template cuts or rewrites the answer (two ways out: generate.reasoning=drop takes thinking out of both "
     "answers; model.chat_template gives a template that leaves answers as they are)"
 )
-TWICE = "the chat template writes the answer more than once; give a template that writes it once with model.chat_template"
+TWICE = (
+    "the chat template writes the answer more than once; give a template that writes it once with model.chat_template"
+)
 _PROBE = "qzvkxjw"  # an answer that no template holds
 
 

@@ -43,7 +43,10 @@ _COMMA = rf"(?P<comma>[,，٬'’_{_SPACES}]|\{{,\}}|\\,)"
 _WESTERN = rf"(?!0)\d{{1,3}}{_COMMA}\d{{3}}(?!\d)(?:(?P=comma)\d{{3}}(?!\d))*+"
 _INDIAN = r"\d{1,2}(?:,\d\d(?!\d)){1,5}+,\d{3}(?!\d)"
 _DIGITS = rf"(?P<digits>(?:{_INDIAN}|{_WESTERN}|\d++)(?:[.٫]\d++)?|[.٫]\d++)"
-_POWER = r"(?:[eE](?P<e>[-+−]?\d{1,3})(?!\w)|\s?(?:[×x*·]|\\times|\\cdot)\s?10(?:(?:\^|\*\*)\{?(?P<ten>[-+−]?\d{1,3})\}?|(?P<high>[⁻⁺]?[⁰¹²³⁴-⁹]{1,3})))"
+_TIMES_TEN = (
+    r"\s?(?:[×x*·]|\\times|\\cdot)\s?10(?:(?:\^|\*\*)\{?(?P<ten>[-+−]?\d{1,3})\}?|(?P<high>[⁻⁺]?[⁰¹²³⁴-⁹]{1,3}))"
+)
+_POWER = rf"(?:[eE](?P<e>[-+−]?\d{{1,3}})(?!\w)|{_TIMES_TEN})"
 _SLASHED = r"(?P<top>\d++)[/⁄](?P<bottom>\d++)(?![/⁄.,]\d)"
 _LATEX = r"\\[dtc]?frac\s?(?:\{(?P<top>\d++)\}|(?P<top>\d))\s?(?:\{(?P<bottom>\d++)\}|(?P<bottom>\d))"
 _FRACTION = rf"(?:(?P<whole>\d++)(?: (?=\d)| ?(?!\d)))?(?:{_SLASHED}|{_LATEX}|(?P<one>[¼½¾⅐-⅞↉]))"
@@ -96,8 +99,8 @@ def ends_as_sentences_do(text: str) -> bool:
 def last_number(text: str) -> float | None:
     """Return the last number of a text; None without one, or where its last digits are a time, a date or a version."""
     last = None
-    for last in _NUMBER.finditer(text):
-        pass
+    for found in _NUMBER.finditer(text):
+        last = found
     return None if last is None else _value(last)
 
 

@@ -135,7 +135,10 @@ class TestReadingChecks:
             ({"max_words": 2, "fold": True}, "`fold` changes nothing here; allowed with equals, contains"),
             ({"number": "twelve"}, "check `number`: 'twelve'; allowed: a number"),
             ({"number": True}, "check `number`: True; allowed: a number"),
-            *(({"number": text}, f"check `number`: '{text}'") for text in ("12:30", "3,5", "1.000.000", "1e999", "5 apples")),
+            *(
+                ({"number": text}, f"check `number`: '{text}'")
+                for text in ("12:30", "3,5", "1.000.000", "1e999", "5 apples")
+            ),
             ({"regex": "("}, "a regular expression that Python compiles"),
         ],
     )

@@ -66,7 +66,8 @@ def test_pairs_whose_user_the_template_leaves_out_are_dropped_with_the_way_out(t
 
 
 @pytest.mark.parametrize(
-    "content", ["m['content'][:10]", "m['content'].split('.')[0]", "m['content'] | upper | replace('SORT CAB', 'sort cab')"]
+    "content",
+    ["m['content'][:10]", "m['content'].split('.')[0]", "m['content'] | upper | replace('SORT CAB', 'sort cab')"],
 )
 def test_only_pairs_whose_prompt_is_cut_or_rewritten_are_dropped(content: str) -> None:
     whole = f"({content}) if m['role'] == 'user' else m['content']"
@@ -83,11 +84,14 @@ def test_a_study_without_the_users_turns_is_refused(tmp_path: Path) -> None:
 def test_evaluation_prompts_that_are_cut_are_counted(tmp_path: Path) -> None:
     given = rows()
     given["golden"] = [
-        {"prompt": [{"role": "user", "content": text}], "checks": [{"contains": "a"}]} for text in ("sort acb", "sort acbd")
+        {"prompt": [{"role": "user", "content": text}], "checks": [{"contains": "a"}]}
+        for text in ("sort acb", "sort acbd")
     ]
     cuts = TURNS.replace("{{ m['content'] }}", "{{ m['content'][:8] }}")
     (warning,) = Inputs().tokens(config_of(tmp_path, cuts, given)).warnings
-    assert warning.startswith("prompts of golden: in 1 of 2 rows the chat template leaves out or rewrites the user's turn")
+    assert warning.startswith(
+        "prompts of golden: in 1 of 2 rows the chat template leaves out or rewrites the user's turn"
+    )
     assert "'sort acbd'" in warning
 
 
@@ -101,7 +105,9 @@ def test_other_turns_that_the_template_leaves_out_are_counted(kind: str, text: s
 
 
 def test_a_template_that_keeps_the_last_turn_alone_is_counted() -> None:
-    last = phi().tokenizer.chat_template.replace("for m in messages", "for m in (messages[-1:] if add_generation_prompt else messages[-2:])")
+    last = phi().tokenizer.chat_template.replace(
+        "for m in messages", "for m in (messages[-1:] if add_generation_prompt else messages[-2:])"
+    )
     before = [("user", "sort ba"), ("assistant", "ab")]
     (said,) = findings([pair(before=before)], load("phi-3", template=last))
     assert "leaves out or rewrites an earlier turn, as 'sort ba'" in said
@@ -168,7 +174,9 @@ def test_small_letters_in_place_of_capitals_are_counted() -> None:
     from tokenizers import normalizers
 
     (said,) = findings([pair(), pair(chosen="the Cab")], with_tokenizer(normalise(normalizers.Lowercase())))
-    assert said.startswith("train: 1 of 2 rows do not read back from their token ids as they are: the tokenizer changes")
+    assert said.startswith(
+        "train: 1 of 2 rows do not read back from their token ids as they are: the tokenizer changes"
+    )
     assert "capital and small letters, as in 'Cab'" in said
 
 
@@ -208,7 +216,7 @@ def test_canonically_equal_text_and_white_space_are_no_loss() -> None:
 
 def test_every_family_reads_back_what_it_knows() -> None:
     for name in FAMILIES:
-        assert findings([pair(), pair(chosen="It's: (a) 1, 2; \"c\"!")], load(name)) == [], name
+        assert findings([pair(), pair(chosen='It\'s: (a) 1, 2; "c"!')], load(name)) == [], name
 
 
 def test_a_study_says_what_its_tokenizer_loses(tmp_path: Path) -> None:
