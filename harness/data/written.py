@@ -29,18 +29,23 @@ def squeezed(text: str) -> str:
     return "".join(normal(text).split())
 
 
+def _holds(text: str, said: str) -> bool:
+    """Return whether a text holds another one, but for white space; most do to the letter, which is seen at once."""
+    return said.strip() in text or squeezed(said) in squeezed(text)
+
+
 def left_out(turns: Sequence[Message], text: str) -> dict[str, str]:
     """Return the turns of a prompt that do not stand in its rendering: what they are, and their text.
 
     Earlier answers may be written without their thinking.
     """
-    written, last = squeezed(text), len(turns) - 1
+    last = len(turns) - 1
     found: dict[str, str] = {}
     for i, turn in enumerate(turns):
         said = turn["content"]
-        if squeezed(said) in written:
+        if _holds(text, said):
             continue
-        if i < last and turn["role"] == "assistant" and squeezed(part(said).answer) in written:
+        if i < last and turn["role"] == "assistant" and _holds(text, part(said).answer):
             continue
         kind = ASKED if i == last else SYSTEM if turn["role"] in ("system", "developer") else EARLIER
         found.setdefault(kind, said)
@@ -105,10 +110,10 @@ class Readback:
         """Return what of a text its token ids do not hold; None where they hold it."""
         if self._unknown is not None and self._unknown in ids and str(self._tokenizer.unk_token) not in text:
             return _UNKNOWN
-        wanted, read = squeezed(text), squeezed(self._read(ids))
-        if wanted in read:
+        read = self._read(ids)
+        if _holds(read, text):
             return None
-        return _CASE if wanted.lower() in read.lower() else _CHARACTERS
+        return _CASE if _holds(read.lower(), text.lower()) else _CHARACTERS
 
     def _example(self, text: str, ids: Sequence[int]) -> str:
         """Return a word of a text that its token ids do not hold."""
