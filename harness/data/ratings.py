@@ -38,7 +38,7 @@ _DIFFERENCES = {"margin", "diff", "difference", "gap", "delta"}
 _QUALIFIERS = {
     *("avg", "average", "mean", "overall", "final", "total", "aggregate", "aggregated", "weighted", "raw"),
     *("normalized", "normalised", "rm", "model", "judge", "gpt", "gpt4", "4", "llm", "human", "annotator", "critic"),
-    *("preference", "armorm", "value", "o"),  # gpt4o
+    *("preference", "armorm", "value", "pref", "y", "o"),  # y_w, gpt4o
     *("response", "responses", "answer", "answers", "completion", "output", "generation", "text"),
     *(
         "metadata",

@@ -43,15 +43,15 @@ _COMMA = rf"(?P<comma>[,，٬'’_{_SPACES}]|\{{,\}}|\\,)"
 _WESTERN = rf"(?!0)\d{{1,3}}{_COMMA}\d{{3}}(?!\d)(?:(?P=comma)\d{{3}}(?!\d))*+"
 _INDIAN = r"\d{1,2}(?:,\d\d(?!\d)){1,5}+,\d{3}(?!\d)"
 _DIGITS = rf"(?P<digits>(?:{_INDIAN}|{_WESTERN}|\d++)(?:[.٫]\d++)?|[.٫]\d++)"
-_TIMES_TEN = (
-    r"\s?(?:[×x*·]|\\times|\\cdot)\s?10(?:(?:\^|\*\*)\{?(?P<ten>[-+−]?\d{1,3})\}?|(?P<high>[⁻⁺]?[⁰¹²³⁴-⁹]{1,3}))"
-)
-_POWER = rf"(?:[eE](?P<e>[-+−]?\d{{1,3}})(?!\w)|{_TIMES_TEN})"
-_SLASHED = r"(?P<top>\d++)[/⁄](?P<bottom>\d++)(?![/⁄.,]\d)"
+_TEN = r"10(?:(?:\^|\*\*)\{?(?P<ten>[-+−]?\d{1,3}+)\}?|(?P<high>[⁻⁺]?[⁰¹²³⁴-⁹]{1,3}+))"
+_POWER = rf"(?:[eE](?P<e>[-+−]?\d{{1,3}})(?!\w)|\s?(?:[×x*·]|\\times|\\cdot)\s?{_TEN})"
+_PLAIN = r"(?:\d{1,3}(?:,\d{3}(?!\d))++|\d++)(?:\.\d++)?"
+_SLASHED = rf"(?P<top>{_PLAIN})\s?[/⁄]\s?(?P<bottom>{_PLAIN})(?![/⁄.,]\d)"
 _LATEX = r"\\[dtc]?frac\s?(?:\{(?P<top>\d++)\}|(?P<top>\d))\s?(?:\{(?P<bottom>\d++)\}|(?P<bottom>\d))"
 _FRACTION = rf"(?:(?P<whole>\d++)(?: (?=\d)| ?(?!\d)))?(?:{_SLASHED}|{_LATEX}|(?P<one>[¼½¾⅐-⅞↉]))"
-_OTHER = r"(?P<other>\d++(?:(?::\d++)++|(?:[.]\d++){2,}+|(?:/\d++){2,}+))"  # times, ratios, dates, versions
-_NUMBER = regex.compile(rf"(?:{_SIGN})?(?:{_OTHER}|{_FRACTION}|{_DIGITS}{_POWER}?)")
+# Times, ratios, dates, versions, and powers of other numbers.
+_OTHER = r"(?P<other>\d++(?:(?::\d++)++|(?:[.]\d++){2,}+|(?:/\d++){2,}+|\^\{?[-−]?\d++\}?|[⁻⁺]?[⁰¹²³⁴-⁹]++))"
+_NUMBER = regex.compile(rf"(?:{_SIGN})?(?:{_TEN}|{_OTHER}|{_FRACTION}|{_DIGITS}{_POWER}?)")
 _HIGH = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺−", "0123456789-+-")
 _NOT_IN_FLOATS = regex.compile(r"[^\d.]")
 
@@ -121,14 +121,18 @@ def _value(found: regex.Match[str]) -> float | None:
     part = found.groupdict()
     if part["other"]:
         return None
-    if part["digits"]:
-        power = (part["e"] or part["ten"] or part["high"] or "0").translate(_HIGH)
-        size = float(_NOT_IN_FLOATS.sub("", part["digits"].replace("٫", ".")) + f"e{power}")
+    power = (part["e"] or part["ten"] or part["high"] or "0").translate(_HIGH)
+    if part["top"]:
+        bottom = _as_float(part["bottom"])
+        size = _as_float(part["whole"] or "0") + _as_float(part["top"]) / bottom if bottom else math.inf
+    elif part["one"]:
+        size = _as_float(part["whole"] or "0") + unicodedata.numeric(part["one"])
     else:
-        top, bottom = (part["top"], part["bottom"]) if part["top"] else (unicodedata.numeric(part["one"]), 1)
-        if not float(bottom):
-            return None
-        size = float(part["whole"] or 0) + float(top) / float(bottom)
+        size = _as_float(part["digits"] or "1", power)
     if not math.isfinite(size):
         return None
     return -size if part["sign"] else size
+
+
+def _as_float(digits: str, power: str = "0") -> float:
+    return float(_NOT_IN_FLOATS.sub("", digits.replace("٫", ".")) + f"e{power}")

@@ -45,6 +45,8 @@ SPELLINGS: list[tuple[str, str]] = [
     ("accepted_elo", "rejected_elo"),
     ("votes_preferred", "votes_unpreferred"),
     ("chosen/score", "rejected/score"),
+    ("y_w_score", "y_l_score"),
+    ("Chosen Rating", "Rejected Rating"),
 ]
 
 
