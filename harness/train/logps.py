@@ -16,7 +16,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -210,6 +210,41 @@ def answer_token_logps(
     with packing(model) if way == "packed" else contextlib.nullcontext():
         packed = pack(groups_of(rows, share_prefix=shares)).to(model.device)
         return list(run(model, packed).log_probs.float().cpu().split(packed.lengths))
+
+
+class LookAhead(NamedTuple):
+    """How far log-probs before a changed token change, and float noise between two batch shapes; both in nats."""
+
+    gap: float
+    noise: float
+
+
+@torch.no_grad()
+def look_ahead(model: PreTrainedModel, ids: Sequence[int]) -> LookAhead:
+    """Return whether tokens see later ones: the last token is changed, then the last two, in rows of one length.
+
+    Two tokens, since blocks that see all of themselves may begin with the last one. All next tokens' log-probs count:
+    a token that sees the next one would show it in no log-prob of another target. The noise is that of the row beside
+    itself: what later tokens do to it is the same there.
+
+    Args:
+        model: a causal LM in evaluation mode.
+        ids: of one row, at least 2.
+    """
+
+    def next_logps(rows: Sequence[Sequence[int]]) -> Tensor:
+        logits = model(input_ids=torch.tensor(rows, device=model.device), use_cache=False).logits.float()
+        return logits - logits.logsumexp(-1, keepdim=True)
+
+    before = next_logps([ids])[0]
+    noise = float((next_logps([ids, ids])[0] - before).abs().max())
+    gaps = []
+    for count in range(1, min(3, len(ids))):
+        kept, ends = ids[:-count], ids[-count:]
+        other = [next(token for token in (*ids, 0, 1) if token != end) for end in ends]
+        found = next_logps([[*kept, *other]])[0]
+        gaps.append(float((found[: len(kept)] - before[: len(kept)]).abs().max()))
+    return LookAhead(max(gaps), noise)
 
 
 def forget_probe(model: PreTrainedModel) -> None:
