@@ -213,7 +213,7 @@ def answer_token_logps(
 
 
 class LookAhead(NamedTuple):
-    """How far log-probs before a changed token change, and float noise between two batch shapes; both in nats."""
+    """How far log-probs before a changed token change, and float noise where nothing should; both in nats."""
 
     gap: float
     noise: float
@@ -224,27 +224,30 @@ def look_ahead(model: PreTrainedModel, ids: Sequence[int]) -> LookAhead:
     """Return whether tokens see later ones: the last token is changed, then the last two, in rows of one length.
 
     Two tokens, since blocks that see all of themselves may begin with the last one. All next tokens' log-probs count:
-    a token that sees the next one would show it in no log-prob of another target. The noise is that of the row beside
-    itself: what later tokens do to it is the same there.
+    a token that sees the next one would show it in no log-prob of another target. The noise is the smaller one of two:
+    of the row with another row beside it, in one shape (0 but for routers, which deal tokens to experts together), and
+    of the row with itself beside it (which no look into the other row can raise).
 
     Args:
         model: a causal LM in evaluation mode.
         ids: of one row, at least 2.
     """
 
-    def next_logps(rows: Sequence[Sequence[int]]) -> Tensor:
-        logits = model(input_ids=torch.tensor(rows, device=model.device), use_cache=False).logits.float()
+    def next_logps(*rows: Sequence[int]) -> Tensor:
+        logits = model(input_ids=torch.tensor(rows, device=model.device), use_cache=False).logits[0].float()
         return logits - logits.logsumexp(-1, keepdim=True)
 
-    before = next_logps([ids])[0]
-    noise = float((next_logps([ids, ids])[0] - before).abs().max())
-    gaps = []
+    def gap(ours: Tensor, theirs: Tensor) -> float:
+        return float((ours - theirs).abs().max())
+
+    alone, doubled = next_logps(ids), next_logps(ids, ids)
+    gaps, noises = [], [gap(alone, doubled)]
     for count in range(1, min(3, len(ids))):
         kept, ends = ids[:-count], ids[-count:]
-        other = [next(token for token in (*ids, 0, 1) if token != end) for end in ends]
-        found = next_logps([[*kept, *other]])[0]
-        gaps.append(float((found[: len(kept)] - before[: len(kept)]).abs().max()))
-    return LookAhead(max(gaps), noise)
+        changed = [*kept, *(next(token for token in (*ids, 0, 1) if token != end) for end in ends)]
+        gaps.append(gap(next_logps(changed)[: len(kept)], alone[: len(kept)]))
+        noises.append(gap(next_logps(ids, changed), doubled))
+    return LookAhead(max(gaps), min(noises[0], max(noises[1:])))
 
 
 def forget_probe(model: PreTrainedModel) -> None:

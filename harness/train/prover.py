@@ -36,7 +36,7 @@ _CUTS = ((8, 6, 9), (20, 12, 7), (32, 16, 20))
 _LONGEST_CUT = (192, 96, 96)
 _TOKEN_GAP = 1e-4  # nats per token in fp32; noise between batch shapes is below 2e-5
 _LEAK_GAP = 2e-6  # nats per token in fp32, between two batches of one shape: other rows only change
-_LOOK_AHEAD_NOISE = 4  # times the noise between two shapes: routers deal a changed token to other experts
+_LOOK_AHEAD_NOISE = 10  # times the noise that was measured, which a few rows show the size of alone
 _LOSS_GAP = 1e-4  # in fp32
 _TOKEN_NOISE = (2e-5, 1e-2)  # nats per token between batch shapes, in fp32 and below; a steep loss moves by more
 _NORM_GAP = 1e-3  # relative, in fp32
@@ -701,7 +701,7 @@ def _nudge(model: torch.nn.Module) -> list[tuple[Tensor, Tensor]]:
     generator = torch.Generator().manual_seed(0)
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     is_adapter = any("lora_B" in name for name, _ in trained)
-    moved = []
+    moved: list[tuple[Tensor, Tensor]] = []
     for name, parameter in trained:
         if "lora_B" in name or (not is_adapter and parameter.dim() == 1):
             moved.append((parameter, parameter.data))

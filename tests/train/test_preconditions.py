@@ -222,7 +222,7 @@ def last_of_block(output: torch.Tensor) -> torch.Tensor:
     return output[:, (positions // 4 * 4 + 3).clamp(max=output.shape[1] - 1)]
 
 
-@pytest.mark.parametrize("strength", [0.1, 1e-5])
+@pytest.mark.parametrize("strength", [0.1, 1e-6])
 @pytest.mark.parametrize("layer", [0, 1])
 @pytest.mark.parametrize("seen", [mean_of_all, next_token, last_of_block])
 def test_a_model_whose_tokens_see_later_ones_is_refused_however_little(seen: Any, layer: int, strength: float) -> None:
@@ -230,6 +230,17 @@ def test_a_model_whose_tokens_see_later_ones_is_refused_however_little(seen: Any
     base = load_base(configure())
     base.model.layers[layer].mlp.register_forward_hook(lambda module, args, output: output + strength * seen(output))
     with pytest.raises(UsageError, match=r"LlamaForCausalLM lets tokens see later ones .* is_decoder: true"):
+        proof_of(configure(), base)
+
+
+@pytest.mark.parametrize("strength", [1e-3, 1e-6])
+def test_a_look_ahead_is_refused_in_a_model_whose_rows_see_each_other_as_well(strength: float) -> None:
+    """The noise that is allowed is not what other rows do to a row."""
+    base = load_base(configure())
+    base.model.layers[0].mlp.register_forward_hook(
+        lambda module, args, output: output + strength * output.mean((0, 1), keepdim=True)
+    )
+    with pytest.raises(UsageError, match="lets tokens see later ones"):
         proof_of(configure(), base)
 
 
@@ -245,7 +256,7 @@ def test_experts_that_compute_other_tokens_at_once_are_no_look_ahead(seen: Any) 
     if seen is None:
         assert details(proof_of(config, base))[LOSS][0] == "proved"
         return
-    base.model.layers[0].mlp.register_forward_hook(lambda module, args, output: output + 1e-3 * seen(output))
+    base.model.layers[0].mlp.register_forward_hook(lambda module, args, output: output + 0.1 * seen(output))
     with pytest.raises(UsageError, match="lets tokens see later ones"):
         proof_of(config, base)
 
