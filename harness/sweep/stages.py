@@ -179,6 +179,7 @@ class _Running:
             )
         self._layout = proof.layout
         self.note([*proof.findings, *tokens.findings])
+        self._save()  # a base that vLLM answers for is proved in a pass of its own
 
     def _methods(self) -> Sequence[MethodConfig]:
         """Return the arms whose losses are proved: of the study, and once more of the trial, which a sampler may add.
