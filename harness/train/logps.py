@@ -247,7 +247,10 @@ def look_ahead(model: PreTrainedModel, ids: Sequence[int]) -> LookAhead:
         changed = [*kept, *(next(token for token in (*ids, 0, 1) if token != end) for end in ends)]
         gaps.append(gap(next_logps(changed)[: len(kept)], alone[: len(kept)]))
         noises.append(gap(next_logps(ids, changed), doubled))
-    return LookAhead(max(gaps), min(noises[0], max(noises[1:])))
+    noise = min(noises[0], max(noises[1:]))
+    if any(re.search(r"expert|moe", name, re.IGNORECASE) for name, _ in model.named_modules()):
+        noise = max(noise, torch.finfo(model.dtype).eps * float(alone.abs().max()))  # a few rows may show none
+    return LookAhead(max(gaps), noise)
 
 
 def forget_probe(model: PreTrainedModel) -> None:
