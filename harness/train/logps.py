@@ -16,7 +16,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -210,6 +210,47 @@ def answer_token_logps(
     with packing(model) if way == "packed" else contextlib.nullcontext():
         packed = pack(groups_of(rows, share_prefix=shares)).to(model.device)
         return list(run(model, packed).log_probs.float().cpu().split(packed.lengths))
+
+
+class LookAhead(NamedTuple):
+    """How far log-probs before a changed token change, and float noise where nothing should; both in nats."""
+
+    gap: float
+    noise: float
+
+
+@torch.no_grad()
+def look_ahead(model: PreTrainedModel, ids: Sequence[int]) -> LookAhead:
+    """Return whether tokens see later ones: the last token is changed, then the last two, in rows of one length.
+
+    Two tokens, since blocks that see all of themselves may begin with the last one. All next tokens' log-probs count:
+    a token that sees the next one would show it in no log-prob of another target. The noise is the smaller one of two:
+    of the row with another row beside it, in one shape (0 but for routers, which deal tokens to experts together), and
+    of the row with itself beside it (which no look into the other row can raise).
+
+    Args:
+        model: a causal LM in evaluation mode.
+        ids: of one row, at least 2.
+    """
+
+    def next_logps(*rows: Sequence[int]) -> Tensor:
+        logits = model(input_ids=torch.tensor(rows, device=model.device), use_cache=False).logits[0].float()
+        return logits - logits.logsumexp(-1, keepdim=True)
+
+    def gap(ours: Tensor, theirs: Tensor) -> float:
+        return float((ours - theirs).abs().max())
+
+    alone, doubled = next_logps(ids), next_logps(ids, ids)
+    gaps, noises = [], [gap(alone, doubled)]
+    for count in range(1, min(3, len(ids))):
+        kept, ends = ids[:-count], ids[-count:]
+        changed = [*kept, *(next(token for token in (*ids, 0, 1) if token != end) for end in ends)]
+        gaps.append(gap(next_logps(changed)[: len(kept)], alone[: len(kept)]))
+        noises.append(gap(next_logps(ids, changed), doubled))
+    noise = min(noises[0], max(noises[1:]))
+    if any(re.search(r"expert|moe", name, re.IGNORECASE) for name, _ in model.named_modules()):
+        noise = max(noise, torch.finfo(model.dtype).eps * float(alone.abs().max()))  # a few rows may show none
+    return LookAhead(max(gaps), noise)
 
 
 def forget_probe(model: PreTrainedModel) -> None:
