@@ -213,7 +213,7 @@ def answer_token_logps(
 
 
 class LookAhead(NamedTuple):
-    """How far log-probs before a changed token change, and float noise where nothing should; both in nats."""
+    """How far log-probs before a changed token change, and float noise (0 where they do not change at all); in nats."""
 
     gap: float
     noise: float
@@ -240,17 +240,21 @@ def look_ahead(model: PreTrainedModel, ids: Sequence[int]) -> LookAhead:
     def gap(ours: Tensor, theirs: Tensor) -> float:
         return float((ours - theirs).abs().max())
 
-    alone, doubled = next_logps(ids), next_logps(ids, ids)
-    gaps, noises = [], [gap(alone, doubled)]
-    for count in range(1, min(3, len(ids))):
-        kept, ends = ids[:-count], ids[-count:]
-        changed = [*kept, *(next(token for token in (*ids, 0, 1) if token != end) for end in ends)]
-        gaps.append(gap(next_logps(changed)[: len(kept)], alone[: len(kept)]))
-        noises.append(gap(next_logps(ids, changed), doubled))
-    noise = min(noises[0], max(noises[1:]))
+    alone = next_logps(ids)
+    changed = [_with_other_ends(ids, count) for count in range(1, min(3, len(ids)))]
+    gaps = [gap(next_logps(row)[: len(ids) - n], alone[: len(ids) - n]) for n, row in enumerate(changed, start=1)]
+    if max(gaps) == 0:  # then the noise decides nothing
+        return LookAhead(0.0, 0.0)
+    doubled = next_logps(ids, ids)
+    noise = min(gap(alone, doubled), max(gap(next_logps(ids, row), doubled) for row in changed))
     if any(re.search(r"expert|moe", name, re.IGNORECASE) for name, _ in model.named_modules()):
         noise = max(noise, torch.finfo(model.dtype).eps * float(alone.abs().max()))  # a few rows may show none
     return LookAhead(max(gaps), noise)
+
+
+def _with_other_ends(ids: Sequence[int], count: int) -> list[int]:
+    """Return a row with other tokens, of the same row where there are any, in its last `count` places."""
+    return [*ids[:-count], *(next(token for token in (*ids, 0, 1) if token != end) for end in ids[-count:])]
 
 
 def forget_probe(model: PreTrainedModel) -> None:

@@ -24,7 +24,7 @@ from harness.study.errors import UsageError
 from harness.study.files import digest, locked, read_sealed, seal, write_json
 from harness.study.manifest import Finding
 from harness.train.layout import Layout, processes_problem
-from harness.train.prover import LOSS, Proof, Prover, checked_of, settings_of
+from harness.train.prover import LOSS, Proof, Prover, checked_of, is_general, settings_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -55,7 +55,7 @@ def proved_once(
         UsageError: where the model cannot be compared in this way; nothing is trained.
     """
     folder = Path(config.results_dir) / ".cache" / "preconditions" / _key(config, rows, base_sha256)
-    arms = {_arm_file(method): method for method in methods}
+    arms = {_arm_file(method): method for method in methods if not is_general(method)}
     with locked(folder):
         proof = _read_proof(folder)
         missing = [name for name in arms if read_sealed(folder / name) is None]

@@ -715,6 +715,11 @@ def settings_of(method: MethodConfig) -> str:
     return ", ".join(f"{name}={getattr(method, name):g}" for name in _LOSS_KEYS if hasattr(method, name))
 
 
+def is_general(method: MethodConfig) -> bool:
+    """Return whether `Prover.run` itself proves this arm's loss, with these hyperparameters."""
+    return method.name in _TRAINERS and settings_of(method) == settings_of(_method(method.name))
+
+
 def _largest_gap(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> float:
     return max(float((a - b).abs().max()) for a, b in zip(ours, theirs, strict=True))
 

@@ -150,15 +150,21 @@ def test_a_margin_that_does_not_reach_the_loss_is_found(tmp_path: Path, monkeypa
 
 
 @pytest.mark.parametrize(
-    ("name", "key"), [("simpo", "beta"), ("simpo", "sft_weight"), ("simpo_sum", "length_norm"), ("dpo_norm", "beta")]
+    ("name", "key", "settings"),
+    [
+        ("simpo", "beta", ["method.beta=2.5"]),
+        ("simpo", "sft_weight", ["method.beta=2.5"]),
+        ("simpo_sum", "length_norm", []),
+        ("dpo_norm", "beta", []),
+    ],
 )
 def test_a_hyperparameter_that_the_trainer_does_not_get_is_found(
-    name: str, key: str, tmp_path: Path, monkeypatch
+    name: str, key: str, settings: list[str], tmp_path: Path, monkeypatch
 ) -> None:
     """The trainer is built with another value than the study has."""
     import harness.train.run
 
-    given, other = arm(name), {"beta": 3.0, "sft_weight": 0.5, "length_norm": 1.0}[key]
+    given, other = arm(name, *settings), {"beta": 3.0, "sft_weight": 0.5, "length_norm": 1.0}[key]
     real = harness.train.run.build_trainer
 
     def build(config: RunConfig, *parts: Any, **more: Any) -> Any:
