@@ -44,7 +44,8 @@ from harness.train.base import reset_model, weight_checksums
 from harness.train.logps import REFERENCE_TOLERANCE as FP32_TOLERANCE
 from harness.train.logps import StaleReferenceError, forget_probe, pair_logps, reference_logps
 from harness.train.memory import matmul_rate
-from harness.train.packed import ATTENTION, Packed, groups_of, pack, packed_attention
+from harness.train.attention import ATTENTION, packed_attention
+from harness.train.packed import Packed, groups_of, pack
 
 __all__ = [
     "ATTENTION",

@@ -7,6 +7,7 @@ is halved and training restarts (`harness.train.memory`).
 from __future__ import annotations
 
 import contextlib
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -16,8 +17,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from harness.config.arms import ARMS, DPOMarginConfig, SimPOConfig
-from harness.config.machine import Machine, processes_problem
-from harness.config.schema import EMBEDDED, Engine, Reference, RunConfig, Tuning
+from harness.config.machine import Machine, has_gpu, processes_problem
+from harness.config.schema import (
+    ALL_LINEAR,
+    EMBEDDED,
+    Engine,
+    Kernels,
+    Optimizer,
+    Reference,
+    RunConfig,
+    Tuning,
+    is_pattern,
+)
 from harness.data.inputs import Tokens
 from harness.data.plan import BatchPlan, expected_tokens_sha256, padding_share, trained_tokens
 from harness.study.errors import DivergedError, NoRoomError, UsageError
@@ -229,6 +240,8 @@ def problems(config: RunConfig) -> Iterator[str]:
     yield from _batch_problems(config)
     if train.tuning is Tuning.qlora and find_spec("bitsandbytes") is None:
         yield "train.tuning=qlora: bitsandbytes is not installed; pip install 'dpo-simpo-harness[qlora]'"
+    yield from _kernel_problems(config)
+    yield from _target_problems(config)
     if ARMS[method.name].trainer and method.learning_rate is None:
         tuning = train.tuning.value
         yield f"method.learning_rate=null: conf/method/{method.name}.yaml has none for train.tuning={tuning}"
@@ -243,6 +256,37 @@ def problems(config: RunConfig) -> Iterator[str]:
             f"method.gamma_beta_ratio of {method.name}: TRL's DPO has no margin; it is put into the cached reference: "
             "use train.engine=paired and train.reference=cached"
         )
+
+
+def _kernel_problems(config: RunConfig) -> Iterator[str]:
+    train = config.train
+    if train.optimizer is Optimizer.adamw_8bit and find_spec("bitsandbytes") is None:
+        yield (
+            "train.optimizer=adamw_8bit: bitsandbytes is not installed; pip install 'dpo-simpo-harness[qlora]', or use "
+            "auto or adamw"
+        )
+    if train.kernels is Kernels.liger and find_spec("liger_kernel") is None:
+        yield (
+            "train.kernels=liger: liger-kernel is not installed; pip install 'dpo-simpo-harness[liger]', or use "
+            "train.kernels=none"
+        )
+    elif train.kernels is Kernels.liger and not has_gpu():
+        yield "train.kernels=liger: its kernels need a GPU, and this machine has none; use train.kernels=none"
+
+
+def _target_problems(config: RunConfig) -> Iterator[str]:
+    """Yield what is wrong with `train.lora_targets` for every model; `harness.train.adapter` knows the names of one."""
+    targets = config.train.lora_targets
+    if ALL_LINEAR in targets and len(targets) > 1:
+        yield f"train.lora_targets={targets}: {ALL_LINEAR} stands alone: it has all layers; leave out the others, or it"
+    for target in filter(is_pattern, targets):
+        if len(targets) > 1:
+            yield f"train.lora_targets={targets}: a pattern stands alone; put all layers into {target}, or list names"
+            continue
+        try:
+            re.compile(target)
+        except re.error as error:
+            yield f"train.lora_targets=[{target}]: not a regular expression ({error}); write \\. for a dot of a name"
 
 
 def _batch_problems(config: RunConfig) -> Iterator[str]:
