@@ -40,11 +40,11 @@ from harness.sweep.stages import run_trial
 from harness.sweep.trial import Context
 from harness.train import run as train_module
 from harness.train.adapter import adapter_config
+from harness.train.attention import ATTENTION, packed_attention
 from harness.train.base import reset_model, weight_checksums
 from harness.train.logps import REFERENCE_TOLERANCE as FP32_TOLERANCE
 from harness.train.logps import StaleReferenceError, forget_probe, pair_logps, reference_logps
 from harness.train.memory import matmul_rate
-from harness.train.attention import ATTENTION, packed_attention
 from harness.train.packed import Packed, groups_of, pack
 
 __all__ = [

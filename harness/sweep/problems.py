@@ -18,7 +18,7 @@ from harness.config.compose import fill_defaults, register_schemas
 from harness.config.keys import range_problems
 from harness.config.overrides import check_overrides, explain
 from harness.config.paths import CONF, expand_home, typed_home
-from harness.config.schema import ALL_LINEAR, EMBEDDED, RunConfig
+from harness.config.schema import ALL_LINEAR, EMBEDDED, RunConfig, Tuning
 from harness.data import inputs
 from harness.data.inputs import Inputs
 from harness.decide import study as decide
@@ -58,7 +58,8 @@ def checkpoint_warnings(config: RunConfig, inputs: Inputs) -> list[str]:
     Raises:
         UsageError: names the tensors, or the layers.
     """
-    if config.model.path == EMBEDDED and config.train.lora_targets == [ALL_LINEAR]:
+    has_targets = config.train.lora_targets != [ALL_LINEAR] and config.train.tuning is not Tuning.full
+    if config.model.path == EMBEDDED and not has_targets:
         return []
     try:
         folder = inputs.checkpoints.folder(config.model, config.results_dir)
@@ -66,7 +67,10 @@ def checkpoint_warnings(config: RunConfig, inputs: Inputs) -> list[str]:
         if not config.plan:
             raise
         return []
-    check_targets(config, folder)
+    if has_targets:
+        from harness.train.adapter import check_targets
+
+        check_targets(config, folder)
     if config.model.path == EMBEDDED:
         return []
     about = [inputs.checkpoints.base_sha256(folder), inputs.checkpoints.tokenizer_sha256(folder)]

@@ -90,8 +90,6 @@ def check_targets(config: RunConfig, folder: Path) -> None:
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    if config.train.tuning is Tuning.full or config.train.lora_targets == [ALL_LINEAR]:
-        return
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, trust_remote_code=False))
     target_layers(config, model)

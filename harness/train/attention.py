@@ -80,8 +80,8 @@ class Segments:
 
     def with_tensors(self, move: Callable[[Tensor], Tensor]) -> Segments:
         """Return the segments with their tensors elsewhere; masks are made there again, where they are needed."""
-        tensors = {name: move(getattr(self, name)) for name in ("keys", "query_ends", "key_ends")}
-        return replace(self, **tensors, _masks={})
+        moved = (move(self.keys), move(self.query_ends), move(self.key_ends))
+        return Segments(self.groups, *moved, self.lengths)
 
     def masks(self, window: int | None) -> Masks:
         """Return which keys of its group each query attends to, bool; a prompt's has its own keys only."""
@@ -163,8 +163,8 @@ def packed_attention(
         return _by_group(query, key, value, packed, call), None
     if problem := kernel_problem(call, dtype, query.device):
         raise NotImplementedError(problem)
-    rows = [states[0].transpose(0, 1).to(dtype) for states in (query, key, value)]
-    return attend_by(kernel_of(call), *rows, packed, call)[None], None
+    q, k, v = (states[0].transpose(0, 1).to(dtype) for states in (query, key, value))
+    return attend_by(kernel_of(call), q, k, v, packed, call)[None], None
 
 
 AttentionInterface.register(ATTENTION, packed_attention)
@@ -245,10 +245,10 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, call
             key, value = (states[:, :, :length] for states in (key, value))
             mask = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
         return _attend_by_scores(query, key, value, mask, call)
-    more = {"scale": call.scaling, "enable_gqa": query.shape[1] != key.shape[1]}
-    if mask is None:
-        return scaled_dot_product_attention(query, key, value, is_causal=True, **more)
-    return scaled_dot_product_attention(query, key, value, attn_mask=mask, **more)
+    is_grouped = query.shape[1] != key.shape[1]
+    return scaled_dot_product_attention(
+        query, key, value, mask, is_causal=mask is None, scale=call.scaling, enable_gqa=is_grouped
+    )
 
 
 def _attend_by_scores(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, call: Call) -> Tensor:
@@ -289,7 +289,7 @@ def by_segment(query: Tensor, key: Tensor, value: Tensor, segments: Segments, ca
         mask = torch.ones(len(q), len(k), dtype=torch.bool, device=q.device).tril(len(k) - len(q))
         if call.window is not None:
             mask = mask.triu(len(k) - len(q) + 1 - call.window)
-        found = _attend_by_scores(*(states.transpose(0, 1) for states in (q, k, v)), mask, call)
+        found = _attend_by_scores(q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1), mask, call)
         parts.append(found.transpose(0, 1))
     return torch.cat(parts)
 
@@ -405,7 +405,7 @@ def measured_problem(kernel: Kernel, call: Call, dtype: torch.dtype, device: tor
     except (RuntimeError, TypeError, ImportError, AttributeError) as error:  # a kernel that this machine cannot run
         return f"the kernel for packed attention fails: {type(error).__name__}: {error}".split("\n")[0]
     gaps = [float((a.float() - b).abs().max() / b.abs().max()) for a, b in zip(found, exact, strict=True)]
-    worst, name = max((gap if gap == gap else math.inf, name) for gap, name in zip(gaps, _COMPARED, strict=True))
+    worst, name = max((math.inf if math.isnan(gap) else gap, name) for gap, name in zip(gaps, _COMPARED, strict=True))
     if worst <= KERNEL_GAP * torch.finfo(dtype).eps:
         return ""
     return f"the kernel for packed attention computes {name} wrongly (by {worst:.2g} of the largest value)"
@@ -415,7 +415,7 @@ _COMPARED = ("the output", "the queries' gradient", "the keys' gradient", "the v
 
 
 def _states(call: Call, segments: Segments, dtype: torch.dtype, device: torch.device) -> tuple[list[Tensor], Tensor]:
-    """Draw queries, keys, values and the output's gradient: the same each time, of scores that a soft cap would bend."""
+    """Draw queries, keys, values and the output's gradient, the same each time, with scores that a soft cap bends."""
     generator = torch.Generator().manual_seed(0)
     tokens = int(segments.query_ends[-1])
     widths = ((call.heads, call.width), (call.key_heads, call.width), (call.key_heads, call.value_width))
@@ -429,6 +429,6 @@ def _states(call: Call, segments: Segments, dtype: torch.dtype, device: torch.de
 def _with_gradients(
     kernel: Kernel, states: Sequence[Tensor], segments: Segments, call: Call, grad: Tensor
 ) -> list[Tensor]:
-    leaves = [each.detach().requires_grad_() for each in states]
-    out = attend_by(kernel, *leaves, segments, call)
-    return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
+    query, key, value = (each.detach().requires_grad_() for each in states)
+    out = attend_by(kernel, query, key, value, segments, call)
+    return [out.detach(), *torch.autograd.grad(out, (query, key, value), grad)]

@@ -29,8 +29,8 @@ from tqdm import tqdm
 
 from harness.data.tokens import TokenisedPairs, TokenPair, canonical_bytes
 from harness.study.files import digest
-from harness.train.base import is_quantised
 from harness.train.attention import Call, kernel_problem, noted_calls, packing
+from harness.train.base import is_quantised
 from harness.train.layout import Layout, Way
 from harness.train.packed import (
     Ids,
@@ -188,18 +188,33 @@ def packing_problem(model: PreTrainedModel, rows: Sequence[TokenPair], dtype: to
         rows: the pairs.
         dtype: that attention computes in, in training.
     """
-    calls, longest = _attention_calls(model, rows), max(row.length for row in rows)
-    handed = {call.window for call in calls}  # the windows that layers name to their attention, which are computed
-    for name, size in vars(model.config.get_text_config()).items():
-        is_window = bool(re.search(r"window(_size)?$|^attention_chunk_size$", name))
-        if is_window and isinstance(size, int) and not isinstance(size, bool) and 0 < size < longest:
-            if size not in handed:
-                return f"its {name} of {size} is shorter than the longest pair of {longest} tokens"
+    longest = max(row.length for row in rows)
+    for name, size in _windows(model).items():
+        if size < longest and not _is_handed(model, rows, name, size):
+            return f"its {name} of {size} is shorter than the longest pair of {longest} tokens"
     if model.device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         return ""
+    calls = _attention_calls(model, rows)
     needed = {call if call.window and call.window < longest else replace(call, window=None) for call in calls}
     problems = (kernel_problem(call, dtype, model.device) for call in sorted(needed, key=str))
     return next(filter(None, problems), "")
+
+
+def _windows(model: PreTrainedModel) -> dict[str, int]:
+    """Return the settings of a model that limit how far back its attention sees, by name."""
+    return {
+        name: size
+        for name, size in vars(model.config.get_text_config()).items()
+        if re.search(r"window(_size)?$|^attention_chunk_size$", name)
+        and isinstance(size, int)
+        and not isinstance(size, bool)
+        and size > 0
+    }
+
+
+def _is_handed(model: PreTrainedModel, rows: Sequence[TokenPair], name: str, size: int) -> bool:
+    """Return whether layers name a window to their attention, which computes it; chunks are in masks alone."""
+    return name != "attention_chunk_size" and size in {call.window for call in _attention_calls(model, rows)}
 
 
 @torch.no_grad()

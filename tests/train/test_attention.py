@@ -212,10 +212,10 @@ def shifted(q: Tensor, k: Tensor, v: Tensor, segments: Segments, call: Call) -> 
 
 def all_keys(q: Tensor, k: Tensor, v: Tensor, segments: Segments, call: Call) -> Tensor:
     parts, (queries, keys) = [], zip(*segments.lengths, strict=True)
-    for a, b, c in zip(q.split(queries), k.split(keys), v.split(keys), strict=True):
-        a, b, c = (each.transpose(0, 1) for each in (a, b, c))
+    for rows in zip(q.split(queries), k.split(keys), v.split(keys), strict=True):
+        states = [each.transpose(0, 1) for each in rows]
         more = {"scale": call.scaling, "enable_gqa": True}
-        parts.append(torch.nn.functional.scaled_dot_product_attention(a, b, c, **more).transpose(0, 1))
+        parts.append(torch.nn.functional.scaled_dot_product_attention(*states, **more).transpose(0, 1))
     return torch.cat(parts)
 
 
@@ -325,7 +325,9 @@ def test_flash_attn_is_called_once_with_its_window_and_soft_cap(monkeypatch) -> 
     """A stand-in for the package, which needs a GPU: it computes by the arguments that it is given."""
     calls = []
 
-    def flash_attn_varlen_func(q, k, v, query_ends, key_ends, max_q, max_k, *, softmax_scale, causal, window_size, softcap):
+    def flash_attn_varlen_func(
+        q, k, v, query_ends, key_ends, max_q, max_k, *, softmax_scale, causal, window_size, softcap
+    ):
         calls.append((max_q, max_k, causal, window_size, softcap))
         lengths = tuple(zip(query_ends.diff().tolist(), key_ends.diff().tolist(), strict=True))
         segments = Segments((), torch.arange(len(k)), query_ends, key_ends, lengths)
