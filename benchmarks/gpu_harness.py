@@ -40,7 +40,6 @@ from harness.sweep.stages import run_trial
 from harness.sweep.trial import Context
 from harness.train import run as train_module
 from harness.train.adapter import adapter_config
-from harness.train.attention import ATTENTION, packed_attention
 from harness.train.base import reset_model, weight_checksums
 from harness.train.logps import REFERENCE_TOLERANCE as FP32_TOLERANCE
 from harness.train.logps import StaleReferenceError, forget_probe, pair_logps, reference_logps
@@ -48,7 +47,6 @@ from harness.train.memory import matmul_rate
 from harness.train.packed import Packed, groups_of, pack
 
 __all__ = [
-    "ATTENTION",
     "DEVICE",
     "GPU",
     "REFERENCE_TOLERANCE",
@@ -68,7 +66,6 @@ __all__ = [
     "num_tokens",
     "pack",
     "pack_pairs",
-    "packed_attention",
     "pairs_like_ultrafeedback",
     "peak_gb",
     "pretended_out_of_memory",

@@ -183,8 +183,8 @@ class TrainConfig:
         engine: see `Engine`: to compare with TRL's own trainers.
         tuning: see `Tuning`: what fits into memory, and what will be shipped.
         lora_rank, lora_alpha: of the adapter: to repeat a recipe, or to learn more at more cost.
-        lora_targets: the adapted layers: ends of names (`[q_proj,v_proj]`), or one pattern (a regular expression) of
-            whole names; `[all-linear]` is all linear layers but the head: to repeat a published recipe.
+        lora_targets: the adapted layers: ends of names (`[q_proj,v_proj]`), or regular expressions of whole names;
+            `[all-linear]` is all linear layers but the head: to repeat a published recipe.
         lora_dropout: of the adapter's input, equal in all arms: to repeat a published recipe.
         epochs: passes over the training pairs: few for many pairs, more for few.
         batch_size: pairs per optimiser step: to repeat a recipe, together with its learning rate.

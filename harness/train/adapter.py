@@ -63,10 +63,10 @@ def target_layers(config: RunConfig, model: PreTrainedModel) -> str | list[str]:
         matched = [name for name in layers if (whole if is_pattern(target) else ends).fullmatch(name)]
         if not matched:
             known = ", ".join(sorted({name.rpartition(".")[2] for name in layers}))
-            what = "whose name this pattern matches as a whole" if is_pattern(target) else "of this name"
+            what = f"whose whole name {target} matches" if is_pattern(target) else f"of the name {target}"
             raise UsageError(
-                f"train.lora_targets={targets}: {target}: {type(model).__name__} has no linear layer {what} beside its "
-                f"head; it has {known}; or use [{ALL_LINEAR}]"
+                f"train.lora_targets=[{','.join(targets)}]: a {type(model).__name__} has no linear layer {what} beside "
+                f"its head; it has {known}; or use [{ALL_LINEAR}]"
             )
         found += matched if is_pattern(target) else [target]
     return found

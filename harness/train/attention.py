@@ -86,7 +86,7 @@ class Segments:
     def masks(self, window: int | None) -> Masks:
         """Return which keys of its group each query attends to, bool; a prompt's has its own keys only."""
         if window not in self._masks:
-            made = ((_prompt_mask(prompt, window), _answer_mask(prompt, rest, window)) for prompt, rest in self.groups)
+            made = ((_prompt_mask(prompt, window), answer_mask(prompt, rest, window)) for prompt, rest in self.groups)
             place = self.keys.device
             self._masks[window] = tuple((None if a is None else a.to(place), b.to(place)) for a, b in made)
         return self._masks[window]
@@ -121,7 +121,7 @@ def _prompt_mask(prompt: int, window: int | None) -> Tensor | None:
     return torch.ones(prompt, prompt, dtype=torch.bool).tril().triu(1 - window)
 
 
-def _answer_mask(prompt: int, answers: Sequence[int], window: int | None) -> Tensor:
+def answer_mask(prompt: int, answers: Sequence[int], window: int | None) -> Tensor:
     """Return which keys of a group the answers' tokens attend to, shape (queries, prompt + queries)."""
     blocks = [torch.ones(length, length, dtype=torch.bool).tril() for length in answers]
     mask = torch.cat([torch.ones(sum(answers), prompt, dtype=torch.bool), torch.block_diag(*blocks)], dim=1)
@@ -153,14 +153,14 @@ def packed_attention(
         raise NotImplementedError("the model does not hand its attention the packed row")
     if variants.get("s_aux") is not None:
         raise NotImplementedError("the model's attention has s_aux")
-    call = _call_of(query, key, value, scaling, variants)
+    call = call_of(query, key, value, scaling, variants)
     if (noted := _NOTED.get()) is not None:
         noted.append(call)
     if call.window is not None and call.window >= packed.longest:
         call = replace(call, window=None)
     dtype = _computed_in(query)
     if query.device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
-        return _by_group(query, key, value, packed, call), None
+        return by_group(query, key, value, packed, call), None
     if problem := kernel_problem(call, dtype, query.device):
         raise NotImplementedError(problem)
     q, k, v = (states[0].transpose(0, 1).to(dtype) for states in (query, key, value))
@@ -195,9 +195,10 @@ def noted_calls() -> Iterator[list[Call]]:
         _NOTED.reset(token)
 
 
-def _call_of(
+def call_of(
     query: Tensor, key: Tensor, value: Tensor, scaling: float, variants: dict[str, float | Tensor | None]
 ) -> Call:
+    """Return what a layer asks of its attention, from the tensors and arguments that it hands over."""
     window, softcap = variants.get("sliding_window"), variants.get("softcap")
     return Call(
         query.shape[1],
@@ -216,7 +217,7 @@ def _computed_in(query: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
 
 
-def _by_group(query: Tensor, key: Tensor, value: Tensor, segments: Segments, call: Call) -> Tensor:
+def by_group(query: Tensor, key: Tensor, value: Tensor, segments: Segments, call: Call) -> Tensor:
     """Attend by torch's attention, twice for each group: without padding, and without a score that is masked away."""
     if query.device.type == "cuda" and call.heads != call.key_heads:
         # In fp32 only the memory-efficient kernel is fast, and it takes equal numbers of heads.

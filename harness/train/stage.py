@@ -277,16 +277,14 @@ def _kernel_problems(config: RunConfig) -> Iterator[str]:
 def _target_problems(config: RunConfig) -> Iterator[str]:
     """Yield what is wrong with `train.lora_targets` for every model; `harness.train.adapter` knows the names of one."""
     targets = config.train.lora_targets
+    typed = f"train.lora_targets=[{','.join(targets)}]"
     if ALL_LINEAR in targets and len(targets) > 1:
-        yield f"train.lora_targets={targets}: {ALL_LINEAR} stands alone: it has all layers; leave out the others, or it"
+        yield f"{typed}: {ALL_LINEAR} stands alone, since it has all layers; leave out the others, or it"
     for target in filter(is_pattern, targets):
-        if len(targets) > 1:
-            yield f"train.lora_targets={targets}: a pattern stands alone; put all layers into {target}, or list names"
-            continue
         try:
             re.compile(target)
         except re.error as error:
-            yield f"train.lora_targets=[{target}]: not a regular expression ({error}); write \\. for a dot of a name"
+            yield f"{typed}: {target} is neither the end of a layer's name nor a regular expression ({error})"
 
 
 def _batch_problems(config: RunConfig) -> Iterator[str]:
