@@ -393,12 +393,12 @@ def measured_problem(kernel: Kernel, call: Call, dtype: torch.dtype, device: tor
         dtype: of the states.
         device: of the states.
     """
-    segments = segments_of(_CHECKED).with_tensors(lambda tensor: tensor.to(device))
     if call.window is not None:
         call = replace(call, window=min(call.window, _CHECKED_WINDOW))
-    states, grad = _states(call, segments, dtype, device)
     try:
-        with torch.autocast(device.type, enabled=False), torch.enable_grad():
+        with _undisturbed(device):
+            segments = segments_of(_CHECKED).with_tensors(lambda tensor: tensor.to(device))
+            states, grad = _states(call, segments, dtype, device)
             found = _with_gradients(kernel, states, segments, call, grad)
             exact = _with_gradients(by_segment, [each.float() for each in states], segments, call, grad.float())
     except torch.OutOfMemoryError:
@@ -410,6 +410,14 @@ def measured_problem(kernel: Kernel, call: Call, dtype: torch.dtype, device: tor
     if worst <= KERNEL_GAP * torch.finfo(dtype).eps:
         return ""
     return f"the kernel for packed attention computes {name} wrongly (by {worst:.2g} of the largest value)"
+
+
+@contextlib.contextmanager
+def _undisturbed(device: torch.device) -> Iterator[None]:
+    """Compute with gradients, without autocast and past the hooks of gradient checkpointing, in whatever pass."""
+    keep = torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
+    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False), keep:
+        yield
 
 
 _COMPARED = ("the output", "the queries' gradient", "the keys' gradient", "the values' gradient")

@@ -208,11 +208,14 @@ def _uses_checkpointing(config: RunConfig, model: PreTrainedModel, rows: Sequenc
 
 
 def _tried_layout(model: PreTrainedModel, config: RunConfig, rows: tuple[TokenPair, ...], chat: ChatFormat) -> Layout:
-    from harness.train.logps import why_padded
+    import torch
+
+    from harness.train.logps import packing_problem, why_padded
 
     if not uses_packing(config):
         return Layout("padded")
     why = why_padded(model, rows, chat.tokenizer.pad_token_id)
+    why = why or packing_problem(model, rows, torch.bfloat16 if uses_bf16(config) else model.dtype)
     return Layout("padded" if why else "packed", why)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
@@ -295,6 +296,27 @@ def test_a_kernel_that_fails_is_named_in_one_line() -> None:
     problem = measured_problem(missing, CALL, torch.bfloat16, CPU)
     said = "RuntimeError: FlashAttention only supports Ampere GPUs or newer."
     assert problem == f"the kernel for packed attention fails: {said}"
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_kernels_are_compared_in_whatever_pass_they_are_first_called(use_reentrant: bool) -> None:
+    """Under gradient checkpointing, autocast, or without gradients; the pass around it goes on as it would."""
+    found = []
+
+    def layer(states: Tensor) -> Tensor:
+        if not found:
+            found.append(measured_problem(accurate, CALL, torch.bfloat16, CPU))
+        return (states.sin() * 2).tanh()
+
+    states = torch.linspace(-1, 1, 7, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        checkpoint(layer, states, use_reentrant=use_reentrant).sum().backward()
+    again = states.detach().requires_grad_()
+    layer(again).sum().backward()
+    assert torch.equal(states.grad, again.grad)
+    with torch.inference_mode():
+        found.append(measured_problem(accurate, CALL, torch.bfloat16, CPU))
+    assert found == ["", ""]
 
 
 def test_what_no_kernel_computes_is_said_before_it_is_run() -> None:
