@@ -44,10 +44,9 @@ from harness.train.base import reset_model, weight_checksums
 from harness.train.logps import REFERENCE_TOLERANCE as FP32_TOLERANCE
 from harness.train.logps import StaleReferenceError, forget_probe, pair_logps, reference_logps
 from harness.train.memory import matmul_rate
-from harness.train.packed import ATTENTION, Packed, groups_of, pack, packed_attention
+from harness.train.packed import Packed, groups_of, pack
 
 __all__ = [
-    "ATTENTION",
     "DEVICE",
     "GPU",
     "REFERENCE_TOLERANCE",
@@ -67,7 +66,6 @@ __all__ = [
     "num_tokens",
     "pack",
     "pack_pairs",
-    "packed_attention",
     "pairs_like_ultrafeedback",
     "peak_gb",
     "pretended_out_of_memory",

@@ -39,7 +39,6 @@ from gpu_harness import (
     needed_flops,
     num_tokens,
     pack_pairs,
-    packed_attention,
     pairs_like_ultrafeedback,
     peak_gb,
     pretended_out_of_memory,
@@ -50,8 +49,9 @@ from gpu_harness import (
     train,
     train_once,
 )
-from gpu_varlen import AS_IT_IS, NO_CUDNN, VARLEN, attention_as, varlen_attention
-from transformers import LlamaForCausalLM
+from transformers import AttentionInterface, LlamaForCausalLM
+
+from harness.train.attention import ATTENTION, Segments, attend_by, by_group, by_segment, call_of, packed_attention
 
 Row = dict[str, Any]  # what JSON has: a number, a text, a yes or no, or a number for each step
 Attention = Callable[..., tuple[torch.Tensor, None]]
@@ -61,6 +61,44 @@ STEP_GAP = {"fp32": 1e-4, "bf16": 5e-2}  # relative, of a step's loss and gradie
 SLOW_MS = 1000  # one attention call; beyond it the harness's own attention gets fewer pairs
 STEPS = ("loss", "grad_norm")  # a value for each step
 PACKAGES = ("torch", "triton", "transformers", "trl", "peft", "accelerate", "datasets", "numpy")
+
+
+AS_IT_IS, NO_CUDNN, VARLEN = "as it is", "without cuDNN", "varlen"  # torch's attention by groups; one call for all
+
+
+def group_attention(
+    _: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: None, **given: Any
+) -> tuple[torch.Tensor, None]:
+    """Attend by torch's attention, two calls for each pair, as the harness does on CPUs and in fp32."""
+    segments, scaling = given.pop("packed"), given.pop("scaling")
+    return by_group(query, key, value, segments, call_of(query, key, value, scaling, given)), None
+
+
+def varlen_attention(
+    _: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: None, **given: Any
+) -> tuple[torch.Tensor, None]:
+    """Attend as the harness does on GPUs in half precision; on a CPU by the same segments, one by one."""
+    if GPU:
+        return packed_attention(_, query, key, value, mask, **given)
+    q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
+    segments: Segments = given.pop("packed")
+    call = call_of(query, key, value, given.pop("scaling"), given)
+    return attend_by(by_segment, q, k, v, segments, call)[None], None
+
+
+@contextlib.contextmanager
+def attention_as(kind: str) -> Iterator[None]:
+    """Let the paired engine attend in one of the ways, with or without cuDNN in torch's choice of kernels."""
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    AttentionInterface.register(ATTENTION, varlen_attention if kind == VARLEN else group_attention)
+    if GPU:
+        torch.backends.cuda.enable_cudnn_sdp(before and kind != NO_CUDNN)
+    try:
+        yield
+    finally:
+        AttentionInterface.register(ATTENTION, packed_attention)
+        if GPU:
+            torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 @dataclass
@@ -200,7 +238,7 @@ def attention(settings: Settings, found: Found) -> None:
         _backends(found, packs[0], heads)
     expected = _attention_in_fp32(heads, packs[-1])
     limit = ATTENTION_GAP[DEVICE]
-    for name, attend in ((AS_IT_IS, packed_attention), (NO_CUDNN, packed_attention), (VARLEN, varlen_attention)):
+    for name, attend in ((AS_IT_IS, group_attention), (NO_CUDNN, group_attention), (VARLEN, varlen_attention)):
         with found.attempt("attention", name) as row, attention_as(name):
             _attend(attend, heads, packs[0])  # loads the kernels
             fresh = [_attend(attend, heads, packed) for packed in packs[1:]]
@@ -226,7 +264,7 @@ def _attend(attend: Attention, heads: Heads, packed: Packed) -> Attended:
         held = torch.cuda.memory_allocated()
     sync()
     began = time.perf_counter()
-    out = attend(None, *states, None, packed=packed, scaling=heads.width**-0.5)[0]
+    out = attend(None, *states, None, packed=packed.segments, scaling=heads.width**-0.5)[0]
     out.sum().backward()
     sync()
     milliseconds = (time.perf_counter() - began) * 1e3
@@ -242,7 +280,7 @@ def _attention_in_fp32(heads: Heads, packed: Packed) -> list[torch.Tensor]:
     """Compute the definition, scores and all, in fp32: the output and the gradients of queries, keys and values."""
     q, k, v = wide = [state.detach().float().requires_grad_() for state in heads.states(packed)]
     parts, start, repeat = [], 0, heads.queries // heads.keys
-    for (prompt, rest), mask in zip(packed.spans, packed.masks, strict=True):
+    for (prompt, rest), (_, mask) in zip(packed.spans, packed.segments.masks(None), strict=True):
         end = start + prompt + rest
         causal = torch.ones(prompt, prompt + rest, dtype=torch.bool, device=q.device).tril()
         keys, values = (states[:, :, start:end].repeat_interleave(repeat, 1) for states in (k, v))
@@ -256,14 +294,17 @@ def _attention_in_fp32(heads: Heads, packed: Packed) -> list[torch.Tensor]:
 
 
 def _backends(found: Found, packed: Packed, heads: Heads) -> None:
-    """Note which kernel torch picks for the two calls that `packed_attention` makes for a pair."""
+    """Note which kernel torch picks for the two calls that `group_attention` makes for a pair."""
     names = {-1: "none", 0: "math", 1: "flash", 2: "memory-efficient", 3: "cuDNN"}
-    prompt, rest = packed.spans[0]
+    (prompt, rest), (_, keys_of_answers) = packed.spans[0], packed.segments.masks(None)[0]
     q, k, _ = heads.states(packed)
     first, others, keys = q[:, :, :prompt], q[:, :, prompt : prompt + rest], k[:, :, : prompt + rest]
     for kind in (AS_IT_IS, NO_CUDNN):
         with found.attempt("kernels", kind) as row, attention_as(kind):
-            for name, queries, mask in (("prompt", first, None), ("answers", others, packed.masks[0])):
+            for name, queries, mask in (
+                ("prompt", first, None),
+                ("answers", others, keys_of_answers),
+            ):
                 choice = torch._fused_sdp_choice(
                     queries, keys, keys, mask, 0.0, mask is None, scale=1.0, enable_gqa=heads.queries != heads.keys
                 )

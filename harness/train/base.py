@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import inspect
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from harness.config.machine import has_gpu
-from harness.config.schema import ModelConfig, Precision, RunConfig, Tuning
+from harness.config.schema import Kernels, ModelConfig, Precision, RunConfig, Tuning
+from harness.study.errors import UsageError
 from harness.train.weights import load_checked
 
 if TYPE_CHECKING:
@@ -67,7 +69,8 @@ def load_base(config: RunConfig, folder: Path, *, on_gpu: bool = True) -> PreTra
 
     tuning = config.train.tuning
     dtype = torch.bfloat16 if uses_bf16(config) and tuning is not Tuning.full else torch.float32
-    return load_model(folder, dtype, quantise=tuning is Tuning.qlora, on_gpu=on_gpu)
+    model = load_model(folder, dtype, quantise=tuning is Tuning.qlora, on_gpu=on_gpu)
+    return use_kernels(model, config.train.kernels)
 
 
 def load_model(folder: Path, dtype: torch.dtype, *, quantise: bool = False, on_gpu: bool = True) -> PreTrainedModel:
@@ -101,12 +104,43 @@ def load_model(folder: Path, dtype: torch.dtype, *, quantise: bool = False, on_g
     return model.to("cuda") if on_gpu and has_gpu() else model
 
 
+# Liger's names of what is fused: norms, and gated layers with SiLU or GELU. Its losses are never taken, and its rotary
+# positions change transformers' own module, for all models of the process.
+_FUSED = ("rms_norm", "swiglu", "geglu")
+
+
+def use_kernels(model: PreTrainedModel, kernels: Kernels) -> PreTrainedModel:
+    """Give a loaded model the kernels of `train.kernels`; return it. Other models of the process keep theirs.
+
+    Whether they compute what the model's own code computes is proved with the other preconditions, before training.
+
+    Raises:
+        UsageError: where liger-kernel has none for this class of model.
+    """
+    if kernels is Kernels.none:
+        return model
+    applied = importlib.import_module("liger_kernel.transformers.monkey_patch").MODEL_TYPE_TO_APPLY_LIGER_FN
+    apply = applied.get(model.config.model_type)
+    if apply is None:
+        raise UsageError(
+            f"train.kernels=liger: liger-kernel has no kernels for a {type(model).__name__}; use train.kernels=none"
+        )
+    flags = inspect.signature(apply).parameters.values()
+    chosen = {each.name: each.name in _FUSED for each in flags if isinstance(each.default, bool)}
+    module = vars(importlib.import_module(type(model).__module__))
+    before = dict(module)
+    apply(model=model, **chosen)
+    module.update(before)  # it has put its classes there, too, for models that are made later
+    return model
+
+
 class BaseKey(NamedTuple):
-    """What makes two bases in memory the same: checkpoint, precision, and how its weights are loaded."""
+    """What makes two bases in memory the same: checkpoint, precision, kernels, and how its weights are loaded."""
 
     folder: Path
     bf16: bool
     tuning: Tuning
+    kernels: Kernels
 
 
 class Bases:
@@ -133,7 +167,7 @@ class Bases:
         if not config.train.levers.reuse_base:
             yield load_base(config, folder)
             return
-        key = BaseKey(folder, uses_bf16(config), config.train.tuning)
+        key = BaseKey(folder, uses_bf16(config), config.train.tuning, config.train.kernels)
         model = self._models.pop(key, None)
         if model is None:
             self._models.clear()  # one base in memory, not two
@@ -165,7 +199,7 @@ class Bases:
         from harness.train.adapter import adapted_weight
 
         if (folder / "model").is_dir():
-            yield load_model(folder / "model", torch.float32)
+            yield use_kernels(load_model(folder / "model", torch.float32), config.train.kernels)
             return
         with self.borrow_base(config) as base:
             policy = PeftModel.from_pretrained(base, folder / "adapter")

@@ -15,6 +15,7 @@ import hashlib
 import os
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -28,6 +29,7 @@ from tqdm import tqdm
 
 from harness.data.tokens import TokenisedPairs, TokenPair, canonical_bytes
 from harness.study.files import digest
+from harness.train.attention import Call, kernel_problem, noted_calls, packing
 from harness.train.base import is_quantised
 from harness.train.layout import Layout, Way
 from harness.train.packed import (
@@ -36,8 +38,8 @@ from harness.train.packed import (
     answer_sums,
     groups_of,
     pack,
+    packed_hidden_states,
     packed_logps,
-    packing,
 )
 
 if TYPE_CHECKING:
@@ -50,6 +52,7 @@ CHECKED_ROWS = 3  # cached rows that are computed again in each call
 REFERENCE_TOLERANCE = 1e-3  # nats per answer, in fp32 (noise between batch shapes is below 1e-4); in bf16 100 times
 _KEY_BYTES = 16
 _PROBE_RESULT = "harness_why_padded"  # attribute of a probed model
+_CALLS = "harness_attention_calls"  # attribute of a model: what its layers ask of packed attention
 
 
 @torch.no_grad()
@@ -171,22 +174,60 @@ def why_padded(model: PreTrainedModel, rows: Sequence[TokenPair], pad_id: int) -
     Raises:
         torch.OutOfMemoryError: where memory runs out, which says nothing about packing.
     """
-    if problem := window_problem(model, rows):
-        return problem
     known: dict[str, str] = vars(model)  # not getattr, by which an adapter's model answers for its base
     if _PROBE_RESULT not in known:
         known[_PROBE_RESULT] = _probe(model, min(rows, key=lambda row: row.length), pad_id)
-    return known[_PROBE_RESULT]
+    return known[_PROBE_RESULT] or packing_problem(model, rows, model.dtype)
 
 
-def window_problem(model: PreTrainedModel, rows: Sequence[TokenPair]) -> str:
-    """Return which window of the model's attention is shorter than the longest pair, or nothing."""
+def packing_problem(model: PreTrainedModel, rows: Sequence[TokenPair], dtype: torch.dtype) -> str:
+    """Return what the model's attention needs that packed attention cannot compute on these pairs, or nothing.
+
+    Args:
+        model: a causal LM.
+        rows: the pairs.
+        dtype: that attention computes in, in training.
+    """
     longest = max(row.length for row in rows)
-    for name, size in vars(model.config.get_text_config()).items():
-        is_window = bool(re.search(r"window(_size)?$|^attention_chunk_size$", name))
-        if is_window and isinstance(size, int) and not isinstance(size, bool) and 0 < size < longest:
+    for name, size in _windows(model).items():
+        if size < longest and not _is_handed(model, rows, name, size):
             return f"its {name} of {size} is shorter than the longest pair of {longest} tokens"
-    return ""
+    if model.device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        return ""
+    calls = _attention_calls(model, rows)
+    needed = {call if call.window and call.window < longest else replace(call, window=None) for call in calls}
+    problems = (kernel_problem(call, dtype, model.device) for call in sorted(needed, key=str))
+    return next(filter(None, problems), "")
+
+
+def _windows(model: PreTrainedModel) -> dict[str, int]:
+    """Return the settings of a model that limit how far back its attention sees, by name."""
+    return {
+        name: size
+        for name, size in vars(model.config.get_text_config()).items()
+        if re.search(r"window(_size)?$|^attention_chunk_size$", name)
+        and isinstance(size, int)
+        and not isinstance(size, bool)
+        and size > 0
+    }
+
+
+def _is_handed(model: PreTrainedModel, rows: Sequence[TokenPair], name: str, size: int) -> bool:
+    """Return whether layers name a window to their attention, which computes it; chunks are in masks alone."""
+    return name != "attention_chunk_size" and size in {call.window for call in _attention_calls(model, rows)}
+
+
+@torch.no_grad()
+def _attention_calls(model: PreTrainedModel, rows: Sequence[TokenPair]) -> frozenset[Call]:
+    """Return what the model's layers ask of packed attention, from its shortest pair; the model keeps the result."""
+    known: dict[str, frozenset[Call]] = vars(model)
+    if _CALLS not in known:
+        shortest = min(rows, key=lambda row: row.length)
+        packed = pack(groups_of([shortest], share_prefix=True)).to(model.device)
+        with packing(model), noted_calls() as calls:
+            packed_hidden_states(model, packed)
+        known[_CALLS] = frozenset(calls)
+    return known[_CALLS]
 
 
 @torch.no_grad()
@@ -259,7 +300,8 @@ def _with_other_ends(ids: Sequence[int], count: int) -> list[int]:
 
 def forget_probe(model: PreTrainedModel) -> None:
     """Probe a model again when it is run next: for a caller that has changed how it attends."""
-    vars(model).pop(_PROBE_RESULT, None)
+    for kept in (_PROBE_RESULT, _CALLS):
+        vars(model).pop(kept, None)
 
 
 @torch.no_grad()

@@ -106,13 +106,18 @@ def _of_arms(methods: Sequence[MethodConfig]) -> Iterator[Finding]:
 def _key(config: RunConfig, rows: Sequence[TokenPair], base_sha256: str) -> str:
     """Return the name of a proof: all that it depends on."""
     from importlib.metadata import version
+    from importlib.util import find_spec
+
+    import torch
 
     from harness.config.machine import has_gpu
 
     train, levers = config.train, config.train.levers
     ids = [canonical_bytes([*row.prompt_ids], [*row.chosen_ids], [*row.rejected_ids]).hex() for row in checked_of(rows)]
     settings = [train.engine.value, train.tuning.value, train.precision.value, train.reference.value, train.lora_rank]
-    settings += [str(train.lora_dropout)]
+    settings += [str(train.lora_dropout), train.kernels.value, *train.lora_targets]
+    if has_gpu():  # whose kernels of attention differ
+        settings += [torch.cuda.get_device_name(), str(find_spec("flash_attn") is not None)]
     settings += [levers.share_prefix, levers.completion_head, levers.fuse_adapters]
     versions = [version(name) for name in ("torch", "transformers", "trl", "peft")]
     return digest([VERSION, base_sha256, ids, max(row.length for row in rows), settings, versions, has_gpu()])[:32]
@@ -178,7 +183,7 @@ def _in_fp32(config: RunConfig, base: PreTrainedModel) -> PreTrainedModel | None
     """Return a copy of a base of lower precision in fp32, where there is one and it fits into memory."""
     import torch
 
-    from harness.train.base import is_quantised, load_model
+    from harness.train.base import is_quantised, load_model, use_kernels
 
     if base.dtype == torch.float32 or is_quantised(base) or config.train.reference is Reference.separate:
         return None
@@ -187,6 +192,6 @@ def _in_fp32(config: RunConfig, base: PreTrainedModel) -> PreTrainedModel | None
         if torch.cuda.mem_get_info()[0] < needed:
             return None
     try:
-        return load_model(Path(base.name_or_path), torch.float32)
+        return use_kernels(load_model(Path(base.name_or_path), torch.float32), config.train.kernels)
     except (torch.OutOfMemoryError, MemoryError):
         return None

@@ -423,9 +423,13 @@ class Prover:
 
     def _forward_problem(self, way: Way) -> str:
         """Return why log-probs in a layout are not those of single rows, or nothing."""
-        from harness.train.logps import window_problem
+        import torch
 
-        if way == "packed" and (problem := window_problem(self.model, self.rows)):
+        from harness.train.base import uses_bf16
+        from harness.train.logps import packing_problem
+
+        in_training = torch.bfloat16 if uses_bf16(self.config) else self.model.dtype
+        if way == "packed" and (problem := packing_problem(self.model, self.rows, in_training)):
             return problem
         self.model.eval()
         found = self._token_logps(way, self.checked)

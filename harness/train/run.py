@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from harness.config.arms import ARMS, DPOMarginConfig, SimPOConfig
 from harness.config.machine import has_gpu
-from harness.config.schema import Engine, Reference, RunConfig, Tuning
+from harness.config.schema import Engine, Optimizer, Reference, RunConfig, Tuning
 from harness.data.plan import BatchPlan, ConsumedTokens, share_of
 from harness.data.tokens import ChatFormat, TokenPair
 from harness.study.manifest import Manifest
@@ -121,7 +122,8 @@ def train_arm(  # noqa: PLR0913 - what differs between trials, each by its name
             on_step(step, logs)
 
         trainer.add_callback(TrialCallback(consumed, advance))
-        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+        with tf32(on=has_gpu()):
+            trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     trainer.comparison.settle()
     save_weights(trainer, folder, config)
     return TrainResult(
@@ -206,11 +208,14 @@ def _uses_checkpointing(config: RunConfig, model: PreTrainedModel, rows: Sequenc
 
 
 def _tried_layout(model: PreTrainedModel, config: RunConfig, rows: tuple[TokenPair, ...], chat: ChatFormat) -> Layout:
-    from harness.train.logps import why_padded
+    import torch
+
+    from harness.train.logps import packing_problem, why_padded
 
     if not uses_packing(config):
         return Layout("padded")
     why = why_padded(model, rows, chat.tokenizer.pad_token_id)
+    why = why or packing_problem(model, rows, torch.bfloat16 if uses_bf16(config) else model.dtype)
     return Layout("padded" if why else "packed", why)
 
 
@@ -222,7 +227,8 @@ def uses_packing(config: RunConfig) -> bool:
 
 def _pull_levers(trainer: PairedTrainer, model: PreTrainedModel, config: RunConfig) -> None:
     """Set up the paired engine: fused adapters, and packed batches where the model can be run so."""
-    from harness.train.packed import ATTENTION, alone_logps, packed_logps
+    from harness.train.attention import ATTENTION
+    from harness.train.packed import alone_logps, packed_logps
     from harness.train.trainers import logps_of_all_rows
 
     levers, way = config.train.levers, trainer.layout.way
@@ -264,6 +270,31 @@ def with_margin(reference: Tensor | None, rows: Sequence[TokenPair], config: Run
     return shifted
 
 
+_OPTIMIZERS = {Optimizer.adamw: "adamw_torch", Optimizer.adamw_8bit: "adamw_bnb_8bit"}  # names of transformers
+
+
+def _default_optimizer() -> str:
+    """Return AdamW in one kernel for all weights on a GPU, and torch's plain one on a CPU."""
+    return "adamw_torch_fused" if has_gpu() else "adamw_torch"
+
+
+@contextlib.contextmanager
+def tf32(*, on: bool) -> Iterator[None]:
+    """Compute products of fp32 matrices in TF32 inside the block.
+
+    Around training on a GPU alone: the preconditions are proved in fp32. Not by transformers' argument `tf32`, which
+    stays set for all that the process does later.
+    """
+    import torch
+
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if on else before)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def common_arguments(config: RunConfig, plan: BatchPlan, output_dir: Path) -> dict[str, ArgumentValue]:
     """Return the training arguments that are equal for all arms, each one explicit: trainers differ in defaults."""
     train = config.train
@@ -279,7 +310,7 @@ def common_arguments(config: RunConfig, plan: BatchPlan, output_dir: Path) -> di
         "warmup_steps": math.ceil(train.warmup_ratio * plan.num_steps),
         "weight_decay": train.weight_decay,
         "max_grad_norm": train.max_grad_norm,
-        "optim": "adamw_torch",
+        "optim": _OPTIMIZERS[train.optimizer] if train.optimizer is not Optimizer.auto else _default_optimizer(),
         "bf16": uses_bf16(config),
         "fp16": False,
         "use_cpu": not has_gpu(),

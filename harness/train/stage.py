@@ -7,6 +7,7 @@ is halved and training restarts (`harness.train.memory`).
 from __future__ import annotations
 
 import contextlib
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -16,8 +17,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from harness.config.arms import ARMS, DPOMarginConfig, MethodConfig, SimPOConfig
-from harness.config.machine import Machine, processes_problem
-from harness.config.schema import EMBEDDED, Engine, Reference, RunConfig, Tuning
+from harness.config.machine import Machine, has_gpu, processes_problem
+from harness.config.schema import (
+    ALL_LINEAR,
+    EMBEDDED,
+    Engine,
+    Kernels,
+    Optimizer,
+    Reference,
+    RunConfig,
+    Tuning,
+    is_pattern,
+)
 from harness.data.inputs import Tokens
 from harness.data.plan import BatchPlan, expected_tokens_sha256, padding_share, trained_tokens
 from harness.study.errors import DivergedError, NoRoomError, UsageError
@@ -229,6 +240,8 @@ def problems(config: RunConfig) -> Iterator[str]:
     yield from _batch_problems(config)
     if train.tuning is Tuning.qlora and find_spec("bitsandbytes") is None:
         yield "train.tuning=qlora: bitsandbytes is not installed; pip install 'dpo-simpo-harness[qlora]'"
+    yield from _kernel_problems(config)
+    yield from _target_problems(config)
     if ARMS[method.name].trainer and method.learning_rate is None:
         tuning = train.tuning.value
         yield f"method.learning_rate=null: conf/method/{method.name}.yaml has none for train.tuning={tuning}"
@@ -259,6 +272,35 @@ def _row_problems(method: MethodConfig) -> Iterator[str]:
                 f"method.{key}={value:g}: {method.name} is the arm without {what}, and only 0 keeps it so; for "
                 f"another value take an arm with {what}"
             )
+
+
+def _kernel_problems(config: RunConfig) -> Iterator[str]:
+    train = config.train
+    if train.optimizer is Optimizer.adamw_8bit and find_spec("bitsandbytes") is None:
+        yield (
+            "train.optimizer=adamw_8bit: bitsandbytes is not installed; pip install 'dpo-simpo-harness[qlora]', or use "
+            "auto or adamw"
+        )
+    if train.kernels is Kernels.liger and find_spec("liger_kernel") is None:
+        yield (
+            "train.kernels=liger: liger-kernel is not installed; pip install 'dpo-simpo-harness[liger]', or use "
+            "train.kernels=none"
+        )
+    elif train.kernels is Kernels.liger and not has_gpu():
+        yield "train.kernels=liger: its kernels need a GPU, and this machine has none; use train.kernels=none"
+
+
+def _target_problems(config: RunConfig) -> Iterator[str]:
+    """Yield what is wrong with `train.lora_targets` for every model; `harness.train.adapter` knows the names of one."""
+    targets = config.train.lora_targets
+    typed = f"train.lora_targets=[{','.join(targets)}]"
+    if ALL_LINEAR in targets and len(targets) > 1:
+        yield f"{typed}: {ALL_LINEAR} stands alone, since it has all layers; leave out the others, or it"
+    for target in filter(is_pattern, targets):
+        try:
+            re.compile(target)
+        except re.error as error:
+            yield f"{typed}: {target} is neither the end of a layer's name nor a regular expression ({error})"
 
 
 def _batch_problems(config: RunConfig) -> Iterator[str]:

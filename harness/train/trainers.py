@@ -327,7 +327,7 @@ def answer_packed_calls(model: PreTrainedModel, run: RunPacked, *, metrics: Call
     """Make a model answer calls with `packed=` in the layout of TRL's fused head; every other call is as before.
 
     Args:
-        model: the causal LM itself, inside of any adapter; its attention must be `harness.train.packed.ATTENTION`,
+        model: the causal LM itself, inside of any adapter; its attention must be `harness.train.attention.ATTENTION`,
             unless `run` is `alone_logps`.
         run: computes the answers of a packed batch.
         metrics: returns, per call, whether TRL's extra metrics are computed; else they are 0.

@@ -14,8 +14,6 @@ sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 import gpu
 import gpu_parts
-from gpu_harness import pack, packed_attention, pairs_like_ultrafeedback
-from gpu_varlen import layout_of, varlen_attention
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: run benchmarks/gpu.py itself")
 ENGINES = [f"{arm}, {precision}" for arm in ("dpo", "simpo") for precision in ("fp32", "bf16")]
@@ -68,34 +66,6 @@ def test_the_json_has_every_key_and_the_page_says_that_it_measured_no_gpu(writte
     assert "no figure on this page was measured on a GPU" in page.splitlines()[0]
     assert "does not hold" not in page
     assert "0.693" in page  # DPO's first loss
-
-
-GROUPS = [([5, 6, 7], [[8, 9, 2], [10, 2]]), ([3], [[4, 2], [11, 12, 13, 14, 2]]), ([1, 2, 3, 4], [[9], [8, 7]])]
-ALONE = [(prompt, [answer]) for prompt, answers in GROUPS for answer in answers]
-DRAWN = [(r.prompt_ids, [r.chosen_ids, r.rejected_ids]) for r in pairs_like_ultrafeedback(6, 90, scale=0.1, seed=4)]
-
-
-@pytest.mark.parametrize("groups", [GROUPS, ALONE, DRAWN], ids=["shared prompts", "one answer each", "drawn"])
-def test_varlen_attention_equals_packed_attention_with_its_gradients(groups) -> None:
-    packed = pack(groups)
-    found = {}
-    for attend in (packed_attention, varlen_attention):
-        torch.manual_seed(0)
-        tokens = packed.input_ids.shape[1]
-        states = [torch.randn(1, n, tokens, 8, dtype=torch.float64, requires_grad=True) for n in (4, 2, 2)]
-        out = attend(None, *states, None, packed=packed, scaling=0.3)[0]
-        (out * torch.randn(out.shape, dtype=torch.float64)).sum().backward()
-        found[attend] = [out, *(state.grad for state in states)]
-    for ours, theirs in zip(found[varlen_attention], found[packed_attention], strict=True):
-        assert torch.allclose(ours, theirs, atol=1e-12)
-
-
-def test_segments_by_hand() -> None:
-    """Prompt of 2, answers of 3 and 1: the row is p p a a; the answer of one token is predicted by the prompt's last."""
-    layout = layout_of(pack([([5, 6], [[7, 8, 2], [9]])]))
-    assert layout.index.tolist() == [0, 1, 0, 1, 2, 3]
-    assert (layout.query_ends.tolist(), layout.key_ends.tolist()) == ([0, 2, 4], [0, 2, 6])
-    assert (layout.max_queries, layout.max_keys) == (2, 4)
 
 
 def test_a_part_that_raises_is_recorded_and_the_rest_goes_on(tmp_path: Path, monkeypatch) -> None:

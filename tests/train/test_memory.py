@@ -11,8 +11,9 @@ import torch
 from harness.data.plan import BatchPlan
 from harness.data.tokens import TokenPair
 from harness.sweep.problems import load_run
+from harness.train.attention import packing
 from harness.train.memory import activation_bytes, largest_micro_batch, needs_checkpointing, plan_of
-from harness.train.packed import groups_of, pack, packed_logps, packing
+from harness.train.packed import groups_of, pack, packed_logps
 from tests.conftest import load_base, tokens_of
 
 CONFIG = load_run(["+method=dpo", "data.max_train_pairs=12"])

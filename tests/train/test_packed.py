@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from harness.sweep.problems import load_run
-from harness.train.packed import pack, packed_logps, packing, token_logps
+from harness.train.attention import packing
+from harness.train.packed import pack, packed_logps, token_logps
 from tests.conftest import load_base, tiny_model
 
 CONFIG = load_run(["+method=dpo", "data.max_train_pairs=12"])

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AttentionInterface
 
 import harness.train.logps
 import harness.train.packed
@@ -18,6 +19,7 @@ from harness.data.plan import ConsumedTokens
 from harness.data.tokens import TokenPair
 from harness.sweep.problems import load_run
 from harness.train.adapter import fuse_adapters
+from harness.train.attention import ATTENTION, Segments, attend_by, by_segment, call_of, packed_attention
 from harness.train.logps import reference_logps
 from harness.train.memory import plan_of
 from harness.train.run import TrainResult, build_trainer, train_arm
@@ -107,6 +109,27 @@ def test_twenty_steps_equal_the_stock_trainers(arm: str, levers: str, stock, tmp
     model = load_base(config)
     assert model.config.tie_word_embeddings
     compare(run(config, tmp_path, model=model, rows=rows), stock(config, rows))
+
+
+def by_segments(module, query, key, value, mask, *, packed: Segments, scaling: float, **variants):
+    """Attend in the layout of a GPU's one call for each layer, segment by segment."""
+    rows = (states[0].transpose(0, 1) for states in (query, key, value))
+    call = call_of(query, key, value, scaling, variants)
+    return attend_by(by_segment, *rows, packed, call)[None], None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arm", ["dpo", "simpo"])
+def test_twenty_steps_by_segments_equal_the_stock_trainers(arm: str, stock, tmp_path: Path) -> None:
+    config = configure(arm)
+    rows = multi_turn(tokens_of(config).train.rows)
+    AttentionInterface.register(ATTENTION, by_segments)
+    try:
+        ours = run(config, tmp_path, rows=rows)
+    finally:
+        AttentionInterface.register(ATTENTION, packed_attention)
+    assert ours.packed
+    compare(ours, stock(config, rows))
 
 
 @pytest.mark.parametrize("arm", ["dpo", "simpo"])
