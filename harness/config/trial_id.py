@@ -56,7 +56,8 @@ RENAMED = {
 ADDED: dict[str, Json] = {"generate.reasoning": "auto", "data.answer_check": None, "train.lora_dropout": 0.0}
 # Never hashed, under their first names: these change a trial's cost or its warnings, or name what `contents` holds.
 NOT_HASHED = {
-    *("train.threads", "train.checkpoint_steps", "train.collapse_learning_rate", "train.reference"),
+    *("train.threads", "train.checkpoint_minutes", "train.checkpoint_steps"),
+    *("train.collapse_learning_rate", "train.reference"),
     *("train.reuse_base", "train.metrics_steps"),
     *("method.learning_rates", "method.learning_rate_factor"),  # learning_rate holds the product
     *("data.path", "data.train", "data.dev", "data.golden", "data.revision"),

@@ -58,12 +58,12 @@ class Splits:
     """The three splits, in the order of their files.
 
     Attributes:
-        train: pairs, labels already flipped where there is label noise.
+        train: pairs, labels already flipped where there is label noise; in large sets they may be read when asked for.
         dev_prompts: see `evaluation_prompts`; `dev_pairs` may hold several pairs of it, or none. Likewise golden.
         facts: sources, label noise and warnings, for study.yaml.
     """
 
-    train: tuple[Pair, ...]
+    train: Sequence[Pair]
     dev_prompts: tuple[EvalPrompt, ...]
     dev_pairs: tuple[Pair, ...]
     golden_prompts: tuple[EvalPrompt, ...]

@@ -8,27 +8,34 @@ and truncates differently.
 from __future__ import annotations
 
 import functools
-import hashlib
 import itertools
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from harness.data.conversations import RowError
 from harness.data.records import NOTHING, Given, Message, Pair
 from harness.data.template import ChatTemplate, TurnEnd, end_of_turn
+from harness.data.token_rows import TokenisedPairs, TokenPair, TokenRows
 from harness.study.errors import UsageError
 from harness.study.files import Json
 from harness.study.manifest import Finding
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+__all__ = [
+    "CHANGED",
+    "ChatFormat",
+    "TokenPair",
+    "TokenisedPairs",
+    "canonical_bytes",
+    "load_chat_format",
+    "tokenise_pairs",
+]
 
 # Put before an answer that is encoded apart, so that the tokenizer adds no space of its own in front of it.
 _ANCHORS = ("", "\n", ".", ":", ")", "a")
@@ -37,44 +44,6 @@ CHANGED = (
     "the chat template cuts or rewrites the answer (two ways out: generate.reasoning=drop takes thinking out of both "
     "answers; model.chat_template gives a template that leaves answers as they are)"
 )
-
-
-@dataclass(frozen=True)
-class TokenPair:
-    """A pair as token ids: both answers share the prompt's ids, and each ends the turn exactly once."""
-
-    pair_id: str
-    prompt_id: str
-    prompt_ids: tuple[int, ...]
-    chosen_ids: tuple[int, ...]
-    rejected_ids: tuple[int, ...]
-
-    @property
-    def length(self) -> int:
-        """Number of tokens of the prompt with the longer answer."""
-        return len(self.prompt_ids) + max(len(self.chosen_ids), len(self.rejected_ids))
-
-
-@dataclass(frozen=True)
-class TokenisedPairs:
-    """Rows that fit, in the given order, and the number of dropped pairs by reason."""
-
-    rows: tuple[TokenPair, ...]
-    dropped: dict[str, int]
-
-    @property
-    def sha256(self) -> str:
-        """Identify the ids and masks of all rows, in order."""
-        hasher = hashlib.sha256()
-        for row in self.rows:
-            hasher.update(canonical_bytes(row.prompt_ids, row.chosen_ids, row.rejected_ids))
-        return hasher.hexdigest()
-
-
-def canonical_bytes(prompt_ids: Sequence[int], chosen_ids: Sequence[int], rejected_ids: Sequence[int]) -> bytes:
-    """Return one pair's ids as bytes: three lengths (the mask), then the ids, 32-bit little-endian."""
-    lengths = (len(prompt_ids), len(chosen_ids), len(rejected_ids))
-    return np.array([*lengths, *prompt_ids, *chosen_ids, *rejected_ids], dtype="<i4").tobytes()
 
 
 class ChatFormat:
@@ -342,7 +311,15 @@ def _control_tokens(tokenizer: PreTrainedTokenizerBase) -> set[str]:
 
 def tokenise_pairs(pairs: Iterable[Pair], chat: ChatFormat, *, max_length: int) -> TokenisedPairs:
     """Tokenise pairs; drop, and never cut, those that are too long, equal as tokens, or contain control tokens."""
-    rows, dropped = [], Counter[str]()
+    dropped = Counter[str]()
+    rows = TokenRows.of(_usable_pairs(pairs, chat, max_length, dropped))
+    return TokenisedPairs(rows, dict(dropped))
+
+
+def _usable_pairs(
+    pairs: Iterable[Pair], chat: ChatFormat, max_length: int, dropped: Counter[str]
+) -> Iterator[TokenPair]:
+    """Yield the pairs that fit; count the others by reason."""
     for pair in pairs:
         reason = chat.unusable(pair)
         if reason is not None:
@@ -365,8 +342,7 @@ def tokenise_pairs(pairs: Iterable[Pair], chat: ChatFormat, *, max_length: int) 
         elif chosen == rejected:
             dropped["answers are the same tokens"] += 1
         else:
-            rows.append(row)
-    return TokenisedPairs(tuple(rows), dict(dropped))
+            yield row
 
 
 def _ids_of(pair: Pair, chat: ChatFormat) -> tuple[list[int], list[int], list[int]]:

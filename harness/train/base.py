@@ -80,6 +80,8 @@ def load_model(folder: Path, dtype: torch.dtype, *, quantise: bool = False, on_g
 
     from harness.train.pure import make_pure
 
+    # Straight to the device: `.to()` would hold all weights in the machine's memory first.
+    place: dict[str, Any] = {"device_map": {"": "cuda"}} if on_gpu and has_gpu() else {}
     if quantise:
         from transformers import BitsAndBytesConfig
 
@@ -90,15 +92,13 @@ def load_model(folder: Path, dtype: torch.dtype, *, quantise: bool = False, on_g
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
         )
-        place: dict[str, Any] = {"device_map": {"": "cuda"}} if has_gpu() else {}
         quantised = load_checked(AutoModelForCausalLM, folder, dtype=dtype, quantization_config=four_bits, **place)
         for module in quantised.modules():
             # Some CPUs' kernel rounds to bf16 in passes without gradients: reference and policy would differ.
             if getattr(module, "support_avx512bf16_for_cpu", False):
                 module.support_avx512bf16_for_cpu = False
         return make_pure(quantised)
-    model = make_pure(load_checked(AutoModelForCausalLM, folder, dtype=dtype))
-    return model.to("cuda") if on_gpu and has_gpu() else model
+    return make_pure(load_checked(AutoModelForCausalLM, folder, dtype=dtype, **place))
 
 
 class BaseKey(NamedTuple):

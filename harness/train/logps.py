@@ -26,7 +26,7 @@ from safetensors.numpy import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from harness.data.tokens import TokenisedPairs, TokenPair, canonical_bytes
+from harness.data.token_rows import TokenisedPairs, TokenPair, TokenRows, canonical_bytes, lengths_of, pair_lengths
 from harness.study.files import digest
 from harness.train.base import is_quantised
 from harness.train.layout import Layout, Way
@@ -98,8 +98,7 @@ def _packed_batches(rows: Sequence[TokenPair]) -> Iterator[list[int]]:
     """Yield row numbers in order, in batches of at most `MAX_BATCH_TOKENS` tokens where a pair is no longer."""
     batch: list[int] = []
     tokens = 0
-    for i, row in enumerate(rows):
-        size = len(row.prompt_ids) + len(row.chosen_ids) + len(row.rejected_ids)
+    for i, size in enumerate(lengths_of(rows).sum(1).tolist()):
         if batch and tokens + size > MAX_BATCH_TOKENS:
             yield batch
             batch, tokens = [], 0
@@ -175,13 +174,13 @@ def why_padded(model: PreTrainedModel, rows: Sequence[TokenPair], pad_id: int) -
         return problem
     known: dict[str, str] = vars(model)  # not getattr, by which an adapter's model answers for its base
     if _PROBE_RESULT not in known:
-        known[_PROBE_RESULT] = _probe(model, min(rows, key=lambda row: row.length), pad_id)
+        known[_PROBE_RESULT] = _probe(model, rows[int(pair_lengths(rows).argmin())], pad_id)
     return known[_PROBE_RESULT]
 
 
 def window_problem(model: PreTrainedModel, rows: Sequence[TokenPair]) -> str:
     """Return which window of the model's attention is shorter than the longest pair, or nothing."""
-    longest = max(row.length for row in rows)
+    longest = int(pair_lengths(rows).max())
     for name, size in vars(model.config.get_text_config()).items():
         is_window = bool(re.search(r"window(_size)?$|^attention_chunk_size$", name))
         if is_window and isinstance(size, int) and not isinstance(size, bool) and 0 < size < longest:
@@ -276,14 +275,16 @@ def reference_logps(
     cached = np.setdiff1d(np.arange(len(keys)), missing)
     if len(cached):
         checked = np.random.default_rng(len(cached)).permutation(cached)[:CHECKED_ROWS]
-        now = compute([pairs.rows[i] for i in checked], desc="checking the reference").numpy()
+        now = compute([pairs.rows[i] for i in checked.tolist()], desc="checking the reference").numpy()
         tolerance = REFERENCE_TOLERANCE if base.dtype == torch.float32 else 100 * REFERENCE_TOLERANCE
         if np.abs(found[checked] - now).max() > tolerance:
             raise StaleReferenceError(
                 f"{folder}: the cached reference log-probs are not the base's; delete the folder and run again"
             )
     if len(missing):
-        found[missing] = compute([pairs.rows[i] for i in missing], desc="reference log-probs").numpy()
+        found[missing] = compute(
+            TokenRows.of(pairs.rows[i] for i in missing.tolist()), desc="reference log-probs"
+        ).numpy()
         _write_cache(folder, {key: sum_ for i in missing for key, sum_ in zip(keys[i], found[i], strict=True)})
     return torch.from_numpy(found)
 
