@@ -97,11 +97,9 @@ class Inputs:
         """
         key, data = self._split_settings(config)
         if key not in self._splits:
-            if config.model.path == EMBEDDED:
-                splits = self._without_folder(load_splits(data))
-            else:
-                splits = DataCache(config.results_dir).splits(data, lambda: load_splits(data))
-            _keep(self._splits, key, splits)
+            splits = DataCache(config.results_dir).splits(data, lambda: load_splits(data))
+            is_embedded = config.model.path == EMBEDDED
+            _keep(self._splits, key, self._without_folder(splits) if is_embedded else splits)
         return self._splits[key]
 
     def tokens(self, config: RunConfig) -> Tokens:

@@ -266,9 +266,10 @@ def flip_labels(pairs: Sequence[Pair], share: float, *, seed: int) -> tuple[tupl
 
     The flipped pairs depend on contents and seed, not on the order; a larger share also flips those of a smaller one.
     """
-    digests = [pair_digest(pair) for pair in pairs]
-    order = sorted(range(len(pairs)), key=lambda i: digests[i])
-    chosen = np.random.default_rng(seed).permutation(len(pairs))[: round(share * len(pairs))]
+    count = round(share * len(pairs))
+    digests = [pair_digest(pair) for pair in pairs] if count else []
+    order = sorted(range(len(digests)), key=lambda i: digests[i])
+    chosen = np.random.default_rng(seed).permutation(len(pairs))[:count]
     flipped = {order[i] for i in chosen}
     noisy = tuple(
         replace(pair, chosen=pair.rejected, rejected=pair.chosen) if i in flipped else pair

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from harness.data.conversations import RowError
 from harness.data.records import NOTHING, Given, Message, Pair
 from harness.data.template import ChatTemplate, TurnEnd, end_of_turn
-from harness.data.token_rows import TokenisedPairs, TokenPair, TokenRows
+from harness.data.token_rows import TokenisedPairs, TokenPair, TokenRows, canonical_bytes
 from harness.study.errors import UsageError
 from harness.study.files import Json
 from harness.study.manifest import Finding
