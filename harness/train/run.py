@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     PairedTrainer = PairedDPOTrainer | PairedCPOTrainer
 
 OnStep = Callable[[int, dict[str, float]], None]
-ArgumentValue = str | float | bool | list[str] | None
+ArgumentValue = str | float | bool | list[str] | dict[str, bool] | None
 
 
 @dataclass(frozen=True)
@@ -313,5 +313,6 @@ def common_arguments(config: RunConfig, plan: BatchPlan, output_dir: Path) -> di
         "report_to": [],
         "disable_tqdm": True,
         "dataloader_pin_memory": has_gpu(),
+        "accelerator_config": {"non_blocking": has_gpu()},  # copies from page-locked memory wait for nothing
         "ddp_find_unused_parameters": False,  # every trained weight takes part in every step
     }

@@ -28,7 +28,7 @@ from trl.experimental.cpo import CPOConfig, CPOTrainer
 from trl.trainer.utils import FusedCausalLMOutput
 
 from harness.data.plan import ConsumedTokens, MicroBatch
-from harness.data.tokens import TokenPair
+from harness.data.token_rows import TokenPair, canonical_bytes
 from harness.study.errors import DivergedError
 from harness.train.checkpoints import Schedule, checkpoints, seal_checkpoint
 from harness.train.collator import COLLATED, PACKED, ROW, Collated, Features, PaddedRows, PairCollator, TensorComparison
@@ -224,7 +224,7 @@ class ProvesConsumption(Trainer):
 
     def _consume(self, collated: Collated) -> None:
         """Hash the pairs; of several processes in their order, which is the plan's."""
-        pairs = [(row.prompt_ids, row.chosen_ids, row.rejected_ids) for row in collated.rows]
+        pairs = [canonical_bytes(row.prompt_ids, row.chosen_ids, row.rejected_ids) for row in collated.rows]
         if self.share:
             if self._num_taken is None:  # a resumed run starts in the middle
                 self._num_taken = self.state.global_step * self.args.gradient_accumulation_steps
@@ -232,7 +232,7 @@ class ProvesConsumption(Trainer):
             self._num_taken += 1
             pairs = gather_object(pairs if self._micro_batch.weight else [])
         for pair in pairs:
-            self.consumed.update(*pair)
+            self.consumed.add(pair)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log a step: here, and nowhere else in it, numbers are read from the device."""
