@@ -7,7 +7,6 @@ is missing, damaged or of another version is made anew; one that cannot be writt
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import shutil
 import tempfile
@@ -15,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, TypeAlias, overload
 
 import numpy as np
 
@@ -24,7 +23,9 @@ from harness.config.trial_id import plain
 from harness.data.records import NOTHING, EvalPrompt, Given, Pair
 from harness.data.splits import Splits
 from harness.data.token_rows import TokenisedPairs, TokenRows, as_rows
-from harness.study.files import digest, file_sha256, read_sealed, seal, write_json
+from harness.study.files import Json, digest, file_sha256, read_sealed, seal, write_json
+
+Kept: TypeAlias = Mapping[str, Any]  # JSON values as read from a sealed file
 
 KEPT_FROM = 1000  # training pairs; fewer are read and tokenised in a second, and nothing is written
 _SPLITS = "splits.json"
@@ -91,7 +92,7 @@ class DataCache:
                 self._write(folder, {}, _SPLITS, facts)
         return splits
 
-    def tokens(self, about: Sequence[Any]) -> tuple[dict[str, TokenisedPairs], Mapping[str, Any]] | None:
+    def tokens(self, about: Sequence[Json]) -> tuple[dict[str, TokenisedPairs], Kept] | None:
         """Return the token ids of each split, mapped from their files, and the facts that were kept with them.
 
         Args:
@@ -112,7 +113,7 @@ class DataCache:
             found[split] = TokenisedPairs(rows, facts["dropped"])
         return found, kept["facts"]
 
-    def keep_tokens(self, about: Sequence[Any], splits: Mapping[str, TokenisedPairs], facts: Mapping[str, Any]) -> None:
+    def keep_tokens(self, about: Sequence[Json], splits: Mapping[str, TokenisedPairs], facts: Kept) -> None:
         """Keep the token ids of each split, with facts that are JSON values."""
         buffers = {split: as_rows(pairs.rows) for split, pairs in splits.items()}
         kept = {
@@ -122,10 +123,10 @@ class DataCache:
         arrays = {f"{split}.npy": rows.buffer for split, rows in buffers.items()}
         self._write(self._entry(_TOKENS, about), arrays, _TOKENS, {"splits": kept, "facts": facts})
 
-    def _entry(self, kind: str, about: Sequence[Any]) -> Path:
+    def _entry(self, kind: str, about: Sequence[Json]) -> Path:
         return self._folder / digest([kind, _version(), *about])[:32]
 
-    def _write(self, folder: Path, arrays: Mapping[str, np.ndarray], name: str, facts: Mapping[str, Any]) -> None:
+    def _write(self, folder: Path, arrays: Mapping[str, np.ndarray], name: str, facts: Kept) -> None:
         """Write an entry beside its place, and move it there; of two processes the first one's stays."""
         temporary = None
         with contextlib.suppress(OSError):  # no room, or no right to write: the next process makes it anew
@@ -141,7 +142,6 @@ class DataCache:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-@functools.cache
 def _version() -> str:
     """Identify what makes entries: the sources of this package, and the libraries that read and tokenise."""
     sources = {path.name: file_sha256(path) for path in sorted(Path(__file__).parent.glob("*.py"))}
@@ -167,12 +167,12 @@ def _hashes_in(splits: Splits) -> set[str]:
     return {facts["train"]["sha256"], facts["dev"]["sha256"], facts["golden"]["sha256"]}
 
 
-def _rows_of(splits: Splits) -> dict[str, Any]:
+def _rows_of(splits: Splits) -> Kept:
     """Return the rows of dev and golden as JSON values."""
     return {name: [asdict(row) for row in getattr(splits, name)] for name in _EVALUATED}
 
 
-def _survives_json(facts: Mapping[str, Any], splits: Splits) -> bool:
+def _survives_json(facts: Kept, splits: Splits) -> bool:
     """Return whether rows and facts are read back as they are: a cell of a table may hold what JSON cannot."""
     try:
         again = _to_splits(json.loads(json.dumps(facts)), splits.train)
@@ -181,7 +181,7 @@ def _survives_json(facts: Mapping[str, Any], splits: Splits) -> bool:
     return again == splits
 
 
-def _to_splits(kept: Mapping[str, Any], train: Sequence[Pair]) -> Splits:
+def _to_splits(kept: Kept, train: Sequence[Pair]) -> Splits:
     """Return splits from the facts of an entry, with these training pairs."""
     return Splits(
         train,
@@ -193,15 +193,15 @@ def _to_splits(kept: Mapping[str, Any], train: Sequence[Pair]) -> Splits:
     )
 
 
-def _to_prompt(row: Mapping[str, Any]) -> EvalPrompt:
+def _to_prompt(row: Kept) -> EvalPrompt:
     turns = {"prompt": tuple(row["prompt"]), "checks": tuple(row["checks"])}
     return EvalPrompt(**{**row, **turns, "given": _to_given(row["given"])})
 
 
-def _to_pair(row: Mapping[str, Any]) -> Pair:
+def _to_pair(row: Kept) -> Pair:
     turns = {name: tuple(row[name]) for name in ("prompt", "chosen", "rejected")}
     return Pair(**{**row, **turns, "given": _to_given(row["given"])})
 
 
-def _to_given(row: Mapping[str, Any]) -> Given:
+def _to_given(row: Kept) -> Given:
     return Given(row["tools"], row["kwargs"]) if row["tools"] or row["kwargs"] else NOTHING

@@ -8,12 +8,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from harness.config.checkpoint import Checkpoints
 from harness.config.schema import EMBEDDED, DataConfig, ModelConfig, RunConfig, Template
 from harness.config.trial_id import plain
-from harness.data.cache import KEPT_FROM, DataCache, LatePairs
+from harness.data.cache import KEPT_FROM, DataCache, Kept, LatePairs
 from harness.data.fits import Lengths, Tables, check_ids, check_lengths, read_tables
 from harness.data.reasoning import DROP, without_reasoning
 from harness.data.records import EvalPrompt, Given, Message, Pair
@@ -57,14 +57,12 @@ class Tokens:
         return {"train": self.train, "dev": self.dev, "golden": self.golden}
 
     @property
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> Kept:
         """What is kept beside the ids, as JSON values."""
         return {"lengths": asdict(self.lengths), "findings": [asdict(finding) for finding in self.findings]}
 
     @classmethod
-    def of_kept(
-        cls, chat: ChatFormat, tables: Tables, pairs: Mapping[str, TokenisedPairs], facts: Mapping[str, Any]
-    ) -> Tokens:
+    def of_kept(cls, chat: ChatFormat, tables: Tables, pairs: Mapping[str, TokenisedPairs], facts: Kept) -> Tokens:
         """Return tokens that were kept as `by_split` and `facts`."""
         findings = tuple(Finding(**finding) for finding in facts["findings"])
         return cls(chat, **pairs, lengths=Lengths(**facts["lengths"]), tables=tables, findings=findings)

@@ -122,6 +122,14 @@ class TokenRows(Sequence[TokenPair]):
         """Return what `canonical_bytes` gives for one pair."""
         return self._numbers(number).tobytes()
 
+    def answer_bytes(self, number: int) -> tuple[bytes, bytes]:
+        """Return `canonical_bytes` of a pair's prompt with each of its answers alone."""
+        ids, (prompt, chosen, rejected) = self._numbers(number)[_HEAD:], self.lengths[number].tolist()
+        before = ids[:prompt].tobytes()
+        heads = np.array([[prompt, chosen, 0], [prompt, rejected, 0]], dtype="<i4")
+        answers = ids[prompt : prompt + chosen], ids[prompt + chosen :]
+        return heads[0].tobytes() + before + answers[0].tobytes(), heads[1].tobytes() + before + answers[1].tobytes()
+
     def _numbers(self, number: int) -> np.ndarray:
         return self.buffer[self._starts[number] : self._starts[number + 1]]
 

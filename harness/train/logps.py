@@ -26,7 +26,7 @@ from safetensors.numpy import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from harness.data.token_rows import TokenisedPairs, TokenPair, TokenRows, canonical_bytes, lengths_of, pair_lengths
+from harness.data.token_rows import TokenisedPairs, TokenPair, TokenRows, as_rows, lengths_of, pair_lengths
 from harness.study.files import digest
 from harness.train.base import is_quantised
 from harness.train.layout import Layout, Way
@@ -269,7 +269,8 @@ def reference_logps(
     compute = functools.partial(pair_logps, base, pad_id=pad_id, share_prefix=share_prefix, layout=Layout(way))
     folder = cache / _cache_key(base, base_sha256, way)
     known = _read_cache(folder)
-    keys = [[_answer_key(row.prompt_ids, ids) for ids in (row.chosen_ids, row.rejected_ids)] for row in pairs.rows]
+    rows = as_rows(pairs.rows)
+    keys = [[_key_of(content) for content in rows.answer_bytes(number)] for number in range(len(rows))]
     found = np.array([[known.get(key, np.nan) for key in both] for both in keys]).reshape(-1, 2)
     missing = np.flatnonzero(np.isnan(found).any(axis=1))
     cached = np.setdiff1d(np.arange(len(keys)), missing)
@@ -296,8 +297,8 @@ def _cache_key(base: PreTrainedModel, base_sha256: str, way: Way) -> str:
     return digest([*about, "nf4"] if is_quantised(base) else about)[:32]
 
 
-def _answer_key(prompt_ids: Ids, answer_ids: Ids) -> bytes:
-    return hashlib.sha256(canonical_bytes([*prompt_ids], [*answer_ids], [])).digest()[:_KEY_BYTES]
+def _key_of(content: bytes) -> bytes:
+    return hashlib.sha256(content).digest()[:_KEY_BYTES]
 
 
 def _read_cache(folder: Path) -> dict[bytes, float]:

@@ -97,12 +97,15 @@ class Unread(Tensor):
         return super().__getitem__(index)
 
 
+Metrics = Mapping[str, list[float | Unread]]  # by name, one number of each micro-batch
+
+
 @contextlib.contextmanager
 def unread_metrics(accelerator: Accelerator) -> Iterator[None]:
     """Leave on the device what is gathered inside the block: TRL gathers each metric before it reads it."""
     given = {name: getattr(accelerator, name) for name in ("gather", "gather_for_metrics")}
 
-    def gather_unread(gather: Callable[..., Any], *values: Any, **options: Any) -> Any:
+    def gather_unread(gather: Callable[..., Tensor], *values: Tensor, **options: bool) -> Tensor:
         found = gather(*values, **options)
         return found.as_subclass(Unread) if isinstance(found, Tensor) else found
 
@@ -115,14 +118,16 @@ def unread_metrics(accelerator: Accelerator) -> Iterator[None]:
             setattr(accelerator, name, gather)
 
 
-def read_all(kept: Mapping[str, list[Any]]) -> None:
+def read_all(kept: Metrics) -> None:
     """Read what is unread in lists of metrics, in one copy from the device; the lists hold plain numbers then."""
-    places = [(values, i) for values in kept.values() for i, value in enumerate(values) if isinstance(value, Unread)]
+    places = [
+        (values, i, each) for values in kept.values() for i, each in enumerate(values) if isinstance(each, Unread)
+    ]
     if not places:
         return
-    found = torch.stack([values[i].as_subclass(Tensor).double() for values, i in places]).tolist()
-    for (values, i), number in zip(places, found, strict=True):
-        values[i] = number if values[i].is_floating_point() else int(number)
+    found = torch.stack([each.as_subclass(Tensor).double() for _, _, each in places]).tolist()
+    for (values, i, each), number in zip(places, found, strict=True):
+        values[i] = number if each.is_floating_point() else int(number)
 
 
 class ProvesConsumption(Trainer):
@@ -155,7 +160,7 @@ class ProvesConsumption(Trainer):
         """Return TRL's padded tensors, all chosen rows before all rejected ones."""
         raise NotImplementedError
 
-    def kept_metrics(self) -> Mapping[str, list[Any]]:
+    def kept_metrics(self) -> Metrics:
         """Return TRL's lists of metrics since the last log line."""
         raise NotImplementedError
 
@@ -271,9 +276,9 @@ class StockDPOTrainer(ProvesConsumption, DPOTrainer):
     def _prepare_dataset(self, dataset: Dataset, *_: object) -> Dataset:
         return dataset
 
-    def kept_metrics(self) -> Mapping[str, list[Any]]:
+    def kept_metrics(self) -> Metrics:
         """Return TRL's lists."""
-        kept: Mapping[str, list[Any]] = self._metrics["train"]
+        kept: Metrics = self._metrics["train"]
         return kept
 
     def features(self, row: TokenPair, reference: tuple[float, float] | None) -> Features:
@@ -293,9 +298,9 @@ class StockDPOTrainer(ProvesConsumption, DPOTrainer):
 class StockCPOTrainer(ProvesConsumption, CPOTrainer):
     """TRL's CPOTrainer (for SimPO) on given token ids."""
 
-    def kept_metrics(self) -> Mapping[str, list[Any]]:
+    def kept_metrics(self) -> Metrics:
         """Return TRL's lists."""
-        kept: Mapping[str, list[Any]] = self._stored_metrics["train"]
+        kept: Metrics = self._stored_metrics["train"]
         return kept
 
     def features(self, row: TokenPair, reference: tuple[float, float] | None) -> Features:

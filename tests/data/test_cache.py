@@ -65,6 +65,9 @@ class TestRows:
         each = [canonical_bytes(pair.prompt_ids, pair.chosen_ids, pair.rejected_ids) for pair in PAIRS]
         assert [rows.canonical_bytes(number) for number in range(3)] == each
         assert rows.buffer.tobytes() == b"".join(each)
+        for number, pair in enumerate(PAIRS):
+            alone = [canonical_bytes(pair.prompt_ids, ids, []) for ids in (pair.chosen_ids, pair.rejected_ids)]
+            assert list(rows.answer_bytes(number)) == alone
         assert each[0] == np.array([3, 2, 1, 1, 2, 3, 4, 5, 6], dtype="<i4").tobytes()
 
     def test_lengths_are_those_of_the_pairs(self) -> None:
