@@ -198,7 +198,8 @@ class TrainConfig:
         kernels: see `Kernels`: to train faster on a GPU.
         gradient_checkpointing: recompute activations to save memory; null decides by the memory that is free.
         threads: of torch on a CPU; null takes torch's own number: for several trials on one machine.
-        checkpoint_steps: optimiser steps between two checkpoints: the most that a killed trial loses.
+        checkpoint_minutes: time between two checkpoints: the most that a killed trial loses.
+        checkpoint_steps: optimiser steps between two, in place of minutes: for tests, and trials of equal speed.
         reference: see `Reference`: to compare what they cost.
         levers: for benchmarks only.
     """
@@ -221,6 +222,7 @@ class TrainConfig:
     kernels: Kernels = Kernels.none
     gradient_checkpointing: bool | None = None
     threads: int | None = bounded(None, at_least=1, at_most=1024)
+    checkpoint_minutes: float = bounded(10.0, above=0.0)
     checkpoint_steps: int | None = bounded(None, at_least=1)
     reference: Reference = Reference.cached
     levers: LeversConfig = field(default_factory=LeversConfig)

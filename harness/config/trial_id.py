@@ -63,7 +63,8 @@ ADDED: dict[str, Json] = {
 }
 # Never hashed, under their first names: these change a trial's cost or its warnings, or name what `contents` holds.
 NOT_HASHED = {
-    *("train.threads", "train.checkpoint_steps", "train.collapse_learning_rate", "train.reference"),
+    *("train.threads", "train.checkpoint_minutes", "train.checkpoint_steps"),
+    *("train.collapse_learning_rate", "train.reference"),
     *("train.reuse_base", "train.metrics_steps"),
     *("method.learning_rates", "method.learning_rate_factor"),  # learning_rate holds the product
     *("data.path", "data.train", "data.dev", "data.golden", "data.revision"),

@@ -15,6 +15,7 @@ from harness.config.machine import Machine
 from harness.config.schema import Engine, Precision, RunConfig, Tuning
 from harness.config.trial_id import config_label
 from harness.data.inputs import Tokens, num_steps
+from harness.data.token_rows import lengths_of
 from harness.decide.simulate import detectable_before
 from harness.score.judge import PlannedAnswer
 from harness.score.scorers import planned_costs
@@ -296,7 +297,7 @@ def checkpoint_size(folder: Path) -> Checkpoint:
 def train_seconds(config: RunConfig, tokens: Tokens, size: Checkpoint, rate: float) -> float:
     """Estimate the training of one trial: its matrix products at this rate, and Python's part of each micro-batch."""
     rows, train = tokens.train.rows, config.train
-    count = sum(len(row.prompt_ids) + len(row.chosen_ids) + len(row.rejected_ids) for row in rows)
+    count = int(lengths_of(rows).sum())
     passes = 6 if train.tuning is Tuning.full else 4  # frozen weights have no gradient of their own
     flops = float(passes * size.parameters * count * (train.epochs or 1))
     flops *= (4 / 3 if train.gradient_checkpointing else 1) / config.accelerate.num_processes

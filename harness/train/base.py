@@ -79,10 +79,16 @@ def load_model(folder: Path, dtype: torch.dtype, *, quantise: bool = False, on_g
     Raises:
         UsageError: where a parameter is not in the files (see `harness.train.weights`).
     """
+    import torch
     from transformers import AutoModelForCausalLM
 
     from harness.train.pure import make_pure
 
+    # Straight to the device: `.to()` would hold all weights in the machine's memory first. With its number, without
+    # which the trainer takes the model for one in parts.
+    place: dict[str, Any] = {}
+    if on_gpu and has_gpu():
+        place["device_map"] = {"": f"cuda:{torch.cuda.current_device()}"}
     if quantise:
         from transformers import BitsAndBytesConfig
 
@@ -93,15 +99,13 @@ def load_model(folder: Path, dtype: torch.dtype, *, quantise: bool = False, on_g
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
         )
-        place: dict[str, Any] = {"device_map": {"": "cuda"}} if has_gpu() else {}
         quantised = load_checked(AutoModelForCausalLM, folder, dtype=dtype, quantization_config=four_bits, **place)
         for module in quantised.modules():
             # Some CPUs' kernel rounds to bf16 in passes without gradients: reference and policy would differ.
             if getattr(module, "support_avx512bf16_for_cpu", False):
                 module.support_avx512bf16_for_cpu = False
         return make_pure(quantised)
-    model = make_pure(load_checked(AutoModelForCausalLM, folder, dtype=dtype))
-    return model.to("cuda") if on_gpu and has_gpu() else model
+    return make_pure(load_checked(AutoModelForCausalLM, folder, dtype=dtype, **place))
 
 
 # Liger's names of what is fused: norms, and gated layers with SiLU or GELU. Its losses are never taken, and its rotary
@@ -154,6 +158,7 @@ class Bases:
         self._folder_of = folder_of
         self._models: dict[BaseKey, PreTrainedModel] = {}
         self._pristine: dict[BaseKey, dict[str, torch.Tensor]] = {}
+        self._sums: dict[BaseKey, list[int]] = {}
 
     @contextlib.contextmanager
     def borrow_base(self, config: RunConfig, *, trains_all: bool = False) -> Iterator[PreTrainedModel]:
@@ -173,7 +178,8 @@ class Bases:
             self._models.clear()  # one base in memory, not two
             self._pristine.clear()
             model = load_base(config, folder)
-        attention, sums = model.config._attn_implementation, weight_checksums(model)
+            self._sums[key] = weight_checksums(model)  # once: each loan ends with the same sums
+        attention = model.config._attn_implementation
         if trains_all and key not in self._pristine:
             self._pristine[key] = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
         yield model  # after an error the model is not kept: its state is unknown
@@ -181,7 +187,9 @@ class Bases:
         model.set_attn_implementation(attention)
         if trains_all:
             model.load_state_dict(self._pristine[key])
-        if weight_checksums(model) == sums:  # a base whose weights have changed, NaN included, is not lent again
+        if (
+            weight_checksums(model) == self._sums[key]
+        ):  # one whose weights have changed, NaN included, is not lent again
             self._models[key] = model
 
     @contextlib.contextmanager
@@ -252,12 +260,16 @@ def reset_model(model: PreTrainedModel) -> None:
 
 
 def weight_checksums(model: PreTrainedModel) -> list[int]:
-    """Return the sum of each weight's bits: one pass over memory, which detects a base that has changed."""
+    """Return the sum of each weight's bits: one pass over memory, which detects a base that has changed.
+
+    On a device the sums are read in one copy.
+    """
     import torch
 
-    sums = []
+    sums: list[torch.Tensor] = []
     for tensor in model.state_dict().values():
         bits = tensor.contiguous().view(-1).view(torch.uint8)
         words = len(bits) // 8 * 8  # as 64-bit integers, which wrap around: exact, and at the speed of memory
-        sums.append(int(bits[:words].view(torch.int64).sum()) + int(bits[words:].sum()))
-    return sums
+        sums.append(bits[:words].view(torch.int64).sum() + bits[words:].sum())
+    found: list[int] = torch.stack([each.to(sums[0].device) for each in sums]).tolist()
+    return found

@@ -27,7 +27,7 @@ from safetensors.numpy import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from harness.data.tokens import TokenisedPairs, TokenPair, canonical_bytes
+from harness.data.token_rows import TokenisedPairs, TokenPair, TokenRows, as_rows, lengths_of, pair_lengths
 from harness.study.files import digest
 from harness.train.attention import Call, kernel_problem, noted_calls, packing
 from harness.train.base import is_quantised
@@ -101,8 +101,7 @@ def _packed_batches(rows: Sequence[TokenPair]) -> Iterator[list[int]]:
     """Yield row numbers in order, in batches of at most `MAX_BATCH_TOKENS` tokens where a pair is no longer."""
     batch: list[int] = []
     tokens = 0
-    for i, row in enumerate(rows):
-        size = len(row.prompt_ids) + len(row.chosen_ids) + len(row.rejected_ids)
+    for i, size in enumerate(lengths_of(rows).sum(1).tolist()):
         if batch and tokens + size > MAX_BATCH_TOKENS:
             yield batch
             batch, tokens = [], 0
@@ -176,7 +175,7 @@ def why_padded(model: PreTrainedModel, rows: Sequence[TokenPair], pad_id: int) -
     """
     known: dict[str, str] = vars(model)  # not getattr, by which an adapter's model answers for its base
     if _PROBE_RESULT not in known:
-        known[_PROBE_RESULT] = _probe(model, min(rows, key=lambda row: row.length), pad_id)
+        known[_PROBE_RESULT] = _probe(model, rows[int(pair_lengths(rows).argmin())], pad_id)
     return known[_PROBE_RESULT] or packing_problem(model, rows, model.dtype)
 
 
@@ -188,7 +187,7 @@ def packing_problem(model: PreTrainedModel, rows: Sequence[TokenPair], dtype: to
         rows: the pairs.
         dtype: that attention computes in, in training.
     """
-    longest = max(row.length for row in rows)
+    longest = int(pair_lengths(rows).max())
     for name, size in _windows(model).items():
         if size < longest and not _is_handed(model, rows, name, size):
             return f"its {name} of {size} is shorter than the longest pair of {longest} tokens"
@@ -222,7 +221,7 @@ def _attention_calls(model: PreTrainedModel, rows: Sequence[TokenPair]) -> froze
     """Return what the model's layers ask of packed attention, from its shortest pair; the model keeps the result."""
     known: dict[str, frozenset[Call]] = vars(model)
     if _CALLS not in known:
-        shortest = min(rows, key=lambda row: row.length)
+        shortest = rows[int(pair_lengths(rows).argmin())]
         packed = pack(groups_of([shortest], share_prefix=True)).to(model.device)
         with packing(model), noted_calls() as calls:
             packed_hidden_states(model, packed)
@@ -357,20 +356,23 @@ def reference_logps(
     compute = functools.partial(pair_logps, base, pad_id=pad_id, share_prefix=share_prefix, layout=Layout(way))
     folder = cache / _cache_key(base, base_sha256, way)
     known = _read_cache(folder)
-    keys = [[_answer_key(row.prompt_ids, ids) for ids in (row.chosen_ids, row.rejected_ids)] for row in pairs.rows]
+    rows = as_rows(pairs.rows)
+    keys = [[_key_of(content) for content in rows.answer_bytes(number)] for number in range(len(rows))]
     found = np.array([[known.get(key, np.nan) for key in both] for both in keys]).reshape(-1, 2)
     missing = np.flatnonzero(np.isnan(found).any(axis=1))
     cached = np.setdiff1d(np.arange(len(keys)), missing)
     if len(cached):
         checked = np.random.default_rng(len(cached)).permutation(cached)[:CHECKED_ROWS]
-        now = compute([pairs.rows[i] for i in checked], desc="checking the reference").numpy()
+        now = compute([pairs.rows[i] for i in checked.tolist()], desc="checking the reference").numpy()
         tolerance = REFERENCE_TOLERANCE if base.dtype == torch.float32 else 100 * REFERENCE_TOLERANCE
         if np.abs(found[checked] - now).max() > tolerance:
             raise StaleReferenceError(
                 f"{folder}: the cached reference log-probs are not the base's; delete the folder and run again"
             )
     if len(missing):
-        found[missing] = compute([pairs.rows[i] for i in missing], desc="reference log-probs").numpy()
+        found[missing] = compute(
+            TokenRows.of(pairs.rows[i] for i in missing.tolist()), desc="reference log-probs"
+        ).numpy()
         _write_cache(folder, {key: sum_ for i in missing for key, sum_ in zip(keys[i], found[i], strict=True)})
     return torch.from_numpy(found)
 
@@ -382,8 +384,8 @@ def _cache_key(base: PreTrainedModel, base_sha256: str, way: Way) -> str:
     return digest([*about, "nf4"] if is_quantised(base) else about)[:32]
 
 
-def _answer_key(prompt_ids: Ids, answer_ids: Ids) -> bytes:
-    return hashlib.sha256(canonical_bytes([*prompt_ids], [*answer_ids], [])).digest()[:_KEY_BYTES]
+def _key_of(content: bytes) -> bytes:
+    return hashlib.sha256(content).digest()[:_KEY_BYTES]
 
 
 def _read_cache(folder: Path) -> dict[bytes, float]:

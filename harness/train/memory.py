@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from harness.config.schema import RunConfig, Tuning
 from harness.data.plan import BatchPlan, make_plan
-from harness.data.tokens import TokenPair
+from harness.data.token_rows import TokenPair, lengths_of, pair_lengths
 from harness.study.errors import DoesNotFitError
 from harness.study.files import locked, write_json
 from harness.study.integrity import MICRO_BATCH_FILE, read_micro_batch, settled
@@ -47,7 +47,7 @@ def plan_of(config: RunConfig, rows: Sequence[TokenPair], *, micro: int | None =
         batch_size=train.batch_size,
         micro_batch_size=micro or micro_batch_size(config),
         seed=config.seed,
-        lengths=[row.length for row in rows] if train.levers.group_lengths else (),
+        lengths=pair_lengths(rows).tolist() if train.levers.group_lengths else (),
     )
 
 
@@ -131,9 +131,7 @@ def needs_checkpointing(
 
 def largest_micro_batch(rows: Sequence[TokenPair], plan: BatchPlan, *, share_prefix: bool) -> int:
     """Return the number of tokens of the largest micro-batch."""
-    sizes = [
-        (1 if share_prefix else 2) * len(row.prompt_ids) + len(row.chosen_ids) + len(row.rejected_ids) for row in rows
-    ]
+    sizes = (lengths_of(rows) @ [1 if share_prefix else 2, 1, 1]).tolist()
     step = plan.micro_batch_size
     return max(sum(sizes[i] for i in plan.order[start : start + step]) for start in range(0, len(plan.order), step))
 

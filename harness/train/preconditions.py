@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING
 
 from harness.config.arms import MethodConfig, title
 from harness.config.schema import Reference, RunConfig, Tuning
-from harness.data.tokens import ChatFormat, TokenPair, canonical_bytes
+from harness.data.token_rows import TokenPair, canonical_bytes, pair_lengths
+from harness.data.tokens import ChatFormat
 from harness.study.errors import UsageError
 from harness.study.files import digest, locked, read_sealed, seal, write_json
 from harness.study.manifest import Finding
@@ -120,7 +121,7 @@ def _key(config: RunConfig, rows: Sequence[TokenPair], base_sha256: str) -> str:
         settings += [torch.cuda.get_device_name(), str(find_spec("flash_attn") is not None)]
     settings += [levers.share_prefix, levers.completion_head, levers.fuse_adapters]
     versions = [version(name) for name in ("torch", "transformers", "trl", "peft")]
-    return digest([VERSION, base_sha256, ids, max(row.length for row in rows), settings, versions, has_gpu()])[:32]
+    return digest([VERSION, base_sha256, ids, int(pair_lengths(rows).max()), settings, versions, has_gpu()])[:32]
 
 
 def prove(config: RunConfig, rows: Sequence[TokenPair], base: PreTrainedModel, chat: ChatFormat) -> Proof:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from harness.config.arms import ARMS, BetaConfig, MethodConfig, title
 from harness.config.schema import Engine, Precision, Reference, RunConfig, Tuning
 from harness.data.plan import BatchPlan
-from harness.data.tokens import ChatFormat, TokenPair
+from harness.data.token_rows import TokenPair, pair_lengths
+from harness.data.tokens import ChatFormat
 from harness.study.errors import UsageError
 from harness.study.manifest import Finding
 from harness.study.text import one_line
@@ -72,14 +73,14 @@ class Losses:
 
 def sample_of(rows: Sequence[TokenPair]) -> tuple[TokenPair, ...]:
     """Return up to three pairs: the shortest, one of middle length and the longest, cut to unlike lengths."""
-    ordered = sorted(rows, key=lambda row: row.length)
-    chosen = sorted({0, len(ordered) // 2, len(ordered) - 1})
-    return tuple(_cut(ordered[i], cut) for i, cut in zip(chosen, _CUTS, strict=False))
+    order = pair_lengths(rows).argsort(kind="stable").tolist()
+    chosen = sorted({0, len(order) // 2, len(order) - 1})
+    return tuple(_cut(rows[order[i]], cut) for i, cut in zip(chosen, _CUTS, strict=False))
 
 
 def checked_of(rows: Sequence[TokenPair]) -> tuple[TokenPair, ...]:
     """Return the sample with the study's longest pair, which is run forward only."""
-    return (*sample_of(rows), _cut(max(rows, key=lambda row: row.length), _LONGEST_CUT))
+    return (*sample_of(rows), _cut(rows[int(pair_lengths(rows).argmax())], _LONGEST_CUT))
 
 
 def _cut(row: TokenPair, lengths: tuple[int, int, int]) -> TokenPair:

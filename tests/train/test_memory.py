@@ -49,7 +49,7 @@ def test_the_estimate_is_near_what_a_forward_pass_keeps() -> None:
 
 @pytest.mark.parametrize(("gigabytes", "needed"), [(64, False), (0.05, True)])
 def test_it_is_used_only_where_memory_asks_for_it(gigabytes: float, needed: bool, monkeypatch) -> None:
-    rows = tokens_of(CONFIG).train.rows * 40
+    rows = [*tokens_of(CONFIG).train.rows] * 40
     config = load_run(["+method=dpo", "train.batch_size=480", "train.micro_batch_size=480", "train.epochs=1"])
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=int(gigabytes * 2**30)))
     assert needs_checkpointing(load_base(CONFIG), rows, plan_of(config, rows), share_prefix=True) is needed
