@@ -1,6 +1,6 @@
 """Where the training loop's time goes that its matrix products do not need: torch's profiler over one SimPO trial.
 
-Command: `python benchmarks/loop_profile.py MODEL PAIRS`; writes loop_profile.md beside this file. Two minutes.
+Command: `python benchmarks/loop_profile.py MODEL PAIRS`; writes loop_profile.md beside this file. Some minutes.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from loop_compiled import compare
 from torch.profiler import ProfilerActivity, profile
 
 from harness.bench.runs import Bench
@@ -54,6 +55,7 @@ def main() -> None:
             outcome = run_trial(single_trial(trial, splits=()), Context())
         assert outcome.status == "complete", outcome.message
         flops = training_flops(bench.shape, needed(bench.rows), rank=trial.train.lora_rank)
+        finding = compare(bench)
     spent: dict[str, float] = defaultdict(float)
     for event in profiled.key_averages(group_by_input_shape=True):
         spent[kind(event, trial.train.lora_rank)] += event.self_cpu_time_total / 1e6
@@ -70,6 +72,8 @@ def main() -> None:
             f"| {name} | {seconds:.1f} | {seconds / total:.0%} |"
             for name, seconds in sorted(spent.items(), key=lambda item: -item[1])
         ),
+        "## With compiled elementwise parts",
+        finding,
     ]
     page = Path(__file__).with_suffix(".md")
     page.write_text("\n\n".join(lines) + "\n", encoding="utf-8")

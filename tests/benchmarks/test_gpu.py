@@ -13,6 +13,7 @@ import torch
 sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 import gpu
+import gpu_computed
 import gpu_parts
 from gpu_harness import pack, packed_attention, pairs_like_ultrafeedback
 from gpu_varlen import layout_of, varlen_attention
@@ -193,6 +194,13 @@ def test_the_profile_names_what_took_a_steps_time(speed) -> None:
     assert "aten::mm" in {row["kernel"] for row in rows}
     assert [row["ms"] for row in rows] == sorted((row["ms"] for row in rows), reverse=True)
     assert 0.5 < sum(row["share"] for row in rows) <= 1.0
+
+
+@pytest.mark.slow
+def test_the_page_has_the_computed_table_and_says_first_that_nothing_was_measured() -> None:
+    page = (Path(gpu.__file__).parent / "gpu.md").read_text()
+    assert "no figure on this page was measured on a GPU" in page.splitlines()[0]
+    assert gpu_computed.table() in page
 
 
 def test_a_target_that_was_not_measured_is_not_noted() -> None:
