@@ -298,6 +298,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.shape,
         options.cap,
         began + options.budget,
+        folder=options.out.resolve(),
         smollm2=options.smollm2,
         pairs=options.pairs,
     )

@@ -242,7 +242,8 @@ class StepClock(TrainerCallback):
     def __init__(self, warmup: int, profiled: int = 0) -> None:
         self.warmup = warmup
         self.profiled = profiled
-        self.profiler = profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if GPU else [])])
+        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if GPU else [])]
+        self.profiler = profile(activities=activities) if profiled else None
         self.ends = [time.perf_counter()]
 
     def on_train_begin(
@@ -254,7 +255,7 @@ class StepClock(TrainerCallback):
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         """Start the profiler at its step."""
-        if state.global_step + 1 == self.profiled:
+        if self.profiler is not None and state.global_step + 1 == self.profiled:
             sync()
             self.profiler.start()
 
@@ -262,7 +263,7 @@ class StepClock(TrainerCallback):
         """Note the time."""
         sync()
         self.ends.append(time.perf_counter())
-        if state.global_step == self.profiled:
+        if self.profiler is not None and state.global_step == self.profiled:
             self.profiler.stop()
         if state.global_step == self.warmup and GPU:
             torch.cuda.reset_peak_memory_stats()
@@ -274,11 +275,15 @@ class StepClock(TrainerCallback):
 
     def kernels(self, most: int) -> list[dict[str, float | int | str]]:
         """Return what took the profiled step's time, the longest first: kernels on a GPU, operators on a CPU."""
+        if self.profiler is None:
+            return []
         name = "self_device_time_total" if GPU else "self_cpu_time_total"
         events = [
             event
             for event in self.profiler.key_averages()
-            if getattr(event, name) > 0 and (event.device_type == DeviceType.CUDA) == GPU
+            if getattr(event, name) > 0
+            and (event.device_type == DeviceType.CUDA) == GPU
+            and not (GPU and event.is_user_annotation)  # spans that hold kernels, such as the optimiser's step
         ]
         total = sum(getattr(event, name) for event in events)
         events.sort(key=lambda event: -getattr(event, name))
@@ -370,8 +375,9 @@ def _train(
         "build_s": built,
         **facts_of(trainer, clock, used),
     }
-    kernels = clock.kernels(25) if clock.profiled else []
-    return Ran([s["loss"] for s in steps], [s["grad_norm"] for s in steps], facts, used, clock.seconds, kernels)
+    return Ran(
+        [s["loss"] for s in steps], [s["grad_norm"] for s in steps], facts, used, clock.seconds, clock.kernels(25)
+    )
 
 
 def give_back(model: LlamaForCausalLM) -> None:

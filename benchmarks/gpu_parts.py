@@ -126,6 +126,7 @@ class Settings:
         tiny: small shapes.
         steps: measured steps of 8 pairs in each run of the large model.
         shape: of the large model.
+        folder: of the results.
         smollm2: a checkpoint's folder for the part of that name.
         pairs: a folder with train.jsonl, dev.jsonl and golden.jsonl, for the same part.
         cap_gb: GB of the card for the trial that must run out of memory.
@@ -140,6 +141,7 @@ class Settings:
     cap_gb: float
     deadline: float
     later: float = 0.0
+    folder: Path = Path()
     smollm2: Path | None = None
     pairs: Path | None = None
     before: dict[str, Found] = field(default_factory=dict)
@@ -681,9 +683,6 @@ def capped_trials(work: Path, tiny: bool, cap_gb: float) -> dict[str, Row]:
 
 SMALL_STUDY = [
     "seed=1,2",
-    "data.max_train_pairs=16",
-    "data.max_dev_prompts=6",
-    "data.max_golden_prompts=12",
     "train.epochs=1",
     "train.batch_size=4",
     "train.micro_batch_size=4",
@@ -691,9 +690,14 @@ SMALL_STUDY = [
 ]
 
 
+FIVE_SEEDS = ["seed=1,2,3,4,5"]
+TINY_STUDY = [*SMALL_STUDY, "data.max_train_pairs=8", "data.max_golden_prompts=4", "data.max_dev_prompts=2"]
+
+
 def study(settings: Settings, found: Found) -> None:
     """The embedded study as a user runs it, `+method=simpo,dpo`: its verdict, and all trials' seconds by stage."""
-    small = SMALL_STUDY if settings.tiny else []
+    few = ["data.max_train_pairs=16", "data.max_dev_prompts=6", "data.max_golden_prompts=12"]
+    small = [*SMALL_STUDY, *few] if settings.tiny else []
     _with_work(lambda work: _run_study(settings, found, work, small))
 
 
@@ -737,12 +741,12 @@ def _run_study(settings: Settings, found: Found, work: Path, more: Sequence[str]
 
 
 def smollm2(settings: Settings, found: Found) -> None:
-    """A real model and real pairs, `+method=simpo,dpo seed=1,2,3,4,5`: the study to its verdict."""
+    """A real model and real pairs, `+method=simpo,dpo seed=1,2,3,4,5`: the study to its verdict.
+
+    It stays in the folder of the results: where the time is over, the same command goes on with it.
+    """
     assert settings.smollm2 is not None, "the command line asks for both folders"
     assert settings.pairs is not None
-    keys = [f"model.path={settings.smollm2.resolve()}", "seed=1,2,3,4,5"]
+    keys = [f"model.path={settings.smollm2.resolve()}", "keep=none"]
     keys += [f"data.{split}={settings.pairs.resolve() / split}.jsonl" for split in ("train", "dev", "golden")]
-    if settings.tiny:
-        small = [key for key in SMALL_STUDY if "seed" not in key and "train_pairs" not in key]
-        keys = [*keys[:1], "seed=1,2", *keys[2:], *small, "data.max_train_pairs=8"]
-    _with_work(lambda work: _run_study(settings, found, work, keys))
+    _run_study(settings, found, settings.folder / "smollm2", [*keys, *(TINY_STUDY if settings.tiny else FIVE_SEEDS)])
