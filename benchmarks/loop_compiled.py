@@ -114,7 +114,7 @@ def compare(bench: Bench, most: int = 8) -> str:
     least = flops / median(rates)
     ratios = [a / b for a, b in zip(fused, plain, strict=True)]
     return (
-        f"Forward and backward passes over {len(rows)} pairs, {ROUNDS} rounds in turn, on one thread, in seconds of CPU, "
+        f"Forward and backward passes over {len(rows)} pairs, {ROUNDS} rounds in turn, on one thread, in CPU seconds, "
         f"without optimiser and trainer: {median(plain):.1f} s with torch's operators ({median(plain) / least:.2f} "
         f"times the needed products at {median(rates) / 1e9:.0f} GFLOP/s), {median(fused):.1f} s with norms, rotary "
         f"embedding and SwiGLU compiled ({median(fused) / least:.2f} times), a ratio of {median(ratios):.2f} "

@@ -18,6 +18,8 @@ import gpu_parts
 from gpu_harness import pack, packed_attention, pairs_like_ultrafeedback
 from gpu_varlen import layout_of, varlen_attention
 
+from harness.config.paths import embedded_dir
+
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: run benchmarks/gpu.py itself")
 ENGINES = [f"{arm}, {precision}" for arm in ("dpo", "simpo") for precision in ("fp32", "bf16")]
 
@@ -194,6 +196,20 @@ def test_the_profile_names_what_took_a_steps_time(speed) -> None:
     assert "aten::mm" in {row["kernel"] for row in rows}
     assert [row["ms"] for row in rows] == sorted((row["ms"] for row in rows), reverse=True)
     assert 0.5 < sum(row["share"] for row in rows) <= 1.0
+
+
+@pytest.mark.slow
+def test_a_study_of_a_real_model_goes_to_its_verdict_and_on_where_it_was(tmp_path: Path) -> None:
+    """The embedded model stands for a real one; the same command again trains nothing."""
+    folders = ["--smollm2", str(embedded_dir()), "--pairs", str(embedded_dir())]
+    status, found, _ = run(tmp_path, *folders)
+    assert (status, list(found["parts"])) == (0, ["machine", "smollm2"])
+    facts = found["parts"]["smollm2"]["facts"]
+    assert (facts["trials"], facts["verdict"]) == (4, "inconclusive")
+    trials = sorted((tmp_path / "smollm2" / "gpu" / "trials").iterdir())
+    before = [(path / "manifest.json").stat().st_mtime for path in trials]
+    assert run(tmp_path, *folders)[1]["parts"]["smollm2"]["facts"]["verdict"] == "inconclusive"
+    assert [(path / "manifest.json").stat().st_mtime for path in trials] == before
 
 
 @pytest.mark.slow
