@@ -72,6 +72,8 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     options = parser.parse_args(argv)
     options.arms = _arms(options)
+    if options.model != "embedded" and options.pairs is None:
+        raise UsageError(f"--model {options.model}: give its pairs as well, by --pairs FILE")
     least = 2 * STEP_PAIRS
     if options.num_pairs < least or options.num_pairs % STEP_PAIRS:
         raise UsageError(
@@ -120,6 +122,10 @@ def _measure(options: argparse.Namespace, scratch: Path) -> str:
     result = _result(bench, options)
     if options.append:
         _take_earlier(options.out / "cost.json", result)
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--out {options.out}: cannot be made ({error.strerror}); give another folder") from error
     made = {run["name"] for run in result["runs"]}
     for job in [*_jobs(bench, options), *(_scale(options, scratch, made) if options.scale else [])]:
         result["matmul_flops_per_second"].append(bench.matmul_rate())

@@ -141,7 +141,9 @@ USAGE = [
     (["--num-pairs", "10"], "--num-pairs 10: a step has 4 pairs"),
     (["--append"], "--append: there is no --out; give the folder of the cost.json that gets more runs"),
     (["--pairs", "nowhere.jsonl"], "nowhere.jsonl"),
-    (["--model", "nowhere"], "nowhere"),
+    (["--model", "nowhere"], "--model nowhere: give its pairs as well, by --pairs FILE"),
+    (["--model", "nowhere", "--pairs", "none.jsonl"], "nowhere"),
+    (["--out", "/proc/nowhere"], "--out /proc/nowhere: cannot be made"),
     (["--num-pairs", "100000"], "--num-pairs 100000: embedded has 320 that can be trained on"),
 ]
 
