@@ -81,6 +81,11 @@ TRAINERS = {
 }
 
 
+def settings(*, is_gpu: bool) -> dict[str, object]:
+    """Return what is set for both arms: on a GPU nothing but the batch and the order, all else is TRL's default."""
+    return COMMON | ({} if is_gpu else ON_A_CPU)
+
+
 def load_pairs(path: str) -> Dataset:
     """Read pairs as conversations."""
     rows = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
@@ -97,7 +102,7 @@ def main() -> None:
     is_gpu, clock = torch.cuda.is_available(), StepClock()
     trainer = trainer_class(
         model=AutoModelForCausalLM.from_pretrained(model_path, dtype="bfloat16" if is_gpu else "float32"),
-        args=config_class(output_dir=out, **COMMON, **({} if is_gpu else ON_A_CPU), **own, **keys),
+        args=config_class(output_dir=out, **settings(is_gpu=is_gpu), **own, **keys),
         train_dataset=load_pairs(pairs),
         processing_class=AutoTokenizer.from_pretrained(model_path),
         peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),

@@ -68,8 +68,8 @@ def shape_of(model: PreTrainedModel) -> Shape:
         if isinstance(module, nn.Linear | Conv1D):
             sides += sum(module.weight.shape)
         layers += sum(_met(p.shape, config) for p in module.parameters(recurse=False) if p.ndim == 3)
-    heads = config.num_attention_heads
-    width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+    heads = getattr(config, "num_attention_heads", None) or 0  # a model of state spaces has none
+    width = heads * (getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else 0))
     return Shape(layers, head.weight.numel(), sides, config.num_hidden_layers * width)
 
 

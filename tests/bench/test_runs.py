@@ -6,7 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
+from trl import DPOConfig
 
+from harness.bench import stock
 from harness.bench.__main__ import main
 from harness.bench.page import Result, page
 from harness.bench.runs import Run, steady_seconds
@@ -119,6 +121,25 @@ def test_a_grid_that_was_not_run_is_computed_and_says_so() -> None:
     assert "and 84 s by the harness" in text
     grids = [run_of(side, "grid", wall=9.0, pair=1.0) for side in ("stock", "harness")]
     assert "**Computed**" not in page(result_of("cpu", *BOTH, *grids))
+
+
+def test_on_a_gpu_trls_script_has_trls_own_defaults() -> None:
+    """Precision, checkpointing and optimiser are TRL's, which has bf16 and checkpointing on; a CPU has them off."""
+    chosen = {"bf16", "fp16", "gradient_checkpointing", "optim", "use_cpu", "tf32", "use_liger_kernel"}
+    assert not chosen & set(stock.settings(is_gpu=True))
+    assert stock.settings(is_gpu=False).items() >= {"bf16": False, "gradient_checkpointing": False}.items()
+    by_default = DPOConfig(use_cpu=True)
+    assert (by_default.bf16, by_default.gradient_checkpointing) == (True, True)
+
+
+@pytest.mark.slow
+def test_a_run_that_fails_ends_the_command_with_its_last_lines(tmp_path: Path, monkeypatch, capsys) -> None:
+    (tmp_path / "peft.py").write_text("raise ImportError('planted')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert main(["--num-pairs", "8", "--arms", "dpo", "--repeats", "1", "--out", str(tmp_path / "out")]) == 1
+    said = capsys.readouterr().err
+    assert "stock.py dpo" in said
+    assert said.rstrip().endswith("ImportError: planted")
 
 
 def test_a_file_of_an_earlier_version_has_its_page() -> None:

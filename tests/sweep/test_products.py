@@ -13,6 +13,7 @@ from transformers import (
     Gemma3TextConfig,
     GPT2Config,
     LlamaConfig,
+    MambaConfig,
     MixtralConfig,
     Qwen3Config,
 )
@@ -127,6 +128,12 @@ def test_a_token_meets_the_chosen_experts_alone() -> None:
     expert = 3 * SMALL["hidden_size"] * SMALL["intermediate_size"]
     router = 4 * SMALL["hidden_size"]
     assert shape_of_config(config).layers == dense + SMALL["num_hidden_layers"] * (expert + router)
+
+
+def test_a_model_of_state_spaces_has_no_heads() -> None:
+    shape = shape_of_config(MambaConfig(hidden_size=32, num_hidden_layers=2, vocab_size=64))
+    assert shape.attention == 0
+    assert shape.layers > 0
 
 
 def test_positions_and_embeddings_are_looked_up_and_not_multiplied() -> None:
