@@ -31,8 +31,8 @@ def estimated(overrides: Sequence[str]) -> tuple[Estimate, int, int]:
     found: list[Any] = []
     real = planning.estimate
 
-    def keep(design: Any, *, tune: int, confirm: int, rate: float) -> Estimate:
-        found.append((real(design, tune=tune, confirm=confirm, rate=rate), tune, confirm))
+    def keep(design: Any, machine: Any, *, tune: int, confirm: int, **given: Any) -> Estimate:
+        found.append((real(design, machine, tune=tune, confirm=confirm, **given), tune, confirm))
         return found[-1][0]
 
     planning.estimate = keep

@@ -1,4 +1,4 @@
-"""What the GPU check needs of the harness, and the only file of it that imports the harness: pairs, models, runs.
+"""What the GPU check needs of the harness: pairs, models, runs.
 
 Made for `gpu.py`. Models have random weights and are made where they run; pairs are drawn from a fixed seed.
 """
@@ -12,7 +12,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -24,9 +24,18 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import numpy as np
 import torch
 import trl.trainer.dpo_trainer as trl_dpo
-from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
-from harness.bench.runs import needed_flops
 from harness.config.schema import RunConfig
 from harness.data.inputs import Inputs
 from harness.data.plan import ConsumedTokens, make_plan
@@ -36,6 +45,7 @@ from harness.generate import answers as generate_module
 from harness.study.files import read_json, write_jsonl
 from harness.sweep.design import single_trial
 from harness.sweep.problems import load_run
+from harness.sweep.products import Shape, needed, shape_of, training_flops
 from harness.sweep.stages import run_trial
 from harness.sweep.trial import Context
 from harness.train import run as train_module
@@ -49,20 +59,25 @@ from harness.train.packed import Packed, groups_of, pack
 __all__ = [
     "DEVICE",
     "GPU",
+    "INPUTS",
     "REFERENCE_TOLERANCE",
     "SHAPES",
     "Packed",
     "Ran",
+    "Shape",
+    "StepClock",
     "TokenPair",
     "answer",
     "checksums",
+    "facts_of",
     "free_memory",
     "give_back",
+    "llama_config",
     "loaded_adapter",
     "log_probs",
     "make_llama",
     "matmul_rate",
-    "needed_flops",
+    "needed",
     "num_tokens",
     "pack",
     "pack_pairs",
@@ -71,10 +86,12 @@ __all__ = [
     "pretended_out_of_memory",
     "reference_is_refused",
     "run_config",
+    "shape_of",
     "small_study",
     "sync",
     "train",
     "train_once",
+    "training_flops",
 ]
 
 INPUTS = Inputs()  # of this script: the tokenizer is that of the embedded study
@@ -146,10 +163,10 @@ def pack_pairs(rows: Sequence[TokenPair]) -> Packed:
     return pack(groups_of(rows, share_prefix=True)).to(DEVICE)
 
 
-def make_llama(shape: str, dtype: torch.dtype) -> LlamaForCausalLM:
-    """Make a Llama with random weights on the GPU, where there is one."""
+def llama_config(shape: str) -> LlamaConfig:
+    """Return a Llama's config."""
     hidden, inner, layers, heads, kv_heads, vocab, spread = _SHAPES[shape]
-    config = LlamaConfig(
+    return LlamaConfig(
         hidden_size=hidden,
         intermediate_size=inner,
         num_hidden_layers=layers,
@@ -164,6 +181,11 @@ def make_llama(shape: str, dtype: torch.dtype) -> LlamaForCausalLM:
         eos_token_id=2,
         pad_token_id=0,
     )
+
+
+def make_llama(shape: str, dtype: torch.dtype) -> LlamaForCausalLM:
+    """Make a Llama with random weights on the GPU, where there is one."""
+    config = llama_config(shape)
     before = torch.get_default_dtype()
     torch.manual_seed(0)
     torch.set_default_dtype(dtype)  # so that an 8B model is never there in fp32
@@ -196,6 +218,7 @@ class Ran:
             seconds, pairs and tokens a second, and memory of the measured steps.
         rows: the pairs of the measured steps.
         seconds: of the measured steps.
+        kernels: of the profiled step, the longest first.
     """
 
     loss: list[float]
@@ -203,18 +226,43 @@ class Ran:
     facts: dict[str, float | int | str | bool | None]
     rows: tuple[TokenPair, ...]
     seconds: float
+    kernels: list[dict[str, float | int | str]] = field(default_factory=list)
 
 
-class _StepClock(TrainerCallback):
-    """Notes when each step ended, and begins the peak of memory anew after the warm-up."""
+class StepClock(TrainerCallback):
+    """Notes when each step ended, and begins the peak of memory anew after the warm-up.
 
-    def __init__(self, warmup: int) -> None:
+    Args:
+        warmup: steps at the start that do not count.
+        profiled: number of the step, from 1, that torch's profiler looks at; 0: none.
+    """
+
+    def __init__(self, warmup: int, profiled: int = 0) -> None:
         self.warmup = warmup
+        self.profiled = profiled
+        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if GPU else [])]
+        self.profiler = profile(activities=activities) if profiled else None
         self.ends = [time.perf_counter()]
 
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
+    ) -> None:
+        """Begin anew."""
+        sync()
+        self.ends = [time.perf_counter()]
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
+        """Start the profiler at its step."""
+        if self.profiler is not None and state.global_step + 1 == self.profiled:
+            sync()
+            self.profiler.start()
+
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
+        """Note the time."""
         sync()
         self.ends.append(time.perf_counter())
+        if self.profiler is not None and state.global_step == self.profiled:
+            self.profiler.stop()
         if state.global_step == self.warmup and GPU:
             torch.cuda.reset_peak_memory_stats()
 
@@ -222,6 +270,45 @@ class _StepClock(TrainerCallback):
     def seconds(self) -> float:
         """Seconds of all steps after the warm-up."""
         return self.ends[-1] - self.ends[self.warmup]
+
+    def kernels(self, most: int) -> list[dict[str, float | int | str]]:
+        """Return what took the profiled step's time, the longest first: kernels on a GPU, operators on a CPU."""
+        if self.profiler is None:
+            return []
+        name = "self_device_time_total" if GPU else "self_cpu_time_total"
+        events = [
+            event
+            for event in self.profiler.key_averages()
+            if getattr(event, name) > 0
+            and (event.device_type == DeviceType.CUDA) == GPU
+            and not (GPU and event.is_user_annotation)  # spans that hold kernels, such as the optimiser's step
+        ]
+        total = sum(getattr(event, name) for event in events)
+        events.sort(key=lambda event: -getattr(event, name))
+        return [
+            {
+                "kernel": event.key[:90],
+                "calls": event.count,
+                "ms": getattr(event, name) / 1e3,
+                "share": getattr(event, name) / total,
+            }
+            for event in events[:most]
+        ]
+
+
+def facts_of(
+    trainer: Trainer, clock: StepClock, rows: Sequence[TokenPair]
+) -> dict[str, float | int | str | bool | None]:
+    """Return what a run's measured steps took: the pairs of these steps, their seconds and memory."""
+    return {
+        "checkpointing": bool(trainer.args.gradient_checkpointing),
+        "pairs": len(rows),
+        "seconds": clock.seconds,
+        "ms_a_pair": clock.seconds / len(rows) * 1e3,
+        "pairs_per_s": len(rows) / clock.seconds,
+        "tokens_per_s": num_tokens(rows) / clock.seconds,
+        **peak_gb(),
+    }
 
 
 def train(
@@ -231,6 +318,7 @@ def train(
     *,
     reference: torch.Tensor | None = None,
     warmup: int = 0,
+    profiled: int = 0,
 ) -> Ran:
     """Train a lent model by the harness's own trainer, and give it back as it was.
 
@@ -240,11 +328,12 @@ def train(
         model: the base, in which an adapter is trained.
         reference: its log-probs, shape (num_rows, 2); None: the trainer computes them, or needs none.
         warmup: steps at the start that count neither for seconds nor for memory.
+        profiled: number of the step, from 1, that torch's profiler looks at; its seconds are not to be believed.
     """
     attention, folder = model.config._attn_implementation, Path(tempfile.mkdtemp())
     free_memory()
     try:
-        return _train(config, rows, model, reference, warmup, folder)
+        return _train(config, rows, model, reference, StepClock(warmup, profiled), folder)
     finally:
         give_back(model)
         model.set_attn_implementation(attention)
@@ -257,7 +346,7 @@ def _train(
     rows: tuple[TokenPair, ...],
     model: LlamaForCausalLM,
     reference: torch.Tensor | None,
-    warmup: int,
+    clock: StepClock,
     folder: Path,
 ) -> Ran:
     batch, micro = config.train.batch_size, config.train.micro_batch_size
@@ -274,23 +363,19 @@ def _train(
     built = time.perf_counter() - began
     trainer.args.save_strategy = "no"
     trainer.consumed = ConsumedTokens()
-    clock = _StepClock(warmup)
     trainer.add_callback(clock)
     trainer.train()
     steps = [entry for entry in trainer.state.log_history if "loss" in entry]
-    used = tuple(rows[i] for i in plan.order[warmup * batch :])
+    used = tuple(rows[i] for i in plan.order[clock.warmup * batch :])
     facts = {
         "packed": bool(getattr(trainer, "packs", False)),
         "why_padded": trainer.layout.why,
-        "checkpointing": bool(trainer.args.gradient_checkpointing),
         "build_s": built,
-        "pairs": len(used),
-        "seconds": clock.seconds,
-        "pairs_per_s": len(used) / clock.seconds,
-        "tokens_per_s": num_tokens(used) / clock.seconds,
-        **peak_gb(),
+        **facts_of(trainer, clock, used),
     }
-    return Ran([s["loss"] for s in steps], [s["grad_norm"] for s in steps], facts, used, clock.seconds)
+    return Ran(
+        [s["loss"] for s in steps], [s["grad_norm"] for s in steps], facts, used, clock.seconds, clock.kernels(25)
+    )
 
 
 def give_back(model: LlamaForCausalLM) -> None:

@@ -36,7 +36,7 @@ from gpu_harness import (
     log_probs,
     make_llama,
     matmul_rate,
-    needed_flops,
+    needed,
     num_tokens,
     pack_pairs,
     pairs_like_ultrafeedback,
@@ -44,11 +44,14 @@ from gpu_harness import (
     pretended_out_of_memory,
     reference_is_refused,
     run_config,
+    shape_of,
     small_study,
     sync,
     train,
     train_once,
+    training_flops,
 )
+from gpu_stock import has_liger, train_stock
 from transformers import AttentionInterface, LlamaForCausalLM
 
 from harness.train.attention import ATTENTION, Segments, attend_by, by_group, by_segment, call_of, packed_attention
@@ -110,6 +113,7 @@ class Found:
         facts: single values.
         tables: rows by name, by the table's name; units are in the columns' names.
         checks: what has to hold before the figures are believed.
+        targets: by name: `measured`, `target` and whether it is `reached`.
         errors: of the part, and of single rows.
     """
 
@@ -117,7 +121,16 @@ class Found:
     facts: Row = field(default_factory=dict)
     tables: dict[str, dict[str, Row]] = field(default_factory=dict)
     checks: dict[str, bool] = field(default_factory=dict)
+    targets: dict[str, Row] = field(default_factory=dict)
     errors: list[str] = field(default_factory=list)
+
+    def aim(self, name: str, measured: float | None, *, most: float | None = None, least: float | None = None) -> None:
+        """Note a target, and whether what was measured reaches it; nothing where it was not measured."""
+        if measured is None:
+            return
+        reached = measured <= most if most is not None else measured >= (least or 0.0)
+        target = f"at most {most:.3g}" if most is not None else f"at least {least:.3g}"
+        self.targets[name] = {"measured": measured, "target": target, "reached": bool(reached)}
 
     def row(self, table: str, name: str, values: Row) -> None:
         """Note a row."""
@@ -151,6 +164,9 @@ class Settings:
         tiny: small shapes.
         steps: measured steps of 8 pairs in each run of the large model.
         shape: of the large model.
+        folder: of the results.
+        smollm2: a checkpoint's folder for the part of that name.
+        pairs: a folder with train.jsonl, dev.jsonl and golden.jsonl, for the same part.
         cap_gb: GB of the card for the trial that must run out of memory.
         deadline: when no new work begins, on the clock of `time.perf_counter`.
         later: seconds that the parts after this one need at least.
@@ -163,6 +179,9 @@ class Settings:
     cap_gb: float
     deadline: float
     later: float = 0.0
+    folder: Path = Path()
+    smollm2: Path | None = None
+    pairs: Path | None = None
     before: dict[str, Found] = field(default_factory=dict)
 
     @property
@@ -364,62 +383,66 @@ def _compared(ours: Ran, stock: Ran) -> Row:
     }
 
 
-TRLS = ["train.engine=stock"]
-# TRL's forward pass and head, with reference log-probs from the rows: what its own precomputed reference amounts to.
-PADDED = ["train.levers.share_prefix=false", "train.levers.completion_head=false", "train.levers.fuse_adapters=false"]
+TARGET_OF_ONLINE, TARGET_OF_PRECOMPUTED, TARGET_OF_SIMPO = 1 / 3, 0.4, 0.4  # seconds a pair, TRL's trainer is 1
+TARGET_SHARE, TARGET_MEMORY = 0.45, 0.7
+GRID = 8  # trials of a computed grid
 
 
 @dataclass(frozen=True)
 class Speed:
-    """A training run of the large model: its arm, how it attends, overrides, and whether the reference is given."""
+    """A training run of the large model: its arm, its side, and what differs from the side's defaults.
+
+    Attributes:
+        keys: of TRL's config; None: the run is the harness's.
+        overrides: of the harness's config.
+    """
 
     name: str
     arm: str
-    attention: str = AS_IT_IS
+    keys: dict[str, bool] | None = None
     overrides: Sequence[str] = ()
-    has_reference: bool = False
 
     @property
-    def is_ours(self) -> bool:
-        """Whether it runs packed."""
-        return self.name.startswith("paired")
+    def has_reference(self) -> bool:
+        """Whether reference log-probs are handed to it: they are computed in a pass of their own, once for a grid."""
+        return self.keys is None and self.arm == "dpo"
 
 
+ONLINE, PRECOMPUTED, SIMPO = "TRL's DPO, online reference", "TRL's DPO, precomputed reference", "TRL's SimPO"
+OUR_DPO, OUR_SIMPO, OUR_LEAN_DPO = "paired DPO", "paired SimPO", "paired DPO, gradient checkpointing"
+PROFILED = "paired DPO, profiled"
 RUNS = (  # in the order in which they are worth their time
-    Speed("TRL's DPO, online reference", "dpo", overrides=TRLS),
-    Speed("paired DPO, varlen", "dpo", VARLEN, has_reference=True),
-    Speed("TRL's SimPO", "simpo", overrides=TRLS),
-    Speed("paired SimPO, varlen", "simpo", VARLEN),
-    Speed("paired DPO", "dpo", has_reference=True),
-    Speed("paired SimPO", "simpo"),
-    Speed("TRL's DPO, precomputed reference", "dpo", overrides=PADDED, has_reference=True),
-    Speed("paired DPO, without cuDNN", "dpo", NO_CUDNN, has_reference=True),
-    Speed("TRL's DPO, precomputed reference, without cuDNN", "dpo", NO_CUDNN, PADDED, has_reference=True),
-    Speed(
-        "paired DPO, varlen, no checkpointing",
-        "dpo",
-        VARLEN,
-        ["train.gradient_checkpointing=false"],
-        has_reference=True,
-    ),
+    Speed(ONLINE, "dpo", {}),
+    Speed(OUR_DPO, "dpo"),
+    Speed(SIMPO, "simpo", {}),
+    Speed(OUR_SIMPO, "simpo"),
+    Speed(PRECOMPUTED, "dpo", {"precompute_ref_log_probs": True}),
+    Speed(PROFILED, "dpo"),
+    Speed(OUR_LEAN_DPO, "dpo", overrides=["train.gradient_checkpointing=true"]),
+    Speed("TRL's DPO, no checkpointing", "dpo", {"gradient_checkpointing": False}),
 )
-RATIOS = tuple(
-    (f"paired {arm}{kind}", theirs)
-    for kind in ("", ", varlen")
-    for arm, theirs in (
-        ("DPO", "TRL's DPO, online reference"),
-        ("DPO", "TRL's DPO, precomputed reference"),
-        ("SimPO", "TRL's SimPO"),
-    )
+LIGER_RUNS = (
+    Speed("TRL's DPO, online reference, Liger", "dpo", {"use_liger_kernel": True}),
+    Speed("TRL's SimPO, Liger", "simpo", {"use_liger_kernel": True}),
+)
+RATIOS = (
+    (OUR_DPO, ONLINE, TARGET_OF_ONLINE),
+    (OUR_DPO, PRECOMPUTED, TARGET_OF_PRECOMPUTED),
+    (OUR_SIMPO, SIMPO, TARGET_OF_SIMPO),
+    (OUR_DPO, "TRL's DPO, no checkpointing", None),
+    (OUR_DPO, LIGER_RUNS[0].name, None),
+    (OUR_SIMPO, LIGER_RUNS[1].name, None),
 )
 
 
 def speed(settings: Settings, found: Found) -> None:
     """A large model with random weights, LoRA in bf16: reference pass, training by both engines, generation, hashing.
 
-    Random pairs with lengths like UltraFeedback's, micro-batches of half a step. Training's seconds and memory are
-    without the first steps, and without a reference that is given. `of the measured rate`: the operations that are
-    needed at least, each token once, in a second, over the rate of part machine. In the ratios TRL's trainer is 1.
+    Random pairs with lengths like UltraFeedback's, micro-batches of half a step, the same pairs in each step. TRL's
+    trainer has TRL's defaults. Training's seconds and memory are without the first steps and without a reference pass
+    of its own, which has its own column. `of the measured rate`: the operations that are needed at least, each token
+    once, in a second, over the rate of part machine. In the ratios TRL's trainer is 1, and its reference pass and the
+    harness's are in the time.
     """
     began = time.perf_counter()
     model = make_llama("tiny" if settings.tiny else settings.shape, torch.bfloat16)
@@ -440,11 +463,26 @@ def speed(settings: Settings, found: Found) -> None:
     reference = _reference_passes(settings, found, model, rows)
     with found.attempt("reference in bf16", "answers computed alone, against many at once") as row:
         row.update(_noise(model, rows[: 4 if settings.tiny else 8], reference))
-    _training_runs(settings, found, model, rows, reference, batch=batch, warmup=warmup)
+    pass_ms = found.tables["reference pass"].get(f"attention {VARLEN}", {}).get("ms_a_pair")
+    runs = Runs(settings, found, rows, batch=batch, warmup=warmup)
+    for run in RUNS:
+        runs.add(run, model, reference, pass_ms)
     _ratios(found)
     _generation(settings, found, model)
     with found.attempt("hashing the weights", "seconds") as row:
         row.update(_hashing(model))
+    for run in LIGER_RUNS:  # last: its kernels stay in the model
+        runs.add(run, model, reference, None)
+    _ratios(found)
+    starts = {run.name: found.tables["training"].get(run.name, {}).get("first_loss") for run in RUNS}
+    for ours, theirs in ((OUR_DPO, ONLINE), (OUR_SIMPO, SIMPO)):
+        a, b = starts[ours], starts[theirs]
+        if a is not None and b is not None:
+            found.checks[f"speed: {ours} starts at the loss of {theirs}, within {STEP_GAP['bf16']:g}"] = bool(
+                abs(a - b) <= STEP_GAP["bf16"] * abs(b)
+            )
+    known = [value for row in found.tables["training"].values() for key in STEPS for value in row.get(key, ())]
+    found.checks["speed: every loss and gradient norm is finite"] = all(map(math.isfinite, known))
     del model
     free_memory()
 
@@ -470,7 +508,8 @@ def _reference_passes(
             began = time.perf_counter()
             logps = log_probs(model, asked)
             took = time.perf_counter() - began  # the log-probs are on the CPU: nothing is left to wait for
-            row.update({"pairs_per_s": len(asked) / took, "tokens_per_s": num_tokens(asked) / took, **peak_gb()})
+            row.update({"ms_a_pair": took / len(asked) * 1e3, "pairs_per_s": len(asked) / took})
+            row.update({"tokens_per_s": num_tokens(asked) / took, **peak_gb()})
             if reference is not None:
                 row["largest_gap_nats"] = float((logps - reference[: len(logps)]).abs().max())
             elif len(logps) == len(rows):
@@ -493,48 +532,101 @@ def _noise(model: LlamaForCausalLM, rows: tuple[TokenPair, ...], reference: torc
     }
 
 
-def _training_runs(
-    settings: Settings,
-    found: Found,
-    model: LlamaForCausalLM,
-    rows: tuple[TokenPair, ...],
-    reference: torch.Tensor,
-    *,
-    batch: int,
-    warmup: int,
-) -> None:
-    """Run what fits into the time, one after the other; a run is thought to take as long as the longest before it."""
-    keys = ["train.precision=bf16", f"train.batch_size={batch}", f"train.micro_batch_size={batch // 2}"]
-    machine_found = settings.before.get("machine", Found()).facts.get("matmul_tflops")
-    longest = 0.0
-    for run in RUNS:
-        if settings.left - settings.later < longest:
-            found.row("training", run.name, {"skipped": "no time left"})
-            continue
+class Runs:
+    """The training runs that fit into the time; a run is thought to take as long as the longest before it."""
+
+    def __init__(
+        self, settings: Settings, found: Found, rows: tuple[TokenPair, ...], *, batch: int, warmup: int
+    ) -> None:
+        self.settings, self.found, self.rows = settings, found, rows
+        self.batch, self.warmup = batch, warmup
+        self.longest = 0.0
+
+    def add(self, run: Speed, model: LlamaForCausalLM, reference: torch.Tensor, pass_ms: float | None) -> None:
+        """Make a run, or say why not.
+
+        Args:
+            run: what is trained.
+            model: the base.
+            reference: log-probs of all rows.
+            pass_ms: milliseconds a pair of the harness's reference pass.
+        """
+        keys = run.keys or {}
+        if keys.get("use_liger_kernel") and not has_liger():
+            self.found.row("training", run.name, {"skipped": "liger_kernel is not installed, or there is no GPU"})
+            return
+        if self.settings.left - self.settings.later < self.longest:
+            self.found.row("training", run.name, {"skipped": "no time left"})
+            return
         began = time.perf_counter()
-        with found.attempt("training", run.name) as row, attention_as(run.attention):
-            is_short = run.is_ours and run.attention == AS_IT_IS and _is_slow(settings)
-            used, first = (rows[: 2 * batch], 1) if is_short else (rows, warmup)
-            given = reference[: len(used)] if run.has_reference else None
-            ran = train(run_config(run.arm, *keys, *run.overrides), used, model, reference=given, warmup=first)
-            row.update(ran.facts, first_loss=ran.loss[0], loss=ran.loss, grad_norm=ran.grad_norm)
-            if machine_found:
-                flops = needed_flops(model.config, ran.rows, lora_rank=run_config(run.arm).train.lora_rank)
-                row["share_of_the_rate"] = flops / ran.seconds / (machine_found * 1e12)
-        longest = max(longest, time.perf_counter() - began)
-    known = [value for row in found.tables["training"].values() for key in STEPS for value in row.get(key, ())]
-    found.checks["speed: every loss and gradient norm is finite"] = all(map(math.isfinite, known))
+        with self.found.attempt("training", run.name) as row:
+            if run.keys is None:
+                self._ours(run, model, reference, pass_ms, row)
+            else:
+                ran = train_stock(run.arm, self.rows, model, batch=self.batch, warmup=self.warmup, **keys)
+                self._note(ran, row, run.arm, model)
+        self.longest = max(self.longest, time.perf_counter() - began)
+
+    def _ours(
+        self, run: Speed, model: LlamaForCausalLM, reference: torch.Tensor, pass_ms: float | None, row: Row
+    ) -> None:
+        batch = self.batch
+        keys = ["train.precision=bf16", f"train.batch_size={batch}", f"train.micro_batch_size={batch // 2}"]
+        profiled = self.warmup + 1 if run.name == PROFILED else 0
+        rows = self.rows[: (self.warmup + 1) * batch] if profiled else self.rows
+        given = reference[: len(rows)] if run.has_reference else None
+        config = run_config(run.arm, *keys, *run.overrides)
+        with attention_as(VARLEN):
+            ran = train(config, rows, model, reference=given, warmup=self.warmup, profiled=profiled)
+        if profiled:
+            for number, kernel in enumerate(ran.kernels, 1):
+                title = (
+                    "kernels of a paired step, longest first" if GPU else "operators of a paired step, longest first"
+                )
+                self.found.tables.setdefault(title, {})[f"{number}"] = kernel
+            row.update(packed=ran.facts["packed"], pairs=ran.facts["pairs"])
+            return
+        self._note(ran, row, run.arm, model)
+        if run.has_reference:
+            row["reference_ms_a_pair"] = pass_ms
+
+    def _note(self, ran: Ran, row: Row, arm: str, model: LlamaForCausalLM) -> None:
+        row.update(ran.facts, first_loss=ran.loss[0], loss=ran.loss, grad_norm=ran.grad_norm)
+        rate = self.settings.before.get("machine", Found()).facts.get("matmul_tflops")
+        if rate:
+            rank = run_config(arm).train.lora_rank
+            flops = training_flops(shape_of(model), needed(ran.rows), rank=rank)
+            row["share_of_the_rate"] = flops / ran.seconds / (rate * 1e12)
+
+
+def _trial_ms(row: Row, trials: int = 1) -> float | None:
+    """Return milliseconds a pair of a trial with its reference pass, or its share of the pass of a grid."""
+    alone = row.get("ms_a_pair")
+    return None if alone is None else float(alone) + float(row.get("reference_ms_a_pair") or 0.0) / trials
 
 
 def _ratios(found: Found) -> None:
-    """Divide seconds a pair and memory of a paired run by those of a run of TRL's trainer."""
+    """Divide seconds a pair and memory of a paired run by those of a run of TRL's trainer, and note the targets."""
     runs = found.tables["training"]
-    for ours, theirs in RATIOS:
+    for ours, theirs, target in RATIOS:
         a, b = runs.get(ours, {}), runs.get(theirs, {})
-        if "pairs_per_s" in a and "pairs_per_s" in b:
-            memory = a["allocated_gb"] / b["allocated_gb"] if GPU else None
-            ratio = {"time": b["pairs_per_s"] / a["pairs_per_s"], "memory": memory}
-            found.row("the paired engine against TRL's trainer", f"{ours} / {theirs}", ratio)
+        mine, stock, in_a_grid = _trial_ms(a), _trial_ms(b), _trial_ms(a, GRID)
+        if mine is None or stock is None or in_a_grid is None:
+            continue
+        name = f"{ours} / {theirs}"
+        memory = a["allocated_gb"] / b["allocated_gb"] if GPU else None
+        ratio: Row = {"time": mine / stock, f"time_in_a_grid_of_{GRID}_computed": in_a_grid / stock, "memory": memory}
+        found.row("the paired engine against TRL's trainer", name, ratio)
+        if target is not None:
+            found.aim(f"{name}: seconds a pair", mine / stock, most=target)
+            found.aim(f"{name}: peak memory", memory, most=TARGET_MEMORY)
+    lean, online = runs.get(OUR_LEAN_DPO, {}), runs.get(ONLINE, {})
+    if GPU and "allocated_gb" in lean and "allocated_gb" in online:
+        name = "peak memory, both with gradient checkpointing: paired DPO / TRL's"
+        found.aim(name, lean["allocated_gb"] / online["allocated_gb"], most=TARGET_MEMORY)
+    for ours in (OUR_DPO, OUR_SIMPO):
+        share = runs.get(ours, {}).get("share_of_the_rate")
+        found.aim(f"{ours}: share of the measured rate", share, least=TARGET_SHARE)
 
 
 def _generation(settings: Settings, found: Found, model: LlamaForCausalLM) -> None:
@@ -632,9 +724,6 @@ def capped_trials(work: Path, tiny: bool, cap_gb: float) -> dict[str, Row]:
 
 SMALL_STUDY = [
     "seed=1,2",
-    "data.max_train_pairs=16",
-    "data.max_dev_prompts=6",
-    "data.max_golden_prompts=12",
     "train.epochs=1",
     "train.batch_size=4",
     "train.micro_batch_size=4",
@@ -642,19 +731,29 @@ SMALL_STUDY = [
 ]
 
 
+FIVE_SEEDS = ["seed=1,2,3,4,5"]
+TINY_STUDY = [*SMALL_STUDY, "data.max_train_pairs=8", "data.max_golden_prompts=4", "data.max_dev_prompts=2"]
+
+
 def study(settings: Settings, found: Found) -> None:
     """The embedded study as a user runs it, `+method=simpo,dpo`: its verdict, and all trials' seconds by stage."""
+    few = ["data.max_train_pairs=16", "data.max_dev_prompts=6", "data.max_golden_prompts=12"]
+    small = [*SMALL_STUDY, *few] if settings.tiny else []
+    _with_work(lambda work: _run_study(settings, found, work, small))
+
+
+def _with_work(run: Callable[[Path], None]) -> None:
     work = Path(tempfile.mkdtemp())
     try:
-        _study(settings, found, work)
+        run(work)
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _study(settings: Settings, found: Found, work: Path) -> None:
+def _run_study(settings: Settings, found: Found, work: Path, more: Sequence[str]) -> None:
     keys = ["+method=simpo,dpo", "tracking=none", "study=gpu", f"results_dir={work}"]
     environment = os.environ | ({"OMP_NUM_THREADS": "1"} if settings.tiny else {})
-    command = [sys.executable, "-m", "harness.sweep", *keys, *(SMALL_STUDY if settings.tiny else [])]
+    command = [sys.executable, "-m", "harness.sweep", *keys, *more]
     limit = max(60.0 if settings.tiny else 10.0, settings.left)
     began = time.perf_counter()
     try:
@@ -677,4 +776,18 @@ def _study(settings: Settings, found: Found, work: Path) -> None:
     decided = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     verdict = json.loads(decided.stdout)
     found.facts |= {key: verdict[key] for key in ("verdict", "difference", "reason")}
-    found.checks["study: every trial is complete"] = {manifest["status"] for manifest in manifests} == {"complete"}
+    found.checks["every trial of the study is complete"] = {manifest["status"] for manifest in manifests} == {
+        "complete"
+    }
+
+
+def smollm2(settings: Settings, found: Found) -> None:
+    """A real model and real pairs, `+method=simpo,dpo seed=1,2,3,4,5`: the study to its verdict.
+
+    It stays in the folder of the results: where the time is over, the same command goes on with it.
+    """
+    assert settings.smollm2 is not None, "the command line asks for both folders"
+    assert settings.pairs is not None
+    keys = [f"model.path={settings.smollm2.resolve()}", "keep=none"]
+    keys += [f"data.{split}={settings.pairs.resolve() / split}.jsonl" for split in ("train", "dev", "golden")]
+    _run_study(settings, found, settings.folder / "smollm2", [*keys, *(TINY_STUDY if settings.tiny else FIVE_SEEDS)])

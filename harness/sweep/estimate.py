@@ -6,16 +6,17 @@ import json
 import math
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import psutil
 
 from harness.config.machine import Machine
 from harness.config.schema import Engine, Precision, RunConfig, Tuning
 from harness.config.trial_id import config_label
 from harness.data.inputs import Tokens, num_steps
-from harness.data.token_rows import lengths_of
 from harness.decide.simulate import detectable_before
 from harness.score.judge import PlannedAnswer
 from harness.score.scorers import planned_costs
@@ -24,8 +25,12 @@ from harness.study.errors import UnreachableError, UsageError
 from harness.study.manifest import read_manifest
 from harness.study.text import one_line
 from harness.sweep.design import Design, ordered
+from harness.sweep.products import needed, shape_of_config, training_flops
 from harness.sweep.trial import Trial
-from harness.train.memory import plan_of
+from harness.train.memory import USABLE_SHARE, matmul_rate, plan_of
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 
 def print_plan(design: Design, warnings: Sequence[str], machine: Machine, at_once: int = 1) -> None:
@@ -107,17 +112,15 @@ def _selection(design: Design) -> Selection:
 
 def _cost(design: Design, machine: Machine, at_once: int) -> Sequence[str]:
     tune, confirm = to_run(design)
-    rate = machine_rate(design, machine)
-    found = estimate(design, machine, tune=tune, confirm=confirm, rate=rate, at_once=at_once)
+    rates = machine_rates(design)
+    found = estimate(design, machine, tune=tune, confirm=confirm, rates=rates, at_once=at_once)
     return lines(found, tune=tune, confirm=confirm, keep=design.any.keep)
 
 
 def refuse_what_does_not_fit(design: Design, machine: Machine, at_once: int) -> None:
     """Raise a UsageError where what is missing of a study does not fit on the disk."""
     tune, confirm = to_run(design)
-    found = estimate(
-        design, machine, tune=tune, confirm=confirm, rate=1e9, at_once=at_once
-    )  # seconds do not matter here
+    found = estimate(design, machine, tune=tune, confirm=confirm, rates=None, at_once=at_once)
     may_keep_less = bool(tune) and design.any.keep == "all"
     refuse_full_disk(Path(design.any.results_dir), found.disk_bytes, may_keep_less=may_keep_less)
 
@@ -194,11 +197,13 @@ def _size_of_a_trial(design: Design) -> str:
     return text
 
 
-LOOP_OVER_PRODUCTS = {
-    Engine.paired: 1.6,
-    Engine.stock: 4.0,
-}  # measured on a CPU, benchmarks/cost.md: 1.5 to 1.7, 2.9 to 5
-_DECODING_SHARE = 0.4  # of the products' rate that a batch of answers reaches, token by token
+# Seconds of the loop over those of the products that it needs. On a CPU measured (benchmarks/cost.md: 1.5 to 1.7, 2.9
+# to 5). On a GPU nothing was measured: for the paired engine the aim of benchmarks/gpu.md, 45% of the rate; for TRL's
+# trainers the same share of what they compute, which is twice as much for UltraFeedback's lengths.
+LOOP_OVER_PRODUCTS = {Engine.paired: 1.6, Engine.stock: 4.0}
+GPU_LOOP_OVER_PRODUCTS = {Engine.paired: 2.2, Engine.stock: 4.6}
+_DECODING_SHARE = 0.4  # of the products' rate that a batch of answers reaches on a CPU, token by token
+_GPU_ROWS = 4096  # tokens of a micro-batch; fewer rows leave a GPU idle
 _STEP_SECONDS = (0.01, 0.004)  # Python's part of a micro-batch, and of each layer in it
 _AROUND_SECONDS = 1.0  # loading, scoring, tracking
 _LAUNCH_SECONDS = 15.0  # of `accelerate launch`: each process imports everything anew
@@ -217,6 +222,23 @@ class Checkpoint:
     parameters: int
     linear_parameters: int
     lora_sides: int
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What the device that trains was measured to do, in the precision that trains.
+
+    Attributes:
+        products: FLOP/s of matrix products as large as a micro-batch's.
+        thin: FLOP/s of products as thin as a batch of answers, which reads every weight for each token.
+        memory_bytes: of the device.
+        is_gpu: whether Python's part of a step runs beside the products.
+    """
+
+    products: float
+    thin: float
+    memory_bytes: float
+    is_gpu: bool = False
 
 
 @dataclass(frozen=True)
@@ -241,7 +263,9 @@ class Estimate:
     disk_bytes: int
 
 
-def estimate(design: Design, machine: Machine, *, tune: int, confirm: int, rate: float, at_once: int = 1) -> Estimate:
+def estimate(
+    design: Design, machine: Machine, *, tune: int, confirm: int, rates: Rates | None, at_once: int = 1
+) -> Estimate:
     """Estimate a study of so many trials by stage.
 
     Args:
@@ -249,7 +273,7 @@ def estimate(design: Design, machine: Machine, *, tune: int, confirm: int, rate:
         machine: where it runs.
         tune: trials that tune and are still to be run.
         confirm: trials that decide and are still to be run.
-        rate: of this machine's matrix products, in FLOP/s.
+        rates: of the device that trains; None leaves the seconds at 0.
         at_once: trials that train beside each other.
     """
     if not tune + confirm:
@@ -259,8 +283,12 @@ def estimate(design: Design, machine: Machine, *, tune: int, confirm: int, rate:
     folder = design.inputs.checkpoints.folder(config.model, config.results_dir)
     size = checkpoint_size(folder)
     dev, golden = len(splits.dev_prompts), len(splits.golden_prompts)
-    training = train_seconds(config, tokens, size, rate)
     answered = golden + (0 if design.tuned else dev)  # what a deciding trial answers
+    tune_seconds = confirm_seconds = 0.0
+    if rates is not None:
+        training = train_seconds(config, tokens, size, machine, rates)
+        tune_seconds = training + answer_seconds(config, dev, size, rates)
+        confirm_seconds = training + answer_seconds(config, answered, size, rates)
     weights, checkpoint = _weight_bytes(config, size)
     rows = len(splits.train) * (config.train.epochs or 1) // (config.train.batch_size or 1) * _STEP_BYTES
     text = _ANSWER_BYTES + _TOKEN_BYTES * (config.generate.max_new_tokens or 0)
@@ -269,8 +297,8 @@ def estimate(design: Design, machine: Machine, *, tune: int, confirm: int, rate:
     if config.generate.backend == "vllm":  # all are trained before the first one answers
         kept = max(kept, tune, confirm)
     return Estimate(
-        tune_seconds=training + answer_seconds(config, dev, size, rate),
-        confirm_seconds=training + answer_seconds(config, answered, size, rate),
+        tune_seconds=tune_seconds,
+        confirm_seconds=confirm_seconds,
         trial_bytes=trial,
         weight_bytes=weights,
         checkpoint_bytes=checkpoint,
@@ -294,26 +322,43 @@ def checkpoint_size(folder: Path) -> Checkpoint:
     return Checkpoint(folder, parameters, linear, sides)
 
 
-def train_seconds(config: RunConfig, tokens: Tokens, size: Checkpoint, rate: float) -> float:
-    """Estimate the training of one trial: its matrix products at this rate, and Python's part of each micro-batch."""
-    rows, train = tokens.train.rows, config.train
-    count = int(lengths_of(rows).sum())
-    passes = 6 if train.tuning is Tuning.full else 4  # frozen weights have no gradient of their own
-    flops = float(passes * size.parameters * count * (train.epochs or 1))
-    flops *= (4 / 3 if train.gradient_checkpointing else 1) / config.accelerate.num_processes
+def train_seconds(config: RunConfig, tokens: Tokens, size: Checkpoint, machine: Machine, rates: Rates) -> float:
+    """Estimate the training of one trial: its matrix products at these rates, and Python's part of each micro-batch."""
+    rows, train, processes = tokens.train.rows, config.train, config.accelerate.num_processes
+    flops = training_flops(
+        shape_of_config(_model_config(size)),
+        needed(rows),
+        rank=0 if train.tuning is Tuning.full else train.lora_rank,
+        recomputed=will_checkpoint(config, tokens, size, machine, rates),
+    )
+    factors = GPU_LOOP_OVER_PRODUCTS if rates.is_gpu else LOOP_OVER_PRODUCTS
+    products = flops * (train.epochs or 1) / processes / rates.products * factors[train.engine]
     plan = plan_of(config, rows)
-    batches = len(plan.order) / plan.micro_batch_size / config.accelerate.num_processes
+    batches = len(plan.order) / plan.micro_batch_size / processes
     python = batches * (_STEP_SECONDS[0] + _STEP_SECONDS[1] * _layers(size))
-    launched = _LAUNCH_SECONDS if config.accelerate.num_processes > 1 else 0.0
-    return flops / rate * LOOP_OVER_PRODUCTS[train.engine] + python + launched
+    return _together(products, python, rates) + (_LAUNCH_SECONDS if processes > 1 else 0.0)
 
 
-def answer_seconds(config: RunConfig, prompts: int, size: Checkpoint, rate: float) -> float:
+def _together(products: float, python: float, rates: Rates) -> float:
+    """Return the seconds of both: one after the other on a CPU; a GPU multiplies while Python goes on."""
+    return max(products, python) if rates.is_gpu else products + python
+
+
+def will_checkpoint(config: RunConfig, tokens: Tokens, size: Checkpoint, machine: Machine, rates: Rates) -> bool:
+    """Return whether training will use gradient checkpointing: as asked, or where the device is too small without."""
+    asked = config.train.gradient_checkpointing
+    if asked is not None:
+        return asked
+    without = replace(config, train=replace(config.train, gradient_checkpointing=False))
+    return memory_bytes(without, tokens, size, machine) > USABLE_SHARE * rates.memory_bytes
+
+
+def answer_seconds(config: RunConfig, prompts: int, size: Checkpoint, rates: Rates) -> float:
     """Estimate the answers to so many prompts, were each as long as it may be; and what is around a trial."""
     length = config.generate.max_new_tokens or 0
     batches = -(-prompts // (config.generate.batch_size or 1))
     python = batches * length * (_STEP_SECONDS[0] + _STEP_SECONDS[1] * _layers(size)) / 2  # forward only
-    return 2.0 * size.parameters * prompts * length / (rate * _DECODING_SHARE) + python + _AROUND_SECONDS
+    return _together(2.0 * size.parameters * prompts * length / rates.thin, python, rates) + _AROUND_SECONDS
 
 
 def memory_bytes(config: RunConfig, tokens: Tokens, size: Checkpoint, machine: Machine) -> int:
@@ -339,10 +384,13 @@ def _may_use_bf16(config: RunConfig, machine: Machine) -> bool:
 
 
 def _layers(size: Checkpoint) -> int:
+    return int(_model_config(size).get_text_config().num_hidden_layers)
+
+
+def _model_config(size: Checkpoint) -> PretrainedConfig:
     from transformers import AutoConfig
 
-    model = AutoConfig.from_pretrained(size.folder, trust_remote_code=False)
-    return int(model.get_text_config().num_hidden_layers)
+    return AutoConfig.from_pretrained(size.folder, trust_remote_code=False)
 
 
 def _weight_bytes(config: RunConfig, size: Checkpoint) -> tuple[int, int]:
@@ -398,10 +446,14 @@ def lines(found: Estimate, *, tune: int, confirm: int, keep: str) -> Sequence[st
     ]
 
 
-def machine_rate(design: Design, machine: Machine) -> float:
-    """Measure how fast matrices are multiplied where training will run, in FLOP/s."""
-    from harness.train.base import threads
-    from harness.train.memory import matmul_rate
+def machine_rates(design: Design) -> Rates:
+    """Measure how fast matrices are multiplied where training will run; on a GPU this takes about a second.
+
+    Only `plan=true` asks: the first question settles which GPUs a process sees.
+    """
+    import torch
+
+    from harness.train.base import threads, uses_bf16
 
     config = design.any
     text: Any = json.loads(
@@ -411,4 +463,12 @@ def machine_rate(design: Design, machine: Machine) -> float:
     inner = int(text.get("hidden_size", 1024))
     outer = int(text.get("intermediate_size") or 4 * inner)
     with threads(config):
-        return matmul_rate(inner, outer, seconds=0.3, bf16=_may_use_bf16(config, machine))
+        bf16 = uses_bf16(config)
+        if not torch.cuda.is_available():
+            products = matmul_rate(inner, outer, seconds=0.3, bf16=bf16)
+            return Rates(products, products * _DECODING_SHARE, psutil.virtual_memory().total)
+        products = matmul_rate(inner, outer, rows=_GPU_ROWS, seconds=0.5, bf16=bf16)
+        thin = matmul_rate(inner, outer, rows=config.generate.batch_size or 1, seconds=0.3, bf16=bf16)
+        memory = torch.cuda.mem_get_info()[1]
+        torch.cuda.empty_cache()
+        return Rates(products, thin, memory, is_gpu=True)

@@ -13,7 +13,10 @@ import torch
 sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 import gpu
+import gpu_computed
 import gpu_parts
+
+from harness.config.paths import embedded_dir
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: run benchmarks/gpu.py itself")
 ENGINES = [f"{arm}, {precision}" for arm in ("dpo", "simpo") for precision in ("fp32", "bf16")]
@@ -52,7 +55,7 @@ def test_the_json_has_every_key_and_the_page_says_that_it_measured_no_gpu(writte
     assert found["measured_on_a_gpu"] is False
     assert list(found["parts"]) == ["machine", "attention", "equality"]
     for part in found["parts"].values():
-        assert set(part) == {"status", "seconds", "facts", "tables", "checks", "errors"}
+        assert set(part) == {"status", "seconds", "facts", "tables", "checks", "targets", "errors"}
         assert (part["status"], part["errors"]) == ("done", [])
         assert all(part["checks"].values())
     assert {"device", "cpus", "python", "torch", "trl", "matmul_tflops"} <= set(found["parts"]["machine"]["facts"])
@@ -109,11 +112,97 @@ def test_a_gap_that_is_not_a_number_does_not_pass() -> None:
     assert not gpu_parts._gap([ones, lost], [ones, ones]) <= 1.0
 
 
+@pytest.fixture(scope="module")
+def speed(tmp_path_factory: pytest.TempPathFactory) -> tuple[int, dict[str, Any], str]:
+    status, found, page = run(tmp_path_factory.mktemp("gpu"), "--parts", "machine,speed")
+    return status, found["parts"]["speed"], page
+
+
+@pytest.mark.slow
+def test_both_sides_train_on_the_same_pairs_for_the_same_loss(speed) -> None:
+    status, found, _ = speed
+    assert (status, found["errors"]) == (0, [])
+    runs = found["tables"]["training"]
+    for ours, theirs in (("paired DPO", "TRL's DPO, online reference"), ("paired SimPO", "TRL's SimPO")):
+        assert runs[ours]["first_loss"] == pytest.approx(runs[theirs]["first_loss"], rel=0.05)
+        assert runs[ours]["pairs"] == runs[theirs]["pairs"] == 4
+        assert runs[ours]["packed"] is True
+    assert runs["TRL's DPO, online reference"]["checkpointing"] is True, "TRL's default"
+    assert runs["TRL's DPO, precomputed reference"]["reference_ms_a_pair"] > 0
+    assert runs["TRL's DPO, online reference, Liger"]["skipped"].startswith("liger_kernel is not installed")
+
+
+@pytest.mark.slow
+def test_a_ratio_has_the_reference_pass_of_both_sides_in_it(speed) -> None:
+    runs, ratios = (speed[1]["tables"][name] for name in ("training", "the paired engine against TRL's trainer"))
+    a, b = runs["paired DPO"], runs["TRL's DPO, precomputed reference"]
+    pass_ms = speed[1]["tables"]["reference pass"]["attention varlen"]["ms_a_pair"]
+    assert a["reference_ms_a_pair"] == pass_ms
+    stock = b["ms_a_pair"] + b["reference_ms_a_pair"]
+    ratio = ratios["paired DPO / TRL's DPO, precomputed reference"]
+    assert ratio["time"] == pytest.approx((a["ms_a_pair"] + pass_ms) / stock)
+    assert ratio["time_in_a_grid_of_8_computed"] == pytest.approx((a["ms_a_pair"] + pass_ms / 8) / stock)
+
+
+@pytest.mark.slow
+def test_targets_stand_beside_what_was_measured_and_a_missed_one_is_no_failure(speed) -> None:
+    status, found, page = speed
+    names = [
+        "paired DPO / TRL's DPO, online reference: seconds a pair",
+        "paired DPO / TRL's DPO, precomputed reference: seconds a pair",
+        "paired SimPO / TRL's SimPO: seconds a pair",
+        "paired DPO: share of the measured rate",
+        "paired SimPO: share of the measured rate",
+    ]
+    assert list(found["targets"]) == names, "memory is a GPU's"
+    share = found["targets"][names[3]]
+    assert (share["target"], share["reached"], status) == ("at least 0.45", False, 0)
+    assert f"| {names[3]} | {share['measured']:.3g} | at least 0.45 | **missed** |" in page
+
+
+@pytest.mark.slow
+def test_the_profile_names_what_took_a_steps_time(speed) -> None:
+    rows = list(speed[1]["tables"]["operators of a paired step, longest first"].values())
+    assert "aten::mm" in {row["kernel"] for row in rows}
+    assert [row["ms"] for row in rows] == sorted((row["ms"] for row in rows), reverse=True)
+    assert 0.5 < sum(row["share"] for row in rows) <= 1.0
+
+
+@pytest.mark.slow
+def test_a_study_of_a_real_model_goes_to_its_verdict_and_on_where_it_was(tmp_path: Path) -> None:
+    """The embedded model stands for a real one; the same command again trains nothing."""
+    folders = ["--smollm2", str(embedded_dir()), "--pairs", str(embedded_dir())]
+    status, found, _ = run(tmp_path, *folders)
+    assert (status, list(found["parts"])) == (0, ["machine", "smollm2"])
+    facts = found["parts"]["smollm2"]["facts"]
+    assert (facts["trials"], facts["verdict"]) == (4, "inconclusive")
+    trials = sorted((tmp_path / "smollm2" / "gpu" / "trials").iterdir())
+    before = [(path / "manifest.json").stat().st_mtime for path in trials]
+    assert run(tmp_path, *folders)[1]["parts"]["smollm2"]["facts"]["verdict"] == "inconclusive"
+    assert [(path / "manifest.json").stat().st_mtime for path in trials] == before
+
+
+@pytest.mark.slow
+def test_the_page_has_the_computed_table_and_says_first_that_nothing_was_measured() -> None:
+    page = (Path(gpu.__file__).parent / "gpu.md").read_text()
+    assert "no figure on this page was measured on a GPU" in page.splitlines()[0]
+    assert gpu_computed.table() in page
+
+
+def test_a_target_that_was_not_measured_is_not_noted() -> None:
+    found = gpu_parts.Found()
+    found.aim("a", None, most=1.0)
+    found.aim("b", 0.5, most=0.5)
+    found.aim("c", 0.44, least=0.45)
+    found.aim("d", float("nan"), most=1.0)
+    assert {name: row["reached"] for name, row in found.targets.items()} == {"b": True, "c": False, "d": False}
+
+
 def test_parts_that_no_longer_fit_are_skipped(tmp_path: Path) -> None:
     status, found, page = run(tmp_path, "--budget", "0")
     assert status == 0
     assert {part["status"] for part in found["parts"].values()} == {"skipped: no time left"}
-    assert set(found["parts"]) == set(gpu.PARTS)
+    assert list(found["parts"]) == ["machine", "attention", "equality", "speed", "memory", "study"]
     assert "| part study | **skipped: no time left** |" in page
 
 
@@ -124,6 +213,9 @@ def test_parts_that_no_longer_fit_are_skipped(tmp_path: Path) -> None:
         (["--tiny", "--parts", ""], "there is no part ''"),
         (["--tiny", "--steps", "0"], "--steps"),
         (["--parts", "machine"], "torch sees no GPU"),
+        (["--tiny", "--parts", "smollm2"], "part smollm2: give both --smollm2 FOLDER and --pairs FOLDER"),
+        (["--tiny", "--pairs", "somewhere"], "part smollm2: give both"),
+        (["--tiny", "--smollm2", "nowhere", "--pairs", "nowhere"], "there is no nowhere/config.json"),
     ],
 )
 def test_what_cannot_be_run_is_a_usage_error(tmp_path: Path, capsys, arguments: list[str], message: str) -> None:
