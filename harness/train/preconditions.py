@@ -16,7 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from harness.config.schema import Reference, RunConfig, Tuning
+from harness.config.schema import Kernels, Reference, RunConfig, Tuning
 from harness.data.tokens import ChatFormat, TokenPair, canonical_bytes
 from harness.study.errors import UsageError
 from harness.study.files import digest, locked, read_sealed, seal, write_json
@@ -78,7 +78,8 @@ def _key(config: RunConfig, rows: Sequence[TokenPair], base_sha256: str) -> str:
     if has_gpu():  # whose kernels of attention differ
         settings += [torch.cuda.get_device_name(), str(find_spec("flash_attn") is not None)]
     settings += [levers.share_prefix, levers.completion_head, levers.fuse_adapters]
-    versions = [version(name) for name in ("torch", "transformers", "trl", "peft")]
+    libraries = ["torch", "transformers", "trl", "peft", *(["liger-kernel"] if train.kernels is Kernels.liger else [])]
+    versions = [version(name) for name in libraries]
     return digest([VERSION, base_sha256, ids, max(row.length for row in rows), settings, versions, has_gpu()])[:32]
 
 
