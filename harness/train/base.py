@@ -70,7 +70,7 @@ def load_base(config: RunConfig, folder: Path, *, on_gpu: bool = True) -> PreTra
     tuning = config.train.tuning
     dtype = torch.bfloat16 if uses_bf16(config) and tuning is not Tuning.full else torch.float32
     model = load_model(folder, dtype, quantise=tuning is Tuning.qlora, on_gpu=on_gpu)
-    return use_kernels(model, config.train.kernels)
+    return use_kernels(model, config.train.kernels, compare=on_gpu)
 
 
 def load_model(folder: Path, dtype: torch.dtype, *, quantise: bool = False, on_gpu: bool = True) -> PreTrainedModel:
@@ -111,15 +111,19 @@ def load_model(folder: Path, dtype: torch.dtype, *, quantise: bool = False, on_g
 # Liger's names of what is fused: norms, and gated layers with SiLU or GELU. Its losses are never taken, and its rotary
 # positions change transformers' own module, for all models of the process.
 _FUSED = ("rms_norm", "swiglu", "geglu")
+_GAP = 1e-3  # of logits' and gradients' spread, in fp32; 100 times as much in 16 bits
 
 
-def use_kernels(model: PreTrainedModel, kernels: Kernels) -> PreTrainedModel:
+def use_kernels(model: PreTrainedModel, kernels: Kernels, *, compare: bool = True) -> PreTrainedModel:
     """Give a loaded model the kernels of `train.kernels`; return it. Other models of the process keep theirs.
 
-    Whether they compute what the model's own code computes is proved with the other preconditions, before training.
+    Args:
+        model: a causal LM.
+        kernels: which.
+        compare: hold logits and a gradient to those of the model's own code; not where it will be sharded from memory.
 
     Raises:
-        UsageError: where liger-kernel has none for this class of model.
+        UsageError: where liger-kernel has none for this class of model, or where they compute something else.
     """
     if kernels is Kernels.none:
         return model
@@ -132,10 +136,29 @@ def use_kernels(model: PreTrainedModel, kernels: Kernels) -> PreTrainedModel:
     flags = inspect.signature(apply).parameters.values()
     chosen = {each.name: each.name in _FUSED for each in flags if isinstance(each.default, bool)}
     module = vars(importlib.import_module(type(model).__module__))
-    before = dict(module)
+    before, own = dict(module), _logits_and_gradient(model) if compare else ()
     apply(model=model, **chosen)
     module.update(before)  # it has put its classes there, too, for models that are made later
+    theirs = _logits_and_gradient(model) if compare else ()
+    gaps = [float((a - b).abs().max() / a.std()) for a, b in zip(own, theirs, strict=True)]
+    if not all(gap <= (_GAP if model.dtype.itemsize == 4 else 100 * _GAP) for gap in gaps):  # NaN is not below either
+        raise UsageError(
+            f"train.kernels=liger: its kernels change logits or gradients of this {type(model).__name__} (by "
+            f"{gaps[0]:.2g} and {gaps[1]:.2g} of their spread); use train.kernels=none"
+        )
     return model
+
+
+def _logits_and_gradient(model: PreTrainedModel) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return logits of some ids and the gradient of their weighted sum at the embeddings, in fp32."""
+    import torch
+
+    ids = torch.arange(1, 17, device=model.device)[None] % model.config.get_text_config().vocab_size
+    embedded = model.get_input_embeddings()(ids).detach().requires_grad_()
+    logits = model(inputs_embeds=embedded, use_cache=False).logits.float()
+    weights = torch.linspace(-1, 1, logits.numel(), device=logits.device).view_as(logits)
+    (gradient,) = torch.autograd.grad((logits * weights).sum(), embedded)
+    return logits.detach(), gradient.float()
 
 
 class BaseKey(NamedTuple):

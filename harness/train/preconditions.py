@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from harness.config.arms import MethodConfig, title
-from harness.config.schema import Reference, RunConfig, Tuning
+from harness.config.schema import Kernels, Reference, RunConfig, Tuning
 from harness.data.token_rows import TokenPair, canonical_bytes, pair_lengths
 from harness.data.tokens import ChatFormat
 from harness.study.errors import UsageError
@@ -120,7 +120,8 @@ def _key(config: RunConfig, rows: Sequence[TokenPair], base_sha256: str) -> str:
     if has_gpu():  # whose kernels of attention differ
         settings += [torch.cuda.get_device_name(), str(find_spec("flash_attn") is not None)]
     settings += [levers.share_prefix, levers.completion_head, levers.fuse_adapters]
-    versions = [version(name) for name in ("torch", "transformers", "trl", "peft")]
+    libraries = ["torch", "transformers", "trl", "peft", *(["liger-kernel"] if train.kernels is Kernels.liger else [])]
+    versions = [version(name) for name in libraries]
     return digest([VERSION, base_sha256, ids, int(pair_lengths(rows).max()), settings, versions, has_gpu()])[:32]
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import sys
 import types
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 from transformers.models.llama import modeling_llama
 
@@ -125,8 +127,8 @@ def test_the_sweep_and_its_plan_refuse_unknown_targets(tmp_path: Path, monkeypat
 # train.kernels: a stand-in for liger-kernel, whose kernels need a GPU and Triton.
 
 
-def fake_liger(monkeypatch) -> list[dict[str, bool]]:
-    """Install a module with Liger's table, whose norm is ten times as large; return the calls of its function."""
+def fake_liger(monkeypatch, change: Callable[[Tensor], Tensor]) -> list[dict[str, bool]]:
+    """Install a module with Liger's table, which changes the last norm's output; return the calls of its function."""
     calls: list[dict[str, bool]] = []
 
     class LigerRMSNorm(torch.nn.Module):
@@ -144,7 +146,7 @@ def fake_liger(monkeypatch) -> list[dict[str, bool]]:
         calls.append({"rope": rope, "rms_norm": rms_norm, "swiglu": swiglu, **losses})
         modeling_llama.LlamaRMSNorm = LigerRMSNorm  # as Liger does: for models that are made later
         own = model.model.norm.forward
-        model.model.norm.forward = lambda states: 10 * own(states)
+        model.model.norm.forward = lambda states: change(own(states))
 
     module = types.ModuleType("liger_kernel.transformers.monkey_patch")
     module.MODEL_TYPE_TO_APPLY_LIGER_FN = {"llama": apply_liger_kernel_to_llama}
@@ -154,8 +156,13 @@ def fake_liger(monkeypatch) -> list[dict[str, bool]]:
     return calls
 
 
+def slightly(states: Tensor) -> Tensor:
+    """As another order of additions would change it."""
+    return states * (1 + 1e-6)
+
+
 def test_kernels_are_applied_to_the_loaded_model_alone_and_never_a_loss(monkeypatch) -> None:
-    calls = fake_liger(monkeypatch)
+    calls = fake_liger(monkeypatch, slightly)
     before = modeling_llama.LlamaRMSNorm
     model, other = tiny_model(), tiny_model()
     assert use_kernels(other, Kernels.none) is other
@@ -163,13 +170,29 @@ def test_kernels_are_applied_to_the_loaded_model_alone_and_never_a_loss(monkeypa
     chosen = {"rms_norm": True, "swiglu": True}
     assert calls == [{"rope": False, **chosen, "cross_entropy": False, "fused_linear_cross_entropy": False}]
     ids = torch.arange(1, 9)[None]
-    assert not torch.allclose(model(input_ids=ids).logits, other(input_ids=ids).logits)
+    assert not torch.equal(model(input_ids=ids).logits, other(input_ids=ids).logits)
     assert modeling_llama.LlamaRMSNorm is before
     assert torch.equal(tiny_model()(input_ids=ids).logits, other(input_ids=ids).logits)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+WRONG: dict[str, Callable[[Tensor], Tensor]] = {
+    "values": lambda states: states * 1.01,
+    "a gradient alone": lambda states: states.detach() + 1.01 * (states - states.detach()),
+    "a number that is none": lambda states: states * torch.nan,
+    "a gradient that is no number": lambda states: states.detach() + 0 * (states - states.detach()).sqrt(),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_kernels_that_compute_something_else_are_refused(name: str, monkeypatch) -> None:
+    fake_liger(monkeypatch, WRONG[name])
+    with pytest.raises(UsageError, match=r"train\.kernels=liger: its kernels change logits or gradients of this Llama"):
+        use_kernels(tiny_model(), Kernels.liger)
 
 
 def test_a_class_without_kernels_is_refused(monkeypatch) -> None:
-    fake_liger(monkeypatch)
+    fake_liger(monkeypatch, slightly)
     gpt2 = tiny_model(GPT2Config, GPT2LMHeadModel, n_embd=32, n_head=4, n_layer=2, n_positions=128)
     with pytest.raises(UsageError, match=r"train\.kernels=liger: liger-kernel has no kernels for a GPT2LMHeadModel"):
         use_kernels(gpt2, Kernels.liger)
