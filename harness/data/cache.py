@@ -154,11 +154,19 @@ def _version() -> str:
 
 def _file_hashes(data: DataConfig) -> dict[str, str] | None:
     """Return the SHA-256 of each file that the splits are read from; None where one is no file, or cannot be read."""
-    references = {name: getattr(data, name) for name in ("path", "train", "dev", "golden")}
-    try:
-        return {name: file_sha256(Path(each).expanduser()) for name, each in references.items() if each is not None}
-    except OSError:
-        return None
+    found = {}
+    for name in ("path", "train", "dev", "golden"):
+        reference: str | None = getattr(data, name)
+        if reference is None:
+            continue
+        try:
+            path = Path(reference).expanduser()
+            if not path.is_file():  # a pipe can be read once only
+                return None
+            found[name] = file_sha256(path)
+        except (OSError, ValueError, RuntimeError):  # no such user; reading says what is wrong
+            return None
+    return found
 
 
 def _hashes_in(splits: Splits) -> set[str]:

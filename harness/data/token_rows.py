@@ -59,16 +59,19 @@ class TokenRows(Sequence[TokenPair]):
         lengths: int64, shape (num_pairs, 3): number of tokens of prompt, chosen and rejected.
 
     Raises:
-        ValueError: for a buffer that holds another number of pairs.
+        ValueError: for a buffer that does not hold so many pairs.
     """
 
     def __init__(self, buffer: np.ndarray, names: Iterable[tuple[str, str]]) -> None:
         self.buffer, self.names = buffer, tuple(names)
+        if buffer.dtype != np.dtype("<i4") or buffer.ndim != 1:
+            raise ValueError(f"ids are 32-bit integers in one row, not {buffer.dtype} of shape {buffer.shape}")
         numbers, start, lengths = memoryview(buffer.data), 0, []
         while start < len(numbers):
             lengths.append(numbers[start : start + _HEAD].tolist())
-            start += _HEAD + sum(lengths[-1])
-        if start != len(numbers) or len(lengths) != len(self.names):
+            start += _HEAD + sum(max(length, 0) for length in lengths[-1])  # always onwards
+        is_whole = start == len(numbers) and min(map(min, lengths), default=0) >= 0
+        if not is_whole or len(lengths) != len(self.names):
             raise ValueError(f"{len(numbers)} numbers are not the ids of {len(self.names)} pairs")
         self.lengths = np.array(lengths, dtype=np.int64).reshape(-1, _HEAD)
         self._starts = np.concatenate([[0], np.cumsum(self.lengths.sum(1) + _HEAD)]).tolist()

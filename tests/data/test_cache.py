@@ -83,6 +83,11 @@ class TestRows:
         with pytest.raises(ValueError, match="are not the ids of 3 pairs"):
             TokenRows(rows.buffer[:cut], rows.names)
 
+    @pytest.mark.parametrize("buffer", [np.array([-9, 1, 0, 5], "<i4"), np.zeros(3, "<f4"), np.zeros((1, 3), "<i4")])
+    def test_numbers_that_are_no_pairs_are_refused(self, buffer: np.ndarray) -> None:
+        with pytest.raises(ValueError, match=r"are not the ids of 1 pairs|32-bit integers in one row"):
+            TokenRows(buffer, [("a", "p")])
+
 
 class TestCache:
     def test_a_second_process_gets_the_same_from_the_cache(self, tmp_path: Path) -> None:
