@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from harness.config.schema import RunConfig, Tuning
 from harness.data.plan import BatchPlan, make_plan
 from harness.data.tokens import TokenPair
-from harness.study.errors import DoesNotFitError
+from harness.study.errors import DoesNotFitError, NoRoomError, is_out_of_memory
 from harness.study.files import locked, write_json
 from harness.study.integrity import MICRO_BATCH_FILE, read_micro_batch, settled
 
@@ -112,6 +112,25 @@ def smaller_than(config: RunConfig, tried: int) -> int:
             f"smaller one divides the step; try {', '.join(ways)}, or a smaller data.max_length"
         )
     return smaller
+
+
+@contextlib.contextmanager
+def out_of_memory_as_no_room() -> Iterator[None]:
+    """Mark memory that runs out in training, which a smaller micro-batch may mend, apart from all other errors."""
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise NoRoomError(str(error)) from error
+
+
+def free_unused_memory() -> None:
+    """Give a GPU's memory back that nothing holds: models hold themselves in circles, which are collected first."""
+    gc.collect()
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def needs_checkpointing(

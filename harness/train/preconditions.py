@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING
 
 from harness.config.schema import Reference, RunConfig, Tuning
 from harness.data.tokens import ChatFormat, TokenPair, canonical_bytes
-from harness.study.errors import UsageError
+from harness.study.errors import UsageError, is_out_of_memory
 from harness.study.files import digest, locked, read_sealed, seal, write_json
 from harness.study.manifest import Finding
 from harness.train.layout import Layout
+from harness.train.memory import free_unused_memory
 from harness.train.prover import Proof, Prover, checked_of
 
 if TYPE_CHECKING:
@@ -138,5 +139,8 @@ def _in_fp32(config: RunConfig, base: PreTrainedModel) -> PreTrainedModel | None
             return None
     try:
         return load_model(Path(base.name_or_path), torch.float32)
-    except (torch.OutOfMemoryError, MemoryError):
-        return None
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+    free_unused_memory()  # behind the error, whose traceback held the copy
+    return None

@@ -12,10 +12,11 @@ from harness.config.arms import ARMS, BetaConfig, MethodConfig, SimPOConfig, tit
 from harness.config.schema import Engine, Precision, Reference, RunConfig, Tuning
 from harness.data.plan import BatchPlan
 from harness.data.tokens import ChatFormat, TokenPair
-from harness.study.errors import UsageError
+from harness.study.errors import UsageError, is_out_of_memory
 from harness.study.manifest import Finding
 from harness.study.text import one_line
 from harness.train.layout import Layout, Way
+from harness.train.memory import free_unused_memory
 
 if TYPE_CHECKING:
     import torch
@@ -145,9 +146,9 @@ class Prover:
         self.model.eval()
         try:
             self.truth = self._token_logps("alone", self.checked)
-        except (torch.OutOfMemoryError, MemoryError):
-            raise
         except Exception as error:
+            if is_out_of_memory(error):
+                raise
             raise UsageError(
                 f"model.path={self.name}: a {type(self.model).__name__} cannot be run on token ids alone "
                 f"({type(error).__name__}: {error}); take a checkpoint of a causal language model"
@@ -160,11 +161,16 @@ class Prover:
         self._refuse_look_ahead()
         try:
             layout, loss, engine = self._prove_engine()
-        except (torch.OutOfMemoryError, MemoryError):
-            self._reset()
-            layout = self._first_forward_layout()
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
             loss = Finding(LOSS, "not proved", "memory ran out while it was measured")
             engine = Finding(ENGINE, "not proved", "memory ran out while it was measured")
+            layout = None
+        if layout is None:  # behind the error, whose traceback held what did not fit
+            self._reset()
+            free_unused_memory()
+            layout = self._first_forward_layout()
         return Proof(layout, (self._parameters(), deterministic, loss, engine), self.gaps)
 
     def _refuse_look_ahead(self) -> None:
@@ -318,7 +324,6 @@ class Prover:
 
     def _measure_stock(self, arm: str) -> None:
         """Measure TRL's own trainer, and whether its loss is the one of single rows."""
-        import torch
 
         layout = Layout("padded", "", self.still)
         try:
@@ -329,9 +334,9 @@ class Prover:
                     max(self.spread[0], abs(found.loss - apart.loss)),
                     max(self.spread[1], _relative(found.norm, apart.norm)),
                 )
-        except (torch.OutOfMemoryError, MemoryError):
-            raise
         except Exception as error:
+            if is_out_of_memory(error):
+                raise
             self.stock_problems[arm] = f"{type(error).__name__}: {error}"
         else:
             self.stock[arm] = found
@@ -341,7 +346,6 @@ class Prover:
 
     def _try(self, layout: Layout) -> tuple[str, tuple[float, float]]:
         """Return why a layout fails, or nothing, with the largest gaps of loss and norm."""
-        import torch
 
         try:
             if problem := self._forward_problem(layout.way):
@@ -362,9 +366,9 @@ class Prover:
                     return f"{title(arm)}'s {problem}", (0.0, 0.0)
                 gaps = [max(gaps[0], gap), max(gaps[1], norm_gap)]
             return "", (gaps[0], gaps[1])
-        except (torch.OutOfMemoryError, MemoryError):
-            raise
         except Exception as error:  # a model may fail on packed input in any way; then it is run otherwise
+            if is_out_of_memory(error):
+                raise
             return f"{type(error).__name__}: {error}", (0.0, 0.0)
 
     def _expected(self, arm: str) -> _Measured:
@@ -406,6 +410,8 @@ class Prover:
             try:
                 problem = self._forward_problem(way)
             except Exception as error:
+                if is_out_of_memory(error):  # it says nothing of this layout
+                    raise
                 problem = f"{type(error).__name__}: {error}"
             self._reset()
             if not problem:

@@ -6,7 +6,6 @@ is halved and training restarts (`harness.train.memory`).
 
 from __future__ import annotations
 
-import contextlib
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -25,7 +24,7 @@ from harness.study.log import say
 from harness.study.manifest import Manifest
 from harness.train.base import Bases
 from harness.train.layout import Layout
-from harness.train.memory import halve, note_seed, plan_of, smaller_than
+from harness.train.memory import halve, note_seed, out_of_memory_as_no_room, plan_of, smaller_than
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -144,7 +143,7 @@ class TrainStage:
         config = self.config
         with self.bases.borrow_base(config, trains_all=config.train.tuning is Tuning.full) as base:
             reference = self._reference(base)
-            with self.clock("train"), _out_of_memory_as_no_room():
+            with self.clock("train"), out_of_memory_as_no_room():
                 return train_arm(
                     config,
                     self.tokens.train.rows,
@@ -162,7 +161,7 @@ class TrainStage:
 
         reference = self._reference_of_base()
         self.bases.release()  # the processes load it again, and need the memory
-        with self.clock("train"), _out_of_memory_as_no_room():
+        with self.clock("train"), out_of_memory_as_no_room():
             return train_in_processes(
                 self.config, plan, folder=self.folder, reference=reference, layout=self.layout, on_step=on_step
             )
@@ -210,17 +209,6 @@ class TrainStage:
             f"study now train with {smaller}, and as many pairs per step as before"
         )
         return None
-
-
-@contextlib.contextmanager
-def _out_of_memory_as_no_room() -> Iterator[None]:
-    """Mark memory that runs out in training, which a smaller micro-batch may mend, apart from all other."""
-    import torch
-
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise NoRoomError(str(error)) from error
 
 
 def problems(config: RunConfig) -> Iterator[str]:
