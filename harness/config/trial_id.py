@@ -57,7 +57,7 @@ ADDED: dict[str, Json] = {"generate.reasoning": "auto", "data.answer_check": Non
 # Never hashed, under their first names: these change a trial's cost or its warnings, or name what `contents` holds.
 NOT_HASHED = {
     *("train.threads", "train.checkpoint_steps", "train.collapse_learning_rate", "train.reference"),
-    *("train.reuse_base", "train.metrics_steps"),
+    *("train.reuse_base", "train.metrics_steps", "generate.vllm_python"),
     *("method.learning_rates", "method.learning_rate_factor"),  # learning_rate holds the product
     *("data.path", "data.train", "data.dev", "data.golden", "data.revision"),
 }

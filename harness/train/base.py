@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from harness.config.machine import has_gpu
 from harness.config.schema import ModelConfig, Precision, RunConfig, Tuning
+from harness.train.memory import free_unused_memory
 from harness.train.weights import load_checked
 
 if TYPE_CHECKING:
@@ -55,31 +56,48 @@ def is_quantised(model: PreTrainedModel) -> bool:
     return bool(getattr(model, "is_loaded_in_4bit", False))
 
 
-def load_base(config: RunConfig, folder: Path, *, on_gpu: bool = True) -> PreTrainedModel:
-    """Load the base's weights: fp32 on a CPU; bf16 or 4 bits where only an adapter is trained on a GPU.
+def weights_dtype(config: RunConfig, *, trains_all: bool = False) -> torch.dtype:
+    """Return the dtype of a model's weights: fp32, or bf16 where products run in it and no weight of it is trained.
+
+    Weights that are trained stay in fp32: at the rates of full fine-tuning (1e-6) a step is smaller than the distance
+    of two numbers in bf16, and would be lost.
+
+    Args:
+        config: the trial.
+        trains_all: True for the model whose weights are trained by `train.tuning=full`.
+    """
+    import torch
+
+    return torch.bfloat16 if uses_bf16(config) and not trains_all else torch.float32
+
+
+def load_base(config: RunConfig, folder: Path, *, on_gpu: bool = True, answers: bool = False) -> PreTrainedModel:
+    """Load the base's weights: as they are trained, in 4 bits for QLoRA.
 
     Args:
         config: the trial.
         folder: of the checkpoint.
         on_gpu: to the GPU, where there is one; else into the machine's memory, to be sharded from there.
+        answers: as a model that answers and is not trained, in the precision of the policies that do so.
     """
-    import torch
-
     tuning = config.train.tuning
-    dtype = torch.bfloat16 if uses_bf16(config) and tuning is not Tuning.full else torch.float32
+    dtype = weights_dtype(config, trains_all=tuning is Tuning.full and not answers)
     return load_model(folder, dtype, quantise=tuning is Tuning.qlora, on_gpu=on_gpu)
 
 
 def load_model(folder: Path, dtype: torch.dtype, *, quantise: bool = False, on_gpu: bool = True) -> PreTrainedModel:
-    """Load a causal LM's weights, to the GPU where there is one; in 4-bit NormalFloat with `quantise`.
+    """Load a causal LM's weights, straight to the GPU where there is one; in 4-bit NormalFloat with `quantise`.
 
     Raises:
         UsageError: where a parameter is not in the files (see `harness.train.weights`).
     """
+    import torch
     from transformers import AutoModelForCausalLM
 
     from harness.train.pure import make_pure
 
+    # By number: the trainer takes a model on "cuda" for one that is spread over GPUs.
+    place: dict[str, Any] = {"device_map": {"": torch.cuda.current_device()}} if on_gpu and has_gpu() else {}
     if quantise:
         from transformers import BitsAndBytesConfig
 
@@ -90,27 +108,25 @@ def load_model(folder: Path, dtype: torch.dtype, *, quantise: bool = False, on_g
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
         )
-        place: dict[str, Any] = {"device_map": {"": "cuda"}} if has_gpu() else {}
         quantised = load_checked(AutoModelForCausalLM, folder, dtype=dtype, quantization_config=four_bits, **place)
         for module in quantised.modules():
             # Some CPUs' kernel rounds to bf16 in passes without gradients: reference and policy would differ.
             if getattr(module, "support_avx512bf16_for_cpu", False):
                 module.support_avx512bf16_for_cpu = False
         return make_pure(quantised)
-    model = make_pure(load_checked(AutoModelForCausalLM, folder, dtype=dtype))
-    return model.to("cuda") if on_gpu and has_gpu() else model
+    return make_pure(load_checked(AutoModelForCausalLM, folder, dtype=dtype, **place))
 
 
 class BaseKey(NamedTuple):
-    """What makes two bases in memory the same: checkpoint, precision, and how its weights are loaded."""
+    """What makes two bases in memory the same: checkpoint, precision of its weights, and whether they are in 4 bits."""
 
     folder: Path
-    bf16: bool
-    tuning: Tuning
+    dtype: str
+    quantised: bool
 
 
 class Bases:
-    """The base cache: at most one base, with a copy of its weights where all of them are trained.
+    """The base cache: at most one base. One whose weights are trained is not kept: its checkpoint is read again.
 
     Args:
         folder_of: finds a checkpoint's folder, from the section `model` and `results_dir`.
@@ -119,34 +135,37 @@ class Bases:
     def __init__(self, folder_of: Callable[[ModelConfig, str], Path]) -> None:
         self._folder_of = folder_of
         self._models: dict[BaseKey, PreTrainedModel] = {}
-        self._pristine: dict[BaseKey, dict[str, torch.Tensor]] = {}
+        self._has_loaded = False
 
     @contextlib.contextmanager
-    def borrow_base(self, config: RunConfig, *, trains_all: bool = False) -> Iterator[PreTrainedModel]:
+    def borrow_base(
+        self, config: RunConfig, *, trains_all: bool = False, answers: bool = False
+    ) -> Iterator[PreTrainedModel]:
         """Yield the base; it is loaded where it is not in the cache, or where `train.levers.reuse_base` is off.
 
         Args:
             config: the trial.
-            trains_all: True where the weights themselves will be trained; a copy is kept in memory to put them back.
+            trains_all: True where the weights themselves will be trained.
+            answers: as in `load_base`.
         """
         folder = self._folder_of(config.model, config.results_dir)
         if not config.train.levers.reuse_base:
-            yield load_base(config, folder)
+            yield load_base(config, folder, answers=answers)
             return
-        key = BaseKey(folder, uses_bf16(config), config.train.tuning)
+        tuning = config.train.tuning
+        dtype = weights_dtype(config, trains_all=tuning is Tuning.full and not answers)
+        key = BaseKey(folder, str(dtype), tuning is Tuning.qlora)
         model = self._models.pop(key, None)
         if model is None:
-            self._models.clear()  # one base in memory, not two
-            self._pristine.clear()
-            model = load_base(config, folder)
+            self._make_room()
+            model = load_base(config, folder, answers=answers)
+        if trains_all:
+            yield model
+            return
         attention, sums = model.config._attn_implementation, weight_checksums(model)
-        if trains_all and key not in self._pristine:
-            self._pristine[key] = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
         yield model  # after an error the model is not kept: its state is unknown
         reset_model(model)
         model.set_attn_implementation(attention)
-        if trains_all:
-            model.load_state_dict(self._pristine[key])
         if weight_checksums(model) == sums:  # a base whose weights have changed, NaN included, is not lent again
             self._models[key] = model
 
@@ -165,7 +184,8 @@ class Bases:
         from harness.train.adapter import adapted_weight
 
         if (folder / "model").is_dir():
-            yield load_model(folder / "model", torch.float32)
+            self._make_room()
+            yield load_model(folder / "model", weights_dtype(config))
             return
         with self.borrow_base(config) as base:
             policy = PeftModel.from_pretrained(base, folder / "adapter")
@@ -183,17 +203,16 @@ class Bases:
                 for weight, data in originals.items():
                     weight.data = data
 
+    def _make_room(self) -> None:
+        """Drop the model before the next one is loaded, a trained one included: one in memory, not two."""
+        if self._has_loaded:
+            self.release()
+        self._has_loaded = True
+
     def release(self) -> None:
-        """Drop the base, so that its memory is free."""
-        import gc
-
-        import torch
-
+        """Drop the base, so that its memory is free for what comes next: another model, or another process."""
         self._models.clear()
-        self._pristine.clear()
-        gc.collect()  # a model holds itself in circles, and the GPU's cache is emptied of what nothing holds
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        free_unused_memory()
 
 
 def reset_model(model: PreTrainedModel) -> None:

@@ -133,6 +133,19 @@ def free_unused_memory() -> None:
         torch.cuda.empty_cache()
 
 
+def free_memory() -> tuple[int, int]:
+    """Return the bytes of the GPU that are free, and all of them; 0 and 0 without a GPU.
+
+    What torch keeps of freed memory counts as free.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        return 0, 0
+    free, total = torch.cuda.mem_get_info()
+    return free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated(), total
+
+
 def needs_checkpointing(
     model: PreTrainedModel, rows: Sequence[TokenPair], plan: BatchPlan, *, share_prefix: bool
 ) -> bool:
