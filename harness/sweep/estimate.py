@@ -11,6 +11,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from harness.config.footprint import Footprint, footprint, memory_problem, shape_of_folder
 from harness.config.machine import Machine
 from harness.config.schema import Engine, Precision, RunConfig, Tuning
 from harness.config.trial_id import config_label
@@ -24,7 +25,8 @@ from harness.study.manifest import read_manifest
 from harness.study.text import one_line
 from harness.sweep.design import Design, ordered
 from harness.sweep.trial import Trial
-from harness.train.memory import plan_of
+from harness.train.layout import Way
+from harness.train.memory import USABLE_SHARE, largest_load, load_of, plan_of
 
 
 def print_plan(design: Design, warnings: Sequence[str], machine: Machine, at_once: int = 1) -> None:
@@ -227,7 +229,8 @@ class Estimate:
         trial_bytes: what a trial leaves on disk without its weights.
         weight_bytes: the weights that it trains.
         checkpoint_bytes: what its checkpoints need while it trains.
-        memory_bytes: of one trial's process, while it trains.
+        memory: of each of a trial's processes while it trains.
+        processes: that train a trial.
         disk_bytes: of the study, at its largest.
     """
 
@@ -236,8 +239,14 @@ class Estimate:
     trial_bytes: int
     weight_bytes: int
     checkpoint_bytes: int
-    memory_bytes: int
+    memory: Footprint
+    processes: int
     disk_bytes: int
+
+    @property
+    def memory_bytes(self) -> int:
+        """What all processes of a trial need together, Python included."""
+        return self.processes * (self.memory.total + _PROCESS_BYTES)
 
 
 def estimate(design: Design, machine: Machine, *, tune: int, confirm: int, rate: float, at_once: int = 1) -> Estimate:
@@ -252,7 +261,7 @@ def estimate(design: Design, machine: Machine, *, tune: int, confirm: int, rate:
         at_once: trials that train beside each other.
     """
     if not tune + confirm:
-        return Estimate(0.0, 0.0, 0, 0, 0, 0, 0)
+        return Estimate(0.0, 0.0, 0, 0, 0, Footprint(), 0, 0)
     config = design.any
     splits, tokens = design.inputs.splits(config), design.inputs.tokens(config)
     folder = design.inputs.checkpoints.folder(config.model, config.results_dir)
@@ -273,7 +282,8 @@ def estimate(design: Design, machine: Machine, *, tune: int, confirm: int, rate:
         trial_bytes=trial,
         weight_bytes=weights,
         checkpoint_bytes=checkpoint,
-        memory_bytes=config.accelerate.num_processes * memory_bytes(config, tokens, size, machine),
+        memory=training_footprint(config, tokens, folder, machine),
+        processes=config.accelerate.num_processes,
         disk_bytes=(tune + confirm + 1) * trial + kept * weights + at_once * checkpoint + 2 * (dev + golden) * text,
     )
 
@@ -315,20 +325,47 @@ def answer_seconds(config: RunConfig, prompts: int, size: Checkpoint, rate: floa
     return 2.0 * size.parameters * prompts * length / (rate * _DECODING_SHARE) + python + _AROUND_SECONDS
 
 
-def memory_bytes(config: RunConfig, tokens: Tokens, size: Checkpoint, machine: Machine) -> int:
-    """Estimate the memory of a process that trains: weights, gradients, AdamW's state, activations, and Python."""
-    from transformers import AutoConfig
+def training_footprint(config: RunConfig, tokens: Tokens, folder: Path, machine: Machine) -> Footprint:
+    """Estimate the memory of a process that trains the config's micro-batches, beside Python itself."""
+    shape, room = shape_of_folder(folder), _room(machine)
+    bf16, way = _may_use_bf16(config, machine), _planned_way(config)
+    load = largest_load(config, tokens.train.rows, plan_of(config, tokens.train.rows), way)
+    whole = footprint(config, shape, load, bf16=bf16, checkpointing=False)
+    if config.train.gradient_checkpointing is False:
+        return whole
+    fits = not room or whole.beside_weights < USABLE_SHARE * (room - whole.weights)
+    if config.train.gradient_checkpointing is None and fits:
+        return whole
+    return footprint(config, shape, load, bf16=bf16, checkpointing=True)
 
-    from harness.train.memory import activation_bytes, largest_micro_batch
 
-    model = AutoConfig.from_pretrained(size.folder, trust_remote_code=False)
-    itemsize = 2 if _may_use_bf16(config, machine) else 4
-    held = {Tuning.full: 4.0, Tuning.lora: float(itemsize), Tuning.qlora: 0.6}[config.train.tuning] * size.parameters
-    trained = size.parameters if config.train.tuning is Tuning.full else config.train.lora_rank * size.lora_sides
-    shares = config.train.engine is Engine.paired and config.train.levers.share_prefix
-    count = largest_micro_batch(tokens.train.rows, plan_of(config, tokens.train.rows), share_prefix=shares)
-    kept = activation_bytes(model, count, itemsize) / (_layers(size) if config.train.gradient_checkpointing else 1)
-    return int(held + 12 * trained + kept + _PROCESS_BYTES)
+def refuse_too_little_memory(design: Design, machine: Machine) -> None:
+    """Raise a UsageError where this machine cannot train a design's model with the smallest micro-batch.
+
+    Nothing is loaded: config.json, headers and token ids say how much is needed. A finished design needs none.
+    """
+    try:
+        if not sum(to_run(design)):
+            return
+    except UnreachableError:  # of a plan, which says so
+        return
+    config = design.any
+    rows = design.inputs.tokens(config).train.rows
+    shape = shape_of_folder(design.inputs.checkpoints.folder(config.model, config.results_dir))
+    bf16, way = _may_use_bf16(config, machine), _planned_way(config)
+    for trained in (configs[0] for configs in design.arms.values()):
+        load = max(load_of(trained, [row], way) for row in rows)
+        room, is_gpu = _room(machine), bool(machine.gpus)
+        if problem := memory_problem(trained, shape, load, bf16=bf16, room=room, is_gpu=is_gpu):
+            raise UsageError(problem)
+
+
+def _room(machine: Machine) -> int:
+    return machine.gpu_bytes if machine.gpus else machine.memory_bytes
+
+
+def _planned_way(config: RunConfig) -> Way:
+    return "packed" if config.train.engine is Engine.paired and config.train.levers.share_prefix else "padded"
 
 
 def _may_use_bf16(config: RunConfig, machine: Machine) -> bool:
@@ -390,7 +427,8 @@ def lines(found: Estimate, *, tune: int, confirm: int, keep: str) -> Sequence[st
     return [
         f"time: about {time_text(total)} of trials, one after the other, on a machine like this one"
         + (f" ({each}, were all answers as long as they may be)" if each else ""),
-        f"memory: about {size_text(found.memory_bytes)} for a trial that trains",
+        f"memory: about {size_text(found.memory_bytes)} for a trial that trains"
+        + (f", of which each process holds {found.memory} on its device" if found.processes else ""),
         f"disk: about {size_text(found.disk_bytes)} at most: {size_text(found.weight_bytes)} of weights and "
         f"{size_text(found.trial_bytes)} of rows a trial (keep={keep}), {size_text(found.checkpoint_bytes)} of "
         "checkpoints while one trains",
