@@ -22,6 +22,7 @@ _LOGITS_BYTES = 14  # of a logit in a trainer that holds them all: in bf16 and f
 _NOT_LINEAR = ("embed", "lm_head", "wte", "wpe")
 _GATED = ("gate_proj", "gate_up_proj", "w1.weight")
 _MOST_PROCESSES = 64
+_SAFE_SHARE = 0.9  # of the memory, for what is advised: buffers and gaps between blocks are not counted
 
 
 @dataclass(frozen=True)
@@ -267,10 +268,10 @@ def memory_problem(config: RunConfig, shape: ModelShape, load: Load, *, bf16: bo
     tuning = Tuning.qlora if config.train.tuning is Tuning.qlora else Tuning.lora
     answers = _base_bytes(shape, tuning, 2 if bf16 else 4)  # no process shares a model that answers
     if needed.total > room:
-        fits = [way for way, least in _ways(config, shape, load, bf16=bf16) if least <= room]
+        fits = [way for way, least in _ways(config, shape, load, bf16=bf16) if least <= _SAFE_SHARE * room]
         counts = range(2, _MOST_PROCESSES + 1) if is_gpu and answers <= room and _shards(config)[0] == 1 else ()
         for count in counts:
-            if _least(_sharded(config, count), shape, load, bf16=bf16).total <= room:
+            if _least(_sharded(config, count), shape, load, bf16=bf16).total <= _SAFE_SHARE * room:
                 fits.append(f"accelerate=fsdp accelerate.num_processes={count} (a GPU each)")
                 break
         none = f"no setting makes it fit: take a smaller model or a larger {machine}"
