@@ -41,12 +41,12 @@ class Machine:
     memory_bytes: int = 0
 
     @classmethod
-    def here(cls) -> Machine:
+    def here(cls, driver: str = "libcuda.so.1") -> Machine:
         """Look up the devices of this machine; asks the GPUs' driver in a process of its own."""
-        found = driver_gpus()
+        found = driver_gpus(driver)
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         names = tuple(map(str, range(len(found)))) if visible is None else _names(visible)
-        return cls(names, len(os.sched_getaffinity(0)), min(found, default=0) if names else 0, _memory_bytes())
+        return cls(names, len(os.sched_getaffinity(0)), min(found, default=0) if names else 0, usable_memory())
 
     def workers(self, processes: int = 1) -> int:
         """Return how many trials with `processes` processes each run beside each other: one GPU or core per process."""
@@ -71,7 +71,7 @@ for number in range(count.value):
 """
 
 
-def driver_gpus(library: str = "libcuda.so.1") -> list[int]:
+def driver_gpus(library: str) -> list[int]:
     """Return the memory in bytes of each GPU that CUDA's driver lists, in its order; empty without a driver."""
     try:
         ctypes.CDLL(library)  # loads it and asks nothing
@@ -86,7 +86,7 @@ def driver_gpus(library: str = "libcuda.so.1") -> list[int]:
 _CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
-def _memory_bytes(limits: Sequence[str] = _CGROUP_LIMITS) -> int:
+def usable_memory(limits: Sequence[str] = _CGROUP_LIMITS) -> int:
     """Return the memory of the machine, or the container's limit where that is less."""
     found = [int(psutil.virtual_memory().total)]
     for path in limits:

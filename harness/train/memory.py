@@ -130,8 +130,15 @@ def out_of_memory_as_no_room() -> Iterator[None]:
 
 
 def free_unused_memory() -> None:
-    """Give a GPU's memory back that nothing holds: models hold themselves in circles, which are collected first."""
+    """Give a GPU's memory back that nothing holds: models hold themselves in circles, which are collected first.
+
+    What was frozen with a library's import (`FrozenImports`) is looked through, too: a model may be among it.
+    """
+    is_frozen = gc.get_freeze_count() > 0
+    gc.unfreeze()
     gc.collect()
+    if is_frozen:
+        gc.freeze()
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
         torch.cuda.empty_cache()
