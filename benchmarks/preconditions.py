@@ -581,11 +581,14 @@ _WAYS = {
     2: "Two equal calls in training mode. Where that mode alone is noisy, all arms train in evaluation mode; any other "
     "noise is refused.",
     3: "The loss at step 0 and with an adapter, against its equation on log-probs of single rows; and no gradient "
-    "where the loss is multiplied by 0. Another layout is tried; where none passes, the model is refused.",
+    "where the loss is multiplied by 0. Another layout is tried; where none passes, the model is refused. Then the "
+    "loss of each arm, with its own hyperparameters and reference; an arm with another loss is refused.",
     4: "Log-probs, loss and gradient against single rows and TRL's trainers: packed, then padded, then each "
     "answer by itself. The first that passes is taken for all arms; where none does, the model is refused.",
-    5: "While all pairs are tokenised. Pairs that fail are dropped and counted; what fails for all is refused or "
-    "warned of.",
+    5: "While all pairs are tokenised. Pairs that fail are dropped and counted: the template cuts the answer, writes "
+    "it twice, or leaves out the user's turn. Rows are counted and warned of where the template leaves out the system "
+    "turn or an earlier one, or where text does not read back from its ids: unknown, other case, other characters. "
+    "What fails for all is refused.",
     6: "On token ids, before anything is generated. Another token is added to the stop ids, and said; where there is "
     "none, the template is refused.",
 }

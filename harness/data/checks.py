@@ -17,16 +17,12 @@ import regex
 from harness.data.conversations import RowError, check_unicode, shown
 from harness.data.records import Check
 from harness.data.rfc8259 import is_json
-from harness.data.unicode import count_words, ends_as_sentences_do, fold, normal
+from harness.data.unicode import count_words, ends_as_sentences_do, fold, last_number, normal, only_number
 from harness.study.files import Json
 from harness.study.limits import TooSlowError, can_limit, time_limit
 
 SECONDS = 0.3  # of CPU time for one check of one answer
 FOLD = "fold"
-
-_NUMBER = re.compile(
-    r"(?:(?<![\w)\]])[-−])?(?:\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)(?:[eE][-+−]?\d{1,3}(?!\w))?"
-)
 
 
 class UncheckedError(ValueError):
@@ -53,14 +49,13 @@ def _finds(value: str, text: str) -> bool:
         raise TooSlowError from error
 
 
-def last_number(text: str) -> float | None:
+def final_number(text: str) -> float | None:
     """Return the last number of a text, of what stands behind #### where that is there (GSM8K); None without one."""
-    found = _NUMBER.findall(text.rpartition("####")[2])
-    return float(found[-1].replace(",", "").replace("−", "-")) if found else None
+    return last_number(text.rpartition("####")[2])
 
 
 def _ends_in_number(text: str, value: float | str) -> bool:
-    number, wanted = last_number(text), last_number(value) if isinstance(value, str) else value
+    number, wanted = final_number(text), only_number(value) if isinstance(value, str) else value
     return number is not None and wanted is not None and math.isclose(number, wanted, rel_tol=1e-9)
 
 
@@ -127,7 +122,7 @@ def _is_pattern(value: Json) -> bool:
 
 def _is_number(value: Json) -> bool:
     if isinstance(value, str):
-        return _NUMBER.fullmatch(value) is not None
+        return only_number(value) is not None
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-from harness.data.checks import last_number, read_checks
+from harness.data.checks import final_number, read_checks
 from harness.data.conversations import (
     IMPLICIT_TEXT,
     MEDIA,
@@ -33,6 +33,7 @@ from harness.data.conversations import (
 )
 from harness.data.ratings import is_rating, is_tie
 from harness.data.records import NOTHING, Check, EvalPrompt, Given, Message, Pair, prompt_id
+from harness.data.unicode import is_decimal_comma
 from harness.study.files import Json
 
 Row = Mapping[str, Json]
@@ -66,6 +67,7 @@ ANSWER_COLUMNS = (
     *("reference_answer", "expected_answer", "expected"),
 )
 _NO_NUMBER = re.compile(r"\d\s*[/:]\s*\d|\\[dt]?frac\b")  # what its last number is not
+_DECIMAL_COMMA = re.compile(r"\d\.\d+[.,]\d")  # 1.000,5 and 1.000.000
 # What `chat_template_kwargs` may not set: arguments of the rendering itself.
 _RESERVED = {
     *("messages", "conversation", "tools", "chat_template", "add_generation_prompt", "continue_final_message"),
@@ -238,10 +240,32 @@ def _from_text(row: Row, column: str) -> Json:
 
 
 def _answer_check(row: Row, kind: str) -> Check:
-    """Return the check that an answer column stands for; GSM8K's final answer stands behind ####."""
-    column = next((name for name in ANSWER_COLUMNS if row.get(name) not in (None, "", [])), None)
-    if column is None:
+    """Return the check that an answer column stands for; several such columns must give the same check."""
+    columns = [name for name in ANSWER_COLUMNS if row.get(name) not in (None, "", [])]
+    if not columns:
         raise RowError(f"has no answer for data.answer_check={kind}; allowed columns: {', '.join(ANSWER_COLUMNS)}")
+    first = columns[0]
+    for other in columns[1:]:
+        if not _say_the_same(row[first], row[other], kind):
+            raise RowError(
+                f"`{first}` is {shown(row[first])} and `{other}` is {shown(row[other])}: which is the right answer? "
+                "keep one of these columns, or rename the other"
+            )
+    return _check_of_column(row, first, kind)
+
+
+def _say_the_same(value: Json, other: Json, kind: str) -> bool:
+    """Return whether two answers are one and the same: numbers by their value, texts by their final answers."""
+    if kind == "number" and isinstance(value, str | int | float) and isinstance(other, str | int | float):
+        numbers = [final_number(str(one)) for one in (value, other)]
+        if None not in numbers:
+            return numbers[0] == numbers[1]
+    ours, theirs = (one if isinstance(one, list) else [one] for one in (value, other))
+    return {_final(one) for one in ours} == {_final(one) for one in theirs}
+
+
+def _check_of_column(row: Row, column: str, kind: str) -> Check:
+    """Return the check that a column stands for; GSM8K's final answer stands behind ####."""
     value = row[column]
     if isinstance(value, list) and kind == "equals":
         return {kind: [_final(text) for text in value]}
@@ -249,12 +273,23 @@ def _answer_check(row: Row, kind: str) -> Check:
         raise RowError(f"`{column}` is {shown(value)}; allowed for data.answer_check={kind}: a text or a number")
     if kind != "number":
         return {kind: _final(value)}
-    number = last_number(_final(value))
-    if isinstance(value, str) and _NO_NUMBER.search(_final(value)):
-        raise RowError(f"`{column}` is {shown(value)}; a fraction or a time is no number: use data.answer_check=equals")
+    if isinstance(value, str):
+        _refuse_ambiguous(column, value)
+    number = final_number(str(value))
     if number is None:
         raise RowError(f"`{column}` is {shown(value)}; allowed for data.answer_check=number: a text with a number")
     return {kind: number}
+
+
+def _refuse_ambiguous(column: str, text: str) -> None:
+    """Refuse a text whose last number may be read in two ways."""
+    if _NO_NUMBER.search(_final(text)):
+        raise RowError(f"`{column}` is {shown(text)}; a fraction or a time is no number: use data.answer_check=equals")
+    if _DECIMAL_COMMA.search(_final(text)) or is_decimal_comma(_final(text)):
+        raise RowError(
+            f"`{column}` is {shown(text)}; a point stands before decimals, and a comma between groups of three digits: "
+            "write 3.5 for 3,5, and 1000.5 for 1.000,5; or use data.answer_check=equals"
+        )
 
 
 def _final(value: Json) -> str:

@@ -18,7 +18,8 @@ from harness.data.reasoning import DROP, without_reasoning
 from harness.data.records import EvalPrompt, Given, Message, Pair
 from harness.data.splits import SplitFacts, Splits, load_splits
 from harness.data.template import takes, unread_keys
-from harness.data.tokens import CHANGED, ChatFormat, TokenisedPairs, load_chat_format, tokenise_pairs
+from harness.data.tokens import CHANGED, TWICE, ChatFormat, TokenisedPairs, load_chat_format, tokenise_pairs
+from harness.data.written import NOT_ASKED, Readback
 from harness.study.errors import UsageError
 from harness.study.files import digest
 from harness.study.manifest import Finding
@@ -168,6 +169,7 @@ def _tokenise(splits: Splits, chat: ChatFormat, config: RunConfig, tables: Table
         follow_up=max(follow_ups, default=0),
     )
     findings += _pair_findings({"train": train, "dev": dev, "golden": golden})
+    findings += _prompt_findings(splits, asked, chat)
     ids: list[Sequence[int]] = [*asked]
     for row in rows:
         ids += [row.prompt_ids, row.chosen_ids, row.rejected_ids]
@@ -188,9 +190,31 @@ def _pair_findings(splits: Mapping[str, TokenisedPairs]) -> Iterator[Finding]:
         "the answer stands in it unchanged and ends its turn once",
     )
     for split, pairs in splits.items():
-        if count := pairs.dropped.get(CHANGED, 0):
-            total = len(pairs.rows) + sum(pairs.dropped.values())
-            yield Finding(f"answers of {split}", "warned", f"{split}: {count} of {total} pairs are dropped: {CHANGED}")
+        total = len(pairs.rows) + sum(pairs.dropped.values())
+        for name, reason in (("answers", CHANGED), ("single answers", TWICE), ("prompts", NOT_ASKED)):
+            if count := pairs.dropped.get(reason, 0):
+                yield Finding(
+                    f"{name} of {split}", "warned", f"{split}: {count} of {total} pairs are dropped: {reason}"
+                )
+        if pairs.readback is not None:
+            yield from pairs.readback.findings(split)
+
+
+def _prompt_findings(splits: Splits, asked: Sequence[Sequence[int]], chat: ChatFormat) -> Iterator[Finding]:
+    """Say what of the evaluation prompts does not stand in their token ids, in splits where not all have pairs."""
+    ids = iter(asked)
+    for split, prompts, pairs in (
+        ("dev", splits.dev_prompts, splits.dev_pairs),
+        ("golden", splits.golden_prompts, splits.golden_pairs),
+    ):
+        readback = Readback(chat.tokenizer, chat.stop_ids)
+        with_pairs = {pair.prompt_id for pair in pairs}
+        for prompt in prompts:
+            own = next(ids)
+            if prompt.follows is None:
+                chat.look_at(prompt, (own,), readback)
+        if any(prompt.prompt_id not in with_pairs for prompt in prompts):
+            yield from readback.findings(f"prompts of {split}")
 
 
 def _check_template(splits: Splits, chat: ChatFormat) -> list[Finding]:

@@ -1,7 +1,9 @@
 """Ratings beside a pair -> whether they are equal, or contradict the label; found under every usual spelling.
 
-A rating is a number under a name such as `score_chosen`, `chosen-rating`, `chosenAvgRating`, `scores.chosen` or
-`chosen[-1].score`, with its like for the other answer; or a difference of both (`margin`, `score_diff`).
+A rating is a number under a name of a side (`chosen`, `loser`, `positive`) and a measure (`score`, `win_rate`), in any
+order, with any separator or none: `score_chosen`, `chosen-avg-rating`, `rejectedScore`, `chosenscore`, `scores.chosen`,
+`chosen[-1].score`. Two numbers under a measure alone (`scores: [1, 2]`) are those of the chosen and the rejected
+answer. A difference of both is `margin`, `score_diff`.
 """
 
 from __future__ import annotations
@@ -19,19 +21,24 @@ Words = frozenset[str]
 
 _SIDES = ("chosen", "rejected")
 _SIDE_OF = {
-    **dict.fromkeys(("chosen", "winner", "win", "w", "preferred", "better", "accepted"), "chosen"),
-    **dict.fromkeys(("rejected", "loser", "lose", "l", "dispreferred", "worse"), "rejected"),
+    **dict.fromkeys(("chosen", "winner", "win", "winning", "w", "yw", "preferred", "better", "best"), "chosen"),
+    **dict.fromkeys(("accepted", "accept", "positive", "pos", "good", "superior", "selected", "picked"), "chosen"),
+    **dict.fromkeys(("rejected", "loser", "lose", "losing", "loss", "lost", "l", "yl", "dispreferred"), "rejected"),
+    **dict.fromkeys(("worse", "worst", "reject", "negative", "neg", "bad", "inferior", "unpreferred"), "rejected"),
+    **dict.fromkeys(("nonpreferred", "unselected", "unchosen", "discarded"), "rejected"),
 }
+_WIN_RATE = "winrate"
+_RATES = {"rate", "rates", "ratio", "probability", "prob", "percentage", "percent", "pct", "share"}  # behind `win`
 _RATINGS = {
-    *("score", "scores", "rating", "ratings", "reward", "rewards", "grade", "grades", "points", "quality"),
-    *("likert", "stars"),
+    *("score", "scores", "rating", "ratings", "reward", "rewards", "grade", "grades", "points", "point", "quality"),
+    *("likert", "stars", "star", "elo", "votes", "vote", "upvotes", "likes", "marks", "utility", _WIN_RATE, "winrates"),
 }
 _RANKS = {"rank", "ranks", "ranking"}  # the best is the first
 _DIFFERENCES = {"margin", "diff", "difference", "gap", "delta"}
 _QUALIFIERS = {
     *("avg", "average", "mean", "overall", "final", "total", "aggregate", "aggregated", "weighted", "raw"),
     *("normalized", "normalised", "rm", "model", "judge", "gpt", "gpt4", "4", "llm", "human", "annotator", "critic"),
-    *("preference", "armorm", "value", "elo", "votes", "o"),  # gpt4o
+    *("preference", "armorm", "value", "pref", "y", "o"),  # y_w, gpt4o
     *("response", "responses", "answer", "answers", "completion", "output", "generation", "text"),
     *(
         "metadata",
@@ -50,6 +57,7 @@ _PLAIN_NAMES = re.compile(r"(score|rating)[_-](chosen|rejected)|(chosen|rejected
 _WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|\d+")
 _OF_A_WHOLE = re.compile(r"\s*(/\s*\d+|%)\s*$")  # 8/10, 80%
 _DEPTH = 3  # of mappings in a column
+_SHORTEST = 3  # letters of a word that is looked for in names without separators
 
 
 def is_rating(column: str) -> bool:
@@ -67,7 +75,7 @@ def is_tie(row: Mapping[str, Json]) -> bool:
     found: dict[Words, dict[str, tuple[str, float]]] = {}
     differences = []
     for name, words, value in _numbers(row):
-        sides = [side for word, side in _SIDE_OF.items() if word in words]
+        sides = sorted({_SIDE_OF[word] for word in words if word in _SIDE_OF})
         rest = words - set(_SIDE_OF)
         if not words <= _KNOWN:
             continue
@@ -91,7 +99,24 @@ def is_tie(row: Mapping[str, Json]) -> bool:
 
 @functools.lru_cache(maxsize=1024)  # of a pure function: a file has few names and many rows
 def _words(name: str) -> Words:
-    return frozenset(word.lower() for word in _WORD.findall(name))
+    found: list[str] = []
+    for word in map(str.lower, _WORD.findall(name)):
+        for part in [word] if word in _KNOWN else _parts(word) or [word]:
+            if part in _RATES and found and found[-1] == "win":
+                found[-1] = _WIN_RATE  # which is no side
+            else:
+                found.append(part)
+    return frozenset(found)
+
+
+def _parts(word: str) -> list[str]:
+    """Return the known words that a word without separators consists of, long ones first; none where it does not."""
+    for end in range(len(word), _SHORTEST - 1, -1):
+        if word[:end] in _KNOWN or word[:end] in _RATES:
+            rest = _parts(word[end:])
+            if rest or end == len(word):
+                return [word[:end], *rest]
+    return []
 
 
 def _numbers(row: Mapping[str, Json]) -> Iterator[tuple[str, Words, float]]:
@@ -106,19 +131,30 @@ def _numbers_in(value: Json, name: str, words: Words, depth: int) -> Iterator[tu
         for key, item in value.items() if depth else ():
             yield from _numbers_in(item, f"{name}.{key}", words | _words(str(key)), depth - 1)
         return
-    if isinstance(value, list) and value and all(isinstance(item, int | float) for item in value):
-        value = fmean(value)  # by several annotators
+    if isinstance(value, list) and value and all(_as_number(item) is not None for item in value):
+        if len(value) == len(_SIDES) and not words & set(_SIDE_OF):
+            for i, side in enumerate(_SIDES):
+                yield from _numbers_in(value[i], f"{name}[{i}]", words | {side}, depth)
+            return
+        value = fmean(number for item in value if (number := _as_number(item)) is not None)  # by several annotators
     if value is None or value == "" or isinstance(value, bool) or not isinstance(value, str | int | float):
         if _PLAIN_NAMES.fullmatch(name) and value not in (None, ""):
             raise RowError(f"`{name}`={shown(value)}; allowed: a number")
         return
     if not (words & (_RATINGS | _RANKS | _DIFFERENCES)):
         return
-    try:
-        number = float(_OF_A_WHOLE.sub("", value) if isinstance(value, str) else value)
-    except (ValueError, OverflowError) as error:
-        if _PLAIN_NAMES.fullmatch(name):
-            raise RowError(f"`{name}`={shown(value)}; allowed: a number") from error
-        return
-    if not math.isnan(number):
+    number = _as_number(value)
+    if number is None and _PLAIN_NAMES.fullmatch(name):
+        raise RowError(f"`{name}`={shown(value)}; allowed: a number")
+    if number is not None and not math.isnan(number):
         yield name, words, number
+
+
+def _as_number(value: Json) -> float | None:
+    """Return the number that a value is or says; None where it is none."""
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        return None
+    try:
+        return float(_OF_A_WHOLE.sub("", value) if isinstance(value, str) else value)
+    except (ValueError, OverflowError):
+        return None

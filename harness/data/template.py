@@ -234,7 +234,8 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase, template: ChatTemplate) -> T
     if after is None:
         return TurnEnd(None, "")
     ids = [i for i in tokenizer(after, add_special_tokens=False)["input_ids"] if tokenizer.decode([i]).strip()]
-    known = bool(ids) and ids[0] != tokenizer.unk_token_id
+    # GPT-2 and GPT-NeoX have one token for the end of turns and for unknown text.
+    known = bool(ids) and (ids[0] != tokenizer.unk_token_id or after.strip().startswith(str(tokenizer.unk_token)))
     if known and (ids[0] in tokenizer.added_tokens_decoder or len(ids) == 1):
         return TurnEnd(ids[0], "")
     way_out = (

@@ -13,7 +13,7 @@ import itertools
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,8 +21,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from harness.data.conversations import RowError
-from harness.data.records import NOTHING, Given, Message, Pair
+from harness.data.records import NOTHING, EvalPrompt, Given, Message, Pair
 from harness.data.template import ChatTemplate, TurnEnd, end_of_turn
+from harness.data.written import ASKED, NOT_ASKED, Readback, left_out
 from harness.study.errors import UsageError
 from harness.study.files import Json
 from harness.study.manifest import Finding
@@ -37,6 +38,10 @@ CHANGED = (
     "the chat template cuts or rewrites the answer (two ways out: generate.reasoning=drop takes thinking out of both "
     "answers; model.chat_template gives a template that leaves answers as they are)"
 )
+TWICE = (
+    "the chat template writes the answer more than once; give a template that writes it once with model.chat_template"
+)
+_PROBE = "qzvkxjw"  # an answer that no template holds
 
 
 @dataclass(frozen=True)
@@ -57,10 +62,11 @@ class TokenPair:
 
 @dataclass(frozen=True)
 class TokenisedPairs:
-    """Rows that fit, in the given order, and the number of dropped pairs by reason."""
+    """Rows that fit, in the given order, the number of dropped pairs by reason, and what does not read back."""
 
     rows: tuple[TokenPair, ...]
     dropped: dict[str, int]
+    readback: Readback | None = field(default=None, compare=False)
 
     @property
     def sha256(self) -> str:
@@ -112,6 +118,7 @@ class ChatFormat:
         self._own_stops = frozenset(stop_ids) | {tokenizer.eos_token_id}
         self.stop_ids = self._own_stops | ({self.end.token} if self.end.token is not None else set())
         self.use_template = use_template
+        self._head: tuple[Sequence[Message], Given, str] | None = None  # the prompt that was rendered last
         self._encode_head = functools.lru_cache(maxsize=1)(self._encode)  # both answers follow one prompt
         first = self._encode("a")[:1] or [tokenizer.eos_token_id]
         self._opening = list(itertools.takewhile(lambda token: token not in first, tokenizer("a")["input_ids"]))
@@ -173,6 +180,20 @@ class ChatFormat:
         found = self._find_control(map(_said, answers))
         return None if found is None else f"answer contains the control token {found}"
 
+    def left_out(self, prompt: Sequence[Message], *, conversational: bool, given: Given = NOTHING) -> dict[str, str]:
+        """Return the turns of a prompt that the chat template leaves out or rewrites; see `written.left_out`."""
+        if not self.templated(conversational):
+            return {}
+        return left_out(prompt, self._text_of_prompt(prompt, conversational=conversational, given=given))
+
+    def look_at(self, row: Pair | EvalPrompt, ids: Sequence[Sequence[int]], readback: Readback) -> None:
+        """Count what of a row does not read back from the ids of its prompt and its answers."""
+        about: dict[str, Any] = {"conversational": row.conversational, "given": row.given}
+        texts = [(self._text_of_prompt(row.prompt, **about), ids[0])]
+        for answer, own in zip((row.chosen, row.rejected) if isinstance(row, Pair) else (), ids[1:], strict=True):
+            texts += [(turn["content"], own) for turn in self._without_ends(answer) if turn["role"] == "assistant"]
+        readback.look(texts, self.left_out(row.prompt, **about))
+
     def goes_on(self, ids: Sequence[int], answer: Sequence[Message]) -> bool:
         """Return whether an answer of one turn has an end of turn before its last id."""
         return len(answer) == 1 and not self.stop_ids.isdisjoint(ids[:-1])
@@ -222,7 +243,11 @@ class ChatFormat:
     def _text_of_prompt(self, prompt: Sequence[Message], *, conversational: bool, given: Given) -> str:
         """Return the text up to the begin of the assistant's turn."""
         if self.templated(conversational):
-            return self.template.render(prompt, given, add_generation_prompt=True)
+            if self._head and self._head[0] is prompt and self._head[1] is given:
+                return self._head[2]
+            text = self.template.render(prompt, given, add_generation_prompt=True)
+            self._head = (prompt, given, text) if isinstance(prompt, tuple) else None  # a list may change
+            return text
         if given:
             raise UsageError(
                 f"the data give the chat template {', '.join(given.names)}, and prompts do not go through one; remove "
@@ -248,11 +273,22 @@ class ChatFormat:
             )
         if not _stands_in(rest, answer):
             raise RowError(CHANGED)
+        if len(answer) == 1 and self._writes_twice(prompt, answer[0], rest, head, given):
+            raise RowError(TWICE)
         if any("tool_calls" in turn for turn in answer):
             without: list[Any] = [{key: value for key, value in turn.items() if key != "tool_calls"} for turn in answer]
             if whole == self.template.render([*prompt, *without], given, add_generation_prompt=False):
                 raise RowError("the chat template leaves out the answer's `tool_calls` (model.chat_template)")
         return rest
+
+    def _writes_twice(self, prompt: Sequence[Message], answer: Message, rest: str, head: str, given: Given) -> bool:
+        """Return whether an answer stands in a rendering more often than in what the template writes around it."""
+        said = answer["content"].strip()
+        if not said or rest.count(said) < 2:
+            return False
+        probe: Message = {**answer, "content": _PROBE}
+        around = self.template.render([*prompt, probe], given, add_generation_prompt=False)[len(head) :]
+        return rest.count(said) > around.replace(_PROBE, "\0").count(said) + 1
 
     def _ids_after(self, head: str, text: str) -> list[int]:
         """Return the ids of a text that stand after those of `head`; joined they are the ids of the whole text."""
@@ -343,6 +379,7 @@ def _control_tokens(tokenizer: PreTrainedTokenizerBase) -> set[str]:
 def tokenise_pairs(pairs: Iterable[Pair], chat: ChatFormat, *, max_length: int) -> TokenisedPairs:
     """Tokenise pairs; drop, and never cut, those that are too long, equal as tokens, or contain control tokens."""
     rows, dropped = [], Counter[str]()
+    readback = Readback(chat.tokenizer, chat.stop_ids)
     for pair in pairs:
         reason = chat.unusable(pair)
         if reason is not None:
@@ -366,17 +403,20 @@ def tokenise_pairs(pairs: Iterable[Pair], chat: ChatFormat, *, max_length: int) 
             dropped["answers are the same tokens"] += 1
         else:
             rows.append(row)
-    return TokenisedPairs(tuple(rows), dict(dropped))
+            chat.look_at(pair, (prompt, chosen, rejected), readback)
+    return TokenisedPairs(tuple(rows), dict(dropped), readback)
 
 
 def _ids_of(pair: Pair, chat: ChatFormat) -> tuple[list[int], list[int], list[int]]:
     about: dict[str, Any] = {"conversational": pair.conversational, "given": pair.given}
-    prompt = chat.prompt_ids(pair.prompt, **about)
-    return (
-        prompt,
+    ids = (
+        chat.prompt_ids(pair.prompt, **about),
         chat.answer_ids(pair.prompt, pair.chosen, **about),
         chat.answer_ids(pair.prompt, pair.rejected, **about),
     )
+    if ASKED in chat.left_out(pair.prompt, **about):
+        raise RowError(NOT_ASKED)
+    return ids
 
 
 def load_chat_format(

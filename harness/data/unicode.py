@@ -1,10 +1,11 @@
-"""Texts of any script -> what checks compare: normal form, folded spaces and quotes, number of words, how a text ends.
+"""Texts of any script -> what checks compare: normal form, folded spaces and quotes, words, numbers, how a text ends.
 
 All of it is by Unicode's properties, and takes time in proportion to the text.
 """
 
 from __future__ import annotations
 
+import math
 import unicodedata
 
 import regex
@@ -34,6 +35,25 @@ _ENDS = regex.compile(
     r"\p{Emoji_Presentation}\p{Emoji_Modifier}\p{Regional_Indicator}\u20e3\p{Script=Thai}\p{Script=Lao}]"
 )
 _PICTURE = regex.compile(r"\p{Extended_Pictographic}")
+
+# What a number is; docs/checks.md says it in words.
+_SPACES = " \u00a0\u2007\u2009\u202f"  # that part groups of digits: among them the thin and the unbreakable ones
+_SIGN = r"(?P<sign>(?<![\w)\]}])[-−–‑﹣－])(?:\\?[A-Z]{0,3}\p{Sc}[\u00a0\u202f ]?)?"  # -5, -$5
+_COMMA = rf"(?P<comma>[,，٬'’_{_SPACES}]|\{{,\}}|\\,)"
+_WESTERN = rf"(?!0)\d{{1,3}}{_COMMA}\d{{3}}(?!\d)(?:(?P=comma)\d{{3}}(?!\d))*+"
+_INDIAN = r"\d{1,2}(?:,\d\d(?!\d)){1,5}+,\d{3}(?!\d)"
+_DIGITS = rf"(?P<digits>(?:{_INDIAN}|{_WESTERN}|\d++)(?:[.٫]\d++)?|[.٫]\d++)"
+_TEN = r"10(?:(?:\^|\*\*)\{?(?P<ten>[-+−]?\d{1,3}+)\}?|(?P<high>[⁻⁺]?[⁰¹²³⁴-⁹]{1,3}+))"
+_POWER = rf"(?:[eE](?P<e>[-+−]?\d{{1,3}})(?!\w)|\s?(?:[×x*·]|\\times|\\cdot)\s?{_TEN})"
+_PLAIN = r"(?:\d{1,3}(?:,\d{3}(?!\d))++|\d++)(?:\.\d++)?"
+_SLASHED = rf"(?P<top>{_PLAIN})\s?[/⁄]\s?(?P<bottom>{_PLAIN})(?![/⁄.,]\d)"
+_LATEX = r"\\[dtc]?frac\s?(?:\{(?P<top>\d++)\}|(?P<top>\d))\s?(?:\{(?P<bottom>\d++)\}|(?P<bottom>\d))"
+_FRACTION = rf"(?:(?P<whole>\d++)(?: (?=\d)| ?(?!\d)))?(?:{_SLASHED}|{_LATEX}|(?P<one>[¼½¾⅐-⅞↉]))"
+# Times, ratios, dates, versions, and powers of other numbers.
+_OTHER = r"(?P<other>\d++(?:(?::\d++)++|(?:[.]\d++){2,}+|(?:/\d++){2,}+|\^\{?[-−]?\d++\}?|[⁻⁺]?[⁰¹²³⁴-⁹]++))"
+_NUMBER = regex.compile(rf"(?:{_SIGN})?(?:{_TEN}|{_OTHER}|{_FRACTION}|{_DIGITS}{_POWER}?)")
+_HIGH = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺−", "0123456789-+-")
+_NOT_IN_FLOATS = regex.compile(r"[^\d.]")
 
 
 def normal(text: str) -> str:
@@ -74,3 +94,45 @@ def ends_as_sentences_do(text: str) -> bool:
         end -= 1
     last, after = text[end - 1 : end], text[end : end + 1]
     return _ENDS.match(last) is not None or (after == "\ufe0f" and _PICTURE.match(last) is not None)
+
+
+def last_number(text: str) -> float | None:
+    """Return the last number of a text; None without one, or where its last digits are a time, a date or a version."""
+    last = None
+    for found in _NUMBER.finditer(text):
+        last = found
+    return None if last is None else _value(last)
+
+
+def only_number(text: str) -> float | None:
+    """Return the number that a text is; None where it is anything else."""
+    found = _NUMBER.fullmatch(text)
+    return None if found is None else _value(found)
+
+
+def is_decimal_comma(text: str) -> bool:
+    """Return whether the last two numbers of a text are joined by a comma, as `3,5`."""
+    places = [found.span() for found in _NUMBER.finditer(text)][-2:]
+    return len(places) == 2 and text[places[0][1] : places[1][0]] == ","
+
+
+def _value(found: regex.Match[str]) -> float | None:
+    """Return the value of a match of `_NUMBER`."""
+    part = found.groupdict()
+    if part["other"]:
+        return None
+    power = (part["e"] or part["ten"] or part["high"] or "0").translate(_HIGH)
+    if part["top"]:
+        bottom = _as_float(part["bottom"])
+        size = _as_float(part["whole"] or "0") + _as_float(part["top"]) / bottom if bottom else math.inf
+    elif part["one"]:
+        size = _as_float(part["whole"] or "0") + unicodedata.numeric(part["one"])
+    else:
+        size = _as_float(part["digits"] or "1", power)
+    if not math.isfinite(size):
+        return None
+    return -size if part["sign"] else size
+
+
+def _as_float(digits: str, power: str = "0") -> float:
+    return float(_NOT_IN_FLOATS.sub("", digits.replace("٫", ".")) + f"e{power}")

@@ -46,6 +46,7 @@ from harness.score.lm_eval import (
 from harness.score.reward_model import reward_model_problems, reward_model_settings, reward_runs
 from harness.study.errors import UsageError
 from harness.study.files import Json, file_sha256, read_jsonl
+from harness.study.log import saying_while
 
 TrialScorer = Callable[[TrialOutputs], list[Score]]
 ScoresByName = Mapping[str, Mapping[Path, Sequence[Score]]]  # by name in the scores, by folder of the run
@@ -221,9 +222,10 @@ def _own_scorer(path: str) -> Scorer:
     name = scorer_name(path)
 
     def run(stored: Stored, scoring: Scoring) -> ScoresByName:
-        scorer = load_scorer(path)
-        prompts = list(read_jsonl(stored.study / "prompts.jsonl"))
-        return {name: {run.folder: scorer(outputs_of(run.folder, prompts)) for run in stored.runs}}
+        with saying_while(f"{path}: scoring {len(stored.runs)} runs"):
+            scorer = load_scorer(path)
+            prompts = list(read_jsonl(stored.study / "prompts.jsonl"))
+            return {name: {run.folder: scorer(outputs_of(run.folder, prompts)) for run in stored.runs}}
 
     return Scorer(
         name,

@@ -7,6 +7,7 @@ import io
 import logging
 import os
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Iterator
@@ -132,6 +133,28 @@ def say(message: str) -> None:
         LOG.warning("%s", message)
         stream = stream.terminal
     tqdm.write(message, file=stream)
+
+
+@contextlib.contextmanager
+def saying_while(what: str, *, every: float = 60.0) -> Iterator[None]:
+    """Say at once what the block does, and again each time that it has gone on for `every` seconds.
+
+    What hangs is named even where it lets no other thread run, as a regular expression does.
+    """
+    say(what)
+    ended, start = threading.Event(), time.monotonic()
+
+    def repeat() -> None:
+        while not ended.wait(every):
+            say(f"{what}: still running after {(time.monotonic() - start) / 60:.0f} min; Ctrl-C ends it")
+
+    thread = threading.Thread(target=repeat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 def prepare_process() -> None:

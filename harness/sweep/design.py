@@ -258,8 +258,9 @@ class Design:
 
     @property
     def base(self) -> Trial:
-        """The SFT base as a trial."""
-        return self.trial(self.base_config, self.base_config.seed, SPLITS)
+        """The SFT base as a trial, which proves the losses of all arms that are known by now."""
+        base = self.trial(self.base_config, self.base_config.seed, SPLITS)
+        return replace(base, proves=tuple(config.method for configs in self.arms.values() for config in configs))
 
     def make(self, arm: str, params: Params) -> RunConfig:
         """Compose a config that a sampler suggests."""

@@ -66,15 +66,18 @@ class Launching:
         return getattr(self._hydra, "params", {}) or getattr(self._hydra, "resources", {})
 
     def run(self, trials: Sequence[Trial]) -> list[Outcome]:
-        """Run trials; if vLLM answers, all are trained first and then answered for in one pass."""
+        """Run trials; if vLLM answers, all are proved and trained first, and then answered for in one pass."""
         with show_progress(trials, FileCache() if self._hydra else None) as advance:
             if trials[0].config.generate.backend == "vllm":
                 trained = self._run([replace(trial, splits=()) for trial in trials], advance)
+                ready = [trial for trial, x in zip(trials, trained, strict=True) if x.status != "failed"]
                 try:
-                    self._answer(trials)
+                    self._answer(ready)
                 except RuntimeError as error:
                     why = f"generate: {error}"
                     return [replace(x, status="failed", message=why) if x.status == "complete" else x for x in trained]
+                answered = iter(self._run(ready, advance) if ready else [])
+                return [x if x.status == "failed" else next(answered) for x in trained]
             return self._run(trials, advance)
 
     def _answer(self, trials: Sequence[Trial]) -> None:

@@ -18,7 +18,7 @@ from harness.score.lm_eval import unchecked
 from harness.score.scorers import allowed_scorers, needs_instructions, registered_settings
 from harness.study.backup import put_back
 from harness.study.errors import UnreachableError, UsageError
-from harness.study.files import Json, digest, locked, to_jsonl, write_text
+from harness.study.files import Json, Reader, digest, locked, to_jsonl, write_text
 from harness.study.log import say
 from harness.study.registration import (
     ModelSources,
@@ -30,7 +30,10 @@ from harness.study.registration import (
     write_study,
 )
 from harness.study.scores_csv import MAX_UNSCORED
+from harness.study.text import one_line
 from harness.sweep.design import Design
+
+_SHOWN = 3  # prompts that a message lists
 
 
 def fixed_parts(config: RunConfig, inputs: Inputs) -> dict[str, Any]:
@@ -115,6 +118,7 @@ def _register(design: Design, command: Sequence[str], *, warnings: Sequence[str]
         old = read_study(path) if path.is_file() else None
         if old:
             _refuse_changes(path, old["fixed"], fixed)
+            _refuse_repeats(path, old, inputs.splits(config))
         study = _study(folder.name, design, fixed, old or {}, command=shlex.join(command), warnings=warnings)
         refuse_late_configs(path, old, study)
         _write_prompts(folder / "prompts.jsonl", to_jsonl(prompt_rows(inputs.splits(config))))
@@ -220,6 +224,24 @@ def _refuse_changes(path: Path, old: Mapping[str, Json], new: Mapping[str, Json]
             + "\n".join(changes)
             + "\nGive the new question a study of its own: study=NAME, or leave study= out"
         )
+
+
+def _refuse_repeats(path: Path, old: Mapping[str, Any], splits: Splits) -> None:
+    """Refuse to go on with a study that was registered when a prompt that stands several times counted once."""
+    rows = Reader(path.parent).rows(path.with_name("prompts.jsonl"))
+    for split, prompts in (("dev", splits.dev_prompts), ("golden", splits.golden_prompts)):
+        registered = old["data"][split]["prompts"]
+        known = {row.get("prompt_id") for row in rows if row.get("split") == split}
+        is_whole = len(known) == registered  # a damaged file is written again
+        again = [one for one in prompts if "#" in one.prompt_id and not (is_whole and one.prompt_id in known)]
+        if again and (is_whole or registered != len(prompts)):
+            texts = list(dict.fromkeys(one_line(one.prompt[-1]["content"], 60) for one in again))
+            shown = ", ".join(map(repr, texts[:_SHOWN])) + (", ..." if len(texts) > _SHOWN else "")
+            raise UsageError(
+                f"{path}: this study counted each prompt once, and {len(texts)} {split} prompts that stand more than "
+                f"once ({shown}) are now asked each time; harness.decide and harness.report read it as it is; to go "
+                "on, give the question a study of its own: study=NAME"
+            )
 
 
 def _made_of(config: RunConfig, inputs: Inputs) -> ModelSources:

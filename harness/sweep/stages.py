@@ -15,6 +15,7 @@ from typing import Any, Unpack
 
 import yaml
 
+from harness.config.arms import MethodConfig
 from harness.config.machine import provenance
 from harness.config.trial_id import plain
 from harness.data.inputs import Tokens, num_steps, prompt_rows
@@ -44,7 +45,7 @@ _FEW_ENDS = 0.5  # share of the base's answers that end by themselves, below whi
 def run_trial(trial: Trial, context: Context) -> Outcome:
     """Run the missing stages of a trial; an error is written to failure.json and returned, never raised."""
     with locked(trial.folder):
-        if trial.is_complete(context.files):
+        if trial.is_complete(context.files) and trial.is_proved(context.files):
             return trial.finished(context.files)
         running: _Running | None = None
         try:
@@ -163,7 +164,8 @@ class _Running:
             UsageError: where the study's model cannot be compared.
         """
         trains = self.trial.is_trained and "train" not in self.manifest["done"]
-        if not trains and set(self.trial.splits) <= set(self.manifest["done"]):
+        is_answered = bool(self.trial.splits) and set(self.trial.splits) <= set(self.manifest["done"])
+        if not trains and is_answered:  # a trial without splits is proved before vLLM answers for it
             return
         config, bases = self.config, self.context.bases
         with self._stage("preconditions"):
@@ -173,9 +175,20 @@ class _Running:
                 tokens.chat,
                 base_sha256=self.manifest["base_sha256"],
                 lend=lambda: bases.borrow_base(config),
+                methods=self._methods(),
             )
         self._layout = proof.layout
         self.note([*proof.findings, *tokens.findings])
+        self._save()  # a base that vLLM answers for is proved in a pass of its own
+
+    def _methods(self) -> Sequence[MethodConfig]:
+        """Return the arms whose losses are proved: of the study, and once more of the trial, which a sampler may add.
+
+        The loss of a trial that is run for its cost decides nothing; its margin stands in a reference that it lacks.
+        """
+        if self.trial.cost_name:
+            return ()
+        return (self.config.method,) if self.trial.is_trained else self.trial.proves
 
     def note(self, findings: Iterable[Finding]) -> None:
         """Add what a stage has found out about the study's preconditions to the manifest."""

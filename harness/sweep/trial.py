@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from harness.config.arms import ARMS
+from harness.config.arms import ARMS, MethodConfig
 from harness.config.checkpoint import Checkpoints
 from harness.config.compose import config_from
 from harness.config.machine import Machine
@@ -64,6 +64,7 @@ class Trial:
         folder: where its files are.
         splits: the splits that it answers and scores; a config that is not selected never answers `golden`.
         cost_name: name of a trial that is run for its cost alone.
+        proves: arms of the study with their hyperparameters, whose losses the SFT base proves before any is trained.
     """
 
     config: RunConfig
@@ -71,6 +72,7 @@ class Trial:
     folder: Path
     splits: tuple[str, ...]
     cost_name: str | None = None
+    proves: tuple[MethodConfig, ...] = ()
 
     @property
     def study(self) -> Path:
@@ -109,6 +111,10 @@ class Trial:
             return False
         return {"score", *self.splits} <= done_stages(self.folder, manifest, files=files)
 
+    def is_proved(self, files: FileCache | None = None) -> bool:
+        """Return whether nothing is answered for this trial that was not proved first, whatever the backend."""
+        return bool(self.splits) or "preconditions" in read_manifest(self.folder, files)
+
     def refuse_golden(self) -> None:
         """Raise a UsageError if this run of its study must not be scored on golden."""
         if "golden" in self.splits and self.is_trained:
@@ -129,11 +135,13 @@ class Trial:
 def write_trial(path: Path, trial: Trial) -> None:
     """Write a trial for a worker process."""
     about: dict[str, Any] = {"config": plain(trial.config), "trial_id": trial.trial_id, "folder": str(trial.folder)}
-    write_json(path, about | {"splits": list(trial.splits), "cost_name": trial.cost_name})
+    proves = [plain(method) for method in trial.proves]
+    write_json(path, about | {"splits": list(trial.splits), "cost_name": trial.cost_name, "proves": proves})
 
 
 def read_trial(path: Path) -> Trial:
     """Read what `write_trial` wrote."""
     found = read_json(path)
     config, folder = config_from(found["config"]), Path(found["folder"])
-    return Trial(config, found["trial_id"], folder, tuple(found["splits"]), found["cost_name"])
+    proves = tuple(ARMS[method["name"]].config(**method) for method in found["proves"])
+    return Trial(config, found["trial_id"], folder, tuple(found["splits"]), found["cost_name"], proves)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from harness.config.schema import AccelerateConfig
+
 Way = Literal["packed", "padded", "alone"]
 
 
@@ -21,3 +23,18 @@ class Layout:
     way: Way = "packed"
     why: str = ""
     still: bool = False
+
+
+def processes_problem(layout: Layout, accelerate: AccelerateConfig) -> str:
+    """Say why several processes cannot train in a layout; empty where they can.
+
+    Processes that hold parts of each layer gather them in each forward pass, so that all must run equally many.
+    """
+    kind, count = accelerate.distributed_type, accelerate.num_processes
+    if layout.way != "alone" or count == 1 or kind == "MULTI_GPU":
+        return ""
+    return (
+        f"accelerate.distributed_type={kind}: this model is run one answer at a time ({layout.why}), and processes "
+        "that share its weights would wait for each other where one has fewer answers; use accelerate=ddp, where each "
+        "process holds the whole model"
+    )

@@ -275,6 +275,51 @@ def answer_token_logps(
         return list(run(model, packed).log_probs.float().cpu().split(packed.lengths))
 
 
+class LookAhead(NamedTuple):
+    """How far log-probs before a changed token change, and float noise (0 where they do not change at all); in nats."""
+
+    gap: float
+    noise: float
+
+
+@torch.no_grad()
+def look_ahead(model: PreTrainedModel, ids: Sequence[int]) -> LookAhead:
+    """Return whether tokens see later ones: the last token is changed, then the last two, in rows of one length.
+
+    Two tokens, since blocks that see all of themselves may begin with the last one. All next tokens' log-probs count:
+    a token that sees the next one would show it in no log-prob of another target. The noise is the smaller one of two:
+    of the row with another row beside it, in one shape (0 but for routers, which deal tokens to experts together), and
+    of the row with itself beside it (which no look into the other row can raise).
+
+    Args:
+        model: a causal LM in evaluation mode.
+        ids: of one row, at least 2.
+    """
+
+    def next_logps(*rows: Sequence[int]) -> Tensor:
+        logits = model(input_ids=torch.tensor(rows, device=model.device), use_cache=False).logits[0].float()
+        return logits - logits.logsumexp(-1, keepdim=True)
+
+    def gap(ours: Tensor, theirs: Tensor) -> float:
+        return float((ours - theirs).abs().max())
+
+    alone = next_logps(ids)
+    changed = [_with_other_ends(ids, count) for count in range(1, min(3, len(ids)))]
+    gaps = [gap(next_logps(row)[: len(ids) - n], alone[: len(ids) - n]) for n, row in enumerate(changed, start=1)]
+    if max(gaps) == 0:  # then the noise decides nothing
+        return LookAhead(0.0, 0.0)
+    doubled = next_logps(ids, ids)
+    noise = min(gap(alone, doubled), max(gap(next_logps(ids, row), doubled) for row in changed))
+    if any(re.search(r"expert|moe", name, re.IGNORECASE) for name, _ in model.named_modules()):
+        noise = max(noise, torch.finfo(model.dtype).eps * float(alone.abs().max()))  # a few rows may show none
+    return LookAhead(max(gaps), noise)
+
+
+def _with_other_ends(ids: Sequence[int], count: int) -> list[int]:
+    """Return a row with other tokens, of the same row where there are any, in its last `count` places."""
+    return [*ids[:-count], *(next(token for token in (*ids, 0, 1) if token != end) for end in ids[-count:])]
+
+
 def forget_probe(model: PreTrainedModel) -> None:
     """Probe a model again when it is run next: for a caller that has changed how it attends."""
     vars(model).pop(_PROBE_RESULT, None)

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from harness.config.arms import ARMS, BetaConfig, DPOMarginConfig, SimPOConfig
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -51,3 +53,29 @@ def simpo_loss(
     from torch.nn.functional import logsigmoid
 
     return -logsigmoid(beta * (chosen_mean_logps - rejected_mean_logps - gamma_beta_ratio))
+
+
+def sft_loss(chosen_sum_logps: Tensor, chosen_lengths: Tensor) -> Tensor:
+    """Return the cross-entropy of the chosen answers, the mean over all of their tokens: one number."""
+    return -chosen_sum_logps.sum() / chosen_lengths.sum()
+
+
+def loss_of(method: BetaConfig, policy: Tensor, reference: Tensor, lengths: Tensor) -> Tensor:
+    """Return the loss of an arm by its row in the table of arms, as one number: the mean over pairs.
+
+    Args:
+        method: the arm, with its hyperparameters.
+        policy: summed log-probs of chosen and rejected answers, shape (num_pairs, 2).
+        reference: the same of the SFT base; an arm without a reference does not look at them.
+        lengths: tokens of the answers, shape (num_pairs, 2).
+    """
+    arm = ARMS[method.name]
+    if isinstance(method, SimPOConfig):
+        means = policy / lengths**method.length_norm
+        losses = simpo_loss(*means.T, beta=method.beta, gamma_beta_ratio=method.gamma_beta_ratio)
+        return losses.mean() + method.sft_weight * sft_loss(policy[:, 0], lengths[:, 0])
+    margin = method.gamma_beta_ratio if isinstance(method, DPOMarginConfig) else 0.0
+    if arm.per_token:
+        ratios = (policy - reference) / lengths
+        return dpo_norm_loss(*ratios.T, beta=method.beta, gamma_beta_ratio=margin).mean()
+    return dpo_loss(*policy.T, *reference.T, beta=method.beta, gamma_beta_ratio=margin).mean()

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness.config.arms import ARMS, BetaConfig, MethodConfig, SimPOConfig, title
+from harness.config.arms import ARMS, BetaConfig, MethodConfig, title
 from harness.config.schema import Engine, Precision, Reference, RunConfig, Tuning
 from harness.data.plan import BatchPlan
 from harness.data.tokens import ChatFormat, TokenPair
@@ -30,19 +30,22 @@ DETERMINISTIC = "training is deterministic"
 LOSS = "the loss is the arm's alone"
 ENGINE = "the engine computes what TRL's computes"
 ALONE = Layout("alone")
+_LOSS_KEYS = ("beta", "gamma_beta_ratio", "length_norm", "sft_weight")  # of an arm, that its loss depends on
 
 # Tokens to which the pairs are cut: of the prompt, of the chosen answer, of the rejected one.
 _CUTS = ((8, 6, 9), (20, 12, 7), (32, 16, 20))
 _LONGEST_CUT = (192, 96, 96)
 _TOKEN_GAP = 1e-4  # nats per token in fp32; noise between batch shapes is below 2e-5
 _LEAK_GAP = 2e-6  # nats per token in fp32, between two batches of one shape: other rows only change
+_LOOK_AHEAD_NOISE = 10  # times the noise that was measured, which a few rows show the size of alone
 _LOSS_GAP = 1e-4  # in fp32
+_TOKEN_NOISE = (2e-5, 1e-2)  # nats per token between batch shapes, in fp32 and below; a steep loss moves by more
 _NORM_GAP = 1e-3  # relative, in fp32
 _PART_GAP = 5e-3  # of one parameter's gradient, relative to its norm, in fp32
 _LEAST_SHARE = 0.01  # of the root mean square over parameters
 _NOISE_GAP = 1e-6  # nats per token between two equal calls in fp32, which a CPU computes bit by bit alike
 _COARSER = 100  # times a tolerance where the model is not in fp32
-_NUDGE = 0.02  # standard deviation of the adapter's second matrices, which are 0 at the start
+_NUDGE = 0.02  # standard deviation of what is added to weights, so that policy and reference differ
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,14 @@ class Proof:
     layout: Layout
     findings: tuple[Finding, ...]
     gaps: tuple[float, float] = (0.0, 0.0)
+
+
+@dataclass(frozen=True)
+class Losses:
+    """What an arm's trainer gives on the sample: at step 0, and with weights that are no longer the base's."""
+
+    first: float
+    nudged: float
 
 
 def sample_of(rows: Sequence[TokenPair]) -> tuple[TokenPair, ...]:
@@ -88,11 +99,6 @@ def _reversed(row: TokenPair) -> TokenPair:
     )
 
 
-def _other_end(ids: tuple[int, ...]) -> tuple[int, ...]:
-    """Return ids with another last one, which stands in the same row."""
-    return (*ids[:-1], next((token for token in ids if token != ids[-1]), 0))
-
-
 @dataclass(frozen=True)
 class _Measured:
     """A trainer's loss at its start and with the nudged adapter, and the gradient's norm there.
@@ -119,12 +125,14 @@ class Prover:
     chat: ChatFormat
     folder: Path
     still: bool = False
+    truth: list[Tensor] = field(default_factory=list)  # log-probs of single rows
     single: Way = "alone"  # the cheapest way that gives the log-probs of single rows
     gaps: tuple[float, float] = (0.0, 0.0)
     spread: tuple[float, float] = (0.0, 0.0)  # of TRL's engine with itself: of the loss, of the norm (relative)
     stock: dict[str, _Measured] = field(default_factory=dict)
     stock_problems: dict[str, str] = field(default_factory=dict)
     nudged: Tensor | None = None
+    moved: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # weights that were nudged, as they were
 
     def __post_init__(self) -> None:
         import torch
@@ -143,6 +151,57 @@ class Prover:
         """
         import torch
 
+        self._run_single_rows()
+        if not bool(torch.isfinite(torch.cat(self.truth)).all()):
+            why = "the base's log-probs are not finite numbers"
+            return Proof(Layout(self._ways()[0]), (Finding(ENGINE, "not proved", why),))
+        deterministic = self._prove_deterministic()
+        self._refuse_look_ahead()
+        layout = None
+        try:
+            layout, loss, engine = self._prove_engine()
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            loss = Finding(LOSS, "not proved", "memory ran out while it was measured")
+            engine = Finding(ENGINE, "not proved", "memory ran out while it was measured")
+        if layout is None:  # behind the error, whose traceback held what did not fit
+            self.reset()
+            free_unused_memory()
+            layout = self._first_forward_layout()
+        return Proof(layout, (self._parameters(), deterministic, loss, engine), self.gaps)
+
+    def prove_method(self, method: MethodConfig, layout: Layout) -> Losses:
+        """Prove that an arm trains with the loss of its row in the table of arms, at its own hyperparameters.
+
+        Args:
+            method: the arm.
+            layout: of the proof.
+
+        Raises:
+            UsageError: where the loss is another one.
+        """
+        if not self.truth:
+            self._run_single_rows()
+        self.still = layout.still
+        if self.nudged is None:  # under single rows, where the model attends as it did when it was loaded
+            self._measure(_method("simpo"), Engine.paired, replace(ALONE, still=self.still), has_gradients=False)
+        found = self._measure(method, self.config.train.engine, layout, has_gradients=False)
+        if problem := self._loss_problem(method, found):
+            raise UsageError(
+                f"method={method.name} ({settings_of(method)}): a {type(self.model).__name__} does not train with the "
+                f"loss of {title(method.name)} alone: its {problem}; leave this arm out, take another checkpoint, or "
+                "report this model's class"
+            )
+        return Losses(found.first, found.loss)
+
+    def _run_single_rows(self) -> None:
+        """Take the log-probs of single rows, which all else is held to.
+
+        Raises:
+            UsageError: where the model cannot be run.
+        """
+
         self.model.eval()
         try:
             self.truth = self._token_logps("alone", self.checked)
@@ -153,36 +212,23 @@ class Prover:
                 f"model.path={self.name}: a {type(self.model).__name__} cannot be run on token ids alone "
                 f"({type(error).__name__}: {error}); take a checkpoint of a causal language model"
             ) from error
-        if not bool(torch.isfinite(torch.cat(self.truth)).all()):
-            why = "the base's log-probs are not finite numbers"
-            return Proof(Layout(self._ways()[0]), (Finding(ENGINE, "not proved", why),))
         self.base_sums = self._sums(self.truth)
-        deterministic = self._prove_deterministic()
-        self._refuse_look_ahead()
-        try:
-            layout, loss, engine = self._prove_engine()
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            loss = Finding(LOSS, "not proved", "memory ran out while it was measured")
-            engine = Finding(ENGINE, "not proved", "memory ran out while it was measured")
-            layout = None
-        if layout is None:  # behind the error, whose traceback held what did not fit
-            self._reset()
-            free_unused_memory()
-            layout = self._first_forward_layout()
-        return Proof(layout, (self._parameters(), deterministic, loss, engine), self.gaps)
 
     def _refuse_look_ahead(self) -> None:
         """Raise a UsageError for a model whose tokens see later ones: it would not score the answers that it writes."""
-        changed = [replace(row, chosen_ids=_other_end(row.chosen_ids)) for row in self.sample]
-        found, before = self._token_logps("alone", changed), self.truth
-        gap = max(_largest_gap([found[i][:-1]], [before[i][:-1]]) for i in range(0, len(found), 2))
-        if gap > _TOKEN_GAP * self.coarseness:
+        from harness.train.logps import look_ahead
+
+        self.model.eval()
+        gap = noise = 0.0
+        for row in (self.sample[0], self.sample[-1]):
+            found = look_ahead(self.model, [*row.prompt_ids, *row.chosen_ids])
+            gap, noise = max(gap, found.gap), max(noise, found.noise)
+        if gap > max(_LEAK_GAP * self.coarseness, _LOOK_AHEAD_NOISE * noise):
             raise UsageError(
-                f"model.path={self.name}: a {type(self.model).__name__} lets tokens see later ones (log-probs change "
-                f"by up to {gap:.2g} nats where only the last token does), so that it is no causal language model; "
-                "write is_decoder: true into config.json where it was trained as one, or take another checkpoint"
+                f"model.path={self.name}: a {type(self.model).__name__} lets tokens see later ones (log-probs before "
+                f"a changed token change by up to {gap:.2g} nats, where the noise is {noise:.2g}), so that it is no "
+                "causal language model; write is_decoder: true into config.json where it was trained as one, or take "
+                "another checkpoint"
             )
 
     def _parameters(self) -> Finding:
@@ -301,7 +347,7 @@ class Prover:
         for way in self._ways():
             layout = Layout(way, next(iter(failed.values()), ""), self.still)
             problem, gaps = self._try(layout)
-            self._reset()
+            self.reset()
             if not problem:
                 self.gaps = gaps
                 return layout, self._loss_finding(), self._engine_finding(layout, failed, gaps)
@@ -327,9 +373,9 @@ class Prover:
 
         layout = Layout("padded", "", self.still)
         try:
-            found = self._measure(arm, Engine.stock, layout)
+            found = self._measure(_method(arm), Engine.stock, layout)
             if self.coarseness > 1:
-                apart = self._measure(arm, Engine.stock, layout, one_by_one=True)
+                apart = self._measure(_method(arm), Engine.stock, layout, one_by_one=True)
                 self.spread = (
                     max(self.spread[0], abs(found.loss - apart.loss)),
                     max(self.spread[1], _relative(found.norm, apart.norm)),
@@ -340,9 +386,9 @@ class Prover:
             self.stock_problems[arm] = f"{type(error).__name__}: {error}"
         else:
             self.stock[arm] = found
-            if problem := self._loss_problem(arm, found):
+            if problem := self._loss_problem(_method(arm), found):
                 self.stock_problems[arm] = problem
-        self._reset()
+        self.reset()
 
     def _try(self, layout: Layout) -> tuple[str, tuple[float, float]]:
         """Return why a layout fails, or nothing, with the largest gaps of loss and norm."""
@@ -352,8 +398,8 @@ class Prover:
                 return problem, (0.0, 0.0)
             gaps = [0.0, 0.0]
             for arm in _TRAINERS:
-                found = self._measure(arm, Engine.paired, layout)
-                if problem := self._loss_problem(arm, found):
+                found = self._measure(_method(arm), Engine.paired, layout)
+                if problem := self._loss_problem(_method(arm), found):
                     return f"{title(arm)}'s {problem}", (0.0, 0.0)
                 expected = self._expected(arm)
                 gap, norm_gap = abs(found.loss - expected.loss), _relative(found.norm, expected.norm)
@@ -374,8 +420,8 @@ class Prover:
     def _expected(self, arm: str) -> _Measured:
         """Return what TRL's engine gives; where that is not the arm's loss, what single rows give."""
         if arm in self.stock_problems:
-            self._reset()
-            self.stock[arm] = self._measure(arm, Engine.paired, replace(ALONE, still=self.still))
+            self.reset()
+            self.stock[arm] = self._measure(_method(arm), Engine.paired, replace(ALONE, still=self.still))
         return self.stock[arm]
 
     def _forward_problem(self, way: Way) -> str:
@@ -413,23 +459,23 @@ class Prover:
                 if is_out_of_memory(error):  # it says nothing of this layout
                     raise
                 problem = f"{type(error).__name__}: {error}"
-            self._reset()
+            self.reset()
             if not problem:
                 return Layout(way, why, self.still)
             why = why or problem
         return Layout("alone", why, self.still)
 
-    def _loss_problem(self, arm: str, found: _Measured) -> str:
-        assert self.nudged is not None, "TRL's engine is measured first"
-        tolerance = max(_LOSS_GAP * self.coarseness, 3 * self.spread[0])
+    def _loss_problem(self, method: MethodConfig, found: _Measured) -> str:
+        assert self.nudged is not None, "it is measured with the first trainer"
         for loss, policy, when in (
             (found.first, self.base_sums, "at step 0"),
-            (found.loss, self.nudged, "with an adapter"),
+            (found.loss, self.nudged, "with an adapter" if self._is_adapted else "with other weights"),
         ):
-            expected = self._oracle(arm, policy)
+            expected, steepness = self._oracle(method, policy)
+            tolerance = max(_LOSS_GAP * self.coarseness, steepness * _TOKEN_NOISE[self.coarseness > 1])
             if when == "at step 0" and found.engine is not self.config.train.engine:
                 continue
-            if not abs(loss - expected) <= tolerance:
+            if not abs(loss - expected) <= max(tolerance, 3 * self.spread[0]):
                 return f"loss {when} is {loss:.6g} instead of {expected:.6g}"
         if found.own != 0:  # NaN is not 0 either
             return (
@@ -438,40 +484,89 @@ class Prover:
             )
         return ""
 
-    def _oracle(self, arm: str, policy: Tensor) -> float:
-        """Return the arm's loss by its equation, from log-probs of single rows, shape (num_pairs, 2)."""
-        from harness.train.losses import dpo_loss, simpo_loss
+    @property
+    def _is_adapted(self) -> bool:
+        return self.config.train.tuning is not Tuning.full
 
-        method = _method(arm)
-        if isinstance(method, SimPOConfig):
-            lengths = policy.new_tensor([[len(row.chosen_ids), len(row.rejected_ids)] for row in self.sample])
-            means = policy / lengths
-            losses = simpo_loss(means[:, 0], means[:, 1], beta=method.beta, gamma_beta_ratio=method.gamma_beta_ratio)
-        else:
-            assert isinstance(method, BetaConfig)
-            losses = dpo_loss(*policy.T, *self.base_sums.T, beta=method.beta)
-        return float(losses.mean())
+    def _oracle(self, method: MethodConfig, policy: Tensor) -> tuple[float, float]:
+        """Return an arm's loss by its equation, from log-probs of single rows, shape (num_pairs, 2).
 
-    def _measure(self, arm: str, engine: Engine, layout: Layout, *, one_by_one: bool = False) -> _Measured:
+        Returns:
+            The loss, and how far it can change where each token's log-prob does by 1 nat (of policy or reference).
+        """
+        import torch
+
+        from harness.train.losses import loss_of
+
+        assert isinstance(method, BetaConfig), "every trained arm has a beta"
+        lengths = policy.new_tensor([[len(row.chosen_ids), len(row.rejected_ids)] for row in self.sample])
+        sums = policy.clone().requires_grad_()
+        with torch.enable_grad():
+            loss = loss_of(method, sums, self.base_sums, lengths)
+            (slope,) = torch.autograd.grad(loss, sums)
+        sides = 2 if ARMS[method.name].uses_reference else 1
+        return float(loss.detach()), sides * float((slope.abs() * lengths).sum())
+
+    def _measure(
+        self,
+        method: MethodConfig,
+        engine: Engine,
+        layout: Layout,
+        *,
+        one_by_one: bool = False,
+        has_gradients: bool = True,
+    ) -> _Measured:
         """Measure a trainer on the sample.
 
         Args:
-            arm: `dpo` or `simpo`.
+            method: the arm, with its hyperparameters.
             engine: whose trainer.
             layout: how it runs the model.
             one_by_one: a micro-batch per pair.
+            has_gradients: False measures the losses alone.
         """
+        import torch
+
+        count = len(self.sample)
+        batches = [[i] for i in range(count)] if one_by_one else [list(range(count))]
+        trainer = self._trainer(method, engine, layout)
+        first, own = math.nan, 0.0  # of TRL's own engine only where it is the study's
+        with torch.set_grad_enabled(has_gradients):
+            if engine is self.config.train.engine:
+                first = 0.0
+                for batch in batches:
+                    loss = _loss_of(trainer, batch)
+                    if has_gradients:
+                        (0 * loss).backward()
+                    first += float(loss.detach()) / len(batches)
+                own = _norm(_gradient_parts(trainer.model))
+                trainer.model.zero_grad(set_to_none=True)
+            self.moved += _nudge(trainer.model)
+            if self.nudged is None:  # with normal attention, since TRL's engine or single rows are measured first
+                trainer.model.eval()
+                self.nudged = self._sums(self._token_logps(self.single, self.sample))
+            total = 0.0
+            for batch in batches:
+                loss = _loss_of(trainer, batch) / len(batches)
+                if has_gradients:
+                    loss.backward()
+                total += float(loss.detach())
+        parts = _gradient_parts(trainer.model)
+        self.reset()
+        return _Measured(engine, first, own, total, _norm(parts), parts)
+
+    def _trainer(self, method: MethodConfig, engine: Engine, layout: Layout) -> PairTrainer:
+        """Build the trainer of a trial of the study over the sample, with the reference that the study gives it."""
         from harness.train.logps import pair_logps
         from harness.train.run import build_trainer
 
         self.model.eval()
-        config = self._config(arm, engine)
+        config, count = self._config(method, engine), len(self.sample)
         given = None
-        if engine is Engine.paired and config.train.reference is Reference.cached and ARMS[arm].uses_reference:
+        if engine is Engine.paired and config.train.reference is Reference.cached and ARMS[method.name].uses_reference:
             pad_id, shares = self.chat.tokenizer.pad_token_id, config.train.levers.share_prefix
             given = pair_logps(self.model, self.sample, pad_id=pad_id, desc="", share_prefix=shares, layout=layout)
-        count = len(self.sample)
-        trainer = build_trainer(
+        return build_trainer(
             config,
             self.sample,
             BatchPlan(tuple(range(count)), count, count),
@@ -481,37 +576,19 @@ class Prover:
             reference=given,
             layout=layout,
         )
-        batches = [[i] for i in range(count)] if one_by_one else [list(range(count))]
-        first, own = math.nan, 0.0  # of TRL's own engine only where it is the study's
-        if engine is self.config.train.engine:
-            first = 0.0
-            for batch in batches:
-                loss = _loss_of(trainer, batch)
-                (0 * loss).backward()
-                first += float(loss.detach()) / len(batches)
-            own = _norm(_gradient_parts(trainer.model))
-            trainer.model.zero_grad(set_to_none=True)
-        _nudge(trainer.model)
-        if self.nudged is None:  # with normal attention, since TRL's engine is measured first
-            trainer.model.eval()
-            self.nudged = self._sums(self._token_logps(self.single, self.sample))
-        total = 0.0
-        for batch in batches:
-            loss = _loss_of(trainer, batch) / len(batches)
-            loss.backward()
-            total += float(loss.detach())
-        parts = _gradient_parts(trainer.model)
-        self._reset()
-        return _Measured(engine, first, own, total, _norm(parts), parts)
 
-    def _reset(self) -> None:
+    def reset(self) -> None:
+        """Leave the model without adapters and patches, and with its own weights."""
         from harness.train.base import reset_model
 
+        while self.moved:
+            weight, before = self.moved.pop()
+            weight.data = before
         reset_model(self.model)
         self.model.set_attn_implementation(self.attention)
 
-    def _config(self, arm: str, engine: Engine) -> RunConfig:
-        """Return the trial's config for one arm, without dropout and in one process."""
+    def _config(self, method: MethodConfig, engine: Engine) -> RunConfig:
+        """Return the trial's config for an arm, without dropout and in one process."""
         train = replace(
             self.config.train,
             engine=engine,
@@ -525,11 +602,11 @@ class Prover:
         if self.coarseness == 1 and train.tuning is not Tuning.qlora:
             train = replace(train, precision=Precision.fp32)
         one = replace(self.config.accelerate, num_processes=1, distributed_type="NO")
-        return replace(self.config, method=_method(arm), train=train, accelerate=one)
+        return replace(self.config, method=method, train=train, accelerate=one)
 
     def _loss_finding(self) -> Finding:
         said = ", ".join(
-            f"{title(arm)}'s is {self._oracle(arm, self.base_sums):.6f}"
+            f"{title(arm)}'s is {self._oracle(_method(arm), self.base_sums)[0]:.6f}"
             + (" (log 2)" if ARMS[arm].uses_reference else "")
             for arm in _TRAINERS
         )
@@ -616,14 +693,36 @@ def _parts_problem(found: _Measured, expected: _Measured) -> str:
     return ""
 
 
-def _nudge(model: torch.nn.Module) -> None:
-    """Give an adapter's second matrices small values, the same each time, so that all of its weights have gradients."""
+def _nudge(model: torch.nn.Module) -> list[tuple[Tensor, Tensor]]:
+    """Move trained weights a little, the same way each time: an adapter's second matrices, or norms and biases.
+
+    So policy and reference differ, and all weights of an adapter have gradients, though its second matrices start at 0.
+
+    Returns:
+        The weights that were moved, each with its values before.
+    """
     import torch
 
     generator = torch.Generator().manual_seed(0)
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and "lora_B" in name:
-            parameter.data = (torch.randn(parameter.shape, generator=generator) * _NUDGE).to(parameter)
+    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    is_adapter = any("lora_B" in name for name, _ in trained)
+    moved: list[tuple[Tensor, Tensor]] = []
+    for name, parameter in trained:
+        if "lora_B" in name or (not is_adapter and parameter.dim() == 1):
+            moved.append((parameter, parameter.data))
+            noise = torch.randn(parameter.shape, generator=generator) * _NUDGE
+            parameter.data = noise.to(parameter) + parameter.data
+    return moved
+
+
+def settings_of(method: MethodConfig) -> str:
+    """Return the hyperparameters that an arm's loss depends on, in words."""
+    return ", ".join(f"{name}={getattr(method, name):g}" for name in _LOSS_KEYS if hasattr(method, name))
+
+
+def is_general(method: MethodConfig) -> bool:
+    """Return whether `Prover.run` itself proves this arm's loss, with these hyperparameters."""
+    return method.name in _TRAINERS and settings_of(method) == settings_of(_method(method.name))
 
 
 def _largest_gap(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> float:

@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from harness.config.arms import ARMS, DPOMarginConfig, SimPOConfig
+from harness.config.arms import ARMS, DPOMarginConfig, MethodConfig, SimPOConfig
 from harness.config.machine import Machine, processes_problem
 from harness.config.schema import EMBEDDED, Engine, Reference, RunConfig, Tuning
 from harness.data.inputs import Tokens
@@ -256,6 +256,7 @@ def problems(config: RunConfig) -> Iterator[str]:
         yield f"method.length_norm={method.length_norm:g}: TRL's own trainer has 1.0 only; use train.engine=paired"
     if train.reference is Reference.adapter_off and train.tuning is Tuning.full:
         yield "train.reference=adapter_off: train.tuning=full has no adapter; use cached or separate"
+    yield from _row_problems(method)
     if isinstance(method, DPOMarginConfig) and (
         train.engine is Engine.stock or train.reference is not Reference.cached
     ):
@@ -263,6 +264,21 @@ def problems(config: RunConfig) -> Iterator[str]:
             f"method.gamma_beta_ratio of {method.name}: TRL's DPO has no margin; it is put into the cached reference: "
             "use train.engine=paired and train.reference=cached"
         )
+
+
+def _row_problems(method: MethodConfig) -> Iterator[str]:
+    """Yield the hyperparameters that make an arm another one than its row in the table of arms says."""
+    arm = ARMS[method.name]
+    for key, is_had, what in (
+        ("gamma_beta_ratio", arm.has_margin, "margin"),
+        ("length_norm", arm.per_token, "length normalisation"),
+    ):
+        value = getattr(method, key, 0.0)
+        if value and not is_had:
+            yield (
+                f"method.{key}={value:g}: {method.name} is the arm without {what}, and only 0 keeps it so; for "
+                f"another value take an arm with {what}"
+            )
 
 
 def _batch_problems(config: RunConfig) -> Iterator[str]:

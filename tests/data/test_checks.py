@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from harness.data.checks import CHECKS, UncheckedError, failed_checks, last_number, read_checks
+from harness.data.checks import CHECKS, UncheckedError, failed_checks, final_number, read_checks
 from harness.data.conversations import RowError
 from harness.score.trial_scores import (
     completion_flags,
@@ -135,6 +135,10 @@ class TestReadingChecks:
             ({"max_words": 2, "fold": True}, "`fold` changes nothing here; allowed with equals, contains"),
             ({"number": "twelve"}, "check `number`: 'twelve'; allowed: a number"),
             ({"number": True}, "check `number`: True; allowed: a number"),
+            *(
+                ({"number": text}, f"check `number`: '{text}'")
+                for text in ("12:30", "3,5", "1.000.000", "1e999", "5 apples")
+            ),
             ({"regex": "("}, "a regular expression that Python compiles"),
         ],
     )
@@ -155,10 +159,27 @@ class TestReadingChecks:
         ("٤٢", 42),
         ("1 and 2 #### none", None),
         ("no number", None),
+        *(("-$5", -5), ("$-5", -5), ("−5 °C", -5), ("−€ 1,250", -1250), ("\\$-7$", -7), ("x^{2}-3", 3), ("–4", -4)),
+        *(("1 000", 1000), ("1\u2009000\u2009000", 1e6), ("1\u202f234.5", 1234.5), ("1'250", 1250), ("1_000", 1000)),
+        *(("1{,}000", 1000), ("1\\,000", 1000), ("12,34,567", 1234567), ("in 2020 300 people", 300), ("1 0000", 0)),
+        *(("٣٬٥٠٠٫٥", 3500.5), ("1,000.5", 1000.5), ("5%", 5), ("50 %.", 50), ("5 m²", 5)),
+        *(("1e3", 1000), ("1.5 × 10^3", 1500), ("2 \\times 10^{-3}", 0.002), ("3·10⁵", 3e5), ("1e999", None)),
+        *(("½", 0.5), ("2½", 2.5), ("-2 ¾", -2.75), ("1/2", 0.5), ("2 1/2 cups", 2.5), ("1⁄4", 0.25), ("1/0", None)),
+        *(("\\frac{3}{4}", 0.75), ("\\boxed{-\\dfrac12}", -0.5), ("5 at 12:30", None), ("on 11/28/2026", None)),
+        *(
+            ("10^3", 1000),
+            ("10⁻²", 0.01),
+            ("2^3", None),
+            ("5²", None),
+            ("1.5/2", 0.75),
+            ("1,000/4", 250),
+            ("1 / 4", 0.25),
+        ),
+        *(("1.2.3", None), ("1.000.000", None), ("(3,5)", 5), ("in 1 or 2\n300", 300)),
     ],
 )
 def test_the_last_number_counts(text: str, number: float | None) -> None:
-    assert last_number(text) == number
+    assert final_number(text) == number
 
 
 @pytest.mark.parametrize(
@@ -186,6 +207,14 @@ HOSTILE = {
     "right-to-left marks": "\u200f" * 100_000,
     "mixed scripts": "a漢ก" * 33_333,
     "numbers": "1," * 50_000,
+    "groups of two": "11," * 33_000,
+    "groups of three": "111," * 25_000 + "1111",
+    "fractions": "1 1/" * 25_000,
+    "one number": "7" * 1_000_000,
+    "times": "1:" * 50_000,
+    "slashes": "1 / " * 25_000,
+    "groups before a slash": "111," * 25_000 + "111x",
+    "powers": "10^" * 33_000,
     "quotes": '"\\' * 50_000,
     "brackets": '[{"a":' * 16_000,
 }

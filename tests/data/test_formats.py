@@ -1,5 +1,6 @@
 """Rows as people have them, and what is made of each: one behaviour a test."""
 
+import itertools
 import json
 import re
 
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 
 from harness.data.checks import CHECKS
 from harness.data.conversations import RowError
-from harness.data.formats import ParsedRow, has_known_form, parse_row
+from harness.data.formats import ANSWER_COLUMNS, ParsedRow, has_known_form, parse_row
 
 SKY = "What color is the sky?"
 
@@ -675,6 +676,10 @@ class TestAnswers:
             ({"prompt": "Entailed?", "label": 1}, "equals", {"equals": "1"}),
             ({"prompt": "Yes or no?", "answers": ["yes", "Yes"]}, "equals", {"equals": ["yes", "Yes"]}),
             ({"instruction": "Say it", "target": "it\n"}, "equals", {"equals": "it"}),
+            ({"question": "Loss?", "answer": "-$1 250"}, "number", {"number": -1250.0}),
+            ({"question": "Both", "answer": "6 * 7\n#### 42", "final_answer": 42}, "number", {"number": 42.0}),
+            ({"question": "Both", "label": 1, "target": "1 "}, "equals", {"equals": "1"}),
+            ({"question": "Both", "gold": "Paris", "answers": ["Paris"]}, "equals", {"equals": ["Paris"]}),
         ],
     )
     def test_an_answer_is_a_check(self, row, kind, check):
@@ -698,10 +703,35 @@ class TestAnswers:
             ({"question": "x", "answer": "3/4"}, "number", "a fraction or a time is no number"),
             ({"question": "x", "answer": r"\dfrac{1}{2}"}, "number", "a fraction or a time is no number"),
             ({"question": "x", "answer": "#### 12:30"}, "number", "a fraction or a time is no number"),
+            ({"question": "x", "answer": "3,5"}, "number", "write 3.5 for 3,5"),
+            ({"question": "x", "answer": "1.000,5"}, "number", "write 3.5 for 3,5"),
+            ({"question": "x", "answer": "1.000.000"}, "number", "write 3.5 for 3,5"),
             ({"question": "x", "answer": {"a": 1}}, "contains", "a text or a number"),
             ({"question": "x", "answers": ["a"]}, "contains", "a text or a number"),
         ],
     )
     def test_an_answer_that_cannot_be_checked_is_refused(self, row, kind, message):
         with pytest.raises(RowError, match=re.escape(message)):
+            parse_row(row, 1, frozenset(row), needs_pair=False, reads_checks=True, answer_check=kind)
+
+    @pytest.mark.parametrize("kind", ["contains", "equals", "number"])
+    @pytest.mark.parametrize(("first", "other"), [*itertools.combinations(ANSWER_COLUMNS, 2)])
+    def test_two_columns_with_unlike_answers_are_refused_by_name(self, first, other, kind):
+        row = {"question": "x", other: "43", first: "42"}
+        said = f"`{first}` is '42' and `{other}` is '43': which is the right answer? keep one of these columns"
+        with pytest.raises(RowError, match=re.escape(said)):
+            parse_row(row, 1, frozenset(row), needs_pair=False, reads_checks=True, answer_check=kind)
+
+    @pytest.mark.parametrize(
+        ("row", "kind"),
+        [
+            ({"answer": "B", "label": 1}, "contains"),
+            ({"answer": "yes", "answers": ["yes", "Yes"]}, "equals"),
+            ({"answer": "no number here", "final_answer": "42"}, "number"),
+            ({"answer": "42", "target": {"value": 42}}, "number"),
+        ],
+    )
+    def test_answers_of_unlike_kinds_are_refused_too(self, row, kind):
+        row = {"question": "x", **row}
+        with pytest.raises(RowError, match=r"`\w+` is .* and `\w+` is .*: which is the right answer\?"):
             parse_row(row, 1, frozenset(row), needs_pair=False, reads_checks=True, answer_check=kind)

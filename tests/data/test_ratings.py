@@ -28,6 +28,25 @@ SPELLINGS: list[tuple[str, str]] = [
     ("chosen_response_score", "rejected_response_score"),
     ("rating_chosen_answer", "rating_rejected_answer"),
     ("gpt4o_score_chosen", "gpt4o_score_rejected"),
+    ("chosenscore", "rejectedscore"),
+    ("SCORECHOSEN", "SCOREREJECTED"),
+    ("chosenavgrating", "rejectedavgrating"),
+    ("chosen_win_rate", "rejected_win_rate"),
+    ("winrate_chosen", "winrate_rejected"),
+    ("chosenWinRate", "rejectedWinRate"),
+    ("rejectedwinrate".replace("rejected", "chosen"), "rejectedwinrate"),
+    ("chosen win probability", "rejected win probability"),
+    ("score_positive", "score_negative"),
+    ("pos_score", "neg_score"),
+    ("reward.good", "reward.bad"),
+    ("best_score", "worst_score"),
+    ("score_win", "score_loss"),
+    ("winning.rating", "losing.rating"),
+    ("accepted_elo", "rejected_elo"),
+    ("votes_preferred", "votes_unpreferred"),
+    ("chosen/score", "rejected/score"),
+    ("y_w_score", "y_l_score"),
+    ("Chosen Rating", "Rejected Rating"),
 ]
 
 
@@ -60,6 +79,11 @@ def test_a_rating_against_the_label_is_refused_under_every_spelling(better: str,
         {"score_diff": "-2"},
         {"reward_margin": -0.1},
         {"chosen_rank": 3, "rejected_rank": 1},
+        {"scores": [1, 2]},
+        {"rewards": ["0.5", "1.5"]},
+        {"metadata": {"avg_ratings": [3.5, 4]}},
+        {"ranks": [2, 1]},
+        {"win_rates": [0.4, 0.6]},
     ],
 )
 def test_nested_ratings_differences_and_ranks_against_the_label_are_refused(row: dict[str, Any]) -> None:
@@ -80,6 +104,16 @@ def test_nested_ratings_differences_and_ranks_against_the_label_are_refused(row:
         {"chosen_rank": 1, "rejected_rank": 3},
         {"margin": 0.5},
         {"prompt": {"chosen": 1}},
+        {"scores": [4, 2]},
+        {"scores": [1, 2, 3]},
+        {"scores": ["good", "bad"]},
+        {"token_scores": [1, 2]},
+        {"sentiment_score": {"positive": 0.1, "negative": 0.9}},
+        {"positive": 1, "negative": 2},
+        {"win_rate": 0.2},
+        {"chosen_win_rate": 0.9, "rejected_win_rate": 0.1},
+        {"chosen_loss": 1.5, "rejected_loss": 2.5},
+        {"chosen_score_vs_rejected": -1},
         {},
     ],
 )
@@ -90,3 +124,13 @@ def test_numbers_that_rate_nothing_or_agree_say_nothing(row: dict[str, Any]) -> 
 def test_one_contradiction_among_several_ratings_is_enough() -> None:
     with pytest.raises(RowError, match="judge_score_chosen"):
         is_tie({"score_chosen": 3, "score_rejected": 2, "judge_score_chosen": 1, "judge_score_rejected": 2})
+
+
+def test_two_ratings_that_are_equal_are_a_tie() -> None:
+    assert is_tie({"scores": [3, 3]})
+    assert not is_tie({"scores": [3, None]})
+
+
+def test_a_list_of_two_is_named_with_its_places() -> None:
+    with pytest.raises(RowError, match=r"`scores\[0\]`=1 is lower than `scores\[1\]`=2: which answer is better\?"):
+        is_tie({"scores": [1, 2]})

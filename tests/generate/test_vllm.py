@@ -20,6 +20,7 @@ import pytest
 import harness.config.compose
 import harness.sweep.problems
 from harness.config.compose import vllm_problem
+from harness.config.paths import embedded_dir
 from harness.config.schema import RunConfig
 from harness.config.trial_id import trial_id
 from harness.generate.vllm import memory_share
@@ -28,10 +29,11 @@ from harness.study.files import read_json
 from harness.sweep.app import run_sweep
 from harness.sweep.problems import load_run
 from harness.train.base import Bases
-from tests.conftest import SMALL
+from tests.conftest import SMALL, overriding
+from tests.train.sft_folders import save_base
 
 STAND_IN = """
-import json, os, torch
+import json, os, time, torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 from types import SimpleNamespace as Record
@@ -45,7 +47,7 @@ class LLM:
 
     def generate(self, prompts, sampling, lora_request):
         with open(os.environ["STAND_IN_LOG"], "a") as log:
-            log.write(json.dumps({**self.keys, "adapters": [r and r.path for r in lora_request]}) + "\\n")
+            log.write(json.dumps({**self.keys, "at": time.time(), "adapters": [r and r.path for r in lora_request]}) + "\\n")
         if os.environ.get("STAND_IN_FAILS"):
             raise RuntimeError("CUDA out of memory")
         models, outputs = {}, []
@@ -81,11 +83,11 @@ def log(tmp_path_factory: pytest.TempPathFactory):
         yield folder / "log"
 
 
-def sweep(folder: Path, backend: str) -> Any:
+def sweep(folder: Path, backend: str, *more: str) -> Any:
     keys = ["+method=simpo,dpo", "seed=0,1", "study=one", f"results_dir={folder}", f"generate.backend={backend}"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(harness.generate.vllm, "vllm_problem", lambda config: None)  # let configs ask for the stand-in
-        (result,) = run_sweep([*SMALL, *keys])
+        (result,) = run_sweep(overriding(SMALL, *keys, *more))
     return result
 
 
@@ -116,6 +118,32 @@ def test_all_adapters_are_answered_for_in_one_pass_with_the_same_scores(
     )
     pd.testing.assert_frame_equal(first, second, rtol=1e-4)
     assert not list(by_vllm.rglob("answers-*")) + list(by_vllm.glob("vllm-*")), "what was exchanged is cleared away"
+
+
+def test_the_model_and_all_arms_are_proved_before_the_base_answers(log: Path, by_vllm: Path) -> None:
+    first = json.loads(log.read_text().splitlines()[0])
+    (proof,) = (by_vllm.parent / ".cache" / "preconditions").iterdir()
+    proved = {path.name.split("-")[0]: path.stat().st_mtime for path in proof.glob("*.json")}
+    assert proved.keys() == {"proof.json", "dpo", "simpo"}
+    assert max(proved.values()) < first["at"]
+    names = {row["name"] for row in read_json(by_vllm / "base" / "manifest.json")["preconditions"]}
+    assert {"the loss is the arm's alone", "the loss of DPO", "the loss of SimPO"} <= names
+
+
+@pytest.mark.parametrize("backend", ["vllm", "transformers"])
+def test_a_model_that_is_refused_never_answers(backend: str, tmp_path: Path, log: Path) -> None:
+    """An encoder that transformers loads as a language model."""
+    from transformers import BertConfig, BertLMHeadModel
+
+    model = save_base(tmp_path / "encoder", BertConfig, BertLMHeadModel)
+    data = [f"data.{split}={embedded_dir()}/{split}.jsonl" for split in ("train", "dev", "golden")]
+    before = log.read_text() if log.is_file() else ""
+    with pytest.raises(UsageError, match="lets tokens see later ones"):
+        sweep(tmp_path / "results", backend, f"model.path={model}", "train.lora_rank=4", *data)
+    assert (log.read_text() if log.is_file() else "") == before
+    assert not list((tmp_path / "results").rglob("answers-*"))
+    assert not list((tmp_path / "results").rglob("completions.jsonl"))
+    assert not list((tmp_path / "results" / "one" / "trials").glob("*"))
 
 
 def test_answers_are_asked_for_once_and_a_vllm_that_fails_fails_the_trials_and_keeps_what_was_trained(

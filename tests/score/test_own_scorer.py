@@ -89,3 +89,12 @@ def test_a_name_that_is_taken_or_a_file_that_is_not_there_is_refused(tmp_path: P
         load_scorer(str(tmp_path / "checks.py"))
     with pytest.raises(UsageError, match="no such file"):
         load_scorer(str(tmp_path / "nowhere.py"))
+
+
+def test_a_file_is_named_before_it_runs_so_that_one_that_hangs_is_known(
+    brevity: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    study = build_study(tmp_path / "results" / "letters", prompts=3)
+    tidy(study)
+    rescore(study, [str(brevity)])
+    assert f"{brevity}: scoring 7 runs" in capfd.readouterr().err

@@ -5,13 +5,15 @@ from __future__ import annotations
 import logging
 import subprocess
 import sys
+import threading
+import time
 import warnings
 from pathlib import Path
 
 import pytest
 
 from harness.study import log as triallog
-from harness.study.log import say, trial_log
+from harness.study.log import say, saying_while, trial_log
 from harness.sweep.app import run_single
 
 
@@ -113,3 +115,23 @@ def test_a_long_print_is_cut_where_the_log_has_no_more_room_and_not_left_out(tmp
     text = (tmp_path / "log.txt").read_text()
     assert text.count("reason") > 50
     assert text.endswith("(the log ends here: it has reached its limit)\n")
+
+
+def test_what_takes_long_is_said_at_once_and_again_until_it_ends(capfd: pytest.CaptureFixture[str]) -> None:
+    with saying_while("mine.py: scoring 7 runs", every=0.02):
+        assert capfd.readouterr().err == "mine.py: scoring 7 runs\n"
+        said = ""
+        while said.count("\n") < 2:
+            said += capfd.readouterr().err
+    assert said.startswith("mine.py: scoring 7 runs: still running after 0 min; Ctrl-C ends it\n")
+    capfd.readouterr()
+    time.sleep(0.1)
+    assert capfd.readouterr().err == ""
+
+
+def test_what_fails_is_not_said_any_longer(capfd: pytest.CaptureFixture[str]) -> None:
+    threads = threading.active_count()
+    with pytest.raises(ZeroDivisionError), saying_while("mine.py: scoring 7 runs"):
+        _ = 1 / 0
+    assert threading.active_count() == threads
+    assert capfd.readouterr().err == "mine.py: scoring 7 runs\n"

@@ -19,6 +19,7 @@ from harness.study.files import read_json, read_jsonl
 from harness.sweep.app import run_single, run_sweep
 from harness.train.derived import derive
 from tests.conftest import SMALL, overriding
+from tests.servers import command
 from tests.train.sft_folders import rewrite, save_adapter, save_base
 
 pytestmark = pytest.mark.slow
@@ -48,6 +49,20 @@ def study(adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (result,) = run_sweep(overrides(adapter, results))
     assert result.verdict is not None
     return results / "s"
+
+
+def test_two_workers_at_once_train_on_the_one_merged_model(study: Path, adapter: Path, tmp_path: Path) -> None:
+    done = command.run("harness.sweep", *overrides(adapter, tmp_path, "hydra/launcher=joblib"))
+    assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-3000:]
+    (merged,) = [path for path in (tmp_path / ".cache" / "merged").iterdir() if path.is_dir()]
+    (once,) = [path for path in (study.parent / ".cache" / "merged").iterdir() if path.is_dir()]
+    assert merged.name == once.name
+    assert (merged / "model.safetensors").read_bytes() == (once / "model.safetensors").read_bytes()
+    hashes = [
+        {read_json(path)["base_sha256"] for path in one.rglob("manifest.json")} for one in (study, tmp_path / "s")
+    ]
+    assert hashes[0] == hashes[1]
+    assert (tmp_path / "s" / "scores.csv").read_text() == (study / "scores.csv").read_text()
 
 
 def test_policy_and_reference_start_as_one_model(study: Path) -> None:

@@ -20,6 +20,20 @@ from tests.conftest import load_base, tokens_of
 SMALL = ["data.max_train_pairs=8", "train.epochs=1", "train.batch_size=4", "train.micro_batch_size=2"]
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("+method=simpo_no_margin method.gamma_beta_ratio=0.5", "=0.5: simpo_no_margin is the arm without margin"),
+        ("+method=simpo_sum_no_margin method.gamma_beta_ratio=1", "=1: simpo_sum_no_margin is the arm without"),
+        ("+method=simpo_sum method.length_norm=1", "length_norm=1: simpo_sum is the arm without length normalisation"),
+    ],
+)
+def test_an_arm_that_would_be_another_row_of_the_table_is_refused(given: str, said: str) -> None:
+    """The report's effects of margin and length normalisation are read from the rows."""
+    with pytest.raises(UsageError, match=said):
+        load_run([*given.split(), *SMALL])
+
+
 @pytest.mark.parametrize("arm", [name for name, arm in ARMS.items() if arm.trainer])
 def test_the_first_step_is_the_oracles_loss_on_that_batch(arm: str, tmp_path: Path) -> None:
     """An arm with its own reward and margin, computed from log-probs alone, against what TRL's trainer logged."""

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,13 @@ from safetensors.torch import load_file
 
 from harness.config import machine as devices
 from harness.config.compose import config_from
-from harness.config.schema import RunConfig
+from harness.config.schema import AccelerateConfig, RunConfig
 from harness.config.trial_id import plain
 from harness.data.plan import BatchPlan, share_of
 from harness.study.errors import DivergedError, UsageError, WorkerDiedError
 from harness.study.files import read_json, write_json
 from harness.sweep.problems import compose_run, load_run
+from harness.train.layout import Layout
 from harness.train.logps import reference_logps
 from harness.train.memory import plan_of
 from harness.train.processes import train_in_processes
@@ -83,12 +85,12 @@ def reference_of(config: RunConfig, folder: Path) -> Any:
         return reference_logps(tokens_of(config).train, base, base_sha256="base", pad_id=0, cache=folder / "cache")
 
 
-def alone(config: RunConfig, folder: Path) -> TrainResult:
+def alone(config: RunConfig, folder: Path, layout: Layout | None = None) -> TrainResult:
     tokens, reference = tokens_of(config), reference_of(config, folder)
     folder.mkdir(exist_ok=True)
     with new_bases().borrow_base(config, trains_all=True) as base:
         plan = plan_of(config, tokens.train.rows)
-        parts = {"model": base, "chat": tokens.chat, "folder": folder, "reference": reference}
+        parts = {"model": base, "chat": tokens.chat, "folder": folder, "reference": reference, "layout": layout}
         return train_arm(config, tokens.train.rows, plan, **parts)
 
 
@@ -118,6 +120,26 @@ def test_two_processes_equal_one(arm: str, tuning: str, tmp_path: Path) -> None:
     assert ours.keys() == theirs.keys()
     assert max((ours[name] - theirs[name]).abs().max().item() for name in ours) < 1e-6
     assert two.peak_memory_bytes > 2 * 200e6, "of both processes"
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one_where_each_answer_is_run_by_itself(tmp_path: Path) -> None:
+    """13 pairs: in the last step one process has two pairs, and the other one pair."""
+    layout = Layout("alone", "it was asked for")
+    config = configure("simpo", 13, "train.tuning=full", "accelerate=ddp", "train.batch_size=4")
+    one = alone(replace(config, accelerate=AccelerateConfig()), tmp_path / "one", layout)
+    two = train_in_processes(
+        config,
+        plan_of(config, tokens_of(config).train.rows),
+        folder=tmp_path / "two",
+        reference=None,
+        layout=layout,
+        on_step=lambda *_: None,
+    )
+    assert not two.packed
+    assert two.consumed_tokens_sha256 == one.consumed_tokens_sha256
+    for key in ("loss", "grad_norm"):
+        assert [s[key] for s in two.steps] == pytest.approx([s[key] for s in one.steps], rel=1e-5, abs=1e-9), key
 
 
 @pytest.mark.slow
