@@ -265,8 +265,7 @@ def memory_problem(config: RunConfig, shape: ModelShape, load: Load, *, bf16: bo
         return ""
     needed, machine = _least(config, shape, load, bf16=bf16), "GPU" if is_gpu else "machine"
     has = f"this {machine} has {_gb(room)} GB"
-    tuning = Tuning.qlora if config.train.tuning is Tuning.qlora else Tuning.lora
-    answers = _base_bytes(shape, tuning, 2 if bf16 else 4)  # no process shares a model that answers
+    answers = _answer_bytes(config.train, shape, bf16=bf16)
     if needed.total > room:
         fits = [way for way, least in _ways(config, shape, load, bf16=bf16) if least <= _SAFE_SHARE * room]
         counts = range(2, _MOST_PROCESSES + 1) if is_gpu and answers <= room and _shards(config)[0] == 1 else ()
@@ -289,6 +288,11 @@ def memory_problem(config: RunConfig, shape: ModelShape, load: Load, *, bf16: bo
     return ""
 
 
+def _answer_bytes(train: TrainConfig, shape: ModelShape, *, bf16: bool) -> float:
+    """Return the weights of a model that answers, which no process shares."""
+    return _base_bytes(shape, Tuning.qlora if train.tuning is Tuning.qlora else Tuning.lora, 2 if bf16 else 4)
+
+
 def _least(config: RunConfig, shape: ModelShape, load: Load, *, bf16: bool) -> Footprint:
     """Return what training takes with checkpointing, unless that is switched off."""
     return footprint(config, shape, load, bf16=bf16, checkpointing=config.train.gradient_checkpointing is not False)
@@ -307,10 +311,12 @@ def _ways(config: RunConfig, shape: ModelShape, load: Load, *, bf16: bool) -> It
     if train.tuning is not Tuning.qlora:
         changed["train.tuning=qlora"] = replace(train, tuning=Tuning.qlora)
     for way, other in changed.items():
-        yield way, _least(replace(config, train=other), shape, load, bf16=bf16).total
+        least = _least(replace(config, train=other), shape, load, bf16=bf16).total
+        yield way, max(least, round(_answer_bytes(other, shape, bf16=bf16)))
     if train.tuning is Tuning.full and hasattr(train, "optimizer"):
         needed = _least(config, shape, load, bf16=bf16)
-        yield "train.optimizer=adamw_8bit", needed.total - needed.optimiser * 3 // 4
+        least = needed.total - needed.optimiser * 3 // 4
+        yield "train.optimizer=adamw_8bit", max(least, round(_answer_bytes(train, shape, bf16=bf16)))
 
 
 def _sharded(config: RunConfig, count: int) -> RunConfig:

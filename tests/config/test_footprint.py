@@ -113,6 +113,8 @@ def test_processes_that_share_the_weights_need_a_part_of_them_each() -> None:
     said = problem(trial("train.tuning=lora", num_processes=4, distributed_type="FSDP"), SEVENTY)
     assert "it answers on one GPU, where its weights need 141 GB, and this GPU has 80 GB" in said
     assert problem(trial("train.tuning=full", num_processes=4, distributed_type="FSDP"), EIGHT) == ""
+    said = problem(trial("train.tuning=full", num_processes=4, distributed_type="FSDP"), SEVENTY)
+    assert said.endswith("use train.tuning=qlora"), "an adapter on 70B would train in four parts, and answer nowhere"
 
 
 def test_settings_that_take_memory_are_named_where_doing_without_them_fits() -> None:
