@@ -259,6 +259,7 @@ class GenerateConfig:
         seed: of the sampling: to see how much the answers vary.
         reasoning: blocks as `<think>`. `auto` and `drop` cut them off before answers are scored; `drop` also takes them
             out of both answers of each pair. `keep` scores and trains on them: to decide on the reasoning, too.
+        vllm_python: the Python interpreter that has vLLM: where vLLM needs another version of torch than training.
     """
 
     backend: str | None = bounded(None, choices=("transformers", "vllm"))
@@ -268,6 +269,7 @@ class GenerateConfig:
     top_p: float = bounded(1.0, above=0.0, at_most=1.0)
     seed: int = bounded(0, at_least=0, at_most=MAX_SEED)
     reasoning: str = bounded("auto", choices=("auto", "keep", "drop"))
+    vllm_python: str | None = None
 
 
 class Structured(Enum):

@@ -65,7 +65,7 @@ ADDED: dict[str, Json] = {
 NOT_HASHED = {
     *("train.threads", "train.checkpoint_minutes", "train.checkpoint_steps"),
     *("train.collapse_learning_rate", "train.reference"),
-    *("train.reuse_base", "train.metrics_steps"),
+    *("train.reuse_base", "train.metrics_steps", "generate.vllm_python"),
     *("method.learning_rates", "method.learning_rate_factor"),  # learning_rate holds the product
     *("data.path", "data.train", "data.dev", "data.golden", "data.revision"),
 }

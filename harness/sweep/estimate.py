@@ -6,13 +6,14 @@ import json
 import math
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import psutil
 
+from harness.config.footprint import Footprint, footprint, memory_problem, shape_of_folder
 from harness.config.machine import Machine
 from harness.config.schema import Engine, Precision, RunConfig, Tuning
 from harness.config.trial_id import config_label
@@ -27,7 +28,8 @@ from harness.study.text import one_line
 from harness.sweep.design import Design, ordered
 from harness.sweep.products import needed, shape_of_config, training_flops
 from harness.sweep.trial import Trial
-from harness.train.memory import USABLE_SHARE, matmul_rate, plan_of
+from harness.train.layout import Way
+from harness.train.memory import USABLE_SHARE, largest_load, load_of, matmul_rate, plan_of
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -250,7 +252,8 @@ class Estimate:
         trial_bytes: what a trial leaves on disk without its weights.
         weight_bytes: the weights that it trains.
         checkpoint_bytes: what its checkpoints need while it trains.
-        memory_bytes: of one trial's process, while it trains.
+        memory: of each of a trial's processes while it trains.
+        processes: that train a trial.
         disk_bytes: of the study, at its largest.
     """
 
@@ -259,8 +262,14 @@ class Estimate:
     trial_bytes: int
     weight_bytes: int
     checkpoint_bytes: int
-    memory_bytes: int
+    memory: Footprint
+    processes: int
     disk_bytes: int
+
+    @property
+    def memory_bytes(self) -> int:
+        """What all processes of a trial need together, Python included."""
+        return self.processes * (self.memory.total + _PROCESS_BYTES)
 
 
 def estimate(
@@ -277,7 +286,7 @@ def estimate(
         at_once: trials that train beside each other.
     """
     if not tune + confirm:
-        return Estimate(0.0, 0.0, 0, 0, 0, 0, 0)
+        return Estimate(0.0, 0.0, 0, 0, 0, Footprint(), 0, 0)
     config = design.any
     splits, tokens = design.inputs.splits(config), design.inputs.tokens(config)
     folder = design.inputs.checkpoints.folder(config.model, config.results_dir)
@@ -302,7 +311,8 @@ def estimate(
         trial_bytes=trial,
         weight_bytes=weights,
         checkpoint_bytes=checkpoint,
-        memory_bytes=config.accelerate.num_processes * memory_bytes(config, tokens, size, machine),
+        memory=training_footprint(config, tokens, folder, machine),
+        processes=config.accelerate.num_processes,
         disk_bytes=(tune + confirm + 1) * trial + kept * weights + at_once * checkpoint + 2 * (dev + golden) * text,
     )
 
@@ -329,7 +339,7 @@ def train_seconds(config: RunConfig, tokens: Tokens, size: Checkpoint, machine: 
         shape_of_config(_model_config(size)),
         needed(rows),
         rank=0 if train.tuning is Tuning.full else train.lora_rank,
-        recomputed=will_checkpoint(config, tokens, size, machine, rates),
+        recomputed=will_checkpoint(config, tokens, size.folder, machine),
     )
     factors = GPU_LOOP_OVER_PRODUCTS if rates.is_gpu else LOOP_OVER_PRODUCTS
     products = flops * (train.epochs or 1) / processes / rates.products * factors[train.engine]
@@ -344,13 +354,13 @@ def _together(products: float, python: float, rates: Rates) -> float:
     return max(products, python) if rates.is_gpu else products + python
 
 
-def will_checkpoint(config: RunConfig, tokens: Tokens, size: Checkpoint, machine: Machine, rates: Rates) -> bool:
+def will_checkpoint(config: RunConfig, tokens: Tokens, folder: Path, machine: Machine) -> bool:
     """Return whether training will use gradient checkpointing: as asked, or where the device is too small without."""
     asked = config.train.gradient_checkpointing
     if asked is not None:
         return asked
-    without = replace(config, train=replace(config.train, gradient_checkpointing=False))
-    return memory_bytes(without, tokens, size, machine) > USABLE_SHARE * rates.memory_bytes
+    whole, room = _footprint(config, tokens, folder, machine, checkpointing=False), _room(machine)
+    return bool(room) and whole.beside_weights >= USABLE_SHARE * (room - whole.weights)
 
 
 def answer_seconds(config: RunConfig, prompts: int, size: Checkpoint, rates: Rates) -> float:
@@ -361,20 +371,45 @@ def answer_seconds(config: RunConfig, prompts: int, size: Checkpoint, rates: Rat
     return _together(2.0 * size.parameters * prompts * length / rates.thin, python, rates) + _AROUND_SECONDS
 
 
-def memory_bytes(config: RunConfig, tokens: Tokens, size: Checkpoint, machine: Machine) -> int:
-    """Estimate the memory of a process that trains: weights, gradients, AdamW's state, activations, and Python."""
-    from transformers import AutoConfig
+def training_footprint(config: RunConfig, tokens: Tokens, folder: Path, machine: Machine) -> Footprint:
+    """Estimate the memory of a process that trains the config's micro-batches, beside Python itself."""
+    checkpointing = will_checkpoint(config, tokens, folder, machine)
+    return _footprint(config, tokens, folder, machine, checkpointing=checkpointing)
 
-    from harness.train.memory import activation_bytes, largest_micro_batch
 
-    model = AutoConfig.from_pretrained(size.folder, trust_remote_code=False)
-    itemsize = 2 if _may_use_bf16(config, machine) else 4
-    held = {Tuning.full: 4.0, Tuning.lora: float(itemsize), Tuning.qlora: 0.6}[config.train.tuning] * size.parameters
-    trained = size.parameters if config.train.tuning is Tuning.full else config.train.lora_rank * size.lora_sides
-    shares = config.train.engine is Engine.paired and config.train.levers.share_prefix
-    count = largest_micro_batch(tokens.train.rows, plan_of(config, tokens.train.rows), share_prefix=shares)
-    kept = activation_bytes(model, count, itemsize) / (_layers(size) if config.train.gradient_checkpointing else 1)
-    return int(held + 12 * trained + kept + _PROCESS_BYTES)
+def _footprint(config: RunConfig, tokens: Tokens, folder: Path, machine: Machine, *, checkpointing: bool) -> Footprint:
+    load = largest_load(config, tokens.train.rows, plan_of(config, tokens.train.rows), _planned_way(config))
+    bf16 = _may_use_bf16(config, machine)
+    return footprint(config, shape_of_folder(folder), load, bf16=bf16, checkpointing=checkpointing)
+
+
+def refuse_too_little_memory(design: Design, machine: Machine) -> None:
+    """Raise a UsageError where this machine cannot train a design's model with the smallest micro-batch.
+
+    Nothing is loaded: config.json, headers and token ids say how much is needed. A finished design needs none.
+    """
+    try:
+        if not sum(to_run(design)):
+            return
+    except UnreachableError:  # of a plan, which says so
+        return
+    config = design.any
+    rows = design.inputs.tokens(config).train.rows
+    shape = shape_of_folder(design.inputs.checkpoints.folder(config.model, config.results_dir))
+    bf16, way = _may_use_bf16(config, machine), _planned_way(config)
+    for trained in (configs[0] for configs in design.arms.values()):
+        load = max(load_of(trained, [row], way) for row in rows)
+        room, is_gpu = _room(machine), bool(machine.gpus)
+        if problem := memory_problem(trained, shape, load, bf16=bf16, room=room, is_gpu=is_gpu):
+            raise UsageError(problem)
+
+
+def _room(machine: Machine) -> int:
+    return machine.gpu_bytes if machine.gpus else machine.memory_bytes
+
+
+def _planned_way(config: RunConfig) -> Way:
+    return "packed" if config.train.engine is Engine.paired and config.train.levers.share_prefix else "padded"
 
 
 def _may_use_bf16(config: RunConfig, machine: Machine) -> bool:
@@ -439,7 +474,8 @@ def lines(found: Estimate, *, tune: int, confirm: int, keep: str) -> Sequence[st
     return [
         f"time: about {time_text(total)} of trials, one after the other, on a machine like this one"
         + (f" ({each}, were all answers as long as they may be)" if each else ""),
-        f"memory: about {size_text(found.memory_bytes)} for a trial that trains",
+        f"memory: about {size_text(found.memory_bytes)} for a trial that trains"
+        + (f", of which each process holds {found.memory} on its device" if found.processes else ""),
         f"disk: about {size_text(found.disk_bytes)} at most: {size_text(found.weight_bytes)} of weights and "
         f"{size_text(found.trial_bytes)} of rows a trial (keep={keep}), {size_text(found.checkpoint_bytes)} of "
         "checkpoints while one trains",

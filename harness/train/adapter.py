@@ -13,7 +13,7 @@ from torch import Tensor
 
 from harness.config.checkpoint import is_derived
 from harness.config.schema import ALL_LINEAR, RunConfig, Tuning, is_pattern
-from harness.study.errors import UsageError
+from harness.study.errors import UsageError, is_out_of_memory
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -123,7 +123,9 @@ def _returns_tensor(layer: torch.nn.Linear) -> bool:
         return True
     try:
         return isinstance(layer(layer.weight.new_zeros(2, layer.in_features)), Tensor)
-    except Exception:  # called in another way than `nn.Linear`, so that an adapter cannot call it
+    except Exception as error:  # called in another way than `nn.Linear`, so that an adapter cannot call it
+        if is_out_of_memory(error):
+            raise
         return False
 
 

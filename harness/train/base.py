@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from harness.config.machine import has_gpu
 from harness.config.schema import Kernels, ModelConfig, Precision, RunConfig, Tuning
 from harness.study.errors import UsageError
+from harness.train.memory import free_unused_memory
 from harness.train.weights import load_checked
 
 if TYPE_CHECKING:
@@ -57,24 +58,38 @@ def is_quantised(model: PreTrainedModel) -> bool:
     return bool(getattr(model, "is_loaded_in_4bit", False))
 
 
-def load_base(config: RunConfig, folder: Path, *, on_gpu: bool = True) -> PreTrainedModel:
-    """Load the base's weights: fp32 on a CPU; bf16 or 4 bits where only an adapter is trained on a GPU.
+def weights_dtype(config: RunConfig, *, trains_all: bool = False) -> torch.dtype:
+    """Return the dtype of a model's weights: fp32, or bf16 where products run in it and no weight of it is trained.
+
+    Weights that are trained stay in fp32: at the rates of full fine-tuning (1e-6) a step is smaller than the distance
+    of two numbers in bf16, and would be lost.
+
+    Args:
+        config: the trial.
+        trains_all: True for the model whose weights are trained by `train.tuning=full`.
+    """
+    import torch
+
+    return torch.bfloat16 if uses_bf16(config) and not trains_all else torch.float32
+
+
+def load_base(config: RunConfig, folder: Path, *, on_gpu: bool = True, answers: bool = False) -> PreTrainedModel:
+    """Load the base's weights: as they are trained, in 4 bits for QLoRA.
 
     Args:
         config: the trial.
         folder: of the checkpoint.
         on_gpu: to the GPU, where there is one; else into the machine's memory, to be sharded from there.
+        answers: as a model that answers and is not trained, in the precision of the policies that do so.
     """
-    import torch
-
     tuning = config.train.tuning
-    dtype = torch.bfloat16 if uses_bf16(config) and tuning is not Tuning.full else torch.float32
+    dtype = weights_dtype(config, trains_all=tuning is Tuning.full and not answers)
     model = load_model(folder, dtype, quantise=tuning is Tuning.qlora, on_gpu=on_gpu)
     return use_kernels(model, config.train.kernels, compare=on_gpu)
 
 
 def load_model(folder: Path, dtype: torch.dtype, *, quantise: bool = False, on_gpu: bool = True) -> PreTrainedModel:
-    """Load a causal LM's weights, to the GPU where there is one; in 4-bit NormalFloat with `quantise`.
+    """Load a causal LM's weights, straight to the GPU where there is one; in 4-bit NormalFloat with `quantise`.
 
     Raises:
         UsageError: where a parameter is not in the files (see `harness.train.weights`).
@@ -84,11 +99,8 @@ def load_model(folder: Path, dtype: torch.dtype, *, quantise: bool = False, on_g
 
     from harness.train.pure import make_pure
 
-    # Straight to the device: `.to()` would hold all weights in the machine's memory first. With its number, without
-    # which the trainer takes the model for one in parts.
-    place: dict[str, Any] = {}
-    if on_gpu and has_gpu():
-        place["device_map"] = {"": f"cuda:{torch.cuda.current_device()}"}
+    # By number: the trainer takes a model on "cuda" for one that is spread over GPUs.
+    place: dict[str, Any] = {"device_map": {"": torch.cuda.current_device()}} if on_gpu and has_gpu() else {}
     if quantise:
         from transformers import BitsAndBytesConfig
 
@@ -162,16 +174,16 @@ def _logits_and_gradient(model: PreTrainedModel) -> tuple[torch.Tensor, torch.Te
 
 
 class BaseKey(NamedTuple):
-    """What makes two bases in memory the same: checkpoint, precision, kernels, and how its weights are loaded."""
+    """What makes two bases in memory the same: checkpoint, precision of its weights, 4 bits or not, and kernels."""
 
     folder: Path
-    bf16: bool
-    tuning: Tuning
+    dtype: str
+    quantised: bool
     kernels: Kernels
 
 
 class Bases:
-    """The base cache: at most one base, with a copy of its weights where all of them are trained.
+    """The base cache: at most one base. One whose weights are trained is not kept: its checkpoint is read again.
 
     Args:
         folder_of: finds a checkpoint's folder, from the section `model` and `results_dir`.
@@ -180,39 +192,42 @@ class Bases:
     def __init__(self, folder_of: Callable[[ModelConfig, str], Path]) -> None:
         self._folder_of = folder_of
         self._models: dict[BaseKey, PreTrainedModel] = {}
-        self._pristine: dict[BaseKey, dict[str, torch.Tensor]] = {}
         self._sums: dict[BaseKey, list[int]] = {}
+        self._has_loaded = False
 
     @contextlib.contextmanager
-    def borrow_base(self, config: RunConfig, *, trains_all: bool = False) -> Iterator[PreTrainedModel]:
+    def borrow_base(
+        self, config: RunConfig, *, trains_all: bool = False, answers: bool = False
+    ) -> Iterator[PreTrainedModel]:
         """Yield the base; it is loaded where it is not in the cache, or where `train.levers.reuse_base` is off.
 
         Args:
             config: the trial.
-            trains_all: True where the weights themselves will be trained; a copy is kept in memory to put them back.
+            trains_all: True where the weights themselves will be trained.
+            answers: as in `load_base`.
         """
         folder = self._folder_of(config.model, config.results_dir)
         if not config.train.levers.reuse_base:
-            yield load_base(config, folder)
+            yield load_base(config, folder, answers=answers)
             return
-        key = BaseKey(folder, uses_bf16(config), config.train.tuning, config.train.kernels)
+        tuning = config.train.tuning
+        dtype = weights_dtype(config, trains_all=tuning is Tuning.full and not answers)
+        key = BaseKey(folder, str(dtype), tuning is Tuning.qlora, config.train.kernels)
         model = self._models.pop(key, None)
         if model is None:
-            self._models.clear()  # one base in memory, not two
-            self._pristine.clear()
-            model = load_base(config, folder)
-            self._sums[key] = weight_checksums(model)  # once: each loan ends with the same sums
+            self._make_room()
+            model = load_base(config, folder, answers=answers)
+            if not trains_all:
+                self._sums[key] = weight_checksums(model)  # once: each loan ends with the same sums
+        if trains_all:
+            yield model
+            return
         attention = model.config._attn_implementation
-        if trains_all and key not in self._pristine:
-            self._pristine[key] = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
         yield model  # after an error the model is not kept: its state is unknown
         reset_model(model)
         model.set_attn_implementation(attention)
-        if trains_all:
-            model.load_state_dict(self._pristine[key])
-        if (
-            weight_checksums(model) == self._sums[key]
-        ):  # one whose weights have changed, NaN included, is not lent again
+        # A base whose weights have changed, NaN included, is not lent again.
+        if weight_checksums(model) == self._sums[key]:
             self._models[key] = model
 
     @contextlib.contextmanager
@@ -230,7 +245,8 @@ class Bases:
         from harness.train.adapter import adapted_weight
 
         if (folder / "model").is_dir():
-            yield use_kernels(load_model(folder / "model", torch.float32), config.train.kernels)
+            self._make_room()
+            yield use_kernels(load_model(folder / "model", weights_dtype(config)), config.train.kernels)
             return
         with self.borrow_base(config) as base:
             policy = PeftModel.from_pretrained(base, folder / "adapter")
@@ -248,17 +264,16 @@ class Bases:
                 for weight, data in originals.items():
                     weight.data = data
 
+    def _make_room(self) -> None:
+        """Drop the model before the next one is loaded, a trained one included: one in memory, not two."""
+        if self._has_loaded:
+            self.release()
+        self._has_loaded = True
+
     def release(self) -> None:
-        """Drop the base, so that its memory is free."""
-        import gc
-
-        import torch
-
+        """Drop the base, so that its memory is free for what comes next: another model, or another process."""
         self._models.clear()
-        self._pristine.clear()
-        gc.collect()  # a model holds itself in circles, and the GPU's cache is emptied of what nothing holds
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        free_unused_memory()
 
 
 def reset_model(model: PreTrainedModel) -> None:

@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from trl.kernels import ChunkedLogProbFunction
+from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 from harness.data.tokens import TokenPair
 from harness.train.attention import Segments, segments_of
@@ -181,13 +183,22 @@ def token_logps(model: PreTrainedModel, hidden: Tensor, targets: Tensor, *, metr
     """
     head = model.get_output_embeddings()
     scale, cap = _logit_transform(model.config.get_text_config())
-    plain = scale == 1.0 and cap is None and head.bias is None
-    if plain and hidden.device.type == "cpu" and not head.weight.requires_grad:
-        return HeadOutput(*_FrozenHead.apply(hidden, head.weight, targets, metrics))
-    logps, entropy, _, mean_logits, is_top1 = ChunkedLogProbFunction.apply(
-        hidden, head.weight, head.bias, targets, 1.0, TRL_VOCAB_CHUNK, cap, scale, HEAD_OUTPUTS if metrics else ()
-    )
-    return HeadOutput(logps, entropy, mean_logits, is_top1)
+    with maybe_gather_lm_head_ctx(head.weight, head.bias):  # ZeRO-3 gathers a module's weights in its own call only
+        weight = _whole(head.weight)
+        bias = None if head.bias is None else _whole(head.bias)
+        plain = scale == 1.0 and cap is None and bias is None
+        if plain and hidden.device.type == "cpu" and not weight.requires_grad:
+            return HeadOutput(*_FrozenHead.apply(hidden, weight, targets, metrics))
+        logps, entropy, _, mean_logits, is_top1 = ChunkedLogProbFunction.apply(
+            hidden, weight, bias, targets, 1.0, TRL_VOCAB_CHUNK, cap, scale, HEAD_OUTPUTS if metrics else ()
+        )
+        return HeadOutput(logps, entropy, mean_logits, is_top1)
+
+
+def _whole(weight: Tensor) -> Tensor:
+    """Return a weight that FSDP2 has split over processes as one tensor; its gradient is split again."""
+    whole: Tensor = weight.full_tensor() if isinstance(weight, DTensor) else weight
+    return whole
 
 
 def _logit_transform(config: PretrainedConfig) -> tuple[float, float | None]:
@@ -217,13 +228,13 @@ class _FrozenHead(torch.autograd.Function):
         ctx: BackwardCFunction, hidden: Tensor, weight: Tensor, targets: Tensor, metrics: bool
     ) -> tuple[Tensor | None, ...]:
         num_rows = len(hidden)
-        logps, entropy, mean_logits = (hidden.new_empty(num_rows) for _ in range(3))
+        logps, entropy, mean_logits = (hidden.new_empty(num_rows, dtype=torch.float32) for _ in range(3))
         is_top1 = targets.new_empty(num_rows, dtype=torch.bool)
         grads = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        size = max(1, CHUNK_BYTES // (weight.shape[0] * weight.element_size()))
+        size = max(1, CHUNK_BYTES // (weight.shape[0] * 4))
         for start in range(0, num_rows, size):
             part = slice(start, start + size)
-            logits = hidden[part] @ weight.t()
+            logits = (hidden[part] @ weight.t()).float()
             # Not log_softmax: its fp32 kernel is off by about 5e-6 nats per token at a vocabulary of 49,152.
             norm = logits.logsumexp(-1, keepdim=True)
             chosen = logits.gather(1, targets[part, None])
@@ -235,7 +246,7 @@ class _FrozenHead(torch.autograd.Function):
             if metrics:
                 entropy[part] = -(probs.exp() * probs).sum(-1)
             if grads is not None:
-                torch.mm(probs.exp_(), weight, out=grads[part])
+                torch.mm(probs.exp_().to(weight.dtype), weight, out=grads[part])
                 torch.sub(weight[targets[part]], grads[part], out=grads[part])
         if grads is not None:
             ctx.save_for_backward(grads)
@@ -245,4 +256,4 @@ class _FrozenHead(torch.autograd.Function):
     @staticmethod
     def backward(ctx: BackwardCFunction, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         (grads,) = ctx.saved_tensors
-        return grad[:, None] * grads, None, None, None
+        return (grad[:, None] * grads).to(grads.dtype), None, None, None

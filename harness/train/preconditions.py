@@ -21,10 +21,11 @@ from harness.config.arms import MethodConfig, title
 from harness.config.schema import Kernels, Reference, RunConfig, Tuning
 from harness.data.token_rows import TokenPair, canonical_bytes, pair_lengths
 from harness.data.tokens import ChatFormat
-from harness.study.errors import UsageError
+from harness.study.errors import UsageError, is_out_of_memory
 from harness.study.files import digest, locked, read_sealed, seal, write_json
 from harness.study.manifest import Finding
 from harness.train.layout import Layout, processes_problem
+from harness.train.memory import free_unused_memory
 from harness.train.prover import LOSS, Proof, Prover, checked_of, is_general, settings_of
 
 if TYPE_CHECKING:
@@ -195,5 +196,8 @@ def _in_fp32(config: RunConfig, base: PreTrainedModel) -> PreTrainedModel | None
             return None
     try:
         return use_kernels(load_model(Path(base.name_or_path), torch.float32), config.train.kernels)
-    except (torch.OutOfMemoryError, MemoryError):
-        return None
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+    free_unused_memory()  # behind the error, whose traceback held the copy
+    return None

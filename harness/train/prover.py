@@ -13,10 +13,11 @@ from harness.config.schema import Engine, Precision, Reference, RunConfig, Tunin
 from harness.data.plan import BatchPlan
 from harness.data.token_rows import TokenPair, pair_lengths
 from harness.data.tokens import ChatFormat
-from harness.study.errors import UsageError
+from harness.study.errors import UsageError, is_out_of_memory
 from harness.study.manifest import Finding
 from harness.study.text import one_line
 from harness.train.layout import Layout, Way
+from harness.train.memory import free_unused_memory
 
 if TYPE_CHECKING:
     import torch
@@ -157,13 +158,18 @@ class Prover:
             return Proof(Layout(self._ways()[0]), (Finding(ENGINE, "not proved", why),))
         deterministic = self._prove_deterministic()
         self._refuse_look_ahead()
+        layout = None
         try:
             layout, loss, engine = self._prove_engine()
-        except (torch.OutOfMemoryError, MemoryError):
-            self.reset()
-            layout = self._first_forward_layout()
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
             loss = Finding(LOSS, "not proved", "memory ran out while it was measured")
             engine = Finding(ENGINE, "not proved", "memory ran out while it was measured")
+        if layout is None:  # behind the error, whose traceback held what did not fit
+            self.reset()
+            free_unused_memory()
+            layout = self._first_forward_layout()
         return Proof(layout, (self._parameters(), deterministic, loss, engine), self.gaps)
 
     def prove_method(self, method: MethodConfig, layout: Layout) -> Losses:
@@ -196,14 +202,13 @@ class Prover:
         Raises:
             UsageError: where the model cannot be run.
         """
-        import torch
 
         self.model.eval()
         try:
             self.truth = self._token_logps("alone", self.checked)
-        except (torch.OutOfMemoryError, MemoryError):
-            raise
         except Exception as error:
+            if is_out_of_memory(error):
+                raise
             raise UsageError(
                 f"model.path={self.name}: a {type(self.model).__name__} cannot be run on token ids alone "
                 f"({type(error).__name__}: {error}); take a checkpoint of a causal language model"
@@ -366,7 +371,6 @@ class Prover:
 
     def _measure_stock(self, arm: str) -> None:
         """Measure TRL's own trainer, and whether its loss is the one of single rows."""
-        import torch
 
         layout = Layout("padded", "", self.still)
         try:
@@ -377,9 +381,9 @@ class Prover:
                     max(self.spread[0], abs(found.loss - apart.loss)),
                     max(self.spread[1], _relative(found.norm, apart.norm)),
                 )
-        except (torch.OutOfMemoryError, MemoryError):
-            raise
         except Exception as error:
+            if is_out_of_memory(error):
+                raise
             self.stock_problems[arm] = f"{type(error).__name__}: {error}"
         else:
             self.stock[arm] = found
@@ -389,7 +393,6 @@ class Prover:
 
     def _try(self, layout: Layout) -> tuple[str, tuple[float, float]]:
         """Return why a layout fails, or nothing, with the largest gaps of loss and norm."""
-        import torch
 
         try:
             if problem := self._forward_problem(layout.way):
@@ -410,9 +413,9 @@ class Prover:
                     return f"{title(arm)}'s {problem}", (0.0, 0.0)
                 gaps = [max(gaps[0], gap), max(gaps[1], norm_gap)]
             return "", (gaps[0], gaps[1])
-        except (torch.OutOfMemoryError, MemoryError):
-            raise
         except Exception as error:  # a model may fail on packed input in any way; then it is run otherwise
+            if is_out_of_memory(error):
+                raise
             return f"{type(error).__name__}: {error}", (0.0, 0.0)
 
     def _expected(self, arm: str) -> _Measured:
@@ -458,6 +461,8 @@ class Prover:
             try:
                 problem = self._forward_problem(way)
             except Exception as error:
+                if is_out_of_memory(error):  # it says nothing of this layout
+                    raise
                 problem = f"{type(error).__name__}: {error}"
             self.reset()
             if not problem:

@@ -176,7 +176,7 @@ def build_trainer(
             "router_aux_loss_coef": 0.0,
         }
     if arguments["gradient_checkpointing"] is None:
-        arguments["gradient_checkpointing"] = _uses_checkpointing(config, model, rows, plan)
+        arguments["gradient_checkpointing"] = _uses_checkpointing(config, model, rows, plan, layout)
     is_quantised = config.train.tuning is Tuning.qlora
     adapted = adapter_on_quantised(model, config) if is_quantised else model
     start = trained_weights(adapted) if is_quantised else {}
@@ -219,11 +219,14 @@ def _reference_model(config: RunConfig, model: PreTrainedModel, *, is_given: boo
     return {"ref_model": NoModel(model.config)} if is_given and is_full else {}
 
 
-def _uses_checkpointing(config: RunConfig, model: PreTrainedModel, rows: Sequence[TokenPair], plan: BatchPlan) -> bool:
+def _uses_checkpointing(
+    config: RunConfig, model: PreTrainedModel, rows: Sequence[TokenPair], plan: BatchPlan, layout: Layout | None
+) -> bool:
     """Decide on gradient checkpointing by an estimate, or True where memory has run out in spite of it."""
-    shares = config.train.engine is Engine.paired and config.train.levers.share_prefix
-    has_run_out = plan.micro_batch_size != config.train.micro_batch_size
-    return has_run_out or needs_checkpointing(model, rows, plan, share_prefix=shares)
+    if plan.micro_batch_size != config.train.micro_batch_size:
+        return True
+    way = layout.way if layout else "packed" if uses_packing(config) else "padded"
+    return needs_checkpointing(config, model, rows, plan, way=way, bf16=uses_bf16(config))
 
 
 def _tried_layout(model: PreTrainedModel, config: RunConfig, rows: Sequence[TokenPair], chat: ChatFormat) -> Layout:
