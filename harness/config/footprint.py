@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from harness.config.arms import ARMS
 from harness.config.checkpoint_files import header, read_json_object, weight_files
-from harness.config.schema import AccelerateConfig, Engine, Reference, RunConfig, TrainConfig, Tuning
+from harness.config.schema import AccelerateConfig, Engine, Optimizer, Reference, RunConfig, TrainConfig, Tuning
 
 _NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # of a weight: 4 bits, and its block's constant, quantised once more
 _TILE_ROWS, _TILE_COLUMNS = 4096, 32768  # of logits in TRL's kernel for the head
@@ -205,7 +205,7 @@ def _shards(config: RunConfig) -> tuple[int, int]:
 
 def _optimiser_bytes(train: TrainConfig) -> float:
     """Return AdamW's bytes per trained weight: two states of fp32, or of 8 bits with a constant per 256 of them."""
-    return 2 + 8 / 256 if "8bit" in str(getattr(train, "optimizer", "")) else 8
+    return 2 + 8 / 256 if train.optimizer is Optimizer.adamw_8bit else 8
 
 
 def _has_reference_model(config: RunConfig) -> bool:
@@ -308,15 +308,13 @@ def _ways(config: RunConfig, shape: ModelShape, load: Load, *, bf16: bool) -> It
         changed["train.reference=cached"] = replace(train, reference=Reference.cached)
     if train.tuning is Tuning.full:
         changed["train.tuning=lora"] = replace(train, tuning=Tuning.lora)
+        if train.optimizer is not Optimizer.adamw_8bit:
+            changed["train.optimizer=adamw_8bit"] = replace(train, optimizer=Optimizer.adamw_8bit)
     if train.tuning is not Tuning.qlora:
         changed["train.tuning=qlora"] = replace(train, tuning=Tuning.qlora)
     for way, other in changed.items():
         least = _least(replace(config, train=other), shape, load, bf16=bf16).total
         yield way, max(least, round(_answer_bytes(other, shape, bf16=bf16)))
-    if train.tuning is Tuning.full and hasattr(train, "optimizer"):
-        needed = _least(config, shape, load, bf16=bf16)
-        least = needed.total - needed.optimiser * 3 // 4
-        yield "train.optimizer=adamw_8bit", max(least, round(_answer_bytes(train, shape, bf16=bf16)))
 
 
 def _sharded(config: RunConfig, count: int) -> RunConfig:

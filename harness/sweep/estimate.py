@@ -11,8 +11,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-import psutil
-
 from harness.config.footprint import Footprint, footprint, memory_problem, shape_of_folder
 from harness.config.machine import Machine
 from harness.config.schema import Engine, Precision, RunConfig, Tuning
@@ -233,13 +231,11 @@ class Rates:
     Attributes:
         products: FLOP/s of matrix products as large as a micro-batch's.
         thin: FLOP/s of products as thin as a batch of answers, which reads every weight for each token.
-        memory_bytes: of the device.
         is_gpu: whether Python's part of a step runs beside the products.
     """
 
     products: float
     thin: float
-    memory_bytes: float
     is_gpu: bool = False
 
 
@@ -502,9 +498,8 @@ def machine_rates(design: Design) -> Rates:
         bf16 = uses_bf16(config)
         if not torch.cuda.is_available():
             products = matmul_rate(inner, outer, seconds=0.3, bf16=bf16)
-            return Rates(products, products * _DECODING_SHARE, psutil.virtual_memory().total)
+            return Rates(products, products * _DECODING_SHARE)
         products = matmul_rate(inner, outer, rows=_GPU_ROWS, seconds=0.5, bf16=bf16)
         thin = matmul_rate(inner, outer, rows=config.generate.batch_size or 1, seconds=0.3, bf16=bf16)
-        memory = torch.cuda.mem_get_info()[1]
         torch.cuda.empty_cache()
-        return Rates(products, thin, memory, is_gpu=True)
+        return Rates(products, thin, is_gpu=True)

@@ -54,27 +54,28 @@ def planned(*more: str) -> tuple:
     return config, inputs.tokens(config), checkpoint_size(embedded_dir())
 
 
-CPU = Machine((), 2)
-LARGE, SMALL_DEVICE = Rates(1e9, 4e8, 1e15), Rates(1e9, 4e8, 1.0)
+CPU = Machine((), 2, memory_bytes=10**15)
+RATES = Rates(1e9, 4e8)
 
 
 def test_what_gradient_checkpointing_would_be_is_in_the_time() -> None:
     """Left open it is decided by the device's memory; what is asked for is not."""
+    small = replace(CPU, memory_bytes=1)
 
-    def seconds(rates: Rates, *more: str) -> float:
+    def seconds(machine: Machine, *more: str) -> float:
         config, tokens, size = planned(*more)
-        return train_seconds(config, tokens, size, CPU, rates)
+        return train_seconds(config, tokens, size, machine, RATES)
 
     on, off = (f"train.gradient_checkpointing={value}" for value in ("true", "false"))
-    assert seconds(LARGE) == seconds(LARGE, off) == seconds(SMALL_DEVICE, off)
-    assert seconds(SMALL_DEVICE) == seconds(SMALL_DEVICE, on) == seconds(LARGE, on)
-    assert 1.1 < seconds(LARGE, on) / seconds(LARGE, off) < 1.5, "one more forward pass of two"
+    assert seconds(CPU) == seconds(CPU, off) == seconds(small, off)
+    assert seconds(small) == seconds(small, on) == seconds(CPU, on)
+    assert 1.1 < seconds(CPU, on) / seconds(CPU, off) < 1.5, "one more forward pass of two"
 
 
 def test_a_gpu_multiplies_while_python_goes_on() -> None:
     """On a CPU the seconds of Python's part come on top; on a GPU the longer part counts."""
     config, tokens, size = planned()
-    slow, fast = (Rates(rate, rate, 1e15, is_gpu=True) for rate in (1e6, 1e18))
+    slow, fast = (Rates(rate, rate, is_gpu=True) for rate in (1e6, 1e18))
     products, python = (train_seconds(config, tokens, size, CPU, rates) for rates in (slow, fast))
     assert products > 100 * python > 0
     assert train_seconds(config, tokens, size, CPU, replace(slow, products=2e6)) == pytest.approx(products / 2)
@@ -85,7 +86,7 @@ def test_a_gpu_multiplies_while_python_goes_on() -> None:
 
 def test_answers_go_at_the_rate_of_products_as_thin_as_a_batch() -> None:
     config, _, size = planned("generate.max_new_tokens=50", "generate.batch_size=10")
-    rates = Rates(1e18, 1e6, 1e15, is_gpu=True)
+    rates = Rates(1e18, 1e6, is_gpu=True)
     once = answer_seconds(config, 10, size, rates)
     assert once == pytest.approx(2 * size.parameters * 10 * 50 / 1e6, rel=0.01)
     assert answer_seconds(config, 10, size, replace(rates, products=1.0)) == once
@@ -94,7 +95,7 @@ def test_answers_go_at_the_rate_of_products_as_thin_as_a_batch() -> None:
 def test_training_all_weights_takes_more_products_than_an_adapter() -> None:
     config, tokens, size = planned()
     full = planned("train.tuning=full")[0]
-    rates = Rates(1e6, 1e6, 1e15, is_gpu=True)
+    rates = Rates(1e6, 1e6, is_gpu=True)
     ratio = train_seconds(full, tokens, size, CPU, rates) / train_seconds(config, tokens, size, CPU, rates)
     assert 1.0 < ratio < 1.5, "6 against 4 operations a weight, and those of an adapter"
 
