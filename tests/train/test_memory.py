@@ -40,8 +40,8 @@ WIDTHS = {
     "8B": {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8},
 }
 LAYERS = [
-    ("lora", "fused", "fp32"), ("lora", "PEFT's", "fp32"), ("lora", "PEFT's", "bf16"), ("full", "", "fp32"),
-    ("full", "", "bf16"),
+    ("lora", "fused", "fp32"), ("lora", "PEFT's", "fp32"), ("lora", "fused", "bf16"), ("lora", "PEFT's", "bf16"),
+    ("full", "", "fp32"), ("full", "", "bf16"),
 ]  # fmt: skip
 
 
@@ -88,7 +88,7 @@ def kept_bytes(model: Any, layer: Any, precision: str) -> tuple[int, int]:
 
     precise = torch.autocast("cpu", torch.bfloat16) if is_bf16 else contextlib.nullcontext()
     with packing(model), precise, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        held = layer(hidden, position_embeddings=rotary, packed=packed)
+        held = layer(hidden, position_embeddings=rotary, packed=packed.segments)
     assert held.requires_grad
     return sum(storage.nbytes() for storage in kept.values()), packed.input_ids.numel()
 
