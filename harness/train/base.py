@@ -45,12 +45,23 @@ def threads(config: RunConfig) -> Iterator[None]:
 
 
 def uses_bf16(config: RunConfig) -> bool:
-    """Return True where matrix products run in bf16: as requested, or on a GPU with bf16 (on a CPU it is slower)."""
+    """Return True where matrix products run in bf16: as requested, or on a GPU with bf16 (on a CPU it is slower).
+
+    Older GPUs emulate it, slower than fp32.
+    """
     import torch
 
     if config.train.precision is Precision.auto:
-        return has_gpu() and torch.cuda.is_bf16_supported()
+        return has_gpu() and torch.cuda.is_bf16_supported(including_emulation=False)
     return config.train.precision is Precision.bf16
+
+
+def uses_tf32(config: RunConfig) -> bool:
+    """Return True where a training's products of fp32 matrices are in TF32: on a GPU that does not train in bf16.
+
+    In bf16 they stay exact: what is left in fp32 there is small, such as positions in some models, which TF32 rounds.
+    """
+    return has_gpu() and not uses_bf16(config)
 
 
 def is_quantised(model: PreTrainedModel) -> bool:
