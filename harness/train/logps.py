@@ -482,8 +482,9 @@ def reference_logps(
         StaleReferenceError: where a cached value differs from the base's.
     """
     way = layout.way if layout else "padded" if why_padded(base, pairs.rows, pad_id) else "packed"
-    how: dict[str, Any] = {"pad_id": pad_id, "share_prefix": share_prefix, "layout": Layout(way)}
-    compute = functools.partial(_computed, base, pairs.rows, trained=trained, **how)
+    compute = functools.partial(
+        _computed, base, pairs.rows, pad_id=pad_id, share_prefix=share_prefix, layout=Layout(way), trained=trained
+    )
     folder = cache / _cache_key(base, base_sha256, way, pairs, trained)
     known = _read_cache(folder)
     rows = as_rows(pairs.rows)
