@@ -124,7 +124,7 @@ class DataCache:
         *,
         is_whole: Callable[[], bool],
     ) -> None:
-        """Write an entry beside its place, and move it there; of two processes the first one's stays: it may be mapped."""
+        """Write an entry beside its place, and move it there; the first of two processes' stays: it may be mapped."""
         temporary = None
         with contextlib.suppress(OSError):  # no room, or no right to write: the next process makes it anew
             self._folder.mkdir(parents=True, exist_ok=True)
