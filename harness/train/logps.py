@@ -22,7 +22,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -431,8 +431,16 @@ def as_trained(
     numbers = sorted({number for batch in some for number in batch})
     size = 1 if max(map(len, some)) > 1 else 2
     others = [numbers[start : start + size] for start in range(0, len(numbers), size)]
-    how: dict[str, Any] = {"pad_id": pad_id, "share_prefix": share_prefix, "layout": layout, "bf16": bf16}
-    compute = functools.partial(pair_logps, base, rows, desc="noise of the reference", **how)
+    compute = functools.partial(
+        pair_logps,
+        base,
+        rows,
+        pad_id=pad_id,
+        desc="noise of the reference",
+        share_prefix=share_prefix,
+        layout=layout,
+        bf16=bf16,
+    )
     first, second = (compute(batches=each)[numbers] for each in (some, others))
     gaps = (first - second).abs()
     tokens = torch.tensor([[len(rows[i].chosen_ids), len(rows[i].rejected_ids)] for i in numbers])
@@ -511,14 +519,18 @@ def _computed(
     wanted: np.ndarray,
     *,
     trained: AsTrained | None,
-    **how: Any,
+    pad_id: int,
+    desc: str,
+    share_prefix: bool,
+    layout: Layout,
 ) -> np.ndarray:
     """Return the log-probs of some rows, (num_wanted, 2); as they are trained, each row in its own batch."""
+    run = functools.partial(pair_logps, base, pad_id=pad_id, desc=desc, share_prefix=share_prefix, layout=layout)
     if trained is None:
-        return pair_logps(base, [rows[i] for i in wanted], **how).numpy()
+        return run([rows[i] for i in wanted]).numpy()
     numbers = set(wanted.tolist())
     own = [batch for batch in trained.batches if numbers & set(batch)]
-    return pair_logps(base, rows, batches=own, bf16=trained.bf16, **how).numpy()[wanted]
+    return run(rows, batches=own, bf16=trained.bf16).numpy()[wanted]
 
 
 def _tolerance(rows: Sequence[TokenPair], numbers: np.ndarray, trained: AsTrained | None) -> np.ndarray:

@@ -59,7 +59,7 @@ class RowNumbers(Dataset):
     would hash the third one, which holds the model.
     """
 
-    def map(self, *_: object, **__: object) -> RowNumbers:
+    def map(self, *_: Callable[..., Batch], **__: str | int | None) -> RowNumbers:
         """Return the row numbers as they are."""
         return self
 
