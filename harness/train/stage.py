@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from harness.config.arms import ARMS, DPOMarginConfig, MethodConfig, SimPOConfig
-from harness.config.machine import Machine, has_gpu, processes_problem
+from harness.config.machine import Machine, processes_problem
 from harness.config.schema import (
     ALL_LINEAR,
     EMBEDDED,
@@ -308,7 +308,7 @@ def _kernel_problems(config: RunConfig) -> Iterator[str]:
             "train.kernels=liger: liger-kernel is not installed; pip install 'dpo-simpo-harness[liger]', or use "
             "train.kernels=none"
         )
-    elif train.kernels is Kernels.liger and not has_gpu():
+    elif train.kernels is Kernels.liger and not Machine.here().gpus:  # torch would settle which GPUs it sees
         yield "train.kernels=liger: its kernels need a GPU, and this machine has none; use train.kernels=none"
 
 

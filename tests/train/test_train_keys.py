@@ -200,8 +200,11 @@ def test_a_class_without_kernels_is_refused(monkeypatch) -> None:
 
 def test_kernels_on_a_machine_without_a_gpu_are_refused(monkeypatch) -> None:
     monkeypatch.setattr("harness.train.stage.find_spec", lambda name: object())
+    asked: list[str] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: asked.append("torch"))
     with pytest.raises(UsageError, match=r"train\.kernels=liger: its kernels need a GPU, and this machine has none"):
         configure("train.kernels=liger")
+    assert not asked, "the first question settles which GPUs a process sees, before a trial has taken one of several"
 
 
 def test_a_base_with_other_kernels_is_another_base() -> None:
