@@ -119,6 +119,18 @@ def test_checkpointing_is_used_only_where_the_free_memory_asks_for_it(
     assert needs_checkpointing(config, model, rows, plan, way="packed", bf16=False) is needed
 
 
+@pytest.mark.parametrize(("available", "total", "needed"), [(0.01, 256, False), (256, 0.05, True)])
+def test_processes_decide_alike_by_all_of_the_memory(available: float, total: float, needed: bool, monkeypatch) -> None:
+    """What is free differs between them, and one that computes again what another kept would wait for it forever."""
+    rows = [*tokens_of(CONFIG).train.rows] * 40
+    keys = ["train.batch_size=480", "train.micro_batch_size=240", "train.epochs=1"]
+    config = load_run(["+method=dpo", *keys, "accelerate=ddp", "accelerate.num_processes=2"])
+    found = SimpleNamespace(available=int(available * 2**30), total=int(total * 2**30))
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: found)
+    model, plan = load_base(CONFIG), plan_of(config, rows)
+    assert needs_checkpointing(config, model, rows, plan, way="packed", bf16=False) is needed
+
+
 def test_full_fine_tuning_counts_its_gradients_and_optimiser(monkeypatch) -> None:
     """A model of 0.9M weights: 11 MB of gradients and AdamW's states, which an adapter does not need."""
     rows = tokens_of(CONFIG).train.rows[:1]
