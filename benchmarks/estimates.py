@@ -31,8 +31,8 @@ def estimated(overrides: Sequence[str]) -> tuple[Estimate, int, int]:
     found: list[Any] = []
     real = planning.estimate
 
-    def keep(design: Any, *, tune: int, confirm: int, rate: float) -> Estimate:
-        found.append((real(design, tune=tune, confirm=confirm, rate=rate), tune, confirm))
+    def keep(design: Any, machine: Any, *, tune: int, confirm: int, **given: Any) -> Estimate:
+        found.append((real(design, machine, tune=tune, confirm=confirm, **given), tune, confirm))
         return found[-1][0]
 
     planning.estimate = keep
@@ -53,7 +53,7 @@ def row(name: str, overrides: Sequence[str], folder: Path) -> str:
     assert result.report is not None
     peaks = [read_manifest(path)["peak_memory_bytes"]["train"] for path in result.report.parent.glob("trials/*")]
     disk = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    seconds = tune * expected.tune_seconds + confirm * expected.confirm_seconds
+    seconds = tune * expected.tune_seconds + confirm * expected.confirm_seconds + expected.reference_seconds
     pairs = [(seconds, took, 1), (expected.memory_bytes, max(peaks), 1e6), (expected.disk_bytes, disk, 1e6)]
     cells = [f"{guess / unit:.0f} / {real / unit:.0f} ({guess / real:.1f})" for guess, real, unit in pairs]
     return f"| {name} | {tune + confirm} | " + " | ".join(cells) + " |"

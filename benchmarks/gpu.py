@@ -44,7 +44,9 @@ PARTS = {
     "speed": Part(gpu_parts.speed, 60),
     "memory": Part(gpu_parts.memory, 45),
     "study": Part(gpu_parts.study, 90),
+    "smollm2": Part(gpu_parts.smollm2, 200),
 }
+ALWAYS = tuple(name for name in PARTS if name != "smollm2")  # which needs folders
 
 
 @dataclass
@@ -87,6 +89,7 @@ class Result:
                 "facts": self.found[name].facts,
                 "tables": self.found[name].tables,
                 "checks": self.found[name].checks,
+                "targets": self.found[name].targets,
                 "errors": self.found[name].errors,
             }
             for name, status in self.status.items()
@@ -151,7 +154,9 @@ LABELS = {
     "grad_norm_gap": "gap of gradient norms",
     "largest_gap_nats": "largest gap, nats",
     "mean_gap_nats": "mean gap, nats",
-    "gap_to_the_first_pass_nats": "gap to the first pass, nats",
+    "ms_a_pair": "ms a pair",
+    "reference_ms_a_pair": "reference pass, ms a pair",
+    f"time_in_a_grid_of_{gpu_parts.GRID}_computed": f"computed: time a trial in a grid of {gpu_parts.GRID}",
     "pairs_per_s": "pairs/s",
     "tokens_per_s": "tokens/s",
     "build_s": "to build the trainer, s",
@@ -162,7 +167,6 @@ LABELS = {
     "check_of_the_lent_base_s": "the harness's check of the lent base",
     "few_pairs_as_it_is": "fewer pairs for the harness's own attention",
     "tokens_of_the_micro_batches": "tokens of the micro-batches",
-    "log_prob_of_an_answer": "log-prob of an answer",
     "asked": "micro-batch asked for",
     "micro_batch_size": "trained with",
     "plan": "batch plan",
@@ -173,7 +177,7 @@ REMARKS = ("error", "skipped", "message")  # one column for all of them, where t
 def page(result: Result) -> str:
     """Return the page: the machine, what has to hold, then what each part found."""
     where = f"on one {gpu_parts.device_name()}" if GPU else f"on a CPU: {NOT_MEASURED}"
-    parts = [f"# The harness {where}", _about(result), _checks(result)]
+    parts = [f"# The harness {where}", _about(result), _checks(result), _targets(result)]
     for name, found in result.found.items():
         seconds = f"{result.seconds.get(name, 0.0):.0f} s"
         status = "" if result.status[name] == "done" else f", {result.status[name]}"
@@ -204,6 +208,16 @@ def _checks(result: Result) -> str:
         f"| part {name} | **{status}** |" for name, status in result.status.items() if status not in ("done", "running")
     ]
     return "\n".join(lines) if len(lines) > 2 else ""
+
+
+def _targets(result: Result) -> str:
+    """Return the table of targets: what was measured beside what is aimed at; a missed one is no failure."""
+    rows = [(name, row) for found in result.found.values() for name, row in found.targets.items()]
+    lines = ["| target | measured | aim | |", "|---|---|---|---|"]
+    for name, row in rows:
+        verdict = "reached" if row["reached"] else "**missed**"
+        lines.append(f"| {name} | {_shown(row['measured'])} | {row['target']} | {verdict} |")
+    return "\n".join(lines) if rows else ""
 
 
 def _table(title: str, rows: Mapping[str, Row]) -> str:
@@ -242,15 +256,26 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of gpu.json and gpu.md")
     parser.add_argument("--tiny", action="store_true", help="small shapes, on a CPU too: to test this script")
-    parser.add_argument("--parts", default=",".join(PARTS), help="which, separated by commas (default: %(default)s)")
+    parser.add_argument("--parts", help=f"which of {', '.join(PARTS)}, separated by commas (default: all but the last)")
+    parser.add_argument("--smollm2", type=Path, help="a checkpoint's folder: only a study of it, with --pairs")
+    parser.add_argument("--pairs", type=Path, help="a folder with train.jsonl, dev.jsonl and golden.jsonl")
     parser.add_argument("--budget", type=float, default=470.0, help="seconds for everything (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=4, help="measured steps of 8 pairs in each run of the large model")
     parser.add_argument("--shape", default="8b", choices=[name for name in SHAPES if name != "tiny"])
     parser.add_argument("--cap", type=float, default=4.0, help="GB of the trial that must run out of memory")
     options = parser.parse_args(arguments)
-    options.parts = options.parts.split(",")
+    has_folders = options.smollm2 is not None and options.pairs is not None
+    default = ("machine", "smollm2") if has_folders else ALWAYS
+    options.parts = list(default) if options.parts is None else options.parts.split(",")
     if unknown := [name for name in options.parts if name not in PARTS]:
         parser.error(f"--parts: there is no part {', '.join(map(repr, unknown))}; there are {', '.join(PARTS)}")
+    if "smollm2" in options.parts or options.smollm2 is not None or options.pairs is not None:
+        if not has_folders:
+            parser.error("part smollm2: give both --smollm2 FOLDER and --pairs FOLDER")
+        wanted = [options.smollm2 / "config.json"]
+        wanted += [options.pairs / f"{split}.jsonl" for split in ("train", "dev", "golden")]
+        if missing := [path for path in wanted if not path.is_file()]:
+            parser.error(f"part smollm2: there is no {missing[0]}")
     if options.steps < 1:
         parser.error("--steps: at least 1")
     if not (GPU or options.tiny):
@@ -265,7 +290,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         torch.set_num_threads(1)  # small shapes are fastest so
     # The imports of this process are a part of the budget: on a fresh machine they take most of a minute.
     began = time.perf_counter() - IMPORT_SECONDS
-    settings = Settings(options.tiny, options.steps, options.shape, options.cap, began + options.budget)
+    settings = Settings(
+        options.tiny,
+        options.steps,
+        options.shape,
+        options.cap,
+        began + options.budget,
+        folder=options.out.resolve(),
+        smollm2=options.smollm2,
+        pairs=options.pairs,
+    )
     result = Result(options.out, settings, began)
     measure(options.parts, settings, result)
     print((options.out / "gpu.md").read_text(encoding="utf-8"))

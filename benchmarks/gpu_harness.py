@@ -1,4 +1,4 @@
-"""What the GPU check needs of the harness, and the only file of it that imports the harness: pairs, models, runs.
+"""What the GPU check needs of the harness: pairs, models, runs.
 
 Made for `gpu.py`. Models have random weights and are made where they run; pairs are drawn from a fixed seed.
 """
@@ -12,7 +12,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -24,65 +24,78 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import numpy as np
 import torch
 import trl.trainer.dpo_trainer as trl_dpo
-from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
-from harness.bench.runs import needed_flops
 from harness.config.schema import RunConfig
 from harness.data.inputs import Inputs
-from harness.data.plan import ConsumedTokens, make_plan
+from harness.data.plan import BatchPlan, ConsumedTokens, make_plan
 from harness.data.records import EvalPrompt
 from harness.data.tokens import TokenisedPairs, TokenPair
 from harness.generate import answers as generate_module
 from harness.study.files import read_json, write_jsonl
 from harness.sweep.design import single_trial
 from harness.sweep.problems import load_run
+from harness.sweep.products import Shape, needed, shape_of, training_flops
 from harness.sweep.stages import run_trial
 from harness.sweep.trial import Context
 from harness.train import run as train_module
 from harness.train.adapter import adapter_config
-from harness.train.base import reset_model, weight_checksums
-from harness.train.logps import REFERENCE_TOLERANCE as FP32_TOLERANCE
-from harness.train.logps import StaleReferenceError, forget_probe, pair_logps, reference_logps
+from harness.train.base import reset_model, uses_bf16, weight_checksums
+from harness.train.logps import StaleReferenceError, as_trained, forget_probe, pair_logps, reference_logps
 from harness.train.memory import matmul_rate
-from harness.train.packed import ATTENTION, Packed, groups_of, pack, packed_attention
+from harness.train.packed import Packed, groups_of, pack
 
 __all__ = [
-    "ATTENTION",
     "DEVICE",
     "GPU",
-    "REFERENCE_TOLERANCE",
+    "INPUTS",
     "SHAPES",
     "Packed",
     "Ran",
+    "Shape",
+    "StepClock",
     "TokenPair",
     "answer",
     "checksums",
+    "facts_of",
     "free_memory",
     "give_back",
+    "llama_config",
     "loaded_adapter",
     "log_probs",
     "make_llama",
     "matmul_rate",
-    "needed_flops",
+    "needed",
     "num_tokens",
     "pack",
     "pack_pairs",
-    "packed_attention",
     "pairs_like_ultrafeedback",
     "peak_gb",
     "pretended_out_of_memory",
-    "reference_is_refused",
+    "reference_noise",
+    "reference_of",
     "run_config",
+    "shape_of",
     "small_study",
     "sync",
     "train",
     "train_once",
+    "training_flops",
 ]
 
 INPUTS = Inputs()  # of this script: the tokenizer is that of the embedded study
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
-REFERENCE_TOLERANCE = 100 * FP32_TOLERANCE  # nats per answer, in bf16
 
 _SHAPES = {  # hidden size, MLP's size, layers, heads, heads of keys and values, vocabulary, spread of the weights
     "8b": (4096, 14336, 32, 32, 8, 128256, 0.02),  # Llama-3-8B
@@ -148,10 +161,10 @@ def pack_pairs(rows: Sequence[TokenPair]) -> Packed:
     return pack(groups_of(rows, share_prefix=True)).to(DEVICE)
 
 
-def make_llama(shape: str, dtype: torch.dtype) -> LlamaForCausalLM:
-    """Make a Llama with random weights on the GPU, where there is one."""
+def llama_config(shape: str) -> LlamaConfig:
+    """Return a Llama's config."""
     hidden, inner, layers, heads, kv_heads, vocab, spread = _SHAPES[shape]
-    config = LlamaConfig(
+    return LlamaConfig(
         hidden_size=hidden,
         intermediate_size=inner,
         num_hidden_layers=layers,
@@ -166,6 +179,11 @@ def make_llama(shape: str, dtype: torch.dtype) -> LlamaForCausalLM:
         eos_token_id=2,
         pad_token_id=0,
     )
+
+
+def make_llama(shape: str, dtype: torch.dtype) -> LlamaForCausalLM:
+    """Make a Llama with random weights on the GPU, where there is one."""
+    config = llama_config(shape)
     before = torch.get_default_dtype()
     torch.manual_seed(0)
     torch.set_default_dtype(dtype)  # so that an 8B model is never there in fp32
@@ -183,8 +201,27 @@ def run_config(arm: str, *overrides: str) -> RunConfig:
 
 
 def log_probs(model: LlamaForCausalLM, rows: Sequence[TokenPair]) -> torch.Tensor:
-    """Return the log-probs of both answers of each pair, as DPO's reference is computed: (pairs, 2), in nats."""
+    """Return the log-probs of both answers of each pair, in batches made for speed: (pairs, 2), in nats."""
     return pair_logps(model, rows, pad_id=0, desc="")
+
+
+def plan_for(config: RunConfig, rows: Sequence[TokenPair]) -> BatchPlan:
+    """Return the plan of one epoch over all rows."""
+    batch, micro = config.train.batch_size, config.train.micro_batch_size
+    assert batch is not None, "each run of this check sets it, and the micro-batch"
+    assert micro is not None
+    lengths = [row.length for row in rows]
+    return make_plan(len(rows), epochs=1, batch_size=batch, micro_batch_size=micro, seed=0, lengths=lengths)
+
+
+def reference_of(config: RunConfig, rows: Sequence[TokenPair], model: LlamaForCausalLM) -> torch.Tensor:
+    """Return DPO's reference as the harness computes it: in bf16 in the plan's micro-batches, as the policy is."""
+    if not uses_bf16(config):
+        return log_probs(model, rows)
+    plan = plan_for(config, rows)
+    order, size = plan.order, plan.micro_batch_size
+    batches = [order[start : start + size] for start in range(0, len(order), size)]
+    return pair_logps(model, rows, pad_id=0, desc="", batches=batches, bf16=True)
 
 
 @dataclass(frozen=True)
@@ -198,6 +235,7 @@ class Ran:
             seconds, pairs and tokens a second, and memory of the measured steps.
         rows: the pairs of the measured steps.
         seconds: of the measured steps.
+        kernels: of the profiled step, the longest first.
     """
 
     loss: list[float]
@@ -205,18 +243,43 @@ class Ran:
     facts: dict[str, float | int | str | bool | None]
     rows: tuple[TokenPair, ...]
     seconds: float
+    kernels: list[dict[str, float | int | str]] = field(default_factory=list)
 
 
-class _StepClock(TrainerCallback):
-    """Notes when each step ended, and begins the peak of memory anew after the warm-up."""
+class StepClock(TrainerCallback):
+    """Notes when each step ended, and begins the peak of memory anew after the warm-up.
 
-    def __init__(self, warmup: int) -> None:
+    Args:
+        warmup: steps at the start that do not count.
+        profiled: number of the step, from 1, that torch's profiler looks at; 0: none.
+    """
+
+    def __init__(self, warmup: int, profiled: int = 0) -> None:
         self.warmup = warmup
+        self.profiled = profiled
+        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if GPU else [])]
+        self.profiler = profile(activities=activities) if profiled else None
         self.ends = [time.perf_counter()]
 
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
+    ) -> None:
+        """Begin anew."""
+        sync()
+        self.ends = [time.perf_counter()]
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
+        """Start the profiler at its step."""
+        if self.profiler is not None and state.global_step + 1 == self.profiled:
+            sync()
+            self.profiler.start()
+
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
+        """Note the time."""
         sync()
         self.ends.append(time.perf_counter())
+        if self.profiler is not None and state.global_step == self.profiled:
+            self.profiler.stop()
         if state.global_step == self.warmup and GPU:
             torch.cuda.reset_peak_memory_stats()
 
@@ -224,6 +287,45 @@ class _StepClock(TrainerCallback):
     def seconds(self) -> float:
         """Seconds of all steps after the warm-up."""
         return self.ends[-1] - self.ends[self.warmup]
+
+    def kernels(self, most: int) -> list[dict[str, float | int | str]]:
+        """Return what took the profiled step's time, the longest first: kernels on a GPU, operators on a CPU."""
+        if self.profiler is None:
+            return []
+        name = "self_device_time_total" if GPU else "self_cpu_time_total"
+        events = [
+            event
+            for event in self.profiler.key_averages()
+            if getattr(event, name) > 0
+            and (event.device_type == DeviceType.CUDA) == GPU
+            and not (GPU and event.is_user_annotation)  # spans that hold kernels, such as the optimiser's step
+        ]
+        total = sum(getattr(event, name) for event in events)
+        events.sort(key=lambda event: -getattr(event, name))
+        return [
+            {
+                "kernel": event.key[:90],
+                "calls": event.count,
+                "ms": getattr(event, name) / 1e3,
+                "share": getattr(event, name) / total,
+            }
+            for event in events[:most]
+        ]
+
+
+def facts_of(
+    trainer: Trainer, clock: StepClock, rows: Sequence[TokenPair]
+) -> dict[str, float | int | str | bool | None]:
+    """Return what a run's measured steps took: the pairs of these steps, their seconds and memory."""
+    return {
+        "checkpointing": bool(trainer.args.gradient_checkpointing),
+        "pairs": len(rows),
+        "seconds": clock.seconds,
+        "ms_a_pair": clock.seconds / len(rows) * 1e3,
+        "pairs_per_s": len(rows) / clock.seconds,
+        "tokens_per_s": num_tokens(rows) / clock.seconds,
+        **peak_gb(),
+    }
 
 
 def train(
@@ -233,6 +335,7 @@ def train(
     *,
     reference: torch.Tensor | None = None,
     warmup: int = 0,
+    profiled: int = 0,
 ) -> Ran:
     """Train a lent model by the harness's own trainer, and give it back as it was.
 
@@ -242,11 +345,12 @@ def train(
         model: the base, in which an adapter is trained.
         reference: its log-probs, shape (num_rows, 2); None: the trainer computes them, or needs none.
         warmup: steps at the start that count neither for seconds nor for memory.
+        profiled: number of the step, from 1, that torch's profiler looks at; its seconds are not to be believed.
     """
     attention, folder = model.config._attn_implementation, Path(tempfile.mkdtemp())
     free_memory()
     try:
-        return _train(config, rows, model, reference, warmup, folder)
+        return _train(config, rows, model, reference, StepClock(warmup, profiled), folder)
     finally:
         give_back(model)
         model.set_attn_implementation(attention)
@@ -259,14 +363,10 @@ def _train(
     rows: tuple[TokenPair, ...],
     model: LlamaForCausalLM,
     reference: torch.Tensor | None,
-    warmup: int,
+    clock: StepClock,
     folder: Path,
 ) -> Ran:
-    batch, micro = config.train.batch_size, config.train.micro_batch_size
-    assert batch is not None, "each run of this check sets it, and the micro-batch"
-    assert micro is not None
-    lengths = [row.length for row in rows]
-    plan = make_plan(len(rows), epochs=1, batch_size=batch, micro_batch_size=micro, seed=0, lengths=lengths)
+    plan = plan_for(config, rows)
     began = time.perf_counter()
     # TRL's hash of all weights takes tens of seconds of a large model; it is measured by itself.
     with patch.object(trl_dpo, "hash_module", lambda model: "not hashed"):
@@ -276,23 +376,19 @@ def _train(
     built = time.perf_counter() - began
     trainer.args.save_strategy = "no"
     trainer.consumed = ConsumedTokens()
-    clock = _StepClock(warmup)
     trainer.add_callback(clock)
     trainer.train()
     steps = [entry for entry in trainer.state.log_history if "loss" in entry]
-    used = tuple(rows[i] for i in plan.order[warmup * batch :])
+    used = tuple(rows[i] for i in plan.order[clock.warmup * plan.batch_size :])
     facts = {
         "packed": bool(getattr(trainer, "packs", False)),
         "why_padded": trainer.layout.why,
-        "checkpointing": bool(trainer.args.gradient_checkpointing),
         "build_s": built,
-        "pairs": len(used),
-        "seconds": clock.seconds,
-        "pairs_per_s": len(used) / clock.seconds,
-        "tokens_per_s": num_tokens(used) / clock.seconds,
-        **peak_gb(),
+        **facts_of(trainer, clock, used),
     }
-    return Ran([s["loss"] for s in steps], [s["grad_norm"] for s in steps], facts, used, clock.seconds)
+    return Ran(
+        [s["loss"] for s in steps], [s["grad_norm"] for s in steps], facts, used, clock.seconds, clock.kernels(25)
+    )
 
 
 def give_back(model: LlamaForCausalLM) -> None:
@@ -343,18 +439,22 @@ def _text(seed: int, words: int) -> str:
     return " ".join(known[(seed * 7 + i * i) % len(known)] for i in range(words))
 
 
-def reference_is_refused(model: LlamaForCausalLM, rows: tuple[TokenPair, ...]) -> str:
-    """Ask for cached reference log-probs as later trials do; return the error's text where they are refused."""
-    cache = Path(tempfile.mkdtemp())
+def reference_noise(config: RunConfig, rows: tuple[TokenPair, ...], model: LlamaForCausalLM) -> dict[str, float | str]:
+    """Measure how log-probs in bf16 move with their batch, as a trial does, and ask for cached ones as later trials do.
+
+    `refused` has the error's text where the cached ones are refused.
+    """
+    cache, plan = Path(tempfile.mkdtemp()), plan_for(config, rows)
+    trained = as_trained(model, rows, plan, pad_id=0, bf16=True)
+    found: dict[str, float | str] = {"mean_gap_nats": trained.noise.mean, "largest_gap_nats": trained.noise.largest}
     try:
-        for count in (len(rows), len(rows), len(rows) - 1, len(rows) - 2):  # each time other rows are checked
-            asked = TokenisedPairs(rows[:count], {})
-            reference_logps(asked, model, base_sha256="x", pad_id=0, cache=cache)
+        for _ in range(2):
+            reference_logps(TokenisedPairs(rows, {}), model, base_sha256="x", pad_id=0, cache=cache, trained=trained)
+        return found | {"refused": "no"}
     except StaleReferenceError as error:
-        return str(error).replace(str(cache), "the cache")
+        return found | {"refused": str(error).replace(str(cache), "the cache")}
     finally:
         shutil.rmtree(cache, ignore_errors=True)
-    return ""
 
 
 def small_study(work: Path, shape: str, *, words: int) -> list[str]:

@@ -24,7 +24,6 @@ import torch
 from gpu_harness import (
     DEVICE,
     GPU,
-    REFERENCE_TOLERANCE,
     Packed,
     Ran,
     TokenPair,
@@ -36,31 +35,75 @@ from gpu_harness import (
     log_probs,
     make_llama,
     matmul_rate,
-    needed_flops,
+    needed,
     num_tokens,
     pack_pairs,
-    packed_attention,
     pairs_like_ultrafeedback,
     peak_gb,
     pretended_out_of_memory,
-    reference_is_refused,
+    reference_noise,
+    reference_of,
     run_config,
+    shape_of,
     small_study,
     sync,
     train,
     train_once,
+    training_flops,
 )
-from gpu_varlen import AS_IT_IS, NO_CUDNN, VARLEN, attention_as, varlen_attention
-from transformers import LlamaForCausalLM
+from gpu_stock import has_liger, train_stock
+from transformers import AttentionInterface, LlamaForCausalLM
+
+from harness.config.schema import RunConfig
+from harness.train.attention import ATTENTION, Segments, attend_by, by_group, by_segment, call_of, packed_attention
 
 Row = dict[str, Any]  # what JSON has: a number, a text, a yes or no, or a number for each step
 Attention = Callable[..., tuple[torch.Tensor, None]]
 
 ATTENTION_GAP = {"cuda": 2e-2, "cpu": 1e-5}  # in bf16 and in fp32, relative to the largest value
 STEP_GAP = {"fp32": 1e-4, "bf16": 5e-2}  # relative, of a step's loss and gradient norm; the tests use 1e-4 for fp32
+FIRST_LOSS_GAP = 1e-3  # of DPO's first loss to log 2
 SLOW_MS = 1000  # one attention call; beyond it the harness's own attention gets fewer pairs
 STEPS = ("loss", "grad_norm")  # a value for each step
 PACKAGES = ("torch", "triton", "transformers", "trl", "peft", "accelerate", "datasets", "numpy")
+
+
+AS_IT_IS, NO_CUDNN, VARLEN = "as it is", "without cuDNN", "varlen"  # torch's attention by groups; one call for all
+
+
+def group_attention(
+    _: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: None, **given: Any
+) -> tuple[torch.Tensor, None]:
+    """Attend by torch's attention, two calls for each pair, as the harness does on CPUs and in fp32."""
+    segments, scaling = given.pop("packed"), given.pop("scaling")
+    return by_group(query, key, value, segments, call_of(query, key, value, scaling, given)), None
+
+
+def varlen_attention(
+    _: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: None, **given: Any
+) -> tuple[torch.Tensor, None]:
+    """Attend as the harness does on GPUs in half precision; on a CPU by the same segments, one by one."""
+    if GPU:
+        return packed_attention(_, query, key, value, mask, **given)
+    q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
+    segments: Segments = given.pop("packed")
+    call = call_of(query, key, value, given.pop("scaling"), given)
+    return attend_by(by_segment, q, k, v, segments, call)[None], None
+
+
+@contextlib.contextmanager
+def attention_as(kind: str) -> Iterator[None]:
+    """Let the paired engine attend in one of the ways, with or without cuDNN in torch's choice of kernels."""
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    AttentionInterface.register(ATTENTION, varlen_attention if kind == VARLEN else group_attention)
+    if GPU:
+        torch.backends.cuda.enable_cudnn_sdp(before and kind != NO_CUDNN)
+    try:
+        yield
+    finally:
+        AttentionInterface.register(ATTENTION, packed_attention)
+        if GPU:
+            torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 @dataclass
@@ -72,6 +115,7 @@ class Found:
         facts: single values.
         tables: rows by name, by the table's name; units are in the columns' names.
         checks: what has to hold before the figures are believed.
+        targets: by name: `measured`, `target` and whether it is `reached`.
         errors: of the part, and of single rows.
     """
 
@@ -79,7 +123,16 @@ class Found:
     facts: Row = field(default_factory=dict)
     tables: dict[str, dict[str, Row]] = field(default_factory=dict)
     checks: dict[str, bool] = field(default_factory=dict)
+    targets: dict[str, Row] = field(default_factory=dict)
     errors: list[str] = field(default_factory=list)
+
+    def aim(self, name: str, measured: float | None, *, most: float | None = None, least: float | None = None) -> None:
+        """Note a target, and whether what was measured reaches it; nothing where it was not measured."""
+        if measured is None:
+            return
+        reached = measured <= most if most is not None else measured >= (least or 0.0)
+        target = f"at most {most:.3g}" if most is not None else f"at least {least:.3g}"
+        self.targets[name] = {"measured": measured, "target": target, "reached": bool(reached)}
 
     def row(self, table: str, name: str, values: Row) -> None:
         """Note a row."""
@@ -113,6 +166,9 @@ class Settings:
         tiny: small shapes.
         steps: measured steps of 8 pairs in each run of the large model.
         shape: of the large model.
+        folder: of the results.
+        smollm2: a checkpoint's folder for the part of that name.
+        pairs: a folder with train.jsonl, dev.jsonl and golden.jsonl, for the same part.
         cap_gb: GB of the card for the trial that must run out of memory.
         deadline: when no new work begins, on the clock of `time.perf_counter`.
         later: seconds that the parts after this one need at least.
@@ -125,6 +181,9 @@ class Settings:
     cap_gb: float
     deadline: float
     later: float = 0.0
+    folder: Path = Path()
+    smollm2: Path | None = None
+    pairs: Path | None = None
     before: dict[str, Found] = field(default_factory=dict)
 
     @property
@@ -200,7 +259,7 @@ def attention(settings: Settings, found: Found) -> None:
         _backends(found, packs[0], heads)
     expected = _attention_in_fp32(heads, packs[-1])
     limit = ATTENTION_GAP[DEVICE]
-    for name, attend in ((AS_IT_IS, packed_attention), (NO_CUDNN, packed_attention), (VARLEN, varlen_attention)):
+    for name, attend in ((AS_IT_IS, group_attention), (NO_CUDNN, group_attention), (VARLEN, varlen_attention)):
         with found.attempt("attention", name) as row, attention_as(name):
             _attend(attend, heads, packs[0])  # loads the kernels
             fresh = [_attend(attend, heads, packed) for packed in packs[1:]]
@@ -226,7 +285,7 @@ def _attend(attend: Attention, heads: Heads, packed: Packed) -> Attended:
         held = torch.cuda.memory_allocated()
     sync()
     began = time.perf_counter()
-    out = attend(None, *states, None, packed=packed, scaling=heads.width**-0.5)[0]
+    out = attend(None, *states, None, packed=packed.segments, scaling=heads.width**-0.5)[0]
     out.sum().backward()
     sync()
     milliseconds = (time.perf_counter() - began) * 1e3
@@ -242,7 +301,7 @@ def _attention_in_fp32(heads: Heads, packed: Packed) -> list[torch.Tensor]:
     """Compute the definition, scores and all, in fp32: the output and the gradients of queries, keys and values."""
     q, k, v = wide = [state.detach().float().requires_grad_() for state in heads.states(packed)]
     parts, start, repeat = [], 0, heads.queries // heads.keys
-    for (prompt, rest), mask in zip(packed.spans, packed.masks, strict=True):
+    for (prompt, rest), (_, mask) in zip(packed.spans, packed.segments.masks(None), strict=True):
         end = start + prompt + rest
         causal = torch.ones(prompt, prompt + rest, dtype=torch.bool, device=q.device).tril()
         keys, values = (states[:, :, start:end].repeat_interleave(repeat, 1) for states in (k, v))
@@ -256,14 +315,17 @@ def _attention_in_fp32(heads: Heads, packed: Packed) -> list[torch.Tensor]:
 
 
 def _backends(found: Found, packed: Packed, heads: Heads) -> None:
-    """Note which kernel torch picks for the two calls that `packed_attention` makes for a pair."""
+    """Note which kernel torch picks for the two calls that `group_attention` makes for a pair."""
     names = {-1: "none", 0: "math", 1: "flash", 2: "memory-efficient", 3: "cuDNN"}
-    prompt, rest = packed.spans[0]
+    (prompt, rest), (_, keys_of_answers) = packed.spans[0], packed.segments.masks(None)[0]
     q, k, _ = heads.states(packed)
     first, others, keys = q[:, :, :prompt], q[:, :, prompt : prompt + rest], k[:, :, : prompt + rest]
     for kind in (AS_IT_IS, NO_CUDNN):
         with found.attempt("kernels", kind) as row, attention_as(kind):
-            for name, queries, mask in (("prompt", first, None), ("answers", others, packed.masks[0])):
+            for name, queries, mask in (
+                ("prompt", first, None),
+                ("answers", others, keys_of_answers),
+            ):
                 choice = torch._fused_sdp_choice(
                     queries, keys, keys, mask, 0.0, mask is None, scale=1.0, enable_gqa=heads.queries != heads.keys
                 )
@@ -273,8 +335,8 @@ def _backends(found: Found, packed: Packed, heads: Heads) -> None:
 def equality(settings: Settings, found: Found) -> None:
     """Losses and gradient norms of the paired engine against TRL's own trainer: one model, the same pairs in one order.
 
-    Gaps are the largest of all steps, relative. The paired engine computes DPO's reference before, as the harness does,
-    and TRL's trainer with each step: how far DPO's first loss is from 0.693 shows how well it fits the policy.
+    Gaps are the largest of all steps, relative. The paired engine computes DPO's reference before, as the harness does
+    (in bf16 in the plan's micro-batches), and TRL's trainer with each step. DPO's first loss has to be log 2 (0.6931).
     """
     for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         model = make_llama("tiny" if settings.tiny else "small", dtype)
@@ -296,9 +358,13 @@ def equality(settings: Settings, found: Found) -> None:
                     found.row("the paired engine", name, {"skipped": "nothing to compare with"})
                 else:
                     with found.attempt("the paired engine", name) as row, attention_as(kind):
-                        reference = log_probs(model, rows) if arm == "dpo" else None
-                        ours = train(run_config(arm, *keys), rows, model, reference=reference)
+                        config = run_config(arm, *keys)
+                        reference = reference_of(config, rows, model) if arm == "dpo" else None
+                        ours = train(config, rows, model, reference=reference)
                         row.update(_compared(ours, stock))
+                        if arm == "dpo":
+                            at_log_2 = abs(ours.loss[0] - math.log(2)) <= FIRST_LOSS_GAP
+                            found.checks[f"{name}: starts at log 2, within {FIRST_LOSS_GAP:g}"] = at_log_2
                         is_equal = max(row["loss_gap"], row["grad_norm_gap"]) <= STEP_GAP[precision]
                         found.checks[f"{name}: packed, within {STEP_GAP[precision]:g} of TRL's trainer"] = bool(
                             row["packed"] and is_equal
@@ -323,62 +389,66 @@ def _compared(ours: Ran, stock: Ran) -> Row:
     }
 
 
-TRLS = ["train.engine=stock"]
-# TRL's forward pass and head, with reference log-probs from the rows: what its own precomputed reference amounts to.
-PADDED = ["train.levers.share_prefix=false", "train.levers.completion_head=false", "train.levers.fuse_adapters=false"]
+TARGET_OF_ONLINE, TARGET_OF_PRECOMPUTED, TARGET_OF_SIMPO = 1 / 3, 0.4, 0.4  # seconds a pair, TRL's trainer is 1
+TARGET_SHARE, TARGET_MEMORY = 0.45, 0.7
+GRID = 8  # trials of a computed grid
 
 
 @dataclass(frozen=True)
 class Speed:
-    """A training run of the large model: its arm, how it attends, overrides, and whether the reference is given."""
+    """A training run of the large model: its arm, its side, and what differs from the side's defaults.
+
+    Attributes:
+        keys: of TRL's config; None: the run is the harness's.
+        overrides: of the harness's config.
+    """
 
     name: str
     arm: str
-    attention: str = AS_IT_IS
+    keys: dict[str, bool] | None = None
     overrides: Sequence[str] = ()
-    has_reference: bool = False
 
     @property
-    def is_ours(self) -> bool:
-        """Whether it runs packed."""
-        return self.name.startswith("paired")
+    def has_reference(self) -> bool:
+        """Whether reference log-probs are handed to it: they are computed in a pass of their own, once for a grid."""
+        return self.keys is None and self.arm == "dpo"
 
 
+ONLINE, PRECOMPUTED, SIMPO = "TRL's DPO, online reference", "TRL's DPO, precomputed reference", "TRL's SimPO"
+OUR_DPO, OUR_SIMPO, OUR_LEAN_DPO = "paired DPO", "paired SimPO", "paired DPO, gradient checkpointing"
+PROFILED = "paired DPO, profiled"
 RUNS = (  # in the order in which they are worth their time
-    Speed("TRL's DPO, online reference", "dpo", overrides=TRLS),
-    Speed("paired DPO, varlen", "dpo", VARLEN, has_reference=True),
-    Speed("TRL's SimPO", "simpo", overrides=TRLS),
-    Speed("paired SimPO, varlen", "simpo", VARLEN),
-    Speed("paired DPO", "dpo", has_reference=True),
-    Speed("paired SimPO", "simpo"),
-    Speed("TRL's DPO, precomputed reference", "dpo", overrides=PADDED, has_reference=True),
-    Speed("paired DPO, without cuDNN", "dpo", NO_CUDNN, has_reference=True),
-    Speed("TRL's DPO, precomputed reference, without cuDNN", "dpo", NO_CUDNN, PADDED, has_reference=True),
-    Speed(
-        "paired DPO, varlen, no checkpointing",
-        "dpo",
-        VARLEN,
-        ["train.gradient_checkpointing=false"],
-        has_reference=True,
-    ),
+    Speed(ONLINE, "dpo", {}),
+    Speed(OUR_DPO, "dpo"),
+    Speed(SIMPO, "simpo", {}),
+    Speed(OUR_SIMPO, "simpo"),
+    Speed(PRECOMPUTED, "dpo", {"precompute_ref_log_probs": True}),
+    Speed(PROFILED, "dpo"),
+    Speed(OUR_LEAN_DPO, "dpo", overrides=["train.gradient_checkpointing=true"]),
+    Speed("TRL's DPO, no checkpointing", "dpo", {"gradient_checkpointing": False}),
 )
-RATIOS = tuple(
-    (f"paired {arm}{kind}", theirs)
-    for kind in ("", ", varlen")
-    for arm, theirs in (
-        ("DPO", "TRL's DPO, online reference"),
-        ("DPO", "TRL's DPO, precomputed reference"),
-        ("SimPO", "TRL's SimPO"),
-    )
+LIGER_RUNS = (
+    Speed("TRL's DPO, online reference, Liger", "dpo", {"use_liger_kernel": True}),
+    Speed("TRL's SimPO, Liger", "simpo", {"use_liger_kernel": True}),
+)
+RATIOS = (
+    (OUR_DPO, ONLINE, TARGET_OF_ONLINE),
+    (OUR_DPO, PRECOMPUTED, TARGET_OF_PRECOMPUTED),
+    (OUR_SIMPO, SIMPO, TARGET_OF_SIMPO),
+    (OUR_DPO, "TRL's DPO, no checkpointing", None),
+    (OUR_DPO, LIGER_RUNS[0].name, None),
+    (OUR_SIMPO, LIGER_RUNS[1].name, None),
 )
 
 
 def speed(settings: Settings, found: Found) -> None:
     """A large model with random weights, LoRA in bf16: reference pass, training by both engines, generation, hashing.
 
-    Random pairs with lengths like UltraFeedback's, micro-batches of half a step. Training's seconds and memory are
-    without the first steps, and without a reference that is given. `of the measured rate`: the operations that are
-    needed at least, each token once, in a second, over the rate of part machine. In the ratios TRL's trainer is 1.
+    Random pairs with lengths like UltraFeedback's, micro-batches of half a step, the same pairs in each step. TRL's
+    trainer has TRL's defaults. Training's seconds and memory are without the first steps and without a reference pass
+    of its own, which has its own column. `of the measured rate`: the operations that are needed at least, each token
+    once, in a second, over the rate of part machine. In the ratios TRL's trainer is 1, and its reference pass and the
+    harness's are in the time.
     """
     began = time.perf_counter()
     model = make_llama("tiny" if settings.tiny else settings.shape, torch.bfloat16)
@@ -396,14 +466,30 @@ def speed(settings: Settings, found: Found) -> None:
         "tokens_of_an_answer": statistics.fmean(len(row.chosen_ids) + len(row.rejected_ids) for row in rows) / 2,
         "few_pairs_as_it_is": _is_slow(settings),
     }
-    reference = _reference_passes(settings, found, model, rows)
-    with found.attempt("reference in bf16", "answers computed alone, against many at once") as row:
-        row.update(_noise(model, rows[: 4 if settings.tiny else 8], reference))
-    _training_runs(settings, found, model, rows, reference, batch=batch, warmup=warmup)
+    config = run_config("dpo", *_keys_of_steps(batch))
+    reference = _reference_passes(settings, found, model, rows, config)
+    with found.attempt("reference in bf16", "answers in batches of another size") as row:
+        row.update(reference_noise(config, rows, model))
+    pass_ms = found.tables["reference pass"].get(f"attention {VARLEN}", {}).get("ms_a_pair")
+    runs = Runs(settings, found, rows, batch=batch, warmup=warmup)
+    for run in RUNS:
+        runs.add(run, model, reference, pass_ms)
     _ratios(found)
     _generation(settings, found, model)
     with found.attempt("hashing the weights", "seconds") as row:
         row.update(_hashing(model))
+    for run in LIGER_RUNS:  # last: its kernels stay in the model
+        runs.add(run, model, reference, None)
+    _ratios(found)
+    starts = {run.name: found.tables["training"].get(run.name, {}).get("first_loss") for run in RUNS}
+    for ours, theirs in ((OUR_DPO, ONLINE), (OUR_SIMPO, SIMPO)):
+        a, b = starts[ours], starts[theirs]
+        if a is not None and b is not None:
+            found.checks[f"speed: {ours} starts at the loss of {theirs}, within {STEP_GAP['bf16']:g}"] = bool(
+                abs(a - b) <= STEP_GAP["bf16"] * abs(b)
+            )
+    known = [value for row in found.tables["training"].values() for key in STEPS for value in row.get(key, ())]
+    found.checks["speed: every loss and gradient norm is finite"] = all(map(math.isfinite, known))
     del model
     free_memory()
 
@@ -415,9 +501,13 @@ def _is_slow(settings: Settings) -> bool:
 
 
 def _reference_passes(
-    settings: Settings, found: Found, model: LlamaForCausalLM, rows: tuple[TokenPair, ...]
+    settings: Settings, found: Found, model: LlamaForCausalLM, rows: tuple[TokenPair, ...], config: RunConfig
 ) -> torch.Tensor:
-    """Measure the reference pass by both attentions; return the log-probs of all rows, from the first that has them."""
+    """Measure the reference pass by both attentions, in the training's micro-batches.
+
+    Returns:
+        The log-probs of all rows, from the first attention that has them.
+    """
     reference: torch.Tensor | None = None
     for kind in (VARLEN, AS_IT_IS):
         asked = rows[:8] if kind == AS_IT_IS and _is_slow(settings) else rows
@@ -427,73 +517,116 @@ def _reference_passes(
             free_memory()
             sync()
             began = time.perf_counter()
-            logps = log_probs(model, asked)
+            logps = reference_of(config, asked, model)
             took = time.perf_counter() - began  # the log-probs are on the CPU: nothing is left to wait for
-            row.update({"pairs_per_s": len(asked) / took, "tokens_per_s": num_tokens(asked) / took, **peak_gb()})
-            if reference is not None:
-                row["largest_gap_nats"] = float((logps - reference[: len(logps)]).abs().max())
+            row.update({"ms_a_pair": took / len(asked) * 1e3, "pairs_per_s": len(asked) / took})
+            row.update({"tokens_per_s": num_tokens(asked) / took, **peak_gb()})
+            if reference is not None and len(logps) == len(reference):
+                row["largest_gap_nats"] = float((logps - reference).abs().max())
             elif len(logps) == len(rows):
                 reference = logps
-    return log_probs(model, rows) if reference is None else reference
+    return reference_of(config, rows, model) if reference is None else reference
 
 
-def _noise(model: LlamaForCausalLM, rows: tuple[TokenPair, ...], reference: torch.Tensor) -> Row:
-    """What bf16 makes of an answer's log-prob in another batch, against what the check of cached ones allows."""
-    together = log_probs(model, rows)
-    gaps = (torch.cat([log_probs(model, [row]) for row in rows]) - together).abs()
-    return {
-        "answers": gaps.numel(),
-        "log_prob_of_an_answer": float(together.mean()),
-        "mean_gap_nats": float(gaps.mean()),
-        "largest_gap_nats": float(gaps.max()),
-        "gap_to_the_first_pass_nats": float((together - reference[: len(rows)]).abs().max()),
-        "share_beyond_the_check": float((gaps > REFERENCE_TOLERANCE).double().mean()),
-        "refused": reference_is_refused(model, rows) or "no",
-    }
+def _keys_of_steps(batch: int) -> list[str]:
+    """Return the settings of the large model's steps: bf16, and two micro-batches each."""
+    return ["train.precision=bf16", f"train.batch_size={batch}", f"train.micro_batch_size={batch // 2}"]
 
 
-def _training_runs(
-    settings: Settings,
-    found: Found,
-    model: LlamaForCausalLM,
-    rows: tuple[TokenPair, ...],
-    reference: torch.Tensor,
-    *,
-    batch: int,
-    warmup: int,
-) -> None:
-    """Run what fits into the time, one after the other; a run is thought to take as long as the longest before it."""
-    keys = ["train.precision=bf16", f"train.batch_size={batch}", f"train.micro_batch_size={batch // 2}"]
-    machine_found = settings.before.get("machine", Found()).facts.get("matmul_tflops")
-    longest = 0.0
-    for run in RUNS:
-        if settings.left - settings.later < longest:
-            found.row("training", run.name, {"skipped": "no time left"})
-            continue
+class Runs:
+    """The training runs that fit into the time; a run is thought to take as long as the longest before it."""
+
+    def __init__(
+        self, settings: Settings, found: Found, rows: tuple[TokenPair, ...], *, batch: int, warmup: int
+    ) -> None:
+        self.settings, self.found, self.rows = settings, found, rows
+        self.batch, self.warmup = batch, warmup
+        self.longest = 0.0
+
+    def add(self, run: Speed, model: LlamaForCausalLM, reference: torch.Tensor, pass_ms: float | None) -> None:
+        """Make a run, or say why not.
+
+        Args:
+            run: what is trained.
+            model: the base.
+            reference: log-probs of all rows.
+            pass_ms: milliseconds a pair of the harness's reference pass.
+        """
+        keys = run.keys or {}
+        if keys.get("use_liger_kernel") and not has_liger():
+            self.found.row("training", run.name, {"skipped": "liger_kernel is not installed, or there is no GPU"})
+            return
+        if self.settings.left - self.settings.later < self.longest:
+            self.found.row("training", run.name, {"skipped": "no time left"})
+            return
         began = time.perf_counter()
-        with found.attempt("training", run.name) as row, attention_as(run.attention):
-            is_short = run.is_ours and run.attention == AS_IT_IS and _is_slow(settings)
-            used, first = (rows[: 2 * batch], 1) if is_short else (rows, warmup)
-            given = reference[: len(used)] if run.has_reference else None
-            ran = train(run_config(run.arm, *keys, *run.overrides), used, model, reference=given, warmup=first)
-            row.update(ran.facts, first_loss=ran.loss[0], loss=ran.loss, grad_norm=ran.grad_norm)
-            if machine_found:
-                flops = needed_flops(model.config, ran.rows, lora_rank=run_config(run.arm).train.lora_rank)
-                row["share_of_the_rate"] = flops / ran.seconds / (machine_found * 1e12)
-        longest = max(longest, time.perf_counter() - began)
-    known = [value for row in found.tables["training"].values() for key in STEPS for value in row.get(key, ())]
-    found.checks["speed: every loss and gradient norm is finite"] = all(map(math.isfinite, known))
+        with self.found.attempt("training", run.name) as row:
+            if run.keys is None:
+                self._ours(run, model, reference, pass_ms, row)
+            else:
+                ran = train_stock(run.arm, self.rows, model, batch=self.batch, warmup=self.warmup, **keys)
+                self._note(ran, row, run.arm, model)
+        self.longest = max(self.longest, time.perf_counter() - began)
+
+    def _ours(
+        self, run: Speed, model: LlamaForCausalLM, reference: torch.Tensor, pass_ms: float | None, row: Row
+    ) -> None:
+        batch, keys = self.batch, _keys_of_steps(self.batch)
+        profiled = self.warmup + 1 if run.name == PROFILED else 0
+        rows = self.rows[: (self.warmup + 1) * batch] if profiled else self.rows
+        given = reference[: len(rows)] if run.has_reference else None
+        config = run_config(run.arm, *keys, *run.overrides)
+        with attention_as(VARLEN):
+            ran = train(config, rows, model, reference=given, warmup=self.warmup, profiled=profiled)
+        if profiled:
+            for number, kernel in enumerate(ran.kernels, 1):
+                title = (
+                    "kernels of a paired step, longest first" if GPU else "operators of a paired step, longest first"
+                )
+                self.found.tables.setdefault(title, {})[f"{number}"] = kernel
+            row.update(packed=ran.facts["packed"], pairs=ran.facts["pairs"])
+            return
+        self._note(ran, row, run.arm, model)
+        if run.has_reference:
+            row["reference_ms_a_pair"] = pass_ms
+
+    def _note(self, ran: Ran, row: Row, arm: str, model: LlamaForCausalLM) -> None:
+        row.update(ran.facts, first_loss=ran.loss[0], loss=ran.loss, grad_norm=ran.grad_norm)
+        rate = self.settings.before.get("machine", Found()).facts.get("matmul_tflops")
+        if rate:
+            rank = run_config(arm).train.lora_rank
+            flops = training_flops(shape_of(model), needed(ran.rows), rank=rank)
+            row["share_of_the_rate"] = flops / ran.seconds / (rate * 1e12)
+
+
+def _trial_ms(row: Row, trials: int = 1) -> float | None:
+    """Return milliseconds a pair of a trial with its reference pass, or its share of the pass of a grid."""
+    alone = row.get("ms_a_pair")
+    return None if alone is None else float(alone) + float(row.get("reference_ms_a_pair") or 0.0) / trials
 
 
 def _ratios(found: Found) -> None:
-    """Divide seconds a pair and memory of a paired run by those of a run of TRL's trainer."""
+    """Divide seconds a pair and memory of a paired run by those of a run of TRL's trainer, and note the targets."""
     runs = found.tables["training"]
-    for ours, theirs in RATIOS:
+    for ours, theirs, target in RATIOS:
         a, b = runs.get(ours, {}), runs.get(theirs, {})
-        if "pairs_per_s" in a and "pairs_per_s" in b:
-            memory = a["allocated_gb"] / b["allocated_gb"] if GPU else None
-            ratio = {"time": b["pairs_per_s"] / a["pairs_per_s"], "memory": memory}
-            found.row("the paired engine against TRL's trainer", f"{ours} / {theirs}", ratio)
+        mine, stock, in_a_grid = _trial_ms(a), _trial_ms(b), _trial_ms(a, GRID)
+        if mine is None or stock is None or in_a_grid is None:
+            continue
+        name = f"{ours} / {theirs}"
+        memory = a["allocated_gb"] / b["allocated_gb"] if GPU else None
+        ratio: Row = {"time": mine / stock, f"time_in_a_grid_of_{GRID}_computed": in_a_grid / stock, "memory": memory}
+        found.row("the paired engine against TRL's trainer", name, ratio)
+        if target is not None:
+            found.aim(f"{name}: seconds a pair", mine / stock, most=target)
+            found.aim(f"{name}: peak memory", memory, most=TARGET_MEMORY)
+    lean, online = runs.get(OUR_LEAN_DPO, {}), runs.get(ONLINE, {})
+    if GPU and "allocated_gb" in lean and "allocated_gb" in online:
+        name = "peak memory, both with gradient checkpointing: paired DPO / TRL's"
+        found.aim(name, lean["allocated_gb"] / online["allocated_gb"], most=TARGET_MEMORY)
+    for ours in (OUR_DPO, OUR_SIMPO):
+        share = runs.get(ours, {}).get("share_of_the_rate")
+        found.aim(f"{ours}: share of the measured rate", share, least=TARGET_SHARE)
 
 
 def _generation(settings: Settings, found: Found, model: LlamaForCausalLM) -> None:
@@ -591,9 +724,6 @@ def capped_trials(work: Path, tiny: bool, cap_gb: float) -> dict[str, Row]:
 
 SMALL_STUDY = [
     "seed=1,2",
-    "data.max_train_pairs=16",
-    "data.max_dev_prompts=6",
-    "data.max_golden_prompts=12",
     "train.epochs=1",
     "train.batch_size=4",
     "train.micro_batch_size=4",
@@ -601,19 +731,29 @@ SMALL_STUDY = [
 ]
 
 
+FIVE_SEEDS = ["seed=1,2,3,4,5"]
+TINY_STUDY = [*SMALL_STUDY, "data.max_train_pairs=8", "data.max_golden_prompts=4", "data.max_dev_prompts=2"]
+
+
 def study(settings: Settings, found: Found) -> None:
     """The embedded study as a user runs it, `+method=simpo,dpo`: its verdict, and all trials' seconds by stage."""
+    few = ["data.max_train_pairs=16", "data.max_dev_prompts=6", "data.max_golden_prompts=12"]
+    small = [*SMALL_STUDY, *few] if settings.tiny else []
+    _with_work(lambda work: _run_study(settings, found, work, small))
+
+
+def _with_work(run: Callable[[Path], None]) -> None:
     work = Path(tempfile.mkdtemp())
     try:
-        _study(settings, found, work)
+        run(work)
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _study(settings: Settings, found: Found, work: Path) -> None:
+def _run_study(settings: Settings, found: Found, work: Path, more: Sequence[str]) -> None:
     keys = ["+method=simpo,dpo", "tracking=none", "study=gpu", f"results_dir={work}"]
     environment = os.environ | ({"OMP_NUM_THREADS": "1"} if settings.tiny else {})
-    command = [sys.executable, "-m", "harness.sweep", *keys, *(SMALL_STUDY if settings.tiny else [])]
+    command = [sys.executable, "-m", "harness.sweep", *keys, *more]
     limit = max(60.0 if settings.tiny else 10.0, settings.left)
     began = time.perf_counter()
     try:
@@ -636,4 +776,18 @@ def _study(settings: Settings, found: Found, work: Path) -> None:
     decided = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     verdict = json.loads(decided.stdout)
     found.facts |= {key: verdict[key] for key in ("verdict", "difference", "reason")}
-    found.checks["study: every trial is complete"] = {manifest["status"] for manifest in manifests} == {"complete"}
+    found.checks["every trial of the study is complete"] = {manifest["status"] for manifest in manifests} == {
+        "complete"
+    }
+
+
+def smollm2(settings: Settings, found: Found) -> None:
+    """A real model and real pairs, `+method=simpo,dpo seed=1,2,3,4,5`: the study to its verdict.
+
+    It stays in the folder of the results: where the time is over, the same command goes on with it.
+    """
+    assert settings.smollm2 is not None, "the command line asks for both folders"
+    assert settings.pairs is not None
+    keys = [f"model.path={settings.smollm2.resolve()}", "keep=none"]
+    keys += [f"data.{split}={settings.pairs.resolve() / split}.jsonl" for split in ("train", "dev", "golden")]
+    _run_study(settings, found, settings.folder / "smollm2", [*keys, *(TINY_STUDY if settings.tiny else FIVE_SEEDS)])

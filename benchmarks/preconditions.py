@@ -396,13 +396,13 @@ def _simpo_with_sft() -> Iterator[None]:
 def _answers_see_each_other() -> AbstractContextManager[None]:
     import torch
 
-    from harness.train import packed
+    from harness.train import attention
 
-    def mask(prompt: int, answers: Sequence[int]) -> Any:
-        return torch.ones_like(real(prompt, answers)).tril()
+    def mask(prompt: int, answers: Sequence[int], window: int | None) -> Any:
+        return torch.ones_like(real(prompt, answers, window)).tril()
 
-    real = packed._answer_mask
-    return _patched(packed, "_answer_mask", mask)
+    real = attention.answer_mask
+    return _patched(attention, "answer_mask", mask)
 
 
 def _gradient_of_fused_adapter() -> AbstractContextManager[None]:

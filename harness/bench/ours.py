@@ -14,6 +14,9 @@ from pathlib import Path
 
 def main() -> None:
     """Train the trials in the file in turn; generate nothing."""
+    from transformers import trainer
+
+    from harness.bench.stock import StepClock
     from harness.study.files import read_json, read_jsonl
     from harness.study.log import prepare_process
     from harness.sweep.design import single_trial
@@ -24,7 +27,8 @@ def main() -> None:
     prepare_process()
     for module in ("wandb", "harness.train.trainers", "harness.train.logps"):
         importlib.import_module(module)  # once per worker, so no part of a trial's time
-    trials, context = [], Context()
+    trials, context, clock = [], Context(), StepClock()
+    trainer.DEFAULT_CALLBACKS.append(clock)  # of every trainer in this process
     for overrides in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):
         trial = single_trial(load_run(overrides), splits=())
         began = time.perf_counter()
@@ -39,6 +43,7 @@ def main() -> None:
                 "trial_seconds": time.perf_counter() - began,
                 "peak_memory_bytes": manifest["peak_memory_bytes"],
                 "losses": [step["loss"] for step in steps],
+                "step_ends": clock.ends,
             }
         )
     peak = max(max(trial["peak_memory_bytes"].values()) for trial in trials)

@@ -9,24 +9,31 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict
+from statistics import fmean
+from typing import NotRequired, TypedDict
 
 from harness.config.checkpoint import Checkpoints
 from harness.config.schema import RunConfig
 from harness.data.inputs import Inputs
-from harness.data.tokens import TokenPair
 from harness.study.errors import UsageError
 from harness.study.files import write_json, write_jsonl
 from harness.sweep.problems import load_run
+from harness.sweep.products import Shape, shape_of_config
+from harness.train.base import uses_bf16
 from harness.train.derived import derive
-from harness.train.memory import plan_of
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+from harness.train.memory import matmul_rate, plan_of
 
 BETAS = (0.01, 0.05, 0.1, 0.5)
 SIMPO = ((2.0, 0.3), (2.0, 0.5), (2.5, 0.5), (10.0, 0.5))  # beta, gamma over beta
 RATES = {"dpo": 5e-6, "simpo": 5e-6}
+STEP_PAIRS = 4
+WARM_STEPS = 2  # at the start of a loop, which choose kernels and fill caches
+GPU_WIDTHS = (4096, 14336)  # of Llama-3-8B: narrower products do not reach a GPU's rate
+GPU_ROWS = 8192
+
+
+class FailedRunError(Exception):
+    """A run of the benchmark that ended with an error."""
 
 
 class Run(TypedDict):
@@ -37,7 +44,9 @@ class Run(TypedDict):
         side: `stock` or `harness`.
         wall: seconds from the start of the first process to the end of the last.
         seconds: by stage.
-        peak_memory_bytes: of the largest process.
+        pair_seconds: of a pair in the training loop without its first steps; the mean of several trials. Files of
+            earlier versions have none.
+        peak_memory_bytes: of the largest process: of torch's tensors on a GPU, of the resident set on a CPU.
         losses: per step; of the first trial where there are several.
     """
 
@@ -45,6 +54,7 @@ class Run(TypedDict):
     side: str
     wall: float
     seconds: dict[str, float]
+    pair_seconds: NotRequired[float]
     peak_memory_bytes: int
     losses: list[float]
 
@@ -56,15 +66,17 @@ class TrialCost(TypedDict):
     trial_seconds: float
     peak_memory_bytes: dict[str, int]
     losses: list[float]
+    step_ends: list[float]
 
 
 class Printed(TypedDict, total=False):
-    """The JSON that a run prints: `trials` by the harness, `seconds` per stage and `losses` by TRL's script."""
+    """The JSON that a run prints: `trials` by the harness; by TRL's script the same keys as one of these trials has."""
 
     peak_memory_bytes: int
     trials: list[TrialCost]
     seconds: dict[str, float]
     losses: list[float]
+    step_ends: list[float]
 
 
 class Bench:
@@ -84,7 +96,8 @@ class Bench:
         for split, prompt in (("dev", "Say yes."), ("golden", "Say no.")):
             write_jsonl(folder / f"{split}.jsonl", [only[0] | {"prompt": prompt}])
         train = pairs or "embedded"
-        self.keys = [f"model.path={model}", "train.batch_size=4", "train.micro_batch_size=4", "train.epochs=1"]
+        sizes = [f"train.{key}={STEP_PAIRS}" for key in ("batch_size", "micro_batch_size")]
+        self.keys = [f"model.path={model}", *sizes, "train.epochs=1"]
         self.keys += [] if pairs is None else [f"data.train={Path(train).resolve()}"]
         self.keys += [f"data.{split}={folder / split}.jsonl" for split in ("dev", "golden")] if pairs else []
         self.keys += [f"data.max_train_pairs={num_pairs}"]
@@ -93,12 +106,13 @@ class Bench:
         self.rows = self.inputs.tokens(self.config).train.rows
         if len(self.rows) < num_pairs:
             raise UsageError(f"--num-pairs {num_pairs}: {train} has {len(self.rows)} that can be trained on")
+        self.rows = tuple(self.rows[i] for i in plan_of(self.config, self.rows).order)  # as they are trained on
         self._write_stock_pairs()
 
     def _write_stock_pairs(self) -> None:
         """Write the pairs as text in the order of the harness's plan, for the scripts."""
         by_id = {pair.pair_id: pair for pair in self.inputs.splits(self.config).train}
-        ordered = [by_id[self.rows[i].pair_id] for i in plan_of(self.config, self.rows).order]
+        ordered = [by_id[row.pair_id] for row in self.rows]
         write_jsonl(
             self.folder / "pairs.jsonl",
             [
@@ -116,6 +130,32 @@ class Bench:
         """Folder of the checkpoint, for the scripts."""
         return str(self.inputs.checkpoints.folder(self.config.model, self.config.results_dir))
 
+    @property
+    def shape(self) -> Shape:
+        """The model's matrices."""
+        from transformers import AutoConfig
+
+        return shape_of_config(AutoConfig.from_pretrained(self.model_dir, trust_remote_code=False))
+
+    def matmul_rate(self) -> float:
+        """Measure this machine's matrix products in FLOP/s, in the precision that trains.
+
+        A CPU multiplies by the model's widths, a GPU by at least those of a model of 8 billion weights.
+        """
+        import torch
+        from transformers import AutoConfig
+
+        text = AutoConfig.from_pretrained(self.model_dir, trust_remote_code=False).get_text_config()
+        inner = text.hidden_size
+        outer = getattr(text, "intermediate_size", None) or 4 * inner
+        is_bf16 = uses_bf16(self.config)
+        if not torch.cuda.is_available():
+            return matmul_rate(inner, outer, bf16=is_bf16)
+        inner, outer = max(inner, GPU_WIDTHS[0]), max(outer, GPU_WIDTHS[1])
+        rate = matmul_rate(inner, outer, rows=GPU_ROWS, bf16=is_bf16)
+        torch.cuda.empty_cache()  # for the runs, which are processes of their own
+        return rate
+
     def stock(self, name: str, arm: str, **keys: float) -> Run:
         """Run one of TRL's scripts."""
         script = Path(__file__).with_name("stock.py")
@@ -129,6 +169,7 @@ class Bench:
             "side": "stock",
             "wall": wall,
             "seconds": found["seconds"],
+            "pair_seconds": steady_seconds(found["step_ends"]),
             "peak_memory_bytes": found["peak_memory_bytes"],
             "losses": found["losses"],
         }
@@ -142,6 +183,7 @@ class Bench:
             "name": "grid",
             "wall": sum(run["wall"] for run in runs),
             "seconds": {key: sum(run["seconds"][key] for run in runs) for key in runs[0]["seconds"]},
+            "pair_seconds": fmean(run["pair_seconds"] for run in runs),
             "peak_memory_bytes": max(run["peak_memory_bytes"] for run in runs),
         }
 
@@ -162,6 +204,7 @@ class Bench:
             "side": "harness",
             "wall": wall,
             "seconds": stages,
+            "pair_seconds": fmean(steady_seconds(trial["step_ends"]) for trial in found["trials"]),
             "peak_memory_bytes": found["peak_memory_bytes"],
             "losses": found["trials"][0]["losses"],
         }
@@ -196,56 +239,27 @@ class Bench:
         return self.harness(name or f"{size} trials", both[:size])
 
 
+def warm_steps(num_steps: int) -> int:
+    """Return how many steps at the start of a loop are left out of its seconds a pair."""
+    return min(WARM_STEPS, num_steps - 1)
+
+
+def steady_seconds(step_ends: Sequence[float]) -> float:
+    """Return the seconds of a pair without the first steps.
+
+    Args:
+        step_ends: when training began and when each step ended, in seconds.
+    """
+    steps = len(step_ends) - 1
+    first = warm_steps(steps)
+    return (step_ends[-1] - step_ends[first]) / ((steps - first) * STEP_PAIRS)
+
+
 def _run_timed(command: list[str]) -> tuple[float, Printed]:
     """Run a command; return its seconds and the JSON in its last line."""
     start = time.perf_counter()
     ran = subprocess.run(command, capture_output=True, text=True, check=False)
     wall = time.perf_counter() - start
     if ran.returncode:
-        raise RuntimeError(f"{' '.join(command[:4])} failed:\n{ran.stderr[-2000:]}")
+        raise FailedRunError(f"{' '.join(command[:4])} failed:\n{ran.stderr[-2000:]}")
     return wall, json.loads(ran.stdout.strip().splitlines()[-1])
-
-
-def needed_flops(model_config: PretrainedConfig, rows: Sequence[TokenPair], *, lora_rank: int) -> float:
-    """Return the floating-point operations of one LoRA pass over the rows, each token computed once.
-
-    `4 N_blk D + 4 N_head D_c + 6 N_lora D + 8 L h Σ s²/2`: forward and backward through frozen weights, the head on
-    answer tokens only, adapters with their own gradient, and causal attention (PaLM, arXiv 2204.02311, appendix B,
-    counts 6 N D for training all weights; frozen ones need no gradient of their own). With rank 0 half of it is the
-    forward pass alone, as for DPO's reference.
-
-    Args:
-        model_config: the model's config.
-        rows: the pairs of one pass; the prompt of a pair counts once.
-        lora_rank: of the adapters on all linear layers.
-    """
-    text = model_config.get_text_config()
-    tokens = sum(len(row.prompt_ids) + len(row.chosen_ids) + len(row.rejected_ids) for row in rows)
-    answers = sum(len(row.chosen_ids) + len(row.rejected_ids) for row in rows)
-    squares = sum(
-        len(row.prompt_ids) ** 2 / 2
-        + sum(len(answer) * (len(row.prompt_ids) + len(answer) / 2) for answer in (row.chosen_ids, row.rejected_ids))
-        for row in rows
-    )
-    blocks = 4 * block_parameters(text) * tokens
-    head = 4 * text.vocab_size * text.hidden_size * answers
-    adapters = 6 * lora_parameters(text, lora_rank) * tokens
-    return float(blocks + head + adapters + 8 * text.num_hidden_layers * text.hidden_size * squares)
-
-
-def lora_parameters(text: PretrainedConfig, rank: int) -> int:
-    """Count the weights of adapters on all linear layers of a Llama-like model."""
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    queries, keys = text.num_attention_heads * head_dim, text.num_key_value_heads * head_dim
-    shapes = [(text.hidden_size, queries), (text.hidden_size, keys), (text.hidden_size, keys)]
-    shapes += [(queries, text.hidden_size)]
-    shapes += [(text.hidden_size, text.intermediate_size)] * 2 + [(text.intermediate_size, text.hidden_size)]
-    return text.num_hidden_layers * rank * sum(inputs + outputs for inputs, outputs in shapes)
-
-
-def block_parameters(text: PretrainedConfig) -> int:
-    """Count the weights of the matrices in the layers of a Llama-like model."""
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    queries, keys = text.num_attention_heads * head_dim, text.num_key_value_heads * head_dim
-    attention = text.hidden_size * (2 * queries + 2 * keys)
-    return int(text.num_hidden_layers * (attention + 3 * text.hidden_size * text.intermediate_size))

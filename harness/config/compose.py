@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -65,8 +66,17 @@ def vllm_problem(config: RunConfig) -> str | None:
         return "vLLM loads all adapters of a study onto one base, and train.tuning=full makes no adapters"
     if config.model.path == EMBEDDED:
         return "the embedded model is too small for vLLM's kernels"
-    if find_spec("vllm") is None:
-        return "vLLM is not installed (pip install 'dpo-simpo-harness[vllm]')"
+    return _vllm_missing(config.generate.vllm_python)
+
+
+def _vllm_missing(python: str | None) -> str | None:
+    if python is not None and shutil.which(python) is None:
+        return f"generate.vllm_python={python} is no program; give the path of the interpreter that has vLLM"
+    if python is None and find_spec("vllm") is None:
+        return (
+            "vLLM is not installed (pip install 'dpo-simpo-harness[vllm]', or in an environment of its own: "
+            "generate.vllm_python=PATH)"
+        )
     if not (Path("/dev/nvidia0").exists() or Path("/dev/kfd").exists()):
         return "no GPU is there"
     return None

@@ -6,13 +6,14 @@ Imports torch only for the hardware's names.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib.util
 import os
 import platform
 import re
-import shutil
 import subprocess
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -28,36 +29,70 @@ class Machine:
     """The devices of a machine, as this process may use them.
 
     Attributes:
-        gpus: CUDA's names of the visible GPUs, or of all that nvidia-smi lists.
+        gpus: CUDA's names of the visible GPUs, or of all that the driver lists.
         cores: number of CPU cores.
+        gpu_bytes: memory of the smallest of the GPUs; 0 where it is not known.
+        memory_bytes: of the machine, or what its container may use; 0 where it is not known.
     """
 
     gpus: tuple[str, ...]
     cores: int
+    gpu_bytes: int = 0
+    memory_bytes: int = 0
 
     @classmethod
-    def here(cls) -> Machine:
-        """Look up the devices of this machine; may run nvidia-smi."""
-        return cls(_find_gpus(), len(os.sched_getaffinity(0)))
+    def here(cls, driver: str = "libcuda.so.1") -> Machine:
+        """Look up the devices of this machine; asks the GPUs' driver in a process of its own."""
+        found = driver_gpus(driver)
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        names = tuple(map(str, range(len(found)))) if visible is None else _names(visible)
+        return cls(names, len(os.sched_getaffinity(0)), min(found, default=0) if names else 0, usable_memory())
 
     def workers(self, processes: int = 1) -> int:
         """Return how many trials with `processes` processes each run beside each other: one GPU or core per process."""
         return max(1, (len(self.gpus) or self.cores) // processes)
 
 
-def _find_gpus() -> tuple[str, ...]:
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return tuple(name.strip() for name in visible.split(",") if name.strip() and name.strip() != "-1")
-    if shutil.which("nvidia-smi") is None:
-        return ()
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
+def _names(visible: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in visible.split(",") if name.strip() and name.strip() != "-1")
+
+
+# Asked by CUDA's driver, as torch does: a container may lack nvidia-smi. In a process of its own, since the first
+# question settles which GPUs a process sees.
+_ASK_DRIVER = """
+import ctypes, sys
+cuda = ctypes.CDLL(sys.argv[1])
+count, device, size = ctypes.c_int(), ctypes.c_int(), ctypes.c_size_t()
+assert cuda.cuInit(0) == 0 and cuda.cuDeviceGetCount(ctypes.byref(count)) == 0
+for number in range(count.value):
+    assert cuda.cuDeviceGet(ctypes.byref(device), number) == 0
+    assert cuda.cuDeviceTotalMem_v2(ctypes.byref(size), device) == 0
+    print(size.value)
+"""
+
+
+def driver_gpus(library: str) -> list[int]:
+    """Return the memory in bytes of each GPU that CUDA's driver lists, in its order; empty without a driver."""
+    try:
+        ctypes.CDLL(library)  # loads it and asks nothing
         listed = subprocess.run(
-            ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"],
-            capture_output=True, text=True, check=True, timeout=30,
-        )  # fmt: skip
-        return tuple(listed.stdout.split())
-    return ()
+            [sys.executable, "-S", "-c", _ASK_DRIVER, library], capture_output=True, text=True, check=True, timeout=60
+        )
+        return [int(size) for size in listed.stdout.split()]
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return []
+
+
+_CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+
+
+def usable_memory(limits: Sequence[str] = _CGROUP_LIMITS) -> int:
+    """Return the memory of the machine, or the container's limit where that is less."""
+    found = [int(psutil.virtual_memory().total)]
+    for path in limits:
+        with contextlib.suppress(OSError, ValueError):  # no such limit; the word max
+            found.append(int(Path(path).read_text()))
+    return min(found)
 
 
 def has_gpu() -> bool:

@@ -6,6 +6,7 @@ Keys that are null take their value from the defaults of the model in `conf/prof
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -124,6 +125,33 @@ class Precision(Enum):
     bf16 = "bf16"
 
 
+class Optimizer(Enum):
+    """AdamW of all arms: `auto` is torch's fused one on a GPU and its plain one (`adamw`) on a CPU.
+
+    `adamw_8bit` is bitsandbytes': its state takes a quarter of the memory (arXiv 2110.02861).
+    """
+
+    auto = "auto"
+    adamw = "adamw"
+    adamw_8bit = "adamw_8bit"
+
+
+class Kernels(Enum):
+    """Kernels of the model's norms and gated layers: transformers' own, or those of Liger (arXiv 2410.10989)."""
+
+    none = "none"
+    liger = "liger"
+
+
+ALL_LINEAR = "all-linear"
+TARGETS = Limits(distinct=True, items="different names of layers, such as [q_proj,v_proj], or [all-linear]")
+
+
+def is_pattern(target: str) -> bool:
+    """Return whether an item of `train.lora_targets` is a regular expression, and no end of a layer's name."""
+    return target != ALL_LINEAR and re.fullmatch(r"[A-Za-z0-9_.]+", target) is None
+
+
 @dataclass
 class LeversConfig:
     """Switches of the paired engine, for benchmarks only: each turns off one saving that `harness.bench` measures.
@@ -154,19 +182,24 @@ class TrainConfig:
     Attributes:
         engine: see `Engine`: to compare with TRL's own trainers.
         tuning: see `Tuning`: what fits into memory, and what will be shipped.
-        lora_rank, lora_alpha: of the adapter, on all linear layers: to repeat a recipe, or to learn more at more cost.
+        lora_rank, lora_alpha: of the adapter: to repeat a recipe, or to learn more at more cost.
+        lora_targets: the adapted layers: ends of names (`[q_proj,v_proj]`), or regular expressions of whole names;
+            `[all-linear]` is all linear layers but the head: to repeat a published recipe.
         lora_dropout: of the adapter's input, equal in all arms: to repeat a published recipe.
         epochs: passes over the training pairs: few for many pairs, more for few.
         batch_size: pairs per optimiser step: to repeat a recipe, together with its learning rate.
         micro_batch_size: pairs per forward pass: to fit the memory. It must divide batch_size.
+        optimizer: see `Optimizer`: to train all weights in less memory, or to repeat a recipe.
         scheduler: of the learning rate: to repeat a published recipe; likewise the next three keys.
         warmup_ratio: share of the steps in which the learning rate rises.
         weight_decay: of AdamW: to repeat a published recipe.
         max_grad_norm: gradients are clipped to it: to repeat a published recipe.
         precision: see `Precision`: to repeat a GPU's arithmetic on a CPU, or the other way round.
+        kernels: see `Kernels`: to train faster on a GPU.
         gradient_checkpointing: recompute activations to save memory; null decides by the memory that is free.
         threads: of torch on a CPU; null takes torch's own number: for several trials on one machine.
-        checkpoint_steps: optimiser steps between two checkpoints: the most that a killed trial loses.
+        checkpoint_minutes: time between two checkpoints: the most that a killed trial loses.
+        checkpoint_steps: optimiser steps between two, in place of minutes: for tests, and trials of equal speed.
         reference: see `Reference`: to compare what they cost.
         levers: for benchmarks only.
     """
@@ -176,16 +209,20 @@ class TrainConfig:
     lora_rank: int = bounded(16, at_least=1)
     lora_alpha: int = bounded(32, at_least=1)
     lora_dropout: float = bounded(0.0, at_least=0.0, below=1.0)
+    lora_targets: list[str] = field(default_factory=lambda: [ALL_LINEAR], metadata={"limits": TARGETS})
     epochs: int | None = bounded(None, at_least=1)
     batch_size: int | None = bounded(None, at_least=1)
     micro_batch_size: int | None = bounded(None, at_least=1)
+    optimizer: Optimizer = Optimizer.auto
     scheduler: str = bounded("cosine", choices=("cosine", "linear", "constant", "constant_with_warmup"))
     warmup_ratio: float = bounded(0.1, at_least=0.0, below=1.0)
     weight_decay: float = bounded(0.0, at_least=0.0)
     max_grad_norm: float = bounded(1.0, above=0.0)
     precision: Precision = Precision.auto
+    kernels: Kernels = Kernels.none
     gradient_checkpointing: bool | None = None
     threads: int | None = bounded(None, at_least=1, at_most=1024)
+    checkpoint_minutes: float = bounded(10.0, above=0.0)
     checkpoint_steps: int | None = bounded(None, at_least=1)
     reference: Reference = Reference.cached
     levers: LeversConfig = field(default_factory=LeversConfig)
@@ -222,6 +259,7 @@ class GenerateConfig:
         seed: of the sampling: to see how much the answers vary.
         reasoning: blocks as `<think>`. `auto` and `drop` cut them off before answers are scored; `drop` also takes them
             out of both answers of each pair. `keep` scores and trains on them: to decide on the reasoning, too.
+        vllm_python: the Python interpreter that has vLLM: where vLLM needs another version of torch than training.
     """
 
     backend: str | None = bounded(None, choices=("transformers", "vllm"))
@@ -231,6 +269,7 @@ class GenerateConfig:
     top_p: float = bounded(1.0, above=0.0, at_most=1.0)
     seed: int = bounded(0, at_least=0, at_most=MAX_SEED)
     reasoning: str = bounded("auto", choices=("auto", "keep", "drop"))
+    vllm_python: str | None = None
 
 
 class Structured(Enum):

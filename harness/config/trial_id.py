@@ -53,11 +53,19 @@ RENAMED = {
     "train.levers.metrics_steps": "train.metrics_steps",
 }
 # Path of a key that was added since -> its default then: what trials before it ran with. Never change a row.
-ADDED: dict[str, Json] = {"generate.reasoning": "auto", "data.answer_check": None, "train.lora_dropout": 0.0}
+ADDED: dict[str, Json] = {
+    "generate.reasoning": "auto",
+    "data.answer_check": None,
+    "train.lora_dropout": 0.0,
+    "train.lora_targets": ["all-linear"],
+    "train.optimizer": "auto",
+    "train.kernels": "none",
+}
 # Never hashed, under their first names: these change a trial's cost or its warnings, or name what `contents` holds.
 NOT_HASHED = {
-    *("train.threads", "train.checkpoint_steps", "train.collapse_learning_rate", "train.reference"),
-    *("train.reuse_base", "train.metrics_steps"),
+    *("train.threads", "train.checkpoint_minutes", "train.checkpoint_steps"),
+    *("train.collapse_learning_rate", "train.reference"),
+    *("train.reuse_base", "train.metrics_steps", "generate.vllm_python"),
     *("method.learning_rates", "method.learning_rate_factor"),  # learning_rate holds the product
     *("data.path", "data.train", "data.dev", "data.golden", "data.revision"),
 }

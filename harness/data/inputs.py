@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TypeVar
@@ -13,15 +13,17 @@ from typing import TypeVar
 from harness.config.checkpoint import Checkpoints
 from harness.config.schema import EMBEDDED, DataConfig, ModelConfig, RunConfig, Template
 from harness.config.trial_id import plain
+from harness.data.cache import KEPT_FROM, DataCache, Kept, LatePairs
 from harness.data.fits import Lengths, Tables, check_ids, check_lengths, read_tables
 from harness.data.reasoning import DROP, without_reasoning
 from harness.data.records import EvalPrompt, Given, Message, Pair
 from harness.data.splits import SplitFacts, Splits, load_splits
 from harness.data.template import takes, unread_keys
-from harness.data.tokens import CHANGED, TWICE, ChatFormat, TokenisedPairs, load_chat_format, tokenise_pairs
+from harness.data.token_rows import TokenisedPairs, as_rows, pair_lengths
+from harness.data.tokens import CHANGED, TWICE, ChatFormat, load_chat_format, tokenise_pairs
 from harness.data.written import NOT_ASKED, Readback
 from harness.study.errors import UsageError
-from harness.study.files import digest
+from harness.study.files import digest, file_sha256
 from harness.study.manifest import Finding
 from harness.study.registration import registered_date
 from harness.study.rows import PromptRow
@@ -51,6 +53,22 @@ class Tokens:
     findings: tuple[Finding, ...] = ()
 
     @property
+    def by_split(self) -> dict[str, TokenisedPairs]:
+        """The pairs of each split."""
+        return {"train": self.train, "dev": self.dev, "golden": self.golden}
+
+    @property
+    def facts(self) -> Kept:
+        """What is kept beside the ids, as JSON values."""
+        return {"lengths": asdict(self.lengths), "findings": [asdict(finding) for finding in self.findings]}
+
+    @classmethod
+    def of_kept(cls, chat: ChatFormat, tables: Tables, pairs: Mapping[str, TokenisedPairs], facts: Kept) -> Tokens:
+        """Return tokens that were kept as `by_split` and `facts`."""
+        findings = tuple(Finding(**finding) for finding in facts["findings"])
+        return cls(chat, **pairs, lengths=Lengths(**facts["lengths"]), tables=tables, findings=findings)
+
+    @property
     def warnings(self) -> list[str]:
         """What the reader of a study should know of its tokens, one sentence each."""
         return [finding.detail for finding in self.findings if finding.result == "warned"]
@@ -76,12 +94,10 @@ class Inputs:
         Raises:
             UsageError: see `load_splits`.
         """
-        is_embedded = config.model.path == EMBEDDED
-        # Neither changes the splits, and a family may vary them.
-        data = replace(self._data_of(config), max_length=DataConfig.max_length, template=Template.auto)
-        key = digest([plain(data), is_embedded])
+        key, data = self._split_settings(config)
         if key not in self._splits:
-            splits = load_splits(data)
+            splits = DataCache(config.results_dir).splits(data, lambda: load_splits(data))
+            is_embedded = config.model.path == EMBEDDED
             _keep(self._splits, key, self._without_folder(splits) if is_embedded else splits)
         return self._splits[key]
 
@@ -107,11 +123,52 @@ class Inputs:
                 auto=config.data.template is Template.auto,
                 date=date,
             )
-            found = _tokenise(self.splits(config), chat, config, read_tables(folder))
+            found = self._kept_or_tokenised(config, chat, read_tables(folder), folder, date)
             _keep(self._tokens, dated if chat.reads_clock else key, found)
         new_tokens = config.generate.max_new_tokens or 0
         fitting = check_lengths(found.tables, found.lengths, max_length=config.data.max_length, new_tokens=new_tokens)
         return replace(found, findings=(*found.findings, *fitting))
+
+    def _kept_or_tokenised(
+        self, config: RunConfig, chat: ChatFormat, tables: Tables, folder: Path, date: datetime
+    ) -> Tokens:
+        """Return the token ids from the results folder's cache where the data are large, else tokenise them."""
+        splits = self.splits(config)
+        _fit_padding(chat, tables)
+        if len(splits.train) < KEPT_FROM:
+            return _tokenise(splits, chat, config, tables)
+        about = [
+            plain(self._data_of(config)),
+            self.checkpoints.tokenizer_sha256(folder),
+            *([file_sha256(Path(config.model.chat_template))] if config.model.chat_template else []),
+            [splits.facts[name]["sha256"] for name in ("train", "dev", "golden")],
+            config.generate.reasoning == DROP,
+            date.isoformat() if chat.reads_clock else None,
+            asdict(tables),
+        ]
+        cache = DataCache(config.results_dir)
+        if (kept := cache.tokens(about)) is None:
+            found = _tokenise(splits, chat, config, tables)
+            cache.keep_tokens(about, found.by_split, found.facts)
+            self._forget_texts(config)
+            if (kept := cache.tokens(about)) is None:  # it could not be written
+                return found
+        return Tokens.of_kept(chat, tables, *kept)
+
+    def _split_settings(self, config: RunConfig) -> tuple[str, DataConfig]:
+        """Return the settings that make the splits, with their key.
+
+        Two others do not change the splits, and a family may vary them.
+        """
+        data = replace(self._data_of(config), max_length=DataConfig.max_length, template=Template.auto)
+        return digest([plain(data), config.model.path == EMBEDDED]), data
+
+    def _forget_texts(self, config: RunConfig) -> None:
+        """Drop the texts of tokenised training pairs: those of 60,000 pairs take half a gigabyte."""
+        key, data = self._split_settings(config)
+        splits = self._splits[key]
+        late = LatePairs(len(splits.train), lambda: load_splits(data).train)
+        self._splits[key] = replace(splits, train=late)
 
     def contents(self, config: RunConfig) -> dict[str, str]:
         """Return the SHA-256 by name of all files that a config only names: part of a trial id."""
@@ -147,6 +204,13 @@ def _keep(kept: dict[str, T], key: str, value: T) -> None:
         del kept[next(iter(kept))]
 
 
+def _fit_padding(chat: ChatFormat, tables: Tables) -> None:
+    """Pad with a token that has a row in the embedding: padding is masked, and yet looked up."""
+    tokenizer = chat.tokenizer
+    if tables.rows is not None and tokenizer.pad_token_id >= tables.rows:
+        tokenizer.pad_token = tokenizer.eos_token
+
+
 def _tokenise(splits: Splits, chat: ChatFormat, config: RunConfig, tables: Tables) -> Tokens:
     findings = _check_template(splits, chat)
     train, dev, golden = (
@@ -161,21 +225,16 @@ def _tokenise(splits: Splits, chat: ChatFormat, config: RunConfig, tables: Table
         chat.prompt_ids(prompt.conversation("Yes."), conversational=prompt.conversational, given=prompt.given)
         for prompt in prompts
     ]
-    rows = [row for pairs in (train, dev, golden) for row in pairs.rows]
     follow_ups = [len(ids) for ids, prompt in zip(asked, prompts, strict=True) if prompt.follows is not None]
+    parts = [as_rows(pairs.rows) for pairs in (train, dev, golden)]
     lengths = Lengths(
-        pair=max(row.length for row in rows),
+        pair=max(int(pair_lengths(rows).max(initial=0)) for rows in parts),
         prompt=max((len(ids) for ids, prompt in zip(asked, prompts, strict=True) if prompt.follows is None), default=0),
         follow_up=max(follow_ups, default=0),
     )
     findings += _pair_findings({"train": train, "dev": dev, "golden": golden})
     findings += _prompt_findings(splits, asked, chat)
-    ids: list[Sequence[int]] = [*asked]
-    for row in rows:
-        ids += [row.prompt_ids, row.chosen_ids, row.rejected_ids]
-    tokenizer = chat.tokenizer
-    if tables.rows is not None and tokenizer.pad_token_id >= tables.rows:
-        tokenizer.pad_token = tokenizer.eos_token  # padding is masked, and yet looked up
+    ids: list[Sequence[int]] = [*asked, *(rows.distinct_ids for rows in parts)]
     findings += check_ids(tables, chat, ids, encodes_answers=bool(follow_ups))
     return Tokens(chat, train, dev, golden, lengths, tables, tuple(findings))
 
@@ -252,7 +311,7 @@ def _check_template(splits: Splits, chat: ChatFormat) -> list[Finding]:
     return findings
 
 
-def _tokenise_split(pairs: tuple[Pair, ...], chat: ChatFormat, config: RunConfig) -> TokenisedPairs:
+def _tokenise_split(pairs: Sequence[Pair], chat: ChatFormat, config: RunConfig) -> TokenisedPairs:
     """Tokenise the pairs of a split, without the thinking in their answers where `generate.reasoning=drop`."""
     if config.generate.reasoning != DROP:
         return tokenise_pairs(pairs, chat, max_length=config.data.max_length)

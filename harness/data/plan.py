@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from harness.data.tokens import TokenPair, canonical_bytes
+from harness.data.token_rows import TokenPair, as_rows, canonical_bytes, lengths_of, pair_lengths
 from harness.study.files import digest
 
 
@@ -105,17 +105,18 @@ def share_of(plan: BatchPlan, process: int, num_processes: int) -> list[MicroBat
 
 def trained_tokens(rows: Sequence[TokenPair], plan: BatchPlan) -> int:
     """Count the tokens of a plan, with the prompt before each answer."""
-    return sum(2 * len(rows[i].prompt_ids) + len(rows[i].chosen_ids) + len(rows[i].rejected_ids) for i in plan.order)
+    return int((lengths_of(rows) @ [2, 1, 1])[list(plan.order)].sum())
 
 
 def padding_share(rows: Sequence[TokenPair], plan: BatchPlan) -> float:
     """Return the share of padding where each micro-batch is padded to its longest answer."""
-    real = padded = 0
-    for start in range(0, len(plan.order), plan.micro_batch_size):
-        batch = [rows[i] for i in plan.order[start : start + plan.micro_batch_size]]
-        real += sum(2 * len(row.prompt_ids) + len(row.chosen_ids) + len(row.rejected_ids) for row in batch)
-        padded += 2 * len(batch) * max(row.length for row in batch)
-    return 1 - real / padded if padded else 0.0
+    order, size = np.array(plan.order, dtype=np.int64), plan.micro_batch_size
+    if not len(order):
+        return 0.0
+    widths = pair_lengths(rows)[order]
+    longest = np.maximum.reduceat(widths, np.arange(0, len(order), size))
+    padded = 2 * int(np.repeat(longest, size)[: len(order)].sum())
+    return 1 - trained_tokens(rows, plan) / padded
 
 
 class ConsumedTokens:
@@ -130,15 +131,17 @@ class ConsumedTokens:
 
     def update(self, prompt_ids: Sequence[int], chosen_ids: Sequence[int], rejected_ids: Sequence[int]) -> None:
         """Add one pair: state = SHA-256(state, ids with lengths)."""
-        content = canonical_bytes(prompt_ids, chosen_ids, rejected_ids)
+        self.add(canonical_bytes(prompt_ids, chosen_ids, rejected_ids))
+
+    def add(self, content: bytes) -> None:
+        """Add one pair by its `canonical_bytes`."""
         self.state = hashlib.sha256(self.state.encode() + content).hexdigest()
         self.num_pairs += 1
 
 
 def expected_tokens_sha256(rows: Sequence[TokenPair], order: Iterable[int]) -> str:
     """Return the hash of a trainer that consumes exactly the plan."""
-    consumed = ConsumedTokens()
-    for index in order:
-        row = rows[index]
-        consumed.update(row.prompt_ids, row.chosen_ids, row.rejected_ids)
+    consumed, pairs = ConsumedTokens(), as_rows(rows)
+    for number in order:
+        consumed.add(pairs.canonical_bytes(number))
     return consumed.state

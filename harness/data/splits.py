@@ -58,12 +58,12 @@ class Splits:
     """The three splits, in the order of their files.
 
     Attributes:
-        train: pairs, labels already flipped where there is label noise.
+        train: pairs, labels already flipped where there is label noise; in large sets they may be read when asked for.
         dev_prompts: see `evaluation_prompts`; `dev_pairs` may hold several pairs of it, or none. Likewise golden.
         facts: sources, label noise and warnings, for study.yaml.
     """
 
-    train: tuple[Pair, ...]
+    train: Sequence[Pair]
     dev_prompts: tuple[EvalPrompt, ...]
     dev_pairs: tuple[Pair, ...]
     golden_prompts: tuple[EvalPrompt, ...]
@@ -266,9 +266,10 @@ def flip_labels(pairs: Sequence[Pair], share: float, *, seed: int) -> tuple[tupl
 
     The flipped pairs depend on contents and seed, not on the order; a larger share also flips those of a smaller one.
     """
-    digests = [pair_digest(pair) for pair in pairs]
-    order = sorted(range(len(pairs)), key=lambda i: digests[i])
-    chosen = np.random.default_rng(seed).permutation(len(pairs))[: round(share * len(pairs))]
+    count = round(share * len(pairs))
+    digests = [pair_digest(pair) for pair in pairs] if count else []
+    order = sorted(range(len(digests)), key=lambda i: digests[i])
+    chosen = np.random.default_rng(seed).permutation(len(pairs))[:count]
     flipped = {order[i] for i in chosen}
     noisy = tuple(
         replace(pair, chosen=pair.rejected, rejected=pair.chosen) if i in flipped else pair

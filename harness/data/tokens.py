@@ -8,21 +8,18 @@ and truncates differently.
 from __future__ import annotations
 
 import functools
-import hashlib
 import itertools
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from harness.data.conversations import RowError
 from harness.data.records import NOTHING, EvalPrompt, Given, Message, Pair
 from harness.data.template import ChatTemplate, TurnEnd, end_of_turn
+from harness.data.token_rows import TokenisedPairs, TokenPair, TokenRows, canonical_bytes
 from harness.data.written import ASKED, NOT_ASKED, Readback, left_out
 from harness.study.errors import UsageError
 from harness.study.files import Json
@@ -30,6 +27,16 @@ from harness.study.manifest import Finding
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+__all__ = [
+    "CHANGED",
+    "ChatFormat",
+    "TokenPair",
+    "TokenisedPairs",
+    "canonical_bytes",
+    "load_chat_format",
+    "tokenise_pairs",
+]
 
 # Put before an answer that is encoded apart, so that the tokenizer adds no space of its own in front of it.
 _ANCHORS = ("", "\n", ".", ":", ")", "a")
@@ -42,45 +49,6 @@ TWICE = (
     "the chat template writes the answer more than once; give a template that writes it once with model.chat_template"
 )
 _PROBE = "qzvkxjw"  # an answer that no template holds
-
-
-@dataclass(frozen=True)
-class TokenPair:
-    """A pair as token ids: both answers share the prompt's ids, and each ends the turn exactly once."""
-
-    pair_id: str
-    prompt_id: str
-    prompt_ids: tuple[int, ...]
-    chosen_ids: tuple[int, ...]
-    rejected_ids: tuple[int, ...]
-
-    @property
-    def length(self) -> int:
-        """Number of tokens of the prompt with the longer answer."""
-        return len(self.prompt_ids) + max(len(self.chosen_ids), len(self.rejected_ids))
-
-
-@dataclass(frozen=True)
-class TokenisedPairs:
-    """Rows that fit, in the given order, the number of dropped pairs by reason, and what does not read back."""
-
-    rows: tuple[TokenPair, ...]
-    dropped: dict[str, int]
-    readback: Readback | None = field(default=None, compare=False)
-
-    @property
-    def sha256(self) -> str:
-        """Identify the ids and masks of all rows, in order."""
-        hasher = hashlib.sha256()
-        for row in self.rows:
-            hasher.update(canonical_bytes(row.prompt_ids, row.chosen_ids, row.rejected_ids))
-        return hasher.hexdigest()
-
-
-def canonical_bytes(prompt_ids: Sequence[int], chosen_ids: Sequence[int], rejected_ids: Sequence[int]) -> bytes:
-    """Return one pair's ids as bytes: three lengths (the mask), then the ids, 32-bit little-endian."""
-    lengths = (len(prompt_ids), len(chosen_ids), len(rejected_ids))
-    return np.array([*lengths, *prompt_ids, *chosen_ids, *rejected_ids], dtype="<i4").tobytes()
 
 
 class ChatFormat:
@@ -378,8 +346,16 @@ def _control_tokens(tokenizer: PreTrainedTokenizerBase) -> set[str]:
 
 def tokenise_pairs(pairs: Iterable[Pair], chat: ChatFormat, *, max_length: int) -> TokenisedPairs:
     """Tokenise pairs; drop, and never cut, those that are too long, equal as tokens, or contain control tokens."""
-    rows, dropped = [], Counter[str]()
+    dropped = Counter[str]()
     readback = Readback(chat.tokenizer, chat.stop_ids)
+    rows = TokenRows.of(_usable_pairs(pairs, chat, max_length, dropped, readback))
+    return TokenisedPairs(rows, dict(dropped), readback)
+
+
+def _usable_pairs(
+    pairs: Iterable[Pair], chat: ChatFormat, max_length: int, dropped: Counter[str], readback: Readback
+) -> Iterator[TokenPair]:
+    """Yield the pairs that fit, and look at what reads back from them; count the others by reason."""
     for pair in pairs:
         reason = chat.unusable(pair)
         if reason is not None:
@@ -402,9 +378,8 @@ def tokenise_pairs(pairs: Iterable[Pair], chat: ChatFormat, *, max_length: int) 
         elif chosen == rejected:
             dropped["answers are the same tokens"] += 1
         else:
-            rows.append(row)
             chat.look_at(pair, (prompt, chosen, rejected), readback)
-    return TokenisedPairs(tuple(rows), dict(dropped), readback)
+            yield row
 
 
 def _ids_of(pair: Pair, chat: ChatFormat) -> tuple[list[int], list[int], list[int]]:

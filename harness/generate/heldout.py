@@ -7,6 +7,7 @@ pairs.jsonl.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 def heldout_rows(
     config: RunConfig,
     policy: PreTrainedModel | PeftModel,
-    rows: tuple[TokenPair, ...],
+    rows: Sequence[TokenPair],
     split: str,
     *,
     base: Path,
@@ -78,7 +79,7 @@ def heldout_rows(
     ]
 
 
-def _stored_logps(base: Path, split: str, rows: tuple[TokenPair, ...], files: FileCache | None) -> list[list[float]]:
+def _stored_logps(base: Path, split: str, rows: Sequence[TokenPair], files: FileCache | None) -> list[list[float]]:
     """Return the log-probs of chosen and rejected that the base's trial stored for these pairs."""
     by_pair = {(row["split"], row["pair_id"]): row for row in read_jsonl(base / "pairs.jsonl", files)}
     stored = [by_pair[split, row.pair_id] for row in rows]

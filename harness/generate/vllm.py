@@ -1,9 +1,8 @@
 """Answers of all adapters of a study in one vLLM pass: requests -> `answers-SPLIT.jsonl` in each trial's folder.
 
-vLLM runs in a process of its own (`python -m harness.generate.vllm WORK.json ANSWERS.json`), so that the GPU's memory
-is free again when the trials go on. Each trial's own stage then reads its answers (`stored_answers`).
-
-The call of vLLM itself has not been run, for want of a GPU; the tests run everything around it.
+vLLM runs in a process of its own (`vllm_process.py WORK.json ANSWERS.json`), so that the GPU's memory is free again
+when the trials go on; with `generate.vllm_python` in an interpreter of its own, since vLLM pins a version of torch.
+Each trial's own stage then reads its answers (`stored_answers`).
 """
 
 from __future__ import annotations
@@ -22,10 +21,13 @@ from harness.data.reasoning import AnswerReader
 from harness.data.records import Completion, EvalPrompt
 from harness.data.splits import Splits
 from harness.data.tokens import ChatFormat
-from harness.study.files import read_json, read_jsonl, write_json, write_jsonl
+from harness.study.files import read_jsonl, write_json, write_jsonl
 from harness.train.base import uses_bf16
+from harness.train.memory import free_memory
 
 _ERROR_CHARS = 2000  # of the end of vLLM's error output, shown in the message
+_PROCESS = Path(__file__).with_name("vllm_process.py")
+_MEMORY_SHARE = 0.9  # of what is free: vLLM's own default for a GPU that is empty
 _MAX_LORAS = 8  # adapters on the GPU at once; the others wait in vLLM's queue
 
 
@@ -49,6 +51,8 @@ class VllmJob(TypedDict):
         model: folder of the base.
         dtype: `bfloat16` or `float32`.
         max_lora_rank: of all adapters.
+        max_loras: adapters on the GPU at once.
+        memory_share: of the GPU's memory that vLLM may take; None is vLLM's own default.
         sampling: the decoding.
         requests: per answer the folder of its adapter (where there is none, the base answers) and the prompt's ids.
     """
@@ -56,6 +60,8 @@ class VllmJob(TypedDict):
     model: str
     dtype: str
     max_lora_rank: int
+    max_loras: int
+    memory_share: float | None
     sampling: Sampling
     requests: Sequence[Request]
 
@@ -103,7 +109,8 @@ def answer_folders(
         asked = [(place, prompt) for place in work for prompt in (prompts[place[1]][turn : turn + 1] or [[]])[0]]
         requests = [(str(place[0] / "adapter"), prompt_ids(chat, prompt, found[place])) for place, prompt in asked]
         job = vllm_job(config, sorted(chat.stop_ids), requests, folder=base)
-        for (place, prompt), request, answer in zip(asked, requests, run_vllm(job, scratch), strict=True):
+        answered = run_vllm(job, scratch, config.generate.vllm_python)
+        for (place, prompt), request, answer in zip(asked, requests, answered, strict=True):
             ids = request[1]
             found[place][prompt.prompt_id] = completion_of(chat, prompt, answer, place[1], asked=ids, reader=reader)
     for (folder, split), answers in found.items():
@@ -125,6 +132,8 @@ def vllm_job(config: RunConfig, stop_ids: list[int], requests: Sequence[Request]
         "model": str(folder),
         "dtype": "bfloat16" if uses_bf16(config) else "float32",
         "max_lora_rank": 1 << max(3, (config.train.lora_rank - 1).bit_length()),  # vLLM supports 8, 16, 32, ...
+        "max_loras": _MAX_LORAS,
+        "memory_share": memory_share(*free_memory()),
         "sampling": {
             "temperature": decoding.temperature,
             "top_p": decoding.top_p,
@@ -136,11 +145,27 @@ def vllm_job(config: RunConfig, stop_ids: list[int], requests: Sequence[Request]
     }
 
 
-def run_vllm(job: VllmJob, scratch: Path) -> list[list[int]]:
-    """Run the vLLM process on a work file, and return the token ids of each answer."""
+def memory_share(free: int, total: int) -> float | None:
+    """Return the share of a GPU's memory for vLLM, which refuses to start where less is free; None without a GPU.
+
+    Args:
+        free: bytes that are free now.
+        total: bytes of the GPU.
+    """
+    return round(_MEMORY_SHARE * free / total, 3) if total else None
+
+
+def run_vllm(job: VllmJob, scratch: Path, python: str | None = None) -> list[list[int]]:
+    """Run the vLLM process on a work file, and return the token ids of each answer.
+
+    Args:
+        job: contents of the work file.
+        scratch: folder for the files.
+        python: the interpreter that has vLLM; None is this one.
+    """
     given, answered = scratch / "vllm-work.json", scratch / "vllm-answers.json"
     write_json(given, job)
-    command = [sys.executable, "-m", "harness.generate.vllm", str(given), str(answered)]
+    command = [python or sys.executable, str(_PROCESS), str(given), str(answered)]
     ran = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False)
     try:
         if ran.returncode:
@@ -153,32 +178,6 @@ def run_vllm(job: VllmJob, scratch: Path) -> list[list[int]]:
             path.unlink(missing_ok=True)
 
 
-def _generate(job: VllmJob) -> Iterator[list[int]]:
-    """Yield the generated ids of each request, the end of turn included; without an adapter the base answers."""
-    from vllm import LLM, SamplingParams
-    from vllm.lora.request import LoRARequest
-
-    folders = dict.fromkeys(folder for folder, _ in job["requests"] if Path(folder).is_dir())
-    adapters = {folder: LoRARequest(folder, number, folder) for number, folder in enumerate(folders, start=1)}
-    longest = max(len(ids) for _, ids in job["requests"])
-    engine = LLM(
-        model=job["model"],
-        dtype=job["dtype"],
-        enable_lora=bool(adapters),
-        max_lora_rank=job["max_lora_rank"],
-        max_loras=max(1, min(len(adapters), _MAX_LORAS)),
-        max_model_len=longest + job["sampling"]["max_tokens"],
-        generation_config="vllm",  # not the checkpoint's: arms and base are decoded with `sampling` alone
-    )
-    outputs = engine.generate(
-        [{"prompt_token_ids": ids} for _, ids in job["requests"]],
-        SamplingParams(**job["sampling"]),
-        lora_request=[adapters.get(folder) for folder, _ in job["requests"]],
-    )
-    for output in outputs:
-        yield list(output.outputs[0].token_ids)
-
-
 def problems(config: RunConfig) -> Iterator[str]:
     """Yield what is wrong with the section `generate`."""
     temperature, top_p = config.generate.temperature, config.generate.top_p
@@ -188,7 +187,3 @@ def problems(config: RunConfig) -> Iterator[str]:
         yield f"generate.temperature={temperature:g}: 0 (greedy) or at least 0.01; smaller ones overflow"
     if config.generate.backend == "vllm" and (problem := vllm_problem(config)):
         yield f"generate.backend=vllm: {problem}; use generate.backend=transformers"
-
-
-if __name__ == "__main__":
-    write_json(Path(sys.argv[2]), list(_generate(read_json(Path(sys.argv[1])))))

@@ -51,7 +51,10 @@ def identity_sentence(identity: Mapping[str, Json]) -> str:
 
 
 def preconditions(study: Study) -> list[str]:
-    """Return what was proved before the training, a sentence for each finding; those that differ stand side by side."""
+    """Return what was proved before the training, a sentence for each finding; those that differ stand side by side.
+
+    The last one is the noise of DPO's reference, the largest of the study's trials.
+    """
     found: dict[str, None] = {}
     for trial in [*study.trials, *([study.base] if study.base else [])]:
         rows = trial.manifest.get("preconditions")
@@ -59,7 +62,25 @@ def preconditions(study: Study) -> list[str]:
             name, result, detail = (str(row.get(key) or "") for key in ("name", "result", "detail"))
             if name:
                 found[f"{name[0].upper()}{name[1:]}: {result}. {detail[:1].upper()}{detail[1:]}."] = None
-    return list(found)
+    return [*found, *_reference_noise(study.trials)]
+
+
+def _reference_noise(trials: Sequence[Trial]) -> list[str]:
+    """Say how far DPO's first losses are from log 2, and how far log-probs in bf16 move with their batch."""
+    rows = [mapping(trial.manifest.get("reference_noise")) for trial in trials]
+    largest = {
+        key: max((value for row in rows if (value := number(row.get(key))) is not None), default=None)
+        for key in ("first_loss_gap", "mean_nats", "largest_nats")
+    }
+    said = []
+    if (gap := largest["first_loss_gap"]) is not None:
+        said.append(f"DPO's first loss is log 2 within {gap:.1g}")
+    if (mean := largest["mean_nats"]) is not None:
+        said.append(
+            f"in bf16 the base's log-prob of an answer moves by {mean:.2g} nats on average, and by "
+            f"{largest['largest_nats']:.2g} at most, with the pairs in its batch: those of the training are used"
+        )
+    return [f"The reference is computed as the policy is: {'; '.join(said)}."] if said else []
 
 
 def identity_table(study: Study) -> Table | None:

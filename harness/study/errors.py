@@ -67,9 +67,32 @@ _TEXTS = {  # messages of libraries that hide the system's message -> explanatio
 _SYSTEM_ERROR = re.compile(r"\bos error \d+|\[[Ee]rrno \d+\]")  # as Rust and Python print one
 
 
+_OUT_OF_MEMORY = re.compile(  # of torch on a GPU or CPU, of CUDA, its libraries (cuBLAS, cuDNN, NCCL) and of C++
+    r"out of memory|not enough memory|(can't|cannot) allocate memory|_STATUS_ALLOC_FAILED|bad_alloc",
+    re.IGNORECASE,
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error, or one that it was raised from, says that memory ran out: a GPU's or the machine's.
+
+    Libraries have many names for it: torch's own class, and plain RuntimeErrors of CUDA and of what is built on it.
+    """
+    part: BaseException | None = error
+    seen: set[int] = set()
+    while part is not None and id(part) not in seen and not isinstance(part, UsageError | DoesNotFitError):
+        seen.add(id(part))
+        if isinstance(part, MemoryError) or any(kind.__name__ == "OutOfMemoryError" for kind in type(part).__mro__):
+            return True
+        if isinstance(part, RuntimeError | OSError) and _OUT_OF_MEMORY.search(str(part)):
+            return True
+        part = part.__cause__  # and no context: what failed in handling another error is an error of its own
+    return False
+
+
 def is_outside(error: BaseException) -> bool:
     """Return whether an error or one of its causes comes from the outside world, and not from the training."""
-    return any(
+    return is_out_of_memory(error) or any(
         isinstance(part, _CLASSES) or _is_named(part) or _has_known_text(str(part)) for part in _with_causes(error)
     )
 

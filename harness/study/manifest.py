@@ -40,6 +40,8 @@ class Manifest(TypedDict, total=False):
         consumed_tokens_sha256, expected_tokens_sha256: of the token ids that the trainer read, and of the plan's.
         pairs: number of pairs by split; `dropped_pairs`: number by split and reason.
         padding_share: of all positions.
+        reference_noise: of DPO's reference: `first_loss_gap`, the first loss's distance to log 2; in bf16 also by how
+            many nats an answer's log-prob moves with its batch, `mean_nats` and `largest_nats`.
         packed, why_padded: whether sequences were packed, and why not.
         preconditions: what was proved before the training (`Finding`).
         files: each file by its name in the trial's folder.
@@ -80,6 +82,7 @@ class Manifest(TypedDict, total=False):
     micro_batch_size: int
     padding_share: float
     parameters: dict[str, int]
+    reference_noise: dict[str, float]
     packed: bool
     why_padded: str
     preconditions: list[dict[str, str]]

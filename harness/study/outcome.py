@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TypedDict
 
-from harness.study.errors import UsageError, is_outside, meaning
+from harness.study.errors import UsageError, is_out_of_memory, is_outside, meaning
 from harness.study.files import Reader, read_json, write_json
 from harness.study.rows import TrialName
 from harness.study.text import redact
@@ -106,10 +106,10 @@ def describe(error: BaseException, stage: str, about: TrialName, folder: Path) -
 
 
 def _advice_on(error: BaseException, stage: str) -> str:
-    if type(error).__name__ == "OutOfMemoryError":
+    means = meaning(error)
+    if is_out_of_memory(error) and not means:
         smaller = {"generate": "a smaller generate.batch_size", "heldout": "a smaller data.max_length"}
         return f"; try {smaller.get(stage, 'a GPU with more memory, or train.tuning=qlora')}"
-    means = meaning(error)
     return f"; {means}" if means else ""
 
 

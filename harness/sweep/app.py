@@ -30,7 +30,7 @@ from harness.study.log import prepare_process
 from harness.study.outcome import Outcome
 from harness.study.text import redact, visible
 from harness.sweep.design import Composer, Design, designs_of, expand, shared_overrides, warnings_of
-from harness.sweep.estimate import print_plan, refuse_what_does_not_fit
+from harness.sweep.estimate import print_plan, refuse_too_little_memory, refuse_what_does_not_fit
 from harness.sweep.launch import Launching
 from harness.sweep.problems import checkpoint_warnings, compose_run, composing, find_warnings
 from harness.sweep.protocol import StudyResult, report_study, run_study
@@ -69,6 +69,8 @@ def run_sweep(arguments: Sequence[str]) -> list[StudyResult]:
         launching = Launching.configured(master, _hydra_context(master), context)
         if master.plan:
             for design, found in zip(designs, warnings, strict=True):
+                if not launching.kind.is_elsewhere:
+                    refuse_too_little_memory(design, context.machine)
                 at_once = launching.kind.at_once(context.machine, design.any.accelerate.num_processes)
                 print_plan(design, found, context.machine, at_once)
             return []
@@ -119,6 +121,8 @@ def _refuse_what_cannot_run(design: Design, launching: Launching, machine: Machi
     accelerate = design.any.accelerate
     refuse_what_does_not_fit(design, machine, launching.kind.at_once(machine, accelerate.num_processes))
     problem = "" if launching.kind.is_elsewhere else processes_problem(accelerate, machine)
+    if not problem and not launching.kind.is_elsewhere:
+        refuse_too_little_memory(design, machine)
     if problem := problem or job_problem(launching.requested, accelerate):
         raise UsageError(problem)
 

@@ -9,10 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from harness.config.arms import ARMS
+from harness.config.footprint import Footprint, footprint, memory_problem, shape_of_folder
 from harness.config.machine import Machine
-from harness.config.schema import Engine, Precision, RunConfig, Tuning
+from harness.config.schema import Engine, Precision, Reference, RunConfig, Tuning
 from harness.config.trial_id import config_label
 from harness.data.inputs import Tokens, num_steps
 from harness.decide.simulate import detectable_before
@@ -23,8 +25,13 @@ from harness.study.errors import UnreachableError, UsageError
 from harness.study.manifest import read_manifest
 from harness.study.text import one_line
 from harness.sweep.design import Design, ordered
+from harness.sweep.products import forward_flops, needed, shape_of_config, training_flops
 from harness.sweep.trial import Trial
-from harness.train.memory import plan_of
+from harness.train.layout import Way
+from harness.train.memory import USABLE_SHARE, largest_load, load_of, matmul_rate, plan_of
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 
 def print_plan(design: Design, warnings: Sequence[str], machine: Machine, at_once: int = 1) -> None:
@@ -106,17 +113,15 @@ def _selection(design: Design) -> Selection:
 
 def _cost(design: Design, machine: Machine, at_once: int) -> Sequence[str]:
     tune, confirm = to_run(design)
-    rate = machine_rate(design, machine)
-    found = estimate(design, machine, tune=tune, confirm=confirm, rate=rate, at_once=at_once)
+    rates = machine_rates(design)
+    found = estimate(design, machine, tune=tune, confirm=confirm, rates=rates, at_once=at_once)
     return lines(found, tune=tune, confirm=confirm, keep=design.any.keep)
 
 
 def refuse_what_does_not_fit(design: Design, machine: Machine, at_once: int) -> None:
     """Raise a UsageError where what is missing of a study does not fit on the disk."""
     tune, confirm = to_run(design)
-    found = estimate(
-        design, machine, tune=tune, confirm=confirm, rate=1e9, at_once=at_once
-    )  # seconds do not matter here
+    found = estimate(design, machine, tune=tune, confirm=confirm, rates=None, at_once=at_once)
     may_keep_less = bool(tune) and design.any.keep == "all"
     refuse_full_disk(Path(design.any.results_dir), found.disk_bytes, may_keep_less=may_keep_less)
 
@@ -193,11 +198,13 @@ def _size_of_a_trial(design: Design) -> str:
     return text
 
 
-LOOP_OVER_PRODUCTS = {
-    Engine.paired: 1.6,
-    Engine.stock: 4.0,
-}  # measured on a CPU, benchmarks/cost.md: 1.5 to 1.7, 2.9 to 5
-_DECODING_SHARE = 0.4  # of the products' rate that a batch of answers reaches, token by token
+# Seconds of the loop over those of the products that it needs. On a CPU measured (benchmarks/cost.md: 1.5 to 1.7, 2.9
+# to 5). On a GPU nothing was measured: for the paired engine the aim of benchmarks/gpu.md, 45% of the rate; for TRL's
+# trainers the same share of what they compute, which is twice as much for UltraFeedback's lengths.
+LOOP_OVER_PRODUCTS = {Engine.paired: 1.6, Engine.stock: 4.0}
+GPU_LOOP_OVER_PRODUCTS = {Engine.paired: 2.2, Engine.stock: 4.6}
+_DECODING_SHARE = 0.4  # of the products' rate that a batch of answers reaches on a CPU, token by token
+_GPU_ROWS = 4096  # tokens of a micro-batch; fewer rows leave a GPU idle
 _STEP_SECONDS = (0.01, 0.004)  # Python's part of a micro-batch, and of each layer in it
 _AROUND_SECONDS = 1.0  # loading, scoring, tracking
 _LAUNCH_SECONDS = 15.0  # of `accelerate launch`: each process imports everything anew
@@ -219,6 +226,21 @@ class Checkpoint:
 
 
 @dataclass(frozen=True)
+class Rates:
+    """What the device that trains was measured to do, in the precision that trains.
+
+    Attributes:
+        products: FLOP/s of matrix products as large as a micro-batch's.
+        thin: FLOP/s of products as thin as a batch of answers, which reads every weight for each token.
+        is_gpu: whether Python's part of a step runs beside the products.
+    """
+
+    products: float
+    thin: float
+    is_gpu: bool = False
+
+
+@dataclass(frozen=True)
 class Estimate:
     """What a study takes from now on.
 
@@ -227,8 +249,10 @@ class Estimate:
         trial_bytes: what a trial leaves on disk without its weights.
         weight_bytes: the weights that it trains.
         checkpoint_bytes: what its checkpoints need while it trains.
-        memory_bytes: of one trial's process, while it trains.
+        memory: of each of a trial's processes while it trains.
+        processes: that train a trial.
         disk_bytes: of the study, at its largest.
+        reference_seconds: of all passes of DPO's reference.
     """
 
     tune_seconds: float
@@ -236,11 +260,20 @@ class Estimate:
     trial_bytes: int
     weight_bytes: int
     checkpoint_bytes: int
-    memory_bytes: int
+    memory: Footprint
+    processes: int
     disk_bytes: int
+    reference_seconds: float = 0.0
+
+    @property
+    def memory_bytes(self) -> int:
+        """What all processes of a trial need together, Python included."""
+        return self.processes * (self.memory.total + _PROCESS_BYTES)
 
 
-def estimate(design: Design, machine: Machine, *, tune: int, confirm: int, rate: float, at_once: int = 1) -> Estimate:
+def estimate(
+    design: Design, machine: Machine, *, tune: int, confirm: int, rates: Rates | None, at_once: int = 1
+) -> Estimate:
     """Estimate a study of so many trials by stage.
 
     Args:
@@ -248,18 +281,24 @@ def estimate(design: Design, machine: Machine, *, tune: int, confirm: int, rate:
         machine: where it runs.
         tune: trials that tune and are still to be run.
         confirm: trials that decide and are still to be run.
-        rate: of this machine's matrix products, in FLOP/s.
+        rates: of the device that trains; None leaves the seconds at 0.
         at_once: trials that train beside each other.
     """
     if not tune + confirm:
-        return Estimate(0.0, 0.0, 0, 0, 0, 0, 0)
+        return Estimate(0.0, 0.0, 0, 0, 0, Footprint(), 0, 0)
     config = design.any
     splits, tokens = design.inputs.splits(config), design.inputs.tokens(config)
     folder = design.inputs.checkpoints.folder(config.model, config.results_dir)
     size = checkpoint_size(folder)
     dev, golden = len(splits.dev_prompts), len(splits.golden_prompts)
-    training = train_seconds(config, tokens, size, rate)
     answered = golden + (0 if design.tuned else dev)  # what a deciding trial answers
+    tune_seconds = confirm_seconds = passes = 0.0
+    if rates is not None:
+        is_rounded = rates.is_gpu or _may_use_bf16(config, machine)
+        passes = reference_passes(design, each_seed=is_rounded) * pass_seconds(config, tokens, size, rates)
+        training = train_seconds(config, tokens, size, machine, rates)
+        tune_seconds = training + answer_seconds(config, dev, size, rates)
+        confirm_seconds = training + answer_seconds(config, answered, size, rates)
     weights, checkpoint = _weight_bytes(config, size)
     rows = len(splits.train) * (config.train.epochs or 1) // (config.train.batch_size or 1) * _STEP_BYTES
     text = _ANSWER_BYTES + _TOKEN_BYTES * (config.generate.max_new_tokens or 0)
@@ -268,14 +307,40 @@ def estimate(design: Design, machine: Machine, *, tune: int, confirm: int, rate:
     if config.generate.backend == "vllm":  # all are trained before the first one answers
         kept = max(kept, tune, confirm)
     return Estimate(
-        tune_seconds=training + answer_seconds(config, dev, size, rate),
-        confirm_seconds=training + answer_seconds(config, answered, size, rate),
+        tune_seconds=tune_seconds,
+        confirm_seconds=confirm_seconds,
         trial_bytes=trial,
         weight_bytes=weights,
         checkpoint_bytes=checkpoint,
-        memory_bytes=config.accelerate.num_processes * memory_bytes(config, tokens, size, machine),
+        memory=training_footprint(config, tokens, folder, machine),
+        processes=config.accelerate.num_processes,
         disk_bytes=(tune + confirm + 1) * trial + kept * weights + at_once * checkpoint + 2 * (dev + golden) * text,
+        reference_seconds=passes,
     )
+
+
+def reference_passes(design: Design, *, each_seed: bool) -> int:
+    """Count the passes of DPO's reference that are to be made: one for all trials, or one for each of their seeds.
+
+    Args:
+        design: the study's plan.
+        each_seed: as in bf16 and TF32, where log-probs depend on the micro-batches, which each seed draws anew.
+    """
+    train = design.any.train
+    if train.engine is Engine.stock or train.reference is not Reference.cached:
+        return 0  # TRL's own, within the training
+    trials = [trial for _, trial in _trials(design) if ARMS[trial.arm].uses_reference and not trial.is_complete()]
+    seeds = {trial.seed for trial in trials}
+    if any(ARMS[arm].uses_reference for arm in design.tuned):
+        seeds |= set(design.seeds)  # of the configs that dev selects
+    return len(seeds) if each_seed else min(1, len(seeds))
+
+
+def pass_seconds(config: RunConfig, tokens: Tokens, size: Checkpoint, rates: Rates) -> float:
+    """Estimate one pass of DPO's reference: the base's forward pass over the training pairs."""
+    flops = forward_flops(shape_of_config(_model_config(size)), needed(tokens.train.rows))
+    factors = GPU_LOOP_OVER_PRODUCTS if rates.is_gpu else LOOP_OVER_PRODUCTS
+    return flops / rates.products * factors[config.train.engine]
 
 
 def checkpoint_size(folder: Path) -> Checkpoint:
@@ -293,42 +358,85 @@ def checkpoint_size(folder: Path) -> Checkpoint:
     return Checkpoint(folder, parameters, linear, sides)
 
 
-def train_seconds(config: RunConfig, tokens: Tokens, size: Checkpoint, rate: float) -> float:
-    """Estimate the training of one trial: its matrix products at this rate, and Python's part of each micro-batch."""
-    rows, train = tokens.train.rows, config.train
-    count = sum(len(row.prompt_ids) + len(row.chosen_ids) + len(row.rejected_ids) for row in rows)
-    passes = 6 if train.tuning is Tuning.full else 4  # frozen weights have no gradient of their own
-    flops = float(passes * size.parameters * count * (train.epochs or 1))
-    flops *= (4 / 3 if train.gradient_checkpointing else 1) / config.accelerate.num_processes
+def train_seconds(config: RunConfig, tokens: Tokens, size: Checkpoint, machine: Machine, rates: Rates) -> float:
+    """Estimate the training of one trial: its matrix products at these rates, and Python's part of each micro-batch."""
+    rows, train, processes = tokens.train.rows, config.train, config.accelerate.num_processes
+    flops = training_flops(
+        shape_of_config(_model_config(size)),
+        needed(rows),
+        rank=0 if train.tuning is Tuning.full else train.lora_rank,
+        recomputed=will_checkpoint(config, tokens, size.folder, machine),
+    )
+    factors = GPU_LOOP_OVER_PRODUCTS if rates.is_gpu else LOOP_OVER_PRODUCTS
+    products = flops * (train.epochs or 1) / processes / rates.products * factors[train.engine]
     plan = plan_of(config, rows)
-    batches = len(plan.order) / plan.micro_batch_size / config.accelerate.num_processes
+    batches = len(plan.order) / plan.micro_batch_size / processes
     python = batches * (_STEP_SECONDS[0] + _STEP_SECONDS[1] * _layers(size))
-    launched = _LAUNCH_SECONDS if config.accelerate.num_processes > 1 else 0.0
-    return flops / rate * LOOP_OVER_PRODUCTS[train.engine] + python + launched
+    return _together(products, python, rates) + (_LAUNCH_SECONDS if processes > 1 else 0.0)
 
 
-def answer_seconds(config: RunConfig, prompts: int, size: Checkpoint, rate: float) -> float:
+def _together(products: float, python: float, rates: Rates) -> float:
+    """Return the seconds of both: one after the other on a CPU; a GPU multiplies while Python goes on."""
+    return max(products, python) if rates.is_gpu else products + python
+
+
+def will_checkpoint(config: RunConfig, tokens: Tokens, folder: Path, machine: Machine) -> bool:
+    """Return whether training will use gradient checkpointing: as asked, or where the device is too small without."""
+    asked = config.train.gradient_checkpointing
+    if asked is not None:
+        return asked
+    whole, room = _footprint(config, tokens, folder, machine, checkpointing=False), _room(machine)
+    return bool(room) and whole.beside_weights >= USABLE_SHARE * (room - whole.weights)
+
+
+def answer_seconds(config: RunConfig, prompts: int, size: Checkpoint, rates: Rates) -> float:
     """Estimate the answers to so many prompts, were each as long as it may be; and what is around a trial."""
     length = config.generate.max_new_tokens or 0
     batches = -(-prompts // (config.generate.batch_size or 1))
     python = batches * length * (_STEP_SECONDS[0] + _STEP_SECONDS[1] * _layers(size)) / 2  # forward only
-    return 2.0 * size.parameters * prompts * length / (rate * _DECODING_SHARE) + python + _AROUND_SECONDS
+    return _together(2.0 * size.parameters * prompts * length / rates.thin, python, rates) + _AROUND_SECONDS
 
 
-def memory_bytes(config: RunConfig, tokens: Tokens, size: Checkpoint, machine: Machine) -> int:
-    """Estimate the memory of a process that trains: weights, gradients, AdamW's state, activations, and Python."""
-    from transformers import AutoConfig
+def training_footprint(config: RunConfig, tokens: Tokens, folder: Path, machine: Machine) -> Footprint:
+    """Estimate the memory of a process that trains the config's micro-batches, beside Python itself."""
+    checkpointing = will_checkpoint(config, tokens, folder, machine)
+    return _footprint(config, tokens, folder, machine, checkpointing=checkpointing)
 
-    from harness.train.memory import activation_bytes, largest_micro_batch
 
-    model = AutoConfig.from_pretrained(size.folder, trust_remote_code=False)
-    itemsize = 2 if _may_use_bf16(config, machine) else 4
-    held = {Tuning.full: 4.0, Tuning.lora: float(itemsize), Tuning.qlora: 0.6}[config.train.tuning] * size.parameters
-    trained = size.parameters if config.train.tuning is Tuning.full else config.train.lora_rank * size.lora_sides
-    shares = config.train.engine is Engine.paired and config.train.levers.share_prefix
-    count = largest_micro_batch(tokens.train.rows, plan_of(config, tokens.train.rows), share_prefix=shares)
-    kept = activation_bytes(model, count, itemsize) / (_layers(size) if config.train.gradient_checkpointing else 1)
-    return int(held + 12 * trained + kept + _PROCESS_BYTES)
+def _footprint(config: RunConfig, tokens: Tokens, folder: Path, machine: Machine, *, checkpointing: bool) -> Footprint:
+    load = largest_load(config, tokens.train.rows, plan_of(config, tokens.train.rows), _planned_way(config))
+    bf16 = _may_use_bf16(config, machine)
+    return footprint(config, shape_of_folder(folder), load, bf16=bf16, checkpointing=checkpointing)
+
+
+def refuse_too_little_memory(design: Design, machine: Machine) -> None:
+    """Raise a UsageError where this machine cannot train a design's model with the smallest micro-batch.
+
+    Nothing is loaded: config.json, headers and token ids say how much is needed. A finished design needs none.
+    """
+    try:
+        if not sum(to_run(design)):
+            return
+    except UnreachableError:  # of a plan, which says so
+        return
+    config = design.any
+    rows = design.inputs.tokens(config).train.rows
+    shape = shape_of_folder(design.inputs.checkpoints.folder(config.model, config.results_dir))
+    bf16, way = _may_use_bf16(config, machine), _planned_way(config)
+    arms = [configs[0] for configs in design.arms.values() if configs] or [config]  # none where a sampler suggests them
+    for trained in arms:
+        load = max(load_of(trained, [row], way) for row in rows)
+        room, is_gpu = _room(machine), bool(machine.gpus)
+        if problem := memory_problem(trained, shape, load, bf16=bf16, room=room, is_gpu=is_gpu):
+            raise UsageError(problem)
+
+
+def _room(machine: Machine) -> int:
+    return machine.gpu_bytes if machine.gpus else machine.memory_bytes
+
+
+def _planned_way(config: RunConfig) -> Way:
+    return "packed" if config.train.engine is Engine.paired and config.train.levers.share_prefix else "padded"
 
 
 def _may_use_bf16(config: RunConfig, machine: Machine) -> bool:
@@ -338,10 +446,13 @@ def _may_use_bf16(config: RunConfig, machine: Machine) -> bool:
 
 
 def _layers(size: Checkpoint) -> int:
+    return int(_model_config(size).get_text_config().num_hidden_layers)
+
+
+def _model_config(size: Checkpoint) -> PretrainedConfig:
     from transformers import AutoConfig
 
-    model = AutoConfig.from_pretrained(size.folder, trust_remote_code=False)
-    return int(model.get_text_config().num_hidden_layers)
+    return AutoConfig.from_pretrained(size.folder, trust_remote_code=False)
 
 
 def _weight_bytes(config: RunConfig, size: Checkpoint) -> tuple[int, int]:
@@ -384,23 +495,29 @@ def time_text(seconds: float) -> str:
 
 def lines(found: Estimate, *, tune: int, confirm: int, keep: str) -> Sequence[str]:
     """Return what `plan=true` prints of an estimate."""
-    total = tune * found.tune_seconds + confirm * found.confirm_seconds
+    total = tune * found.tune_seconds + confirm * found.confirm_seconds + found.reference_seconds
     stages = [("to tune", tune, found.tune_seconds), ("to confirm", confirm, found.confirm_seconds)]
     each = ", ".join(f"{time_text(seconds)} a trial {name}" for name, count, seconds in stages if count)
+    each += f", {time_text(found.reference_seconds)} DPO's reference in all" if found.reference_seconds else ""
     return [
         f"time: about {time_text(total)} of trials, one after the other, on a machine like this one"
         + (f" ({each}, were all answers as long as they may be)" if each else ""),
-        f"memory: about {size_text(found.memory_bytes)} for a trial that trains",
+        f"memory: about {size_text(found.memory_bytes)} for a trial that trains"
+        + (f", of which each process holds {found.memory} on its device" if found.processes else ""),
         f"disk: about {size_text(found.disk_bytes)} at most: {size_text(found.weight_bytes)} of weights and "
         f"{size_text(found.trial_bytes)} of rows a trial (keep={keep}), {size_text(found.checkpoint_bytes)} of "
         "checkpoints while one trains",
     ]
 
 
-def machine_rate(design: Design, machine: Machine) -> float:
-    """Measure how fast matrices are multiplied where training will run, in FLOP/s."""
-    from harness.train.base import threads
-    from harness.train.memory import matmul_rate
+def machine_rates(design: Design) -> Rates:
+    """Measure how fast matrices are multiplied where training will run; on a GPU this takes about a second.
+
+    Only `plan=true` asks: the first question settles which GPUs a process sees.
+    """
+    import torch
+
+    from harness.train.base import threads, uses_bf16
 
     config = design.any
     text: Any = json.loads(
@@ -410,4 +527,11 @@ def machine_rate(design: Design, machine: Machine) -> float:
     inner = int(text.get("hidden_size", 1024))
     outer = int(text.get("intermediate_size") or 4 * inner)
     with threads(config):
-        return matmul_rate(inner, outer, seconds=0.3, bf16=_may_use_bf16(config, machine))
+        bf16 = uses_bf16(config)
+        if not torch.cuda.is_available():
+            products = matmul_rate(inner, outer, seconds=0.3, bf16=bf16)
+            return Rates(products, products * _DECODING_SHARE)
+        products = matmul_rate(inner, outer, rows=_GPU_ROWS, seconds=0.5, bf16=bf16)
+        thin = matmul_rate(inner, outer, rows=config.generate.batch_size or 1, seconds=0.3, bf16=bf16)
+        torch.cuda.empty_cache()
+        return Rates(products, thin, is_gpu=True)

@@ -93,6 +93,7 @@ class Launching:
             first, inputs = trials[0], self._context.inputs
             chat, splits = inputs.tokens(first.config).chat, inputs.splits(first.config)
             base = inputs.checkpoints.folder(first.config.model, first.config.results_dir)
+            self._context.bases.release()  # vLLM needs the GPU's memory
             answer_folders(work, first.config, chat, splits, base=base, scratch=first.study)
 
     def _run(self, trials: Sequence[Trial], advance: Callable[[], bool | None]) -> list[Outcome]:
@@ -168,7 +169,10 @@ def run_job(job: DictConfig) -> dict[str, Any]:
         trial, context = read_trial(Path(job.trial)), worker_context()
         kind = launcher_of(str(HydraConfig.get().launcher._target_))
         context.slots.take(kind, trial.config.accelerate.num_processes)
-        return asdict(run_trial(trial, context))
+        ended = asdict(run_trial(trial, context))
+        if trial.config.generate.backend == "vllm":  # the sweep starts it while this process waits for another job
+            context.bases.release()
+        return ended
     except Exception as error:
         if (message := redact(error)) == str(error):
             raise

@@ -18,7 +18,7 @@ from harness.config.compose import fill_defaults, register_schemas
 from harness.config.keys import range_problems
 from harness.config.overrides import check_overrides, explain
 from harness.config.paths import CONF, expand_home, typed_home
-from harness.config.schema import EMBEDDED, RunConfig
+from harness.config.schema import ALL_LINEAR, EMBEDDED, RunConfig, Tuning
 from harness.data import inputs
 from harness.data.inputs import Inputs
 from harness.decide import study as decide
@@ -48,21 +48,30 @@ def find_warnings(config: RunConfig) -> list[str]:
 
 
 def checkpoint_warnings(config: RunConfig, inputs: Inputs) -> list[str]:
-    """Refuse a checkpoint that is not whole, before anything is trained (see `harness.train.weights`).
+    """Refuse a checkpoint that is not whole, or has no layers as asked for, before anything is trained.
+
+    See `harness.train.weights` and `harness.train.adapter.check_targets`.
 
     Returns:
         Warnings, none for the embedded base, and for a Hub id that a plan cannot fetch.
 
     Raises:
-        UsageError: names the tensors.
+        UsageError: names the tensors, or the layers.
     """
-    if config.model.path == EMBEDDED:
+    has_targets = config.train.lora_targets != [ALL_LINEAR] and config.train.tuning is not Tuning.full
+    if config.model.path == EMBEDDED and not has_targets:
         return []
     try:
         folder = inputs.checkpoints.folder(config.model, config.results_dir)
     except UnreachableError:
         if not config.plan:
             raise
+        return []
+    if has_targets:
+        from harness.train.adapter import check_targets
+
+        check_targets(config, folder)
+    if config.model.path == EMBEDDED:
         return []
     about = [inputs.checkpoints.base_sha256(folder), inputs.checkpoints.tokenizer_sha256(folder)]
     cache = Path(config.results_dir) / ".cache"

@@ -70,7 +70,7 @@ def run_study(design: Design, launch: Launch, context: Context) -> StudyResult:
     """
     study = design.study
     _drop_damaged(study, context.files)
-    runs = _Runs(launch, design, study, context.files)
+    runs = _Runs(launch, design, study, context)
     verdict, undecided = None, ""
     if runs.finish("base", [design.base]):
         if why := refusal(design.base.folder):
@@ -139,9 +139,9 @@ def _result(
 class _Runs:
     """How trials ended, and which of them were launched, over the several launches of a study."""
 
-    def __init__(self, launch: Launch, design: Design, study: Path, files: FileCache) -> None:
-        self._launch = launch
-        self._design, self._study, self._files = design, study, files
+    def __init__(self, launch: Launch, design: Design, study: Path, context: Context) -> None:
+        self._launch, self._bases = launch, context.bases
+        self._design, self._study, self._files = design, study, context.files
         self.problems: list[str] = []
         self.ended: dict[Path, Outcome] = {}
         self.launched: set[Path] = set()
@@ -185,6 +185,7 @@ class _Runs:
         wanted = not names or names[0] in study_scorers(self._design.any.score)
         scoring = scoring_of(self._design.any, splits, names) if wanted else None
         if scoring is not None:
+            self._bases.release()  # scorers load models of their own, some in other processes
             with locked(self._study):
                 try:
                     self.problems = score_study(self._study, scoring)

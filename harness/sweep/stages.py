@@ -285,7 +285,11 @@ class _Running:
         """Return what answers, the same for all splits; it is given back at the end of the run."""
         if self._policy is None:
             is_trained, bases = self.trial.is_trained, self.context.bases
-            lent = bases.borrow_policy(self.config, self.folder) if is_trained else bases.borrow_base(self.config)
+            lent = (
+                bases.borrow_policy(self.config, self.folder)
+                if is_trained
+                else bases.borrow_base(self.config, answers=True)
+            )
             self._policy = self._lent.enter_context(lent)
         return self._policy
 

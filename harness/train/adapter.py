@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from functools import partial
 from pathlib import Path
@@ -11,7 +12,8 @@ import torch
 from torch import Tensor
 
 from harness.config.checkpoint import is_derived
-from harness.config.schema import RunConfig, Tuning
+from harness.config.schema import ALL_LINEAR, RunConfig, Tuning, is_pattern
+from harness.study.errors import UsageError, is_out_of_memory
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -24,20 +26,73 @@ if TYPE_CHECKING:
 
         scaling: float
         shape: torch.Size
+        dtypes: tuple[torch.dtype, torch.dtype]
 
 
 def adapter_config(config: RunConfig, model: PreTrainedModel) -> LoraConfig:
-    """Return the adapter on all linear layers; `train.lora_dropout` is 0 unless it was set, and equal in all arms."""
+    """Return the adapter on the layers of `train.lora_targets`; all its settings are equal in all arms.
+
+    Raises:
+        UsageError: for a target that the model has not.
+    """
     from peft import LoraConfig
 
     return LoraConfig(
         r=config.train.lora_rank,
         lora_alpha=config.train.lora_alpha,
         lora_dropout=config.train.lora_dropout,
-        target_modules="all-linear",
+        target_modules=target_layers(config, model),
         exclude_modules=_not_adapted(model) or None,
         task_type="CAUSAL_LM",
     )
+
+
+def target_layers(config: RunConfig, model: PreTrainedModel) -> str | list[str]:
+    """Return which layers get the adapter, as PEFT takes it: `all-linear`, ends of names, or whole names.
+
+    Raises:
+        UsageError: for a target that is no linear layer of the model; it says which there are.
+    """
+    targets = config.train.lora_targets
+    if targets == [ALL_LINEAR]:
+        return ALL_LINEAR
+    layers = _adaptable_layers(model)
+    found: list[str] = []
+    for target in targets:
+        ends, whole = re.compile(rf"(.*\.)?{re.escape(target)}"), re.compile(target)
+        matched = [name for name in layers if (whole if is_pattern(target) else ends).fullmatch(name)]
+        if not matched:
+            known = ", ".join(sorted({name.rpartition(".")[2] for name in layers}))
+            what = f"whose whole name {target} matches" if is_pattern(target) else f"of the name {target}"
+            raise UsageError(
+                f"train.lora_targets=[{','.join(targets)}]: a {type(model).__name__} has no linear layer {what} beside "
+                f"its head; it has {known}; or use [{ALL_LINEAR}]"
+            )
+        found += matched if is_pattern(target) else [target]
+    return found
+
+
+def _adaptable_layers(model: PreTrainedModel) -> list[str]:
+    """Return the names of the layers that an adapter may be put on."""
+    from transformers.pytorch_utils import Conv1D
+
+    head, excluded = model.get_output_embeddings(), set(_not_adapted(model))
+    kinds = (torch.nn.Linear, Conv1D)
+    names = [name for name, module in model.named_modules() if isinstance(module, kinds) and module is not head]
+    return [name for name in names if name not in excluded]
+
+
+def check_targets(config: RunConfig, folder: Path) -> None:
+    """Refuse targets that a checkpoint's model has not, from its config.json alone.
+
+    Raises:
+        UsageError: as `target_layers`.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, trust_remote_code=False))
+    target_layers(config, model)
 
 
 # State-space models run the weights of these layers in kernels that see no adapter; PEFT refuses them by name.
@@ -68,7 +123,9 @@ def _returns_tensor(layer: torch.nn.Linear) -> bool:
         return True
     try:
         return isinstance(layer(layer.weight.new_zeros(2, layer.in_features)), Tensor)
-    except Exception:  # called in another way than `nn.Linear`, so that an adapter cannot call it
+    except Exception as error:  # called in another way than `nn.Linear`, so that an adapter cannot call it
+        if is_out_of_memory(error):
+            raise
         return False
 
 
@@ -163,12 +220,15 @@ def adapted_weight(layer: LoraLayer) -> Tensor:
     return weight
 
 
-def fuse_adapters(model: PreTrainedModel, name: str = "default") -> int:
-    """Compute every plain fp32 LoRA layer of a model in one function; return the number of such layers.
+_FUSED_IN = (torch.float32, torch.bfloat16, torch.float16)
 
-    Layers with dropout, DoRA, a trained base weight or another dtype stay as PEFT made them, and so do those that
-    merely behave like `nn.Linear` (GPT-2's Conv1D, which is transposed; subclasses; parametrised and 8-bit layers) or
-    are watched by hooks.
+
+def fuse_adapters(model: PreTrainedModel, name: str = "default") -> int:
+    """Compute every plain LoRA layer of a model in one function; return the number of such layers.
+
+    In half precision the adapter's matrices stay in fp32, and are rounded for the products alone. Layers with dropout,
+    DoRA, a trained base weight or weights in 4 or 8 bits stay as PEFT made them, and so do those that merely behave
+    like `nn.Linear` (GPT-2's Conv1D, which is transposed; subclasses; parametrised layers) or are watched by hooks.
     """
     from peft.tuners.lora.layer import Linear
 
@@ -178,7 +238,7 @@ def fuse_adapters(model: PreTrainedModel, name: str = "default") -> int:
             continue
         weight = layer.get_base_layer().weight
         plain = isinstance(layer.lora_dropout[name], torch.nn.Identity) and not layer.use_dora[name]
-        if plain and not weight.requires_grad and weight.dtype == torch.float32 and not layer.lora_bias[name]:
+        if plain and not weight.requires_grad and weight.dtype in _FUSED_IN and not layer.lora_bias[name]:
             layer.forward = partial(_fused_forward, layer, name)
             fused += 1
     return fused
@@ -194,18 +254,26 @@ def _fused_forward(layer: Linear, name: str, x: Tensor) -> Tensor:
     base = layer.get_base_layer()
     if layer.disable_adapters:
         return base(x)
+    weight, kind = base.weight, x.device.type
+    if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != weight.dtype:
+        return type(layer).forward(layer, x)  # PEFT's own: the weight itself would be rounded in each call
     down, up = layer.lora_A[name].weight, layer.lora_B[name].weight
-    return _LoraLinear.apply(x, base.weight, base.bias, down, up, layer.scaling[name])
+    return _LoraLinear.apply(x.to(weight.dtype), weight, base.bias, down, up, layer.scaling[name])
 
 
 class _LoraLinear(torch.autograd.Function):
-    """y = x W^T + b + (x A^T) (s B)^T, with W and b frozen (Hu et al., arXiv 2106.09685, equation 3)."""
+    """y = x W^T + b + (x A^T) (s B)^T, with W and b frozen (Hu et al., arXiv 2106.09685, equation 3).
+
+    A and B are rounded to the dtype of x and W, as autocast does; their gradients have their own dtype.
+    """
 
     @staticmethod
     def forward(
         ctx: LoraContext, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scaling: float
     ) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])
+        ctx.dtypes = down.dtype, up.dtype
+        down, up = down.to(x.dtype), up.to(x.dtype)
         inner = flat @ down.t()
         # No view is returned: some models change a layer's output in place, which autograd forbids for views.
         found = x.new_empty((*x.shape[:-1], weight.shape[0]))
@@ -229,4 +297,5 @@ class _LoraLinear(torch.autograd.Function):
             grad_x = grad @ weight
             grad_x.addmm_(grad_inner, down)
             grad_x = grad_x.view(ctx.shape)
-        return grad_x, None, None, grad_inner.t() @ flat, (grad.t() @ inner) * ctx.scaling, None
+        grad_down, grad_up = grad_inner.t() @ flat, (grad.t() @ inner) * ctx.scaling
+        return grad_x, None, None, grad_down.to(ctx.dtypes[0]), grad_up.to(ctx.dtypes[1]), None

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import os
 import shutil
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 from harness.data.plan import ConsumedTokens
@@ -12,6 +14,30 @@ from harness.study.files import digest, read_json, write_json
 from harness.study.integrity import changed_files, fingerprint
 
 CONSUMED_FILE = "consumed.json"
+
+
+class Schedule:
+    """When a checkpoint is due: every so many steps, or else minutes.
+
+    Args:
+        steps: optimiser steps between two checkpoints; None goes by the minutes.
+        minutes: between two checkpoints.
+        clock: gives seconds.
+    """
+
+    def __init__(self, steps: int | None, minutes: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._steps, self._seconds, self._clock = steps, 60 * minutes, clock
+        self._last = clock()
+
+    def is_due(self, step: int) -> bool:
+        """Return whether a checkpoint is due after this step; the minutes begin again where it is."""
+        if self._steps is not None:
+            return step % self._steps == 0
+        now = self._clock()
+        if now - self._last < self._seconds:
+            return False
+        self._last = now
+        return True
 
 
 def seal_checkpoint(checkpoint: Path, consumed: ConsumedTokens) -> None:

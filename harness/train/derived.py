@@ -24,7 +24,7 @@ from harness.config.checkpoint_files import (
     multimodal_type,
     read_json_object,
 )
-from harness.study.errors import UsageError
+from harness.study.errors import UsageError, is_out_of_memory
 from harness.train.weights import load_checked
 
 if TYPE_CHECKING:
@@ -57,10 +57,10 @@ def derive(derivation: Derivation, target: Path) -> None:
         torch.manual_seed(0)  # rows of embeddings that no tensor fills: the same in each place
         try:
             logits = make(derivation, target)
-        except (UsageError, MemoryError):
+        except UsageError:
             raise
         except Exception as error:  # of models and adapters that nobody has tried together
-            if getattr(error, "errno", None) or "memory" in str(error).lower():  # of the disk, of the machine
+            if getattr(error, "errno", None) or is_out_of_memory(error):  # of the disk, of the machine
                 raise
             what = "its adapter cannot be merged into" if derivation.adapter else "no language model can be taken of"
             raise UsageError(f"{what} {derivation.base}: {_first_line(error)}") from error

@@ -17,17 +17,21 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from harness.config.arms import ARMS
+from harness.config.footprint import Load, ModelShape, footprint, shape_of
 from harness.config.schema import RunConfig, Tuning
 from harness.data.plan import BatchPlan, make_plan
-from harness.data.tokens import TokenPair
-from harness.study.errors import DoesNotFitError
+from harness.data.token_rows import TokenPair, pair_lengths
+from harness.study.errors import DoesNotFitError, NoRoomError, is_out_of_memory
 from harness.study.files import locked, write_json
 from harness.study.integrity import MICRO_BATCH_FILE, read_micro_batch, settled
+from harness.train.layout import Way
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
+    import torch
+    from transformers import PreTrainedModel
 
-USABLE_SHARE = 0.6  # of the memory, for activations; the rest is for optimiser and system
+USABLE_SHARE = 0.85  # of the free memory; the rest is lost between its blocks, and for what the system does meanwhile
 
 
 def plan_of(config: RunConfig, rows: Sequence[TokenPair], *, micro: int | None = None) -> BatchPlan:
@@ -47,7 +51,7 @@ def plan_of(config: RunConfig, rows: Sequence[TokenPair], *, micro: int | None =
         batch_size=train.batch_size,
         micro_batch_size=micro or micro_batch_size(config),
         seed=config.seed,
-        lengths=[row.length for row in rows] if train.levers.group_lengths else (),
+        lengths=pair_lengths(rows).tolist() if train.levers.group_lengths else (),
     )
 
 
@@ -114,46 +118,114 @@ def smaller_than(config: RunConfig, tried: int) -> int:
     return smaller
 
 
-def needs_checkpointing(
-    model: PreTrainedModel, rows: Sequence[TokenPair], plan: BatchPlan, *, share_prefix: bool
-) -> bool:
-    """Return True where the largest micro-batch does not fit into the GPU's memory, or else the machine's."""
+@contextlib.contextmanager
+def out_of_memory_as_no_room() -> Iterator[None]:
+    """Mark memory that runs out in training, which a smaller micro-batch may mend, apart from all other errors."""
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise NoRoomError(str(error)) from error
+
+
+def free_unused_memory() -> None:
+    """Give a GPU's memory back that nothing holds: models hold themselves in circles, which are collected first.
+
+    What was frozen with a library's import (`FrozenImports`) is looked through, too: a model may be among it.
+    """
+    is_frozen = gc.get_freeze_count() > 0
+    gc.unfreeze()
+    gc.collect()
+    if is_frozen:
+        gc.freeze()
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def free_memory(device: torch.device | None = None) -> tuple[int, int]:
+    """Return the bytes that are free, and all of them: of a GPU, or of the machine for another device.
+
+    What torch keeps of freed memory counts as free.
+
+    Args:
+        device: None is the GPU of this process; without one, 0 and 0 are returned.
+    """
     import psutil
     import torch
 
-    total = psutil.virtual_memory().total
-    if model.device.type == "cuda":
-        total = torch.cuda.get_device_properties(model.device).total_memory
-    weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    tokens = largest_micro_batch(rows, plan, share_prefix=share_prefix)
-    return activation_bytes(model.config, tokens, model.dtype.itemsize) > USABLE_SHARE * total - weights
+    if device is not None and device.type != "cuda":
+        memory = psutil.virtual_memory()
+        return int(memory.available), int(memory.total)
+    if not torch.cuda.is_available():
+        return 0, 0
+    free, total = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device), total
 
 
-def largest_micro_batch(rows: Sequence[TokenPair], plan: BatchPlan, *, share_prefix: bool) -> int:
-    """Return the number of tokens of the largest micro-batch."""
-    sizes = [
-        (1 if share_prefix else 2) * len(row.prompt_ids) + len(row.chosen_ids) + len(row.rejected_ids) for row in rows
-    ]
-    step = plan.micro_batch_size
-    return max(sum(sizes[i] for i in plan.order[start : start + step]) for start in range(0, len(plan.order), step))
+def needs_checkpointing(
+    config: RunConfig, model: PreTrainedModel, rows: Sequence[TokenPair], plan: BatchPlan, *, way: Way, bf16: bool
+) -> bool:
+    """Return True where the largest micro-batch does not fit into the memory that is free, beside the loaded model.
 
-
-def activation_bytes(model_config: PretrainedConfig, num_tokens: int, itemsize: int) -> int:
-    """Estimate the bytes that a forward pass keeps for the backward pass of a gated-MLP transformer.
-
-    A layer keeps about 8 tensors of the hidden size, keys and values twice, and 4 of the MLP's size, per token.
+    Of several processes each one has a GPU of its own, or its part of the machine, with the weights in it.
 
     Args:
-        model_config: the model's config.
-        num_tokens: tokens of the forward pass.
-        itemsize: bytes per number.
+        config: the trial.
+        model: the base, loaded and without an adapter.
+        rows: the training pairs.
+        plan: their micro-batches.
+        way: how the model is run on them.
+        bf16: whether matrix products run in bf16.
     """
-    text = model_config.get_text_config()
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    inner = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
-    kept = 8 * text.hidden_size + 4 * heads * head_dim + 4 * inner
-    return int(num_tokens * text.num_hidden_layers * kept * itemsize)
+    load = largest_load(config, rows, plan, way)
+    needed = footprint(config, model_shape(model), load, bf16=bf16, checkpointing=False)
+    processes = config.accelerate.num_processes
+    if processes == 1:
+        if model.device.type == "cuda":
+            free_unused_memory()  # such as the copy of the base on which the preconditions were proved
+        return needed.beside_weights > USABLE_SHARE * free_memory(model.device)[0]
+    # Processes that share a step must decide alike, by what is not theirs alone; weights may not be on their GPUs yet.
+    room = free_memory()[1] or free_memory(model.device)[1] // processes
+    return needed.total > USABLE_SHARE * room
+
+
+def model_shape(model: PreTrainedModel) -> ModelShape:
+    """Return the shape of a model in memory, whose matrices may be packed in 4 bits."""
+    import torch
+
+    tensors = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and f"{name}.weight" in tensors:
+            tensors[f"{name}.weight"] = (module.out_features, module.in_features)
+    return shape_of(model.config.to_dict(), tensors)
+
+
+def largest_load(config: RunConfig, rows: Sequence[TokenPair], plan: BatchPlan, way: Way) -> Load:
+    """Return the load of the plan's largest micro-batch."""
+    step = plan.micro_batch_size
+    batches = (plan.order[start : start + step] for start in range(0, len(plan.order), step))
+    return max(load_of(config, [rows[i] for i in batch], way) for batch in batches)
+
+
+def load_of(config: RunConfig, rows: Sequence[TokenPair], way: Way) -> Load:
+    """Return what one micro-batch makes the model compute.
+
+    Args:
+        config: the trial.
+        rows: the pairs of the micro-batch.
+        way: how the model is run: packed in one row, padded to the longest answer, or one answer at a time.
+    """
+    answers = sum(len(row.chosen_ids) + len(row.rejected_ids) for row in rows)
+    prompts = sum(len(row.prompt_ids) for row in rows)
+    if way == "packed":
+        return Load((1 if config.train.levers.share_prefix else 2) * prompts + answers, answers)
+    if way == "alone":
+        return Load(2 * prompts + answers, 2 * prompts + answers, all_logits=True)
+    positions = 2 * len(rows) * max(row.length for row in rows)
+    holds_all = ARMS[config.method.name].trainer == "CPOTrainer"  # TRL's DPOTrainer has a head that does not
+    return Load(positions, positions if holds_all else answers, holds_all)
 
 
 class Meter:
@@ -172,12 +244,22 @@ class Meter:
     def stage(self, name: str) -> Iterator[None]:
         """Measure the block; a stage that is entered twice adds its seconds and keeps the larger peak."""
         reset_peak_memory()
+        _wait_for_gpu()
         start = time.perf_counter()
         try:
             yield
         finally:
+            _wait_for_gpu()
             self.seconds[name] += time.perf_counter() - start
             self.peak_memory_bytes[name] = max(self.peak_memory_bytes.get(name, 0), peak_memory_bytes())
+
+
+def _wait_for_gpu() -> None:
+    """Let a GPU end what it was given, so that a stage's seconds are its own; asks CUDA nothing where it is unused."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        with contextlib.suppress(RuntimeError):  # of a kernel that failed: the stage's own error says more
+            torch.cuda.synchronize()
 
 
 def reset_peak_memory() -> None:
@@ -234,10 +316,12 @@ def matmul_rate(inner: int, outer: int, *, rows: int = 512, seconds: float = 2.0
     b = torch.randn(inner, outer, device=device, dtype=dtype)
     for _ in range(3):
         a @ b
+    at_once = 10 if is_gpu else 1  # a wait after each product would leave a GPU idle in between
+    _wait_for_gpu()
     count, start = 0, time.perf_counter()
     while time.perf_counter() - start < seconds:
-        a @ b
-        if is_gpu:
-            torch.cuda.synchronize()
-        count += 1
+        for _ in range(at_once):
+            a @ b
+        _wait_for_gpu()
+        count += at_once
     return 2.0 * rows * inner * outer * count / (time.perf_counter() - start)

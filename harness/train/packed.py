@@ -2,31 +2,30 @@
 
 A group is a prompt and its answers. All groups of a batch stand in one row without padding, each prompt once: positions
 start again after the prompt, and a token attends to its own prompt and its own answer only. Wang and Hegde (arXiv
-2410.20305) share prefixes by one mask over the whole row; here each group is attended by itself, so that no masked
-score is computed. The head runs on the rows that predict a token of an answer. Log-probs and gradients equal those of
-the padded computation up to rounding.
+2410.20305) share prefixes by one mask over the whole row; here no masked score is computed (see
+`harness.train.attention`). The head runs on the rows that predict a token of an answer. Log-probs and gradients equal
+those of the padded computation up to rounding.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface
+from torch.distributed.tensor import DTensor
 from trl.kernels import ChunkedLogProbFunction
+from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 from harness.data.tokens import TokenPair
+from harness.train.attention import Segments, segments_of
 
 if TYPE_CHECKING:
     from torch.autograd.function import BackwardCFunction
     from transformers import PretrainedConfig, PreTrainedModel
 
-ATTENTION = "harness_packed"  # the name under which transformers finds `packed_attention`
 CHUNK_BYTES = 64 * 2**20  # of logits that are in memory at once
 HEAD_OUTPUTS = ("entropy", "mean_logits", "is_top1")  # TRL's names for what `HeadOutput` holds beside log-probs
 TRL_VOCAB_CHUNK = 32768  # columns of the head per step of TRL's kernel
@@ -42,8 +41,7 @@ class Packed:
     Attributes:
         input_ids: shape (1, num_tokens); an answer's last token predicts nothing and is left out.
         position_ids: shape (1, num_tokens).
-        spans: number of tokens of each group in the row: of its prompt, of its answers.
-        masks: per group, the keys of each query of an answer, bool, shape (answer tokens, prompt + answer tokens).
+        segments: what the row's tokens attend to.
         predicting: shape (num_targets,), the rows of hidden states that predict the answers' tokens, in order.
         targets: shape (num_targets,), the predicted tokens.
         lengths: number of tokens of each answer, in order.
@@ -51,11 +49,15 @@ class Packed:
 
     input_ids: Tensor
     position_ids: Tensor
-    spans: tuple[tuple[int, int], ...]
-    masks: tuple[Tensor, ...]
+    segments: Segments
     predicting: Tensor
     targets: Tensor
     lengths: tuple[int, ...]
+
+    @property
+    def spans(self) -> tuple[tuple[int, int], ...]:
+        """Number of tokens of each group in the row: of its prompt, of its answers."""
+        return tuple((prompt, sum(answers)) for prompt, answers in self.segments.groups)
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Packed:
         """Return the batch with its tensors on a device; data loaders call this as they call a tensor's `to`."""
@@ -70,7 +72,7 @@ class Packed:
             self,
             input_ids=move(self.input_ids),
             position_ids=move(self.position_ids),
-            masks=tuple(map(move, self.masks)),
+            segments=self.segments.with_tensors(move),
             predicting=move(self.predicting),
             targets=move(self.targets),
         )
@@ -88,7 +90,7 @@ def pack(groups: Sequence[Group]) -> Packed:
     ids: list[int] = []
     positions: list[int] = []
     predicting: list[int] = []
-    spans, masks = [], []
+    spans = []
     for prompt, answers in groups:
         start, end = len(ids), len(prompt)
         ids += prompt
@@ -97,74 +99,15 @@ def pack(groups: Sequence[Group]) -> Packed:
             predicting += [start + end - 1, *range(len(ids), len(ids) + len(answer) - 1)]
             ids += answer[:-1]
             positions += range(end, end + len(answer) - 1)
-        spans.append((end, len(ids) - start - end))
-        masks.append(_answer_mask(end, [len(answer) - 1 for answer in answers]))
+        spans.append((end, [len(answer) - 1 for answer in answers]))
     return Packed(
         torch.tensor([ids]),
         torch.tensor([positions]),
-        tuple(spans),
-        tuple(masks),
+        segments_of(spans),
         torch.tensor(predicting),
         torch.tensor([token for _, answers in groups for answer in answers for token in answer]),
         tuple(len(answer) for _, answers in groups for answer in answers),
     )
-
-
-def _answer_mask(prompt: int, answers: Sequence[int]) -> Tensor:
-    """Return which keys the answers' tokens attend to, from the lengths of prompt and answers."""
-    blocks = [torch.ones(length, length, dtype=torch.bool).tril() for length in answers]
-    return torch.cat([torch.ones(sum(answers), prompt, dtype=torch.bool), torch.block_diag(*blocks)], dim=1)
-
-
-def packed_attention(
-    module: torch.nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    *,
-    scaling: float,
-    packed: Packed | None = None,
-    **variants: float | Tensor | None,
-) -> tuple[Tensor, None]:
-    """Attend within each group: query (1, heads, num_tokens, head_dim) -> (1, num_tokens, heads, head_dim).
-
-    Raises:
-        NotImplementedError: for variants that this attention does not compute, so that no model is computed wrongly.
-    """
-    if packed is None:
-        raise NotImplementedError("the model does not hand its attention the packed row")
-    window = variants.get("sliding_window")
-    if window is not None and max(map(sum, packed.spans)) > window:
-        raise NotImplementedError(f"the model's attention has a sliding_window of {window}, shorter than a pair")
-    for name in ("softcap", "s_aux"):
-        if variants.get(name) is not None:
-            raise NotImplementedError(f"the model's attention has {name}")
-    enable_gqa = key.shape[1] != query.shape[1]
-    parts = []
-    # Split, not sliced: the gradient of a slice is a tensor of zeros of the whole row's size, one for each slice.
-    queries = query.split([length for span in packed.spans for length in span], dim=2)
-    keys, values = (states.split([sum(span) for span in packed.spans], dim=2) for states in (key, value))
-    for first, rest, k, v, mask in zip(queries[::2], queries[1::2], keys, values, packed.masks, strict=True):
-        # Causal from the first query on, so that a prompt sees none of the answers' keys.
-        parts.append(scaled_dot_product_attention(first, k, v, is_causal=True, scale=scaling, enable_gqa=enable_gqa))
-        if rest.shape[2]:
-            parts.append(scaled_dot_product_attention(rest, k, v, attn_mask=mask, scale=scaling, enable_gqa=enable_gqa))
-    return torch.cat(parts, dim=2).transpose(1, 2).contiguous(), None
-
-
-AttentionInterface.register(ATTENTION, packed_attention)
-
-
-@contextlib.contextmanager
-def packing(model: PreTrainedModel) -> Iterator[None]:
-    """Give a model packed attention inside the block; other calls of the model fail there."""
-    before = model.config._attn_implementation
-    model.set_attn_implementation(ATTENTION)
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(before)
 
 
 class HeadOutput(NamedTuple):
@@ -215,7 +158,7 @@ def _of_logits(logits: Tensor, targets: Tensor, *, metrics: bool) -> tuple[Tenso
 def packed_hidden_states(model: PreTrainedModel, packed: Packed) -> Tensor:
     """Return the backbone's last hidden states, shape (num_tokens, hidden_size)."""
     backbone = model.base_model(
-        input_ids=packed.input_ids, position_ids=packed.position_ids, use_cache=False, packed=packed
+        input_ids=packed.input_ids, position_ids=packed.position_ids, use_cache=False, packed=packed.segments
     )
     states: Tensor = backbone.last_hidden_state[0]
     return states
@@ -240,13 +183,22 @@ def token_logps(model: PreTrainedModel, hidden: Tensor, targets: Tensor, *, metr
     """
     head = model.get_output_embeddings()
     scale, cap = _logit_transform(model.config.get_text_config())
-    plain = scale == 1.0 and cap is None and head.bias is None
-    if plain and hidden.device.type == "cpu" and not head.weight.requires_grad:
-        return HeadOutput(*_FrozenHead.apply(hidden, head.weight, targets, metrics))
-    logps, entropy, _, mean_logits, is_top1 = ChunkedLogProbFunction.apply(
-        hidden, head.weight, head.bias, targets, 1.0, TRL_VOCAB_CHUNK, cap, scale, HEAD_OUTPUTS if metrics else ()
-    )
-    return HeadOutput(logps, entropy, mean_logits, is_top1)
+    with maybe_gather_lm_head_ctx(head.weight, head.bias):  # ZeRO-3 gathers a module's weights in its own call only
+        weight = _whole(head.weight)
+        bias = None if head.bias is None else _whole(head.bias)
+        plain = scale == 1.0 and cap is None and bias is None
+        if plain and hidden.device.type == "cpu" and not weight.requires_grad:
+            return HeadOutput(*_FrozenHead.apply(hidden, weight, targets, metrics))
+        logps, entropy, _, mean_logits, is_top1 = ChunkedLogProbFunction.apply(
+            hidden, weight, bias, targets, 1.0, TRL_VOCAB_CHUNK, cap, scale, HEAD_OUTPUTS if metrics else ()
+        )
+        return HeadOutput(logps, entropy, mean_logits, is_top1)
+
+
+def _whole(weight: Tensor) -> Tensor:
+    """Return a weight that FSDP2 has split over processes as one tensor; its gradient is split again."""
+    whole: Tensor = weight.full_tensor() if isinstance(weight, DTensor) else weight
+    return whole
 
 
 def _logit_transform(config: PretrainedConfig) -> tuple[float, float | None]:
@@ -276,13 +228,13 @@ class _FrozenHead(torch.autograd.Function):
         ctx: BackwardCFunction, hidden: Tensor, weight: Tensor, targets: Tensor, metrics: bool
     ) -> tuple[Tensor | None, ...]:
         num_rows = len(hidden)
-        logps, entropy, mean_logits = (hidden.new_empty(num_rows) for _ in range(3))
+        logps, entropy, mean_logits = (hidden.new_empty(num_rows, dtype=torch.float32) for _ in range(3))
         is_top1 = targets.new_empty(num_rows, dtype=torch.bool)
         grads = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        size = max(1, CHUNK_BYTES // (weight.shape[0] * weight.element_size()))
+        size = max(1, CHUNK_BYTES // (weight.shape[0] * 4))
         for start in range(0, num_rows, size):
             part = slice(start, start + size)
-            logits = hidden[part] @ weight.t()
+            logits = (hidden[part] @ weight.t()).float()
             # Not log_softmax: its fp32 kernel is off by about 5e-6 nats per token at a vocabulary of 49,152.
             norm = logits.logsumexp(-1, keepdim=True)
             chosen = logits.gather(1, targets[part, None])
@@ -294,7 +246,7 @@ class _FrozenHead(torch.autograd.Function):
             if metrics:
                 entropy[part] = -(probs.exp() * probs).sum(-1)
             if grads is not None:
-                torch.mm(probs.exp_(), weight, out=grads[part])
+                torch.mm(probs.exp_().to(weight.dtype), weight, out=grads[part])
                 torch.sub(weight[targets[part]], grads[part], out=grads[part])
         if grads is not None:
             ctx.save_for_backward(grads)
@@ -304,4 +256,4 @@ class _FrozenHead(torch.autograd.Function):
     @staticmethod
     def backward(ctx: BackwardCFunction, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         (grads,) = ctx.saved_tensors
-        return grad[:, None] * grads, None, None, None
+        return (grad[:, None] * grads).to(grads.dtype), None, None, None

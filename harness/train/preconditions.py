@@ -18,12 +18,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from harness.config.arms import MethodConfig, title
-from harness.config.schema import Reference, RunConfig, Tuning
-from harness.data.tokens import ChatFormat, TokenPair, canonical_bytes
-from harness.study.errors import UsageError
+from harness.config.schema import Kernels, Reference, RunConfig, Tuning
+from harness.data.token_rows import TokenPair, canonical_bytes, pair_lengths
+from harness.data.tokens import ChatFormat
+from harness.study.errors import UsageError, is_out_of_memory
 from harness.study.files import digest, locked, read_sealed, seal, write_json
 from harness.study.manifest import Finding
 from harness.train.layout import Layout, processes_problem
+from harness.train.memory import free_unused_memory
 from harness.train.prover import LOSS, Proof, Prover, checked_of, is_general, settings_of
 
 if TYPE_CHECKING:
@@ -106,16 +108,22 @@ def _of_arms(methods: Sequence[MethodConfig]) -> Iterator[Finding]:
 def _key(config: RunConfig, rows: Sequence[TokenPair], base_sha256: str) -> str:
     """Return the name of a proof: all that it depends on."""
     from importlib.metadata import version
+    from importlib.util import find_spec
+
+    import torch
 
     from harness.config.machine import has_gpu
 
     train, levers = config.train, config.train.levers
     ids = [canonical_bytes([*row.prompt_ids], [*row.chosen_ids], [*row.rejected_ids]).hex() for row in checked_of(rows)]
     settings = [train.engine.value, train.tuning.value, train.precision.value, train.reference.value, train.lora_rank]
-    settings += [str(train.lora_dropout)]
+    settings += [str(train.lora_dropout), train.kernels.value, *train.lora_targets]
+    if has_gpu():  # whose kernels of attention differ
+        settings += [torch.cuda.get_device_name(), str(find_spec("flash_attn") is not None)]
     settings += [levers.share_prefix, levers.completion_head, levers.fuse_adapters]
-    versions = [version(name) for name in ("torch", "transformers", "trl", "peft")]
-    return digest([VERSION, base_sha256, ids, max(row.length for row in rows), settings, versions, has_gpu()])[:32]
+    libraries = ["torch", "transformers", "trl", "peft", *(["liger-kernel"] if train.kernels is Kernels.liger else [])]
+    versions = [version(name) for name in libraries]
+    return digest([VERSION, base_sha256, ids, int(pair_lengths(rows).max()), settings, versions, has_gpu()])[:32]
 
 
 def prove(config: RunConfig, rows: Sequence[TokenPair], base: PreTrainedModel, chat: ChatFormat) -> Proof:
@@ -178,7 +186,7 @@ def _in_fp32(config: RunConfig, base: PreTrainedModel) -> PreTrainedModel | None
     """Return a copy of a base of lower precision in fp32, where there is one and it fits into memory."""
     import torch
 
-    from harness.train.base import is_quantised, load_model
+    from harness.train.base import is_quantised, load_model, use_kernels
 
     if base.dtype == torch.float32 or is_quantised(base) or config.train.reference is Reference.separate:
         return None
@@ -187,6 +195,9 @@ def _in_fp32(config: RunConfig, base: PreTrainedModel) -> PreTrainedModel | None
         if torch.cuda.mem_get_info()[0] < needed:
             return None
     try:
-        return load_model(Path(base.name_or_path), torch.float32)
-    except (torch.OutOfMemoryError, MemoryError):
-        return None
+        return use_kernels(load_model(Path(base.name_or_path), torch.float32), config.train.kernels)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+    free_unused_memory()  # behind the error, whose traceback held the copy
+    return None

@@ -34,7 +34,7 @@ from harness.study.log import prepare_process, trial_log
 from harness.study.text import redact
 from harness.train.base import import_logging_libraries, load_base, threads
 from harness.train.layout import Layout
-from harness.train.memory import peak_memory_bytes, plan_of
+from harness.train.memory import out_of_memory_as_no_room, peak_memory_bytes, plan_of
 from harness.train.run import OnStep, TrainResult, train_arm
 
 if TYPE_CHECKING:
@@ -244,7 +244,7 @@ def _train_config(config: RunConfig, job: Path, rank: int) -> TrainResult:
         raise RuntimeError("the training data have changed since the trial began: the batch plan is another one")
     folder = inputs.checkpoints.folder(config.model, config.results_dir)
     base = load_base(config, folder, on_gpu=config.accelerate.distributed_type == "MULTI_GPU")  # else sharded from here
-    try:
+    with out_of_memory_as_no_room():
         result = train_arm(
             config,
             tokens.train.rows,
@@ -256,8 +256,6 @@ def _train_config(config: RunConfig, job: Path, rank: int) -> TrainResult:
             layout=Layout(**found) if (found := read_json(job / "layout.json")) else None,
             on_step=on_step,
         )
-    except torch.OutOfMemoryError as error:
-        raise NoRoomError(str(error)) from error
     return replace(result, peak_memory_bytes=sum(gather_object([peak_memory_bytes()])))
 
 

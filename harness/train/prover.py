@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any
 from harness.config.arms import ARMS, BetaConfig, MethodConfig, title
 from harness.config.schema import Engine, Precision, Reference, RunConfig, Tuning
 from harness.data.plan import BatchPlan
-from harness.data.tokens import ChatFormat, TokenPair
-from harness.study.errors import UsageError
+from harness.data.token_rows import TokenPair, pair_lengths
+from harness.data.tokens import ChatFormat
+from harness.study.errors import UsageError, is_out_of_memory
 from harness.study.manifest import Finding
 from harness.study.text import one_line
 from harness.train.layout import Layout, Way
+from harness.train.memory import free_unused_memory
 
 if TYPE_CHECKING:
     import torch
@@ -72,14 +74,14 @@ class Losses:
 
 def sample_of(rows: Sequence[TokenPair]) -> tuple[TokenPair, ...]:
     """Return up to three pairs: the shortest, one of middle length and the longest, cut to unlike lengths."""
-    ordered = sorted(rows, key=lambda row: row.length)
-    chosen = sorted({0, len(ordered) // 2, len(ordered) - 1})
-    return tuple(_cut(ordered[i], cut) for i, cut in zip(chosen, _CUTS, strict=False))
+    order = pair_lengths(rows).argsort(kind="stable").tolist()
+    chosen = sorted({0, len(order) // 2, len(order) - 1})
+    return tuple(_cut(rows[order[i]], cut) for i, cut in zip(chosen, _CUTS, strict=False))
 
 
 def checked_of(rows: Sequence[TokenPair]) -> tuple[TokenPair, ...]:
     """Return the sample with the study's longest pair, which is run forward only."""
-    return (*sample_of(rows), _cut(max(rows, key=lambda row: row.length), _LONGEST_CUT))
+    return (*sample_of(rows), _cut(rows[int(pair_lengths(rows).argmax())], _LONGEST_CUT))
 
 
 def _cut(row: TokenPair, lengths: tuple[int, int, int]) -> TokenPair:
@@ -156,13 +158,18 @@ class Prover:
             return Proof(Layout(self._ways()[0]), (Finding(ENGINE, "not proved", why),))
         deterministic = self._prove_deterministic()
         self._refuse_look_ahead()
+        layout = None
         try:
             layout, loss, engine = self._prove_engine()
-        except (torch.OutOfMemoryError, MemoryError):
-            self.reset()
-            layout = self._first_forward_layout()
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
             loss = Finding(LOSS, "not proved", "memory ran out while it was measured")
             engine = Finding(ENGINE, "not proved", "memory ran out while it was measured")
+        if layout is None:  # behind the error, whose traceback held what did not fit
+            self.reset()
+            free_unused_memory()
+            layout = self._first_forward_layout()
         return Proof(layout, (self._parameters(), deterministic, loss, engine), self.gaps)
 
     def prove_method(self, method: MethodConfig, layout: Layout) -> Losses:
@@ -195,14 +202,13 @@ class Prover:
         Raises:
             UsageError: where the model cannot be run.
         """
-        import torch
 
         self.model.eval()
         try:
             self.truth = self._token_logps("alone", self.checked)
-        except (torch.OutOfMemoryError, MemoryError):
-            raise
         except Exception as error:
+            if is_out_of_memory(error):
+                raise
             raise UsageError(
                 f"model.path={self.name}: a {type(self.model).__name__} cannot be run on token ids alone "
                 f"({type(error).__name__}: {error}); take a checkpoint of a causal language model"
@@ -365,7 +371,6 @@ class Prover:
 
     def _measure_stock(self, arm: str) -> None:
         """Measure TRL's own trainer, and whether its loss is the one of single rows."""
-        import torch
 
         layout = Layout("padded", "", self.still)
         try:
@@ -376,9 +381,9 @@ class Prover:
                     max(self.spread[0], abs(found.loss - apart.loss)),
                     max(self.spread[1], _relative(found.norm, apart.norm)),
                 )
-        except (torch.OutOfMemoryError, MemoryError):
-            raise
         except Exception as error:
+            if is_out_of_memory(error):
+                raise
             self.stock_problems[arm] = f"{type(error).__name__}: {error}"
         else:
             self.stock[arm] = found
@@ -388,7 +393,6 @@ class Prover:
 
     def _try(self, layout: Layout) -> tuple[str, tuple[float, float]]:
         """Return why a layout fails, or nothing, with the largest gaps of loss and norm."""
-        import torch
 
         try:
             if problem := self._forward_problem(layout.way):
@@ -409,9 +413,9 @@ class Prover:
                     return f"{title(arm)}'s {problem}", (0.0, 0.0)
                 gaps = [max(gaps[0], gap), max(gaps[1], norm_gap)]
             return "", (gaps[0], gaps[1])
-        except (torch.OutOfMemoryError, MemoryError):
-            raise
         except Exception as error:  # a model may fail on packed input in any way; then it is run otherwise
+            if is_out_of_memory(error):
+                raise
             return f"{type(error).__name__}: {error}", (0.0, 0.0)
 
     def _expected(self, arm: str) -> _Measured:
@@ -423,9 +427,13 @@ class Prover:
 
     def _forward_problem(self, way: Way) -> str:
         """Return why log-probs in a layout are not those of single rows, or nothing."""
-        from harness.train.logps import window_problem
+        import torch
 
-        if way == "packed" and (problem := window_problem(self.model, self.rows)):
+        from harness.train.base import uses_bf16
+        from harness.train.logps import packing_problem
+
+        in_training = torch.bfloat16 if uses_bf16(self.config) else self.model.dtype
+        if way == "packed" and (problem := packing_problem(self.model, self.rows, in_training)):
             return problem
         self.model.eval()
         found = self._token_logps(way, self.checked)
@@ -453,6 +461,8 @@ class Prover:
             try:
                 problem = self._forward_problem(way)
             except Exception as error:
+                if is_out_of_memory(error):  # it says nothing of this layout
+                    raise
                 problem = f"{type(error).__name__}: {error}"
             self.reset()
             if not problem:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from harness.config.arms import ARMS, DPOMarginConfig, SimPOConfig
 from harness.config.machine import has_gpu
-from harness.config.schema import Engine, Reference, RunConfig, Tuning
+from harness.config.schema import Engine, Optimizer, Reference, RunConfig, Tuning
 from harness.data.plan import BatchPlan, ConsumedTokens, share_of
-from harness.data.tokens import ChatFormat, TokenPair
+from harness.data.token_rows import TokenPair, lengths_of, pair_lengths
+from harness.data.tokens import ChatFormat
 from harness.study.manifest import Manifest
 from harness.train.adapter import (
     adapter_config,
@@ -24,12 +26,13 @@ from harness.train.adapter import (
     trained_weights,
     undo_quantised_extras,
 )
-from harness.train.base import load_base, uses_bf16
-from harness.train.checkpoints import last_checkpoint
+from harness.train.base import load_base, uses_bf16, uses_tf32
+from harness.train.checkpoints import Schedule, last_checkpoint
 from harness.train.layout import Layout
 from harness.train.memory import needs_checkpointing
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
     from transformers import PreTrainedModel
 
@@ -39,7 +42,7 @@ if TYPE_CHECKING:
     PairedTrainer = PairedDPOTrainer | PairedCPOTrainer
 
 OnStep = Callable[[int, dict[str, float]], None]
-ArgumentValue = str | float | bool | list[str] | None
+ArgumentValue = str | float | bool | list[str] | dict[str, bool] | None
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,7 @@ class TrainResult:
 
 def train_arm(  # noqa: PLR0913 - what differs between trials, each by its name
     config: RunConfig,
-    rows: tuple[TokenPair, ...],
+    rows: Sequence[TokenPair],
     plan: BatchPlan,
     *,
     model: PreTrainedModel,
@@ -120,8 +123,10 @@ def train_arm(  # noqa: PLR0913 - what differs between trials, each by its name
             bar.update(step - bar.n)
             on_step(step, logs)
 
-        trainer.add_callback(TrialCallback(consumed, advance))
-        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+        schedule = Schedule(config.train.checkpoint_steps, config.train.checkpoint_minutes)
+        trainer.add_callback(TrialCallback(consumed, advance, schedule))
+        with tf32(on=uses_tf32(config)):
+            trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     trainer.comparison.settle()
     save_weights(trainer, folder, config)
     return TrainResult(
@@ -136,7 +141,7 @@ def train_arm(  # noqa: PLR0913 - what differs between trials, each by its name
 
 def build_trainer(
     config: RunConfig,
-    rows: tuple[TokenPair, ...],
+    rows: Sequence[TokenPair],
     plan: BatchPlan,
     *,
     model: PreTrainedModel,
@@ -146,44 +151,46 @@ def build_trainer(
     layout: Layout | None = None,
 ) -> PairTrainer:
     """Build the arm's trainer over the rows in the plan's order, with an adapter where one is trained."""
-    from datasets import Dataset, disable_progress_bars
+    from datasets import disable_progress_bars
     from transformers.trainer_callback import PrinterCallback
 
     from harness.train.collator import ROW, TensorComparison
-    from harness.train.trainers import TRAINERS
+    from harness.train.trainers import TRAINERS, RowNumbers
 
     disable_progress_bars()
     arm = ARMS[config.method.name]
     assert arm.trainer is not None, f"{config.method.name} is not trained"
     kind = TRAINERS[config.train.engine.value, arm.trainer]
     arguments = common_arguments(config, plan, output_dir) | dict(arm.trl_arguments(config.method))
+    processes = config.accelerate.num_processes
+    is_given = reference is not None and arm.trainer == "DPOTrainer"
+    # A whole policy in parts cannot have `NoModel` beside it: then TRL is told at once, and hashes all weights.
+    is_hashed = is_given and config.train.tuning is Tuning.full and processes > 1
     if arm.trainer == "CPOTrainer":
-        arguments["max_length"] = max(row.length for row in rows)  # nothing is truncated; null means 512 there
+        arguments["max_length"] = int(pair_lengths(rows).max())  # nothing is truncated; null means 512 there
     else:
         # The router's loss: DPOTrainer adds it to the loss of every mixture of experts, CPOTrainer does not.
         arguments |= {
             "max_length": None,
-            "precompute_ref_log_probs": reference is not None,
+            "precompute_ref_log_probs": is_hashed,
             "router_aux_loss_coef": 0.0,
         }
     if arguments["gradient_checkpointing"] is None:
-        arguments["gradient_checkpointing"] = _uses_checkpointing(config, model, rows, plan)
+        arguments["gradient_checkpointing"] = _uses_checkpointing(config, model, rows, plan, layout)
     is_quantised = config.train.tuning is Tuning.qlora
     adapted = adapter_on_quantised(model, config) if is_quantised else model
     start = trained_weights(adapted) if is_quantised else {}
-    processes = config.accelerate.num_processes
-    # TRL would load a missing reference by itself, with the noise and the positions that `make_pure` has taken away.
-    is_trls = config.train.engine is Engine.stock and config.train.tuning is Tuning.full
-    has_reference_model = arm.uses_reference and (config.train.reference is Reference.separate or is_trls)
     trainer = kind.trainer(
         model=adapted,
         args=kind.arguments(**arguments),
         # With several processes, a share holds the plan's row numbers.
-        train_dataset=Dataset.from_dict({ROW: list(plan.order) if processes == 1 else list(range(len(rows)))}),
+        train_dataset=RowNumbers.from_dict({ROW: list(plan.order) if processes == 1 else list(range(len(rows)))}),
         processing_class=chat.tokenizer,
         peft_config=adapter_config(config, model) if config.train.tuning is Tuning.lora else None,
-        **({"ref_model": load_base(config, Path(model.name_or_path))} if has_reference_model else {}),
+        **_reference_model(config, model, is_given=is_given and not is_hashed),
     )
+    if is_given and not is_hashed:
+        trainer.take_reference()
     trainer.data_collator = trainer.pair_collator(rows, with_margin(reference, rows, config))
     trainer.comparison = TensorComparison()
     trainer.remove_callback(PrinterCallback)  # train.jsonl has each step; the terminal has a bar
@@ -198,19 +205,39 @@ def build_trainer(
     return trainer
 
 
-def _uses_checkpointing(config: RunConfig, model: PreTrainedModel, rows: Sequence[TokenPair], plan: BatchPlan) -> bool:
+def _reference_model(config: RunConfig, model: PreTrainedModel, *, is_given: bool) -> dict[str, torch.nn.Module]:
+    """Return the argument `ref_model` of TRL's trainer, where it has one.
+
+    TRL would load a missing reference by itself, with the noise and the positions that `make_pure` has taken away.
+    """
+    from harness.train.trainers import NoModel
+
+    is_full = config.train.tuning is Tuning.full
+    is_trls = config.train.engine is Engine.stock and is_full
+    if ARMS[config.method.name].uses_reference and (config.train.reference is Reference.separate or is_trls):
+        return {"ref_model": load_base(config, Path(model.name_or_path))}
+    return {"ref_model": NoModel(model.config)} if is_given and is_full else {}
+
+
+def _uses_checkpointing(
+    config: RunConfig, model: PreTrainedModel, rows: Sequence[TokenPair], plan: BatchPlan, layout: Layout | None
+) -> bool:
     """Decide on gradient checkpointing by an estimate, or True where memory has run out in spite of it."""
-    shares = config.train.engine is Engine.paired and config.train.levers.share_prefix
-    has_run_out = plan.micro_batch_size != config.train.micro_batch_size
-    return has_run_out or needs_checkpointing(model, rows, plan, share_prefix=shares)
+    if plan.micro_batch_size != config.train.micro_batch_size:
+        return True
+    way = layout.way if layout else "packed" if uses_packing(config) else "padded"
+    return needs_checkpointing(config, model, rows, plan, way=way, bf16=uses_bf16(config))
 
 
-def _tried_layout(model: PreTrainedModel, config: RunConfig, rows: tuple[TokenPair, ...], chat: ChatFormat) -> Layout:
-    from harness.train.logps import why_padded
+def _tried_layout(model: PreTrainedModel, config: RunConfig, rows: Sequence[TokenPair], chat: ChatFormat) -> Layout:
+    import torch
+
+    from harness.train.logps import packing_problem, why_padded
 
     if not uses_packing(config):
         return Layout("padded")
     why = why_padded(model, rows, chat.tokenizer.pad_token_id)
+    why = why or packing_problem(model, rows, torch.bfloat16 if uses_bf16(config) else model.dtype)
     return Layout("padded" if why else "packed", why)
 
 
@@ -222,7 +249,8 @@ def uses_packing(config: RunConfig) -> bool:
 
 def _pull_levers(trainer: PairedTrainer, model: PreTrainedModel, config: RunConfig) -> None:
     """Set up the paired engine: fused adapters, and packed batches where the model can be run so."""
-    from harness.train.packed import ATTENTION, alone_logps, packed_logps
+    from harness.train.attention import ATTENTION
+    from harness.train.packed import alone_logps, packed_logps
     from harness.train.trainers import logps_of_all_rows
 
     levers, way = config.train.levers, trainer.layout.way
@@ -258,10 +286,35 @@ def with_margin(reference: Tensor | None, rows: Sequence[TokenPair], config: Run
     method = config.method
     if reference is None or not isinstance(method, DPOMarginConfig):
         return reference
-    lengths = [len(row.chosen_ids) if ARMS[method.name].per_token else 1 for row in rows]
+    lengths = lengths_of(rows)[:, 1].tolist() if ARMS[method.name].per_token else [1] * len(rows)
     shifted = reference.clone()
     shifted[:, 0] += method.gamma_beta_ratio * shifted.new_tensor(lengths)
     return shifted
+
+
+_OPTIMIZERS = {Optimizer.adamw: "adamw_torch", Optimizer.adamw_8bit: "adamw_bnb_8bit"}  # names of transformers
+
+
+def _default_optimizer() -> str:
+    """Return AdamW in one kernel for all weights on a GPU, and torch's plain one on a CPU."""
+    return "adamw_torch_fused" if has_gpu() else "adamw_torch"
+
+
+@contextlib.contextmanager
+def tf32(*, on: bool) -> Iterator[None]:
+    """Compute products of fp32 matrices in TF32 inside the block.
+
+    Around training and its reference alone: the preconditions are proved in fp32. Not by transformers' argument `tf32`,
+    which stays set for all that the process does later.
+    """
+    import torch
+
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if on else before)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def common_arguments(config: RunConfig, plan: BatchPlan, output_dir: Path) -> dict[str, ArgumentValue]:
@@ -279,7 +332,7 @@ def common_arguments(config: RunConfig, plan: BatchPlan, output_dir: Path) -> di
         "warmup_steps": math.ceil(train.warmup_ratio * plan.num_steps),
         "weight_decay": train.weight_decay,
         "max_grad_norm": train.max_grad_norm,
-        "optim": "adamw_torch",
+        "optim": _OPTIMIZERS[train.optimizer] if train.optimizer is not Optimizer.auto else _default_optimizer(),
         "bf16": uses_bf16(config),
         "fp16": False,
         "use_cpu": not has_gpu(),
@@ -289,11 +342,11 @@ def common_arguments(config: RunConfig, plan: BatchPlan, output_dir: Path) -> di
         "data_seed": config.seed,
         "logging_steps": 1,
         "logging_nan_inf_filter": False,  # the filter would show a diverged run as a good one
-        "save_strategy": "steps",
-        "save_steps": train.checkpoint_steps,
+        "save_strategy": "no",  # `TrialCallback` says when: by minutes, and not once more at the end
         "save_total_limit": None,  # older checkpoints are deleted once the newest is sealed
         "report_to": [],
         "disable_tqdm": True,
         "dataloader_pin_memory": has_gpu(),
+        "accelerator_config": {"non_blocking": has_gpu()},  # copies from page-locked memory wait for nothing
         "ddp_find_unused_parameters": False,  # every trained weight takes part in every step
     }

@@ -6,7 +6,8 @@ is halved and training restarts (`harness.train.memory`).
 
 from __future__ import annotations
 
-import contextlib
+import math
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -17,15 +18,25 @@ from typing import TYPE_CHECKING
 
 from harness.config.arms import ARMS, DPOMarginConfig, MethodConfig, SimPOConfig
 from harness.config.machine import Machine, processes_problem
-from harness.config.schema import EMBEDDED, Engine, Reference, RunConfig, Tuning
+from harness.config.schema import (
+    ALL_LINEAR,
+    EMBEDDED,
+    Engine,
+    Kernels,
+    Optimizer,
+    Reference,
+    RunConfig,
+    Tuning,
+    is_pattern,
+)
 from harness.data.inputs import Tokens
 from harness.data.plan import BatchPlan, expected_tokens_sha256, padding_share, trained_tokens
 from harness.study.errors import DivergedError, NoRoomError, UsageError
 from harness.study.log import say
 from harness.study.manifest import Manifest
-from harness.train.base import Bases
+from harness.train.base import Bases, uses_bf16, uses_tf32
 from harness.train.layout import Layout
-from harness.train.memory import halve, note_seed, plan_of, smaller_than
+from harness.train.memory import halve, note_seed, out_of_memory_as_no_room, plan_of, smaller_than
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,6 +45,10 @@ if TYPE_CHECKING:
     from harness.train.run import OnStep, TrainResult
 
 
+# Noise of DPO's reference that a warning names: of the first loss over log 2; and of the loss's argument (beta times
+# nats), whose scale is 1.
+_LOSS_SHARE = 0.01
+_LOGIT_SHARE = 0.1
 # Full fine-tuning at or above this rate warns: published runs collapsed at 1e-5; the embedded model is tiny.
 _COLLAPSE_RATE = {"own": 5e-6, "embedded": 1e-3}
 
@@ -127,24 +142,25 @@ class TrainStage:
 
         run = self._run_processes if self.config.accelerate.num_processes > 1 else self._run_here
         try:
-            result = run(plan, note_step)
+            result = run(plan, note_step, found)
         except DivergedError as error:
             found.facts |= {"status": "diverged", "divergence": str(error)}
             return found
         found.steps, found.peak_memory_bytes = result.steps, result.peak_memory_bytes
+        self._note_reference(found, plan)
         found.facts |= {**result.facts, "tokens": {"train": trained_tokens(rows, plan)}}
         if result.why_padded:
             way = {"alone": "one answer at a time, much"}.get(self.layout.way if self.layout else "", "padded,")
             found.warnings.append(f"the model is run {way} slower than packed: {result.why_padded}")
         return found
 
-    def _run_here(self, plan: BatchPlan, on_step: OnStep) -> TrainResult:
+    def _run_here(self, plan: BatchPlan, on_step: OnStep, found: Trained) -> TrainResult:
         from harness.train.run import train_arm
 
         config = self.config
         with self.bases.borrow_base(config, trains_all=config.train.tuning is Tuning.full) as base:
-            reference = self._reference(base)
-            with self.clock("train"), _out_of_memory_as_no_room():
+            reference = self._reference(base, plan, found)
+            with self.clock("train"), out_of_memory_as_no_room():
                 return train_arm(
                     config,
                     self.tokens.train.rows,
@@ -157,38 +173,66 @@ class TrainStage:
                     on_step=on_step,
                 )
 
-    def _run_processes(self, plan: BatchPlan, on_step: OnStep) -> TrainResult:
+    def _run_processes(self, plan: BatchPlan, on_step: OnStep, found: Trained) -> TrainResult:
         from harness.train.processes import train_in_processes
 
-        reference = self._reference_of_base()
+        reference = self._reference_of_base(plan, found)
         self.bases.release()  # the processes load it again, and need the memory
-        with self.clock("train"), _out_of_memory_as_no_room():
+        with self.clock("train"), out_of_memory_as_no_room():
             return train_in_processes(
                 self.config, plan, folder=self.folder, reference=reference, layout=self.layout, on_step=on_step
             )
 
-    def _reference_of_base(self) -> Tensor | None:
+    def _reference_of_base(self, plan: BatchPlan, found: Trained) -> Tensor | None:
         """Return the base's log-probs; no variable of the caller keeps the base in memory."""
         if not self._needs_reference:
             return None
         with self.bases.borrow_base(self.config) as base:
-            return self._reference(base)
+            return self._reference(base, plan, found)
 
-    def _reference(self, base: PreTrainedModel) -> Tensor | None:
-        """Return the base's log-probs, shape (num_rows, 2); None where the arm or the engine does not take them."""
+    def _reference(self, base: PreTrainedModel, plan: BatchPlan, found: Trained) -> Tensor | None:
+        """Return the base's log-probs, shape (num_rows, 2); None where the arm or the engine does not take them.
+
+        In bf16 and TF32 they are computed as the policy's are, and their noise is noted in `found`.
+        """
         if not self._needs_reference:
             return None
-        from harness.train.logps import reference_logps
+        from harness.train.logps import as_trained, reference_logps
+        from harness.train.run import tf32
 
-        with self.clock("reference"):
-            return reference_logps(
-                self.tokens.train,
-                base,
-                base_sha256=self.base_sha256,
-                pad_id=self.tokens.chat.tokenizer.pad_token_id,
-                cache=Path(self.config.results_dir) / ".cache" / "reference",
-                share_prefix=self.config.train.levers.share_prefix,
-                layout=self.layout,
+        in_tf32 = uses_tf32(self.config)
+        pairs, trained = self.tokens.train, None
+        how = {
+            "pad_id": self.tokens.chat.tokenizer.pad_token_id,
+            "share_prefix": self.config.train.levers.share_prefix,
+            "layout": self.layout,
+        }
+        with self.clock("reference"), tf32(on=in_tf32):
+            if in_tf32 or uses_bf16(self.config):
+                trained = as_trained(base, pairs.rows, plan, bf16=not in_tf32, **how)
+                noise = {"mean_nats": trained.noise.mean, "largest_nats": trained.noise.largest}
+                found.facts["reference_noise"] = noise
+            cache = Path(self.config.results_dir) / ".cache" / "reference"
+            return reference_logps(pairs, base, base_sha256=self.base_sha256, cache=cache, trained=trained, **how)
+
+    def _note_reference(self, found: Trained, plan: BatchPlan) -> None:
+        """Note how far the first loss is from log 2, which it is where policy and reference are equal; and warn."""
+        method = self.config.method
+        if not ARMS[method.name].uses_reference or isinstance(method, DPOMarginConfig) or not found.steps:
+            return
+        noise = found.facts.setdefault("reference_noise", {})
+        gap = noise["first_loss_gap"] = abs(found.steps[0]["loss"] - math.log(2))
+        if gap > _LOSS_SHARE * math.log(2):
+            found.warnings.append(
+                f"{method.name}'s first loss is {found.steps[0]['loss']:.4f} and not log 2 (0.6931): its reference is "
+                f"noisy{', as in bf16; train.precision=fp32 has less noise' if uses_bf16(self.config) else ''}"
+            )
+        moved = getattr(method, "beta", 0.0) * noise.get("mean_nats", 0.0)
+        if moved > _LOGIT_SHARE and len(plan.order) > len(self.tokens.train.rows):
+            found.warnings.append(
+                f"{method.name}'s reference is computed in the micro-batches of the first epoch; in those of later "
+                f"ones its log-probs move by {noise['mean_nats']:.2g} nats an answer, which beta makes {moved:.2g} in "
+                "the loss's scale of 1: train.epochs=1 does without it, and train.precision=fp32 has less"
             )
 
     @property
@@ -212,23 +256,14 @@ class TrainStage:
         return None
 
 
-@contextlib.contextmanager
-def _out_of_memory_as_no_room() -> Iterator[None]:
-    """Mark memory that runs out in training, which a smaller micro-batch may mend, apart from all other."""
-    import torch
-
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise NoRoomError(str(error)) from error
-
-
 def problems(config: RunConfig) -> Iterator[str]:
     """Yield what is wrong with the sections `method`, `train` and `accelerate` in combination."""
     method, train = config.method, config.train
     yield from _batch_problems(config)
     if train.tuning is Tuning.qlora and find_spec("bitsandbytes") is None:
         yield "train.tuning=qlora: bitsandbytes is not installed; pip install 'dpo-simpo-harness[qlora]'"
+    yield from _kernel_problems(config)
+    yield from _target_problems(config)
     if ARMS[method.name].trainer and method.learning_rate is None:
         tuning = train.tuning.value
         yield f"method.learning_rate=null: conf/method/{method.name}.yaml has none for train.tuning={tuning}"
@@ -259,6 +294,35 @@ def _row_problems(method: MethodConfig) -> Iterator[str]:
                 f"method.{key}={value:g}: {method.name} is the arm without {what}, and only 0 keeps it so; for "
                 f"another value take an arm with {what}"
             )
+
+
+def _kernel_problems(config: RunConfig) -> Iterator[str]:
+    train = config.train
+    if train.optimizer is Optimizer.adamw_8bit and find_spec("bitsandbytes") is None:
+        yield (
+            "train.optimizer=adamw_8bit: bitsandbytes is not installed; pip install 'dpo-simpo-harness[qlora]', or use "
+            "auto or adamw"
+        )
+    if train.kernels is Kernels.liger and find_spec("liger_kernel") is None:
+        yield (
+            "train.kernels=liger: liger-kernel is not installed; pip install 'dpo-simpo-harness[liger]', or use "
+            "train.kernels=none"
+        )
+    elif train.kernels is Kernels.liger and not Machine.here().gpus:  # torch would settle which GPUs it sees
+        yield "train.kernels=liger: its kernels need a GPU, and this machine has none; use train.kernels=none"
+
+
+def _target_problems(config: RunConfig) -> Iterator[str]:
+    """Yield what is wrong with `train.lora_targets` for every model; `harness.train.adapter` knows the names of one."""
+    targets = config.train.lora_targets
+    typed = f"train.lora_targets=[{','.join(targets)}]"
+    if ALL_LINEAR in targets and len(targets) > 1:
+        yield f"{typed}: {ALL_LINEAR} stands alone, since it has all layers; leave out the others, or it"
+    for target in filter(is_pattern, targets):
+        try:
+            re.compile(target)
+        except re.error as error:
+            yield f"{typed}: {target} is neither the end of a layer's name nor a regular expression ({error})"
 
 
 def _batch_problems(config: RunConfig) -> Iterator[str]:

@@ -8,16 +8,18 @@ every step (`harness.data.plan.share_of`), so that loss and gradient are those o
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
+from datasets import Dataset
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -26,9 +28,9 @@ from trl.experimental.cpo import CPOConfig, CPOTrainer
 from trl.trainer.utils import FusedCausalLMOutput
 
 from harness.data.plan import ConsumedTokens, MicroBatch
-from harness.data.tokens import TokenPair
+from harness.data.token_rows import TokenPair, canonical_bytes
 from harness.study.errors import DivergedError
-from harness.train.checkpoints import checkpoints, seal_checkpoint
+from harness.train.checkpoints import Schedule, checkpoints, seal_checkpoint
 from harness.train.collator import COLLATED, PACKED, ROW, Collated, Features, PaddedRows, PairCollator, TensorComparison
 from harness.train.layout import Layout
 from harness.train.packed import (
@@ -41,13 +43,91 @@ from harness.train.packed import (
 from harness.train.pure import make_still
 
 if TYPE_CHECKING:
-    from datasets import Dataset
-    from transformers import PreTrainedModel
+    from accelerate import Accelerator
+    from transformers import PretrainedConfig, PreTrainedModel
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # CPOTrainer is in trl.experimental and warns at each use
 
 RunPacked = Callable[..., HeadOutput]  # of a model and a packed batch, with `metrics`
 Batch = dict[str, Tensor]  # TRL's tensors; in a packed batch the packed row under PACKED, too
+
+
+class RowNumbers(Dataset):
+    """A trainer's data set: row numbers alone.
+
+    `CPOTrainer` maps three functions over its data set. There is nothing to prepare, and to name the result `datasets`
+    would hash the third one, which holds the model.
+    """
+
+    def map(self, *_: Callable[..., Batch], **__: str | int | None) -> RowNumbers:
+        """Return the row numbers as they are."""
+        return self
+
+
+class NoModel(torch.nn.Module):
+    """Stands where `DPOTrainer` would load a reference model, until it is told that the log-probs are given.
+
+    Args:
+        config: of the policy, which TRL reads.
+    """
+
+    def __init__(self, config: PretrainedConfig) -> None:
+        super().__init__()
+        self.config = config
+
+
+class Unread(Tensor):
+    """A number that TRL's loss code asks for, and that stays on the device until the log line.
+
+    TRL reads some ten metrics of each micro-batch one by one, and so waits for all work on the device each time.
+    """
+
+    def item(self) -> Unread:  # type: ignore[override]
+        """Return the number as Python would compute with it, unread."""
+        return (self.double() if self.is_floating_point() else self.long()).detach().as_subclass(Unread)
+
+    def __bool__(self) -> bool:
+        """Return True: TRL asks whether a count of tokens is above 0, and each answer has some."""
+        return True
+
+    def __getitem__(self, index: Any) -> Tensor:
+        """Select by a mask without asking how many are selected: the others are 0, which leaves sums as they are."""
+        if isinstance(index, Tensor) and index.dtype == torch.bool:
+            return torch.where(index, self, torch.zeros((), dtype=self.dtype, device=self.device))
+        return super().__getitem__(index)
+
+
+Metrics = Mapping[str, list[float | Unread]]  # by name, one number of each micro-batch
+
+
+@contextlib.contextmanager
+def unread_metrics(accelerator: Accelerator) -> Iterator[None]:
+    """Leave on the device what is gathered inside the block: TRL gathers each metric before it reads it."""
+    given = {name: getattr(accelerator, name) for name in ("gather", "gather_for_metrics")}
+
+    def gather_unread(gather: Callable[..., Tensor], *values: Tensor, **options: bool) -> Tensor:
+        found = gather(*values, **options)
+        return found.as_subclass(Unread) if isinstance(found, Tensor) else found
+
+    for name, gather in given.items():
+        setattr(accelerator, name, functools.partial(gather_unread, gather))
+    try:
+        yield
+    finally:
+        for name, gather in given.items():
+            setattr(accelerator, name, gather)
+
+
+def read_all(kept: Metrics) -> None:
+    """Read what is unread in lists of metrics, in one copy from the device; the lists hold plain numbers then."""
+    places = [
+        (values, i, each) for values in kept.values() for i, each in enumerate(values) if isinstance(each, Unread)
+    ]
+    if not places:
+        return
+    found = torch.stack([each.as_subclass(Tensor).double() for _, _, each in places]).tolist()
+    for (values, i, each), number in zip(places, found, strict=True):
+        values[i] = number if each.is_floating_point() else int(number)
 
 
 class ProvesConsumption(Trainer):
@@ -78,6 +158,10 @@ class ProvesConsumption(Trainer):
 
     def padded_rows(self, batch: Batch) -> list[PaddedRows]:
         """Return TRL's padded tensors, all chosen rows before all rejected ones."""
+        raise NotImplementedError
+
+    def kept_metrics(self) -> Metrics:
+        """Return TRL's lists of metrics since the last log line."""
         raise NotImplementedError
 
     def pair_collator(self, rows: Sequence[TokenPair], reference: Tensor | None) -> PairCollator:
@@ -145,7 +229,7 @@ class ProvesConsumption(Trainer):
 
     def _consume(self, collated: Collated) -> None:
         """Hash the pairs; of several processes in their order, which is the plan's."""
-        pairs = [(row.prompt_ids, row.chosen_ids, row.rejected_ids) for row in collated.rows]
+        pairs = [canonical_bytes(row.prompt_ids, row.chosen_ids, row.rejected_ids) for row in collated.rows]
         if self.share:
             if self._num_taken is None:  # a resumed run starts in the middle
                 self._num_taken = self.state.global_step * self.args.gradient_accumulation_steps
@@ -153,11 +237,12 @@ class ProvesConsumption(Trainer):
             self._num_taken += 1
             pairs = gather_object(pairs if self._micro_batch.weight else [])
         for pair in pairs:
-            self.consumed.update(*pair)
+            self.consumed.add(pair)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log a step whose tensors have been compared."""
+        """Log a step: here, and nowhere else in it, numbers are read from the device."""
         self.comparison.settle()
+        read_all(self.kept_metrics())
         super().log(logs, start_time)
 
     def compute_loss(
@@ -170,7 +255,8 @@ class ProvesConsumption(Trainer):
         """Return TRL's loss, weighted where the micro-batches of a step differ between processes."""
         if self.layout.still:  # again at every micro-batch: the trainer puts the model into training mode before each
             make_still(model)
-        found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        with unread_metrics(self.accelerator):
+            found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if not self.share:
             return found
         weight = self._micro_batch.weight
@@ -190,6 +276,11 @@ class StockDPOTrainer(ProvesConsumption, DPOTrainer):
     def _prepare_dataset(self, dataset: Dataset, *_: object) -> Dataset:
         return dataset
 
+    def kept_metrics(self) -> Metrics:
+        """Return TRL's lists."""
+        kept: Metrics = self._metrics["train"]
+        return kept
+
     def features(self, row: TokenPair, reference: tuple[float, float] | None) -> Features:
         """Return the columns of TRL's DataCollatorForPreference."""
         columns = {"prompt_ids": row.prompt_ids, "chosen_ids": row.chosen_ids, "rejected_ids": row.rejected_ids}
@@ -207,9 +298,10 @@ class StockDPOTrainer(ProvesConsumption, DPOTrainer):
 class StockCPOTrainer(ProvesConsumption, CPOTrainer):
     """TRL's CPOTrainer (for SimPO) on given token ids."""
 
-    def tokenize_row(self, feature: dict[str, int], model: PreTrainedModel | None = None) -> dict[str, int]:
-        """Leave a row number as it is: nothing is left to tokenise."""
-        return feature
+    def kept_metrics(self) -> Metrics:
+        """Return TRL's lists."""
+        kept: Metrics = self._stored_metrics["train"]
+        return kept
 
     def features(self, row: TokenPair, reference: tuple[float, float] | None) -> Features:
         """Return the columns of TRL's DPODataCollatorWithPadding; no reference is used."""
@@ -264,6 +356,13 @@ class RunsPacked(Trainer):
 class PairedDPOTrainer(RunsPacked, StockDPOTrainer):
     """DPO with reference log-probs in the features: the base is not run during training."""
 
+    def take_reference(self) -> None:
+        """Read the reference's log-probs from the batches.
+
+        Set after TRL's own set-up: with `precompute_ref_log_probs` that hashes all weights, in each trial.
+        """
+        self.ref_model, self.precompute_ref_logps = None, True
+
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
         return dataset
 
@@ -301,8 +400,10 @@ class PairedCPOTrainer(RunsPacked, StockCPOTrainer):
         sums, lengths = outputs.log_probs.sum(-1), answered.sum(-1)
         half = len(labels) // 2
         logps = sums / lengths**self.length_norm
-        logits = [outputs.mean_logits[side][answered[side]] for side in (slice(half), slice(half, None))]
-        return logps[:half], logps[half:], *logits, -sums[:half].sum() / lengths[:half].sum()
+        # One mean per side: a selection by a mask would wait for the device.
+        totals = torch.where(answered, outputs.mean_logits, 0.0).sum(-1).view(2, half).sum(-1)
+        chosen_logits, rejected_logits = totals / lengths.view(2, half).sum(-1)
+        return logps[:half], logps[half:], chosen_logits, rejected_logits, -sums[:half].sum() / lengths[:half].sum()
 
     def get_batch_loss_metrics(
         self, model: PreTrainedModel, batch: Batch, train_eval: str = "train"
@@ -327,7 +428,7 @@ def answer_packed_calls(model: PreTrainedModel, run: RunPacked, *, metrics: Call
     """Make a model answer calls with `packed=` in the layout of TRL's fused head; every other call is as before.
 
     Args:
-        model: the causal LM itself, inside of any adapter; its attention must be `harness.train.packed.ATTENTION`,
+        model: the causal LM itself, inside of any adapter; its attention must be `harness.train.attention.ATTENTION`,
             unless `run` is `alone_logps`.
         run: computes the answers of a packed batch.
         metrics: returns, per call, whether TRL's extra metrics are computed; else they are 0.
@@ -356,17 +457,22 @@ def logps_of_all_rows(model: PreTrainedModel, packed: Packed, *, metrics: bool) 
 
 
 def _as_padded(found: HeadOutput, packed: Packed, mask: Tensor) -> FusedCausalLMOutput:
-    """Lay values of packed answers (chosen, rejected, chosen, ...) out as TRL reads them: (2 * pairs, width - 1)."""
+    """Lay values of packed answers (chosen, rejected, chosen, ...) out as TRL reads them: (2 * pairs, width - 1).
+
+    Each place looks up its value. The backward pass of `masked_scatter` would count the mask, and wait for the device.
+    """
+    places = (mask.view(-1).cumsum(0) - 1).clamp(min=0)
 
     def lay_out(values: Tensor | None, dtype: torch.dtype) -> Tensor:
-        blank = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
+        blank = torch.zeros((), dtype=dtype, device=mask.device)
         if values is None:
-            return blank
+            return blank.expand(mask.shape)
         answers = values.to(dtype).split(packed.lengths)
-        return blank.masked_scatter(mask, torch.cat([*answers[::2], *answers[1::2]]))
+        ordered = torch.cat([*answers[::2], *answers[1::2]])
+        return torch.where(mask, ordered.index_select(0, places).view(mask.shape), blank)
 
     dtypes = dict.fromkeys(HEAD_OUTPUTS, torch.float32) | {"is_top1": torch.bool}
-    metrics = {name: lay_out(getattr(found, name), dtype) for name, dtype in dtypes.items()}
+    metrics = {name: lay_out(getattr(found, name), dtype).as_subclass(Unread) for name, dtype in dtypes.items()}
     return FusedCausalLMOutput(log_probs=lay_out(found.log_probs, torch.float32), label_mask=mask, **metrics)
 
 
@@ -387,11 +493,29 @@ TRAINERS = {
 
 
 class TrialCallback(TrainerCallback):
-    """Watch a run: stop it where it diverges, seal each checkpoint with the hash of what it consumed, report steps."""
+    """Watch a run: stop it where it diverges, save and seal checkpoints, report steps.
 
-    def __init__(self, consumed: ConsumedTokens, on_step: Callable[[int, dict[str, float]], None]) -> None:
+    Args:
+        consumed: hash of what was consumed, which seals a checkpoint.
+        on_step: called after each logged step.
+        schedule: of the checkpoints.
+    """
+
+    def __init__(
+        self, consumed: ConsumedTokens, on_step: Callable[[int, dict[str, float]], None], schedule: Schedule
+    ) -> None:
         self.consumed = consumed
         self.on_step = on_step
+        self.schedule = schedule
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
+        """Ask for a checkpoint where one is due by the first process's clock; at the end the weights are saved."""
+        if state.global_step >= state.max_steps:
+            return
+        due = [self.schedule.is_due(state.global_step)]
+        if torch.distributed.is_initialized():
+            broadcast_object_list(due)
+        control.should_save = due[0]
 
     def on_log(
         self,

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.config.checkpoint_files import header, weight_files
-from harness.study.errors import UsageError
+from harness.study.errors import UsageError, is_out_of_memory
 from harness.study.files import digest, read_sealed, seal, write_json
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def load_checked(cls: Any, folder: Path, *, named: str = "", **options: Any) -> 
     try:
         model, found = cls.from_pretrained(folder, output_loading_info=True, **safe, **options)
     except Exception as error:  # of checkpoints that nobody has tried with this version of transformers
-        if getattr(error, "errno", None) or "memory" in str(error).lower():  # of the disk, of the machine
+        if getattr(error, "errno", None) or is_out_of_memory(error):  # of the disk, of the machine
             raise
         raise UsageError(f"{named or folder}: {_why_unreadable(folder, error)}") from error
     finally:

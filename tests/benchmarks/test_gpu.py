@@ -13,9 +13,10 @@ import torch
 sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 import gpu
+import gpu_computed
 import gpu_parts
-from gpu_harness import pack, packed_attention, pairs_like_ultrafeedback
-from gpu_varlen import layout_of, varlen_attention
+
+from harness.config.paths import embedded_dir
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: run benchmarks/gpu.py itself")
 ENGINES = [f"{arm}, {precision}" for arm in ("dpo", "simpo") for precision in ("fp32", "bf16")]
@@ -54,7 +55,7 @@ def test_the_json_has_every_key_and_the_page_says_that_it_measured_no_gpu(writte
     assert found["measured_on_a_gpu"] is False
     assert list(found["parts"]) == ["machine", "attention", "equality"]
     for part in found["parts"].values():
-        assert set(part) == {"status", "seconds", "facts", "tables", "checks", "errors"}
+        assert set(part) == {"status", "seconds", "facts", "tables", "checks", "targets", "errors"}
         assert (part["status"], part["errors"]) == ("done", [])
         assert all(part["checks"].values())
     assert {"device", "cpus", "python", "torch", "trl", "matmul_tflops"} <= set(found["parts"]["machine"]["facts"])
@@ -64,38 +65,12 @@ def test_the_json_has_every_key_and_the_page_says_that_it_measured_no_gpu(writte
         assert set(row) == {"ms_fresh", "ms_seen", "memory_gb", "gap_to_fp32"}
         assert 0 < row["gap_to_fp32"] < 1e-5
     assert len(attention["checks"]) == 3
-    assert len(found["parts"]["equality"]["checks"]) == 8
+    checks = found["parts"]["equality"]["checks"]
+    assert len(checks) == 12
+    assert checks["dpo, bf16, attention varlen: starts at log 2, within 0.001"]
     assert "no figure on this page was measured on a GPU" in page.splitlines()[0]
     assert "does not hold" not in page
     assert "0.693" in page  # DPO's first loss
-
-
-GROUPS = [([5, 6, 7], [[8, 9, 2], [10, 2]]), ([3], [[4, 2], [11, 12, 13, 14, 2]]), ([1, 2, 3, 4], [[9], [8, 7]])]
-ALONE = [(prompt, [answer]) for prompt, answers in GROUPS for answer in answers]
-DRAWN = [(r.prompt_ids, [r.chosen_ids, r.rejected_ids]) for r in pairs_like_ultrafeedback(6, 90, scale=0.1, seed=4)]
-
-
-@pytest.mark.parametrize("groups", [GROUPS, ALONE, DRAWN], ids=["shared prompts", "one answer each", "drawn"])
-def test_varlen_attention_equals_packed_attention_with_its_gradients(groups) -> None:
-    packed = pack(groups)
-    found = {}
-    for attend in (packed_attention, varlen_attention):
-        torch.manual_seed(0)
-        tokens = packed.input_ids.shape[1]
-        states = [torch.randn(1, n, tokens, 8, dtype=torch.float64, requires_grad=True) for n in (4, 2, 2)]
-        out = attend(None, *states, None, packed=packed, scaling=0.3)[0]
-        (out * torch.randn(out.shape, dtype=torch.float64)).sum().backward()
-        found[attend] = [out, *(state.grad for state in states)]
-    for ours, theirs in zip(found[varlen_attention], found[packed_attention], strict=True):
-        assert torch.allclose(ours, theirs, atol=1e-12)
-
-
-def test_segments_by_hand() -> None:
-    """Prompt of 2, answers of 3 and 1: the row is p p a a; the answer of one token is predicted by the prompt's last."""
-    layout = layout_of(pack([([5, 6], [[7, 8, 2], [9]])]))
-    assert layout.index.tolist() == [0, 1, 0, 1, 2, 3]
-    assert (layout.query_ends.tolist(), layout.key_ends.tolist()) == ([0, 2, 4], [0, 2, 6])
-    assert (layout.max_queries, layout.max_keys) == (2, 4)
 
 
 def test_a_part_that_raises_is_recorded_and_the_rest_goes_on(tmp_path: Path, monkeypatch) -> None:
@@ -139,11 +114,100 @@ def test_a_gap_that_is_not_a_number_does_not_pass() -> None:
     assert not gpu_parts._gap([ones, lost], [ones, ones]) <= 1.0
 
 
+@pytest.fixture(scope="module")
+def speed(tmp_path_factory: pytest.TempPathFactory) -> tuple[int, dict[str, Any], str]:
+    status, found, page = run(tmp_path_factory.mktemp("gpu"), "--parts", "machine,speed")
+    return status, found["parts"]["speed"], page
+
+
+@pytest.mark.slow
+def test_both_sides_train_on_the_same_pairs_for_the_same_loss(speed) -> None:
+    status, found, _ = speed
+    assert (status, found["errors"]) == (0, [])
+    runs = found["tables"]["training"]
+    for ours, theirs in (("paired DPO", "TRL's DPO, online reference"), ("paired SimPO", "TRL's SimPO")):
+        assert runs[ours]["first_loss"] == pytest.approx(runs[theirs]["first_loss"], rel=0.05)
+        assert runs[ours]["pairs"] == runs[theirs]["pairs"] == 4
+        assert runs[ours]["packed"] is True
+    assert runs["TRL's DPO, online reference"]["checkpointing"] is True, "TRL's default"
+    assert runs["TRL's DPO, precomputed reference"]["reference_ms_a_pair"] > 0
+    assert runs["paired DPO"]["first_loss"] == pytest.approx(0.6931, abs=1e-3), "its reference is the harness's own"
+    (noise,) = found["tables"]["reference in bf16"].values()
+    assert noise["refused"] == "no"
+    assert runs["TRL's DPO, online reference, Liger"]["skipped"].startswith("liger_kernel is not installed")
+
+
+@pytest.mark.slow
+def test_a_ratio_has_the_reference_pass_of_both_sides_in_it(speed) -> None:
+    runs, ratios = (speed[1]["tables"][name] for name in ("training", "the paired engine against TRL's trainer"))
+    a, b = runs["paired DPO"], runs["TRL's DPO, precomputed reference"]
+    pass_ms = speed[1]["tables"]["reference pass"]["attention varlen"]["ms_a_pair"]
+    assert a["reference_ms_a_pair"] == pass_ms
+    stock = b["ms_a_pair"] + b["reference_ms_a_pair"]
+    ratio = ratios["paired DPO / TRL's DPO, precomputed reference"]
+    assert ratio["time"] == pytest.approx((a["ms_a_pair"] + pass_ms) / stock)
+    assert ratio["time_in_a_grid_of_8_computed"] == pytest.approx((a["ms_a_pair"] + pass_ms / 8) / stock)
+
+
+@pytest.mark.slow
+def test_targets_stand_beside_what_was_measured_and_a_missed_one_is_no_failure(speed) -> None:
+    status, found, page = speed
+    names = [
+        "paired DPO / TRL's DPO, online reference: seconds a pair",
+        "paired DPO / TRL's DPO, precomputed reference: seconds a pair",
+        "paired SimPO / TRL's SimPO: seconds a pair",
+        "paired DPO: share of the measured rate",
+        "paired SimPO: share of the measured rate",
+    ]
+    assert list(found["targets"]) == names, "memory is a GPU's"
+    share = found["targets"][names[3]]
+    assert (share["target"], share["reached"], status) == ("at least 0.45", False, 0)
+    assert f"| {names[3]} | {share['measured']:.3g} | at least 0.45 | **missed** |" in page
+
+
+@pytest.mark.slow
+def test_the_profile_names_what_took_a_steps_time(speed) -> None:
+    rows = list(speed[1]["tables"]["operators of a paired step, longest first"].values())
+    assert "aten::mm" in {row["kernel"] for row in rows}
+    assert [row["ms"] for row in rows] == sorted((row["ms"] for row in rows), reverse=True)
+    assert 0.5 < sum(row["share"] for row in rows) <= 1.0
+
+
+@pytest.mark.slow
+def test_a_study_of_a_real_model_goes_to_its_verdict_and_on_where_it_was(tmp_path: Path) -> None:
+    """The embedded model stands for a real one; the same command again trains nothing."""
+    folders = ["--smollm2", str(embedded_dir()), "--pairs", str(embedded_dir())]
+    status, found, _ = run(tmp_path, *folders)
+    assert (status, list(found["parts"])) == (0, ["machine", "smollm2"])
+    facts = found["parts"]["smollm2"]["facts"]
+    assert (facts["trials"], facts["verdict"]) == (4, "inconclusive")
+    trials = sorted((tmp_path / "smollm2" / "gpu" / "trials").iterdir())
+    before = [(path / "manifest.json").stat().st_mtime for path in trials]
+    assert run(tmp_path, *folders)[1]["parts"]["smollm2"]["facts"]["verdict"] == "inconclusive"
+    assert [(path / "manifest.json").stat().st_mtime for path in trials] == before
+
+
+@pytest.mark.slow
+def test_the_page_has_the_computed_table_and_says_first_that_nothing_was_measured() -> None:
+    page = (Path(gpu.__file__).parent / "gpu.md").read_text()
+    assert "no figure on this page was measured on a GPU" in page.splitlines()[0]
+    assert gpu_computed.table() in page
+
+
+def test_a_target_that_was_not_measured_is_not_noted() -> None:
+    found = gpu_parts.Found()
+    found.aim("a", None, most=1.0)
+    found.aim("b", 0.5, most=0.5)
+    found.aim("c", 0.44, least=0.45)
+    found.aim("d", float("nan"), most=1.0)
+    assert {name: row["reached"] for name, row in found.targets.items()} == {"b": True, "c": False, "d": False}
+
+
 def test_parts_that_no_longer_fit_are_skipped(tmp_path: Path) -> None:
     status, found, page = run(tmp_path, "--budget", "0")
     assert status == 0
     assert {part["status"] for part in found["parts"].values()} == {"skipped: no time left"}
-    assert set(found["parts"]) == set(gpu.PARTS)
+    assert list(found["parts"]) == ["machine", "attention", "equality", "speed", "memory", "study"]
     assert "| part study | **skipped: no time left** |" in page
 
 
@@ -154,6 +218,9 @@ def test_parts_that_no_longer_fit_are_skipped(tmp_path: Path) -> None:
         (["--tiny", "--parts", ""], "there is no part ''"),
         (["--tiny", "--steps", "0"], "--steps"),
         (["--parts", "machine"], "torch sees no GPU"),
+        (["--tiny", "--parts", "smollm2"], "part smollm2: give both --smollm2 FOLDER and --pairs FOLDER"),
+        (["--tiny", "--pairs", "somewhere"], "part smollm2: give both"),
+        (["--tiny", "--smollm2", "nowhere", "--pairs", "nowhere"], "there is no nowhere/config.json"),
     ],
 )
 def test_what_cannot_be_run_is_a_usage_error(tmp_path: Path, capsys, arguments: list[str], message: str) -> None:

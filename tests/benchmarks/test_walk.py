@@ -14,7 +14,7 @@ WAYS = {
     "gpt2": "packed",
     "mixtral": "packed",
     "bloom": "padded",
-    "gemma2": "padded",
+    "gemma2": "packed",
     "mamba": "padded",
 }
 

@@ -94,6 +94,24 @@ REFUSED = {
         ["+method=dpo", "train.share_prefix=false"],
         ["train.share_prefix=false: train.share_prefix was renamed: write train.levers.share_prefix"],
     ),
+    "targets beside all layers": (
+        ["+method=dpo", "train.lora_targets=[all-linear,q_proj]"],
+        ["train.lora_targets=[all-linear,q_proj]: all-linear stands alone"],
+    ),
+    "targets that are no list": (["+method=dpo", "train.lora_targets=q_proj"], ["must be a list", "[q_proj,v_proj]"]),
+    "no targets": (["+method=dpo", "train.lora_targets=[]"], ["train.lora_targets=[]", "must be a list"]),
+    "a target that is no pattern": (
+        ["+method=dpo", 'train.lora_targets=[v_proj,"(q_proj"]'],
+        ["train.lora_targets=[v_proj,(q_proj]: (q_proj is neither the end of a layer's name nor"],
+    ),
+    "an unknown optimizer": (
+        ["+method=dpo", "train.optimizer=sgd"],
+        ["train.optimizer=sgd: allowed: auto, adamw, adamw_8bit"],
+    ),
+    "kernels that are not installed": (
+        ["+method=dpo", "train.kernels=liger"],
+        ["train.kernels=liger: liger-kernel is not installed; pip install 'dpo-simpo-harness[liger]'"],
+    ),
     "a study outside of the results": (["+method=dpo", "study=../x"], ["study=../x", "no `/`"]),
     "a study without a name": (["+method=dpo", "study="], ["study=", "name of a folder"]),
     "a file for the results": (["+method=dpo", f"results_dir={__file__}"], ["results_dir=", "not a folder"]),

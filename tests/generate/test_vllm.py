@@ -6,8 +6,11 @@ asked of it, by which adapter, and what becomes of its answers is real; its own 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +21,14 @@ import harness.config.compose
 import harness.sweep.problems
 from harness.config.compose import vllm_problem
 from harness.config.paths import embedded_dir
+from harness.config.schema import RunConfig
+from harness.config.trial_id import trial_id
+from harness.generate.vllm import memory_share
 from harness.study.errors import UsageError
 from harness.study.files import read_json
 from harness.sweep.app import run_sweep
 from harness.sweep.problems import load_run
+from harness.train.base import Bases
 from tests.conftest import SMALL, overriding
 from tests.train.sft_folders import save_base
 
@@ -116,9 +123,8 @@ def test_all_adapters_are_answered_for_in_one_pass_with_the_same_scores(
 def test_the_model_and_all_arms_are_proved_before_the_base_answers(log: Path, by_vllm: Path) -> None:
     first = json.loads(log.read_text().splitlines()[0])
     (proof,) = (by_vllm.parent / ".cache" / "preconditions").iterdir()
-    proved = {path.name.split("-")[0]: path.stat().st_mtime for path in proof.glob("*.json")}
-    assert proved.keys() == {"proof.json", "dpo", "simpo"}
-    assert max(proved.values()) < first["at"]
+    assert [path.name for path in proof.glob("*.json")] == ["proof.json"], "which has both arms, as they are by default"
+    assert (proof / "proof.json").stat().st_mtime < first["at"]
     names = {row["name"] for row in read_json(by_vllm / "base" / "manifest.json")["preconditions"]}
     assert {"the loss is the arm's alone", "the loss of DPO", "the loss of SimPO"} <= names
 
@@ -152,6 +158,68 @@ def test_answers_are_asked_for_once_and_a_vllm_that_fails_fails_the_trials_and_k
     assert len(messages) == 4
     assert all("CUDA out of memory" in text and "generate.backend=transformers" in text for text in messages)
     assert all("train" in read_json(path / "manifest.json")["done"] for path in (by_vllm / "trials").iterdir())
+
+
+def test_vllm_takes_its_share_of_what_is_free() -> None:
+    assert memory_share(0, 0) is None, "without a GPU it is vLLM's own business"
+    assert memory_share(40 * 2**30, 80 * 2**30) == 0.45
+
+
+@pytest.fixture
+def bases_alive(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Number of bases in memory each time that vLLM starts."""
+    seen: list[Any] = []
+    alive: list[int] = []
+    lend, run = Bases.borrow_base, harness.generate.vllm.run_vllm
+
+    @contextlib.contextmanager
+    def noted(self: Bases, config: RunConfig, **how: bool) -> Any:
+        with lend(self, config, **how) as base:
+            seen.append(weakref.ref(base))
+            yield base
+
+    def count(*args: Any) -> Any:
+        assert seen
+        alive.append(sum(ref() is not None for ref in seen))
+        return run(*args)
+
+    monkeypatch.setattr(Bases, "borrow_base", noted)
+    monkeypatch.setattr(harness.generate.vllm, "run_vllm", count)
+    return alive
+
+
+def test_vllm_runs_in_an_interpreter_of_its_own_and_with_the_card_to_itself(
+    tmp_path: Path, log: Path, bases_alive: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It refuses a card of which another process holds a part, and pins a version of torch."""
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\necho "$0 $1" >> {tmp_path}/asked\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    monkeypatch.setattr(harness.generate.vllm, "memory_share", lambda free, total: 0.5)
+    monkeypatch.setattr(harness.generate.vllm, "vllm_problem", lambda config: None)
+    keys = ["+method=simpo", "seed=0", "study=one", f"results_dir={tmp_path}", "generate.backend=vllm"]
+    (result,) = run_sweep([*SMALL, *keys, f"generate.vllm_python={python}"])
+    assert [outcome.status for outcome in result.outcomes] == ["complete", "complete"]
+    assert bases_alive == [0, 0]
+    asked = (tmp_path / "asked").read_text().split()
+    assert set(asked[::2]) == {str(python)}
+    assert all(script.endswith("vllm_process.py") for script in asked[1::2])
+    assert json.loads(log.read_text().splitlines()[-1])["gpu_memory_utilization"] == 0.5
+    process = (Path(harness.generate.vllm.__file__).parent / "vllm_process.py").read_text()
+    assert "from harness" not in process.split("TYPE_CHECKING:")[0], "an interpreter with vLLM need not have it"
+
+
+def test_the_interpreter_of_vllm_is_no_part_of_a_trials_id() -> None:
+    plain, own = load_run(["+method=dpo"]), load_run(["+method=dpo", f"generate.vllm_python={sys.executable}"])
+    assert trial_id(plain, {}) == trial_id(own, {})
+
+
+def test_an_interpreter_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load_run(["+method=dpo", "generate.vllm_python=/no/python"])
+    config.model.path = "own"
+    assert vllm_problem(config) == (
+        "generate.vllm_python=/no/python is no program; give the path of the interpreter that has vLLM"
+    )
 
 
 def test_without_vllm_transformers_answers() -> None:

@@ -790,3 +790,15 @@ def test_numbers_are_written_for_people():
     assert [words.interval(v) for v in (None, [1], [None, 0.1], "ab")] == ["–"] * 4
     assert words.listing(["a", "b", "c"]) == "a, b and c"
     assert phrase({"longer": 3, "memory_bytes": 2**30, "empty": []}) == "longer: 3; memory: 1.0 GiB; empty: none"
+
+
+def test_the_noise_of_the_reference_is_said_once_for_the_study_by_its_largest(target):
+    assert facts.preconditions(read_study(target)) == []
+    for path, gap, nats in zip(manifests(target, "dpo"), (2e-6, 4e-6), (0.2, 0.1), strict=False):
+        noise = {"first_loss_gap": gap, "mean_nats": nats, "largest_nats": 3 * nats}
+        write_json(path, read_json(path) | {"reference_noise": noise})
+    assert facts.preconditions(read_study(target)) == [
+        "The reference is computed as the policy is: DPO's first loss is log 2 within 4e-06; in bf16 the base's log-prob "
+        "of an answer moves by 0.2 nats on average, and by 0.6 at most, with the pairs in its batch: those of the "
+        "training are used."
+    ]

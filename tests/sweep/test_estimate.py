@@ -5,18 +5,32 @@ from __future__ import annotations
 import re
 import shutil
 from collections import namedtuple
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from harness.config.checkpoint import Checkpoints
+from harness.config.machine import Machine
 from harness.config.paths import embedded_dir
+from harness.data.inputs import Inputs
 from harness.study.errors import UsageError
 from harness.study.manifest import read_manifest
 from harness.sweep.app import print_result, run_sweep
-from harness.sweep.estimate import checkpoint_size, size_text, time_text, to_run
+from harness.sweep.estimate import (
+    Rates,
+    answer_seconds,
+    checkpoint_size,
+    pass_seconds,
+    size_text,
+    time_text,
+    to_run,
+    train_seconds,
+)
 from harness.sweep.launch import Launching
 from harness.sweep.problems import load_run
+from harness.train.derived import derive
 from tests.conftest import SMALL, load_base, overriding
 
 Disk = namedtuple("Disk", "total used free")
@@ -35,6 +49,58 @@ def test_sizes_are_read_from_the_headers_alone() -> None:
     assert size.lora_sides == sum(m.in_features + m.out_features for m in linear)
 
 
+def planned(*more: str) -> tuple:
+    """Return a trial's config with the tokens and the sizes that its estimate needs."""
+    config, inputs = load_run(["+method=dpo", "data.max_train_pairs=16", *more]), Inputs(Checkpoints(derive))
+    return config, inputs.tokens(config), checkpoint_size(embedded_dir())
+
+
+CPU = Machine((), 2, memory_bytes=10**15)
+RATES = Rates(1e9, 4e8)
+
+
+def test_what_gradient_checkpointing_would_be_is_in_the_time() -> None:
+    """Left open it is decided by the device's memory; what is asked for is not."""
+    small = replace(CPU, memory_bytes=1)
+
+    def seconds(machine: Machine, *more: str) -> float:
+        config, tokens, size = planned(*more)
+        return train_seconds(config, tokens, size, machine, RATES)
+
+    on, off = (f"train.gradient_checkpointing={value}" for value in ("true", "false"))
+    assert seconds(CPU) == seconds(CPU, off) == seconds(small, off)
+    assert seconds(small) == seconds(small, on) == seconds(CPU, on)
+    assert 1.1 < seconds(CPU, on) / seconds(CPU, off) < 1.5, "one more forward pass of two"
+
+
+def test_a_gpu_multiplies_while_python_goes_on() -> None:
+    """On a CPU the seconds of Python's part come on top; on a GPU the longer part counts."""
+    config, tokens, size = planned()
+    slow, fast = (Rates(rate, rate, is_gpu=True) for rate in (1e6, 1e18))
+    products, python = (train_seconds(config, tokens, size, CPU, rates) for rates in (slow, fast))
+    assert products > 100 * python > 0
+    assert train_seconds(config, tokens, size, CPU, replace(slow, products=2e6)) == pytest.approx(products / 2)
+    assert train_seconds(config, tokens, size, CPU, replace(fast, products=2e18)) == python
+    at_rest = train_seconds(config, tokens, size, CPU, replace(fast, is_gpu=False))
+    assert at_rest == pytest.approx(python), "products take no time"
+
+
+def test_answers_go_at_the_rate_of_products_as_thin_as_a_batch() -> None:
+    config, _, size = planned("generate.max_new_tokens=50", "generate.batch_size=10")
+    rates = Rates(1e18, 1e6, is_gpu=True)
+    once = answer_seconds(config, 10, size, rates)
+    assert once == pytest.approx(2 * size.parameters * 10 * 50 / 1e6, rel=0.01)
+    assert answer_seconds(config, 10, size, replace(rates, products=1.0)) == once
+
+
+def test_training_all_weights_takes_more_products_than_an_adapter() -> None:
+    config, tokens, size = planned()
+    full = planned("train.tuning=full")[0]
+    rates = Rates(1e6, 1e6, is_gpu=True)
+    ratio = train_seconds(full, tokens, size, CPU, rates) / train_seconds(config, tokens, size, CPU, rates)
+    assert 1.0 < ratio < 1.5, "6 against 4 operations a weight, and those of an adapter"
+
+
 def estimated(results: Path, monkeypatch, *more: str):
     """Return the estimate of a plan, and how many trials are still to be run."""
     from harness.sweep import estimate as planning
@@ -50,6 +116,31 @@ def estimated(results: Path, monkeypatch, *more: str):
     run_sweep([*study(results, *more), "plan=true"])
     monkeypatch.undo()
     return found["estimate"], found["to_run"]
+
+
+def test_a_pass_of_the_reference_is_the_forward_part_of_an_epoch() -> None:
+    config, tokens, size = planned("train.epochs=1")
+    rates = Rates(1e6, 1e6, is_gpu=True)
+    share = pass_seconds(config, tokens, size, rates) / train_seconds(config, tokens, size, CPU, rates)
+    assert 0.3 < share < 0.5, "2 of 4 operations a weight and token, and none of an adapter"
+
+
+@pytest.mark.parametrize(
+    ("keys", "passes"),
+    [
+        (["+method=simpo,dpo", "seed=1,2,3"], 1),
+        (["+method=simpo,dpo", "seed=1,2,3", "train.precision=bf16"], 3),
+        (["+method=dpo", "arms.dpo.beta=0.1,0.5", "seed=1,2", "tuning_seeds=[7]", "train.precision=bf16"], 3),
+        (["+method=dpo", "seed=1,2", "train.reference=adapter_off"], 0),
+        (["+method=simpo", "seed=1,2", "train.precision=bf16"], 0),
+    ],
+)
+def test_a_grid_pays_for_dpos_reference_once_and_in_bf16_once_for_each_seed(
+    keys: list[str], passes: int, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.setattr("harness.sweep.estimate.pass_seconds", lambda *_: 1.0)
+    found, _ = estimated(tmp_path, monkeypatch, *keys)
+    assert found.reference_seconds == passes
 
 
 @pytest.mark.slow

@@ -16,7 +16,8 @@ from torch.distributed.fsdp import fully_shard
 
 from harness.sweep.problems import load_run
 from harness.train.adapter import fuse_adapters
-from harness.train.packed import ATTENTION, Packed, groups_of, pack, packed_logps
+from harness.train.attention import ATTENTION
+from harness.train.packed import Packed, groups_of, pack, packed_logps
 from harness.train.trainers import answer_packed_calls
 from tests.conftest import load_base, tokens_of, training_overrides
 

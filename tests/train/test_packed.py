@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from harness.sweep.problems import load_run
-from harness.train.packed import pack, packed_logps, packing, token_logps
+from harness.train.attention import packing
+from harness.train.packed import pack, packed_logps, token_logps
 from tests.conftest import load_base, tiny_model
 
 CONFIG = load_run(["+method=dpo", "data.max_train_pairs=12"])
@@ -69,3 +73,37 @@ def test_a_trained_head_gets_its_gradient() -> None:
     model.zero_grad()
     (hidden @ model.lm_head.weight.t()).log_softmax(-1).gather(1, targets[:, None]).sum().backward()
     assert torch.allclose(ours, model.lm_head.weight.grad, atol=1e-5)
+
+
+def test_a_head_that_fsdp_has_split_is_gathered_and_its_gradient_split_again(tmp_path: Path) -> None:
+    """One process here; `tests/train/sharded.py` has two."""
+    torch.distributed.init_process_group("gloo", rank=0, world_size=1, init_method=f"file://{tmp_path}/store")
+    try:
+        model = tiny_model()
+        hidden, targets = torch.randn(5, 32, generator=torch.Generator().manual_seed(0)), torch.arange(5)
+        expected = token_logps(model, hidden, targets).log_probs
+        expected.sum().backward()
+        whole = model.lm_head.weight.grad
+        mesh = init_device_mesh("cpu", (1,))
+        model.lm_head.weight = torch.nn.Parameter(distribute_tensor(model.lm_head.weight.detach(), mesh, [Shard(0)]))
+        found = token_logps(model, hidden, targets).log_probs
+        assert torch.allclose(found, expected)
+        found.sum().backward()
+        gradient = model.lm_head.weight.grad
+        assert isinstance(gradient, DTensor)
+        assert torch.allclose(gradient.full_tensor(), whole)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_log_probs_of_a_head_in_bf16_are_numbers_of_fp32() -> None:
+    """In bf16 a log-prob of 10 nats would be off by 0.03."""
+    model = tiny_model().to(torch.bfloat16).requires_grad_(False)
+    hidden = torch.randn(5, 32, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16).requires_grad_()
+    found = token_logps(model, hidden, torch.arange(5)).log_probs
+    logits = (hidden @ model.lm_head.weight.t()).float()
+    assert found.dtype == torch.float32
+    assert torch.allclose(found, logits.log_softmax(-1).diagonal(), atol=1e-5)
+    found.sum().backward()
+    assert hidden.grad is not None
+    assert hidden.grad.dtype == torch.bfloat16

@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 import torch
 
+from harness.config.footprint import Load, footprint
 from harness.config.schema import Engine, RunConfig, Tuning
 from harness.study.errors import UsageError
 from harness.study.manifest import read_manifest
 from harness.sweep.problems import compose_run, load_run
 from harness.train.base import is_quantised
 from harness.train.logps import reference_logps
-from harness.train.memory import plan_of
+from harness.train.memory import model_shape, plan_of
 from harness.train.run import TrainResult, build_trainer, train_arm
 from tests.conftest import SMALL, load_base, new_bases, tokens_of, training_overrides
 
@@ -83,6 +84,18 @@ def test_reference_log_probs_of_the_whole_base_are_not_taken_for_those_of_the_qu
         found.append(reference_logps(pairs, base, base_sha256="base", pad_id=0, cache=tmp_path))
     gap = (found[0] - found[1]).abs().mean()
     assert 0 < gap < 5
+
+
+def test_the_bytes_of_a_base_in_four_bits_are_those_that_are_counted() -> None:
+    config = configure("dpo")
+    base = load_base(config)
+    held = sum(p.numel() * p.element_size() for p in base.parameters())
+    for module in base.modules():
+        if (state := getattr(getattr(module, "weight", None), "quant_state", None)) is not None:
+            held += sum(t.numel() * t.element_size() for t in (state.absmax, state.state2.absmax))
+    counted = footprint(config, model_shape(base), Load(1, 1), bf16=False, checkpointing=False)
+    adapter = 4 * config.train.lora_rank * model_shape(base).sides
+    assert counted.weights - adapter == pytest.approx(held, rel=0.02)
 
 
 @pytest.mark.slow
