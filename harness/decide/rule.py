@@ -11,7 +11,8 @@ import pandas as pd
 
 from harness.decide.copies import drop_copies
 from harness.decide.scores_file import ArmScores, arm_scores, checked, choose_metric, same_prompts
-from harness.decide.stats import Components, compare, compare_runs, needed
+from harness.decide.planning import detectable, needed
+from harness.decide.stats import Components, compare, compare_runs
 from harness.decide.words import reason
 from harness.study.decision import GuardResult, Verdict
 from harness.study.errors import UsageError
@@ -77,7 +78,7 @@ def verdict(
         "beyond_margin": bool(winner and min(abs(wide[0]), abs(wide[1])) > margin),
         "seed_variance": found.seed_variance,
         "prompt_variance": found.prompt_variance,
-        "minimum_detectable_difference": found.detectable(alpha),
+        "minimum_detectable_difference": detectable(found, alpha),
         "to_settle": needed(found, margin, alpha) if word == "inconclusive" else None,
         "metric": metric,
         "arms": list(arms),
