@@ -17,8 +17,8 @@ from typing import TypedDict
 
 from tqdm import tqdm
 
+from harness.decide.deciding import deciding_scores
 from harness.decide.planning import detectable, needed
-from harness.decide.rule import deciding_scores
 from harness.decide.scores_file import ArmScores, checked, read_scores
 from harness.decide.simulate import NOISE_SD, PROMPT_SD, RUN_SD, Setting, components_of, halves, observed, simulate
 from harness.study.errors import UsageError, in_one_sentence

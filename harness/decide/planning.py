@@ -32,7 +32,10 @@ def power(components: Components, difference: float, alpha: float) -> float:
 
 
 def detectable(components: Components, alpha: float) -> float:
-    """Return the smallest true difference that is found with power `POWER`, at most 1; where nothing varied, the half-width."""
+    """Return the smallest true difference that is found with power `POWER`, or the half-width where nothing varied.
+
+    At most 1, the largest difference that there can be.
+    """
     if components.variance <= 0:
         return min(components.half_width(1 - alpha / 2), _MOST)
     widths, truth = _widths(components, alpha)

@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from harness.decide.rule import decide_interval
-from harness.decide.scores_file import ArmScores
+from harness.decide.deciding import decide_interval
 from harness.decide.planning import detectable
+from harness.decide.scores_file import ArmScores
 from harness.decide.stats import Arm, Components, compare, mean_variance, residual_mean_square
 from harness.study.registration import ALPHA, CONTRAST, MARGIN
 

@@ -1,4 +1,4 @@
-"""The interval of a difference, version 2 of the rule, on arrays (num_seeds, num_prompts): seeds unpaired, prompts paired.
+"""The interval of a difference, on arrays (num_seeds, num_prompts): seeds unpaired, prompts paired; version 2.
 
 Training seeds and golden prompts are both samples: a rule that counts only one of them finds winners where there are
 none (15 to 50% of the time in simulations at a nominal 5%). numpy and scipy only; nothing is drawn at random.
@@ -57,7 +57,9 @@ class Arm:
 
 @dataclass(frozen=True)
 class Parts:
-    """The parts of a variance, of N studies at once: shape (num_arms, N) or (N,). Arms whose runs do not count are absent.
+    """The parts of a variance, of N studies at once: shape (num_arms, N) or (N,).
+
+    Arms whose runs do not count are absent.
 
     Attributes:
         seeds, weights: of each arm, shape (num_arms,).
@@ -372,7 +374,9 @@ def mean_variance(
     labels = np.arange(len(values)) if clusters is None else np.unique(clusters, return_inverse=True)[1]
     sizes = np.bincount(labels)
     if len(sizes) < 2:
-        raise ValueError(f"expected at least 2 prompts in different clusters, got {len(values)} prompts in {len(sizes)}")
+        raise ValueError(
+            f"expected at least 2 prompts in different clusters, got {len(values)} prompts in {len(sizes)}"
+        )
     effective = float(sizes.sum() ** 2 / (sizes**2).sum())
     if not _spread(values, float(np.abs(values).max()) if scale is None else scale):
         return 0.0, effective
