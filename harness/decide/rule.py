@@ -19,7 +19,7 @@ from harness.decide.deciding import (
     paired,
 )
 from harness.decide.doubts import doubts, seed_correlation
-from harness.decide.planning import detectable, needed
+from harness.decide.planning import needed
 from harness.decide.ranking import (
     WORDS,
     arms_against_base,
@@ -133,7 +133,7 @@ def verdict(
         "seed_variance": found.seed_variance,
         "prompt_variance": found.prompt_variance,
         "seed_correlation": seed_correlation(kept),
-        "minimum_detectable_difference": detectable(found, alpha),
+        "minimum_detectable_difference": found.detectable(alpha),
         "to_settle": needed(found, margin, alpha) if word == "inconclusive" else None,
         "metric": on.metric,
         "arms": list(arms),

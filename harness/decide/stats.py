@@ -231,6 +231,15 @@ class Components:
         half = self.half_width((1 + confidence) / 2)
         return self.difference - half, self.difference + half
 
+    def detectable(self, alpha: float, power: float = 0.8) -> float:
+        """Return the minimum detectable difference at these estimates: half-width plus that of the quantile `power`.
+
+        A true difference of this size is found with about this power by an interval as wide as this one; at most 1. Of
+        a study that is not made yet, whose width is not known, `harness.decide.planning` says what it finds.
+        """
+        half = self.half_width(1 - alpha / 2)
+        return min(half + self.half_width(power) if self.variance > 0 else half, 1.0)
+
     def lower_bound(self, alpha: float) -> float:
         """Return the one-sided lower bound of the difference, for non-inferiority."""
         return self.difference - self.half_width(1 - alpha)
