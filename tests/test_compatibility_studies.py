@@ -18,7 +18,7 @@ import pytest
 import yaml
 
 from harness.decide.__main__ import main as decide
-from harness.decide.words import confidence, interval
+from harness.decide.words import confidence
 from harness.report.__main__ import main as report
 from harness.score.__main__ import main as score
 from harness.study.files import read_json, write_json
@@ -55,7 +55,8 @@ def assert_explained(now: dict[str, Any], before: dict[str, Any]) -> None:
             assert now[key] == before[key], key
     (said,) = [text for text in now["warnings"] if "version 1 says" in text]
     assert f"version 1 says {before['verdict']}" in said
-    assert said.endswith(f"{confidence(before['alpha'])} interval {interval(before['ci95'])}")
+    low, high = (100 * end for end in before["ci95"])
+    assert said.endswith(f"{confidence(before['alpha'])} interval {low:+.1f} to {high:+.1f} points")
     assert set(before["warnings"]) <= set(now["warnings"])
 
 

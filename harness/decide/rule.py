@@ -32,7 +32,7 @@ from harness.decide.ranking import (
 from harness.decide.scores_file import ArmScores, checked, choose_metric, prompts_behind
 from harness.decide.stats import Components
 from harness.decide.version_1 import version_1
-from harness.decide.words import confidence, interval, points, reason
+from harness.decide.words import confidence, reason
 from harness.study.decision import GuardResult, Verdict
 from harness.study.errors import UsageError
 from harness.study.registration import ALPHA, CONTRAST, MARGIN, RULE_VERSION, Guard
@@ -205,10 +205,9 @@ def version_1_warning(
     """
     word, ends = by_version_1(scores, metric=metric, margin=margin, alpha=alpha, arms=arms)
     narrowed = " (guards not counted)" if guards and word in arms else ""
-    difference = basis(scores, metric=metric, arms=arms, others=()).found.difference
     return (
         f"this study was registered before version {RULE_VERSION} of the decision rule, which decides it; version 1 "
-        f"says {word}{narrowed}, {points(difference)} points, {confidence(alpha)} interval {interval(list(ends))}"
+        f"says {word}{narrowed}, {confidence(alpha)} interval {100 * ends[0]:+.1f} to {100 * ends[1]:+.1f} points"
     )
 
 

@@ -72,7 +72,7 @@ def test_a_study_of_before_version_2_is_decided_by_it_with_one_warning_of_what_v
     (warning,) = [text for text in found["warnings"] if "version 1" in text]
     assert warning == (
         "this study was registered before version 2 of the decision rule, which decides it; version 1 says simpo, "
-        "+9.7 points, 95% interval +7.6 to +11.7"
+        "95% interval +7.6 to +11.7 points"
     )
     assert {**found, "warnings": []} == {**now, "warnings": []}
     assert found["rule_version"] == 2
