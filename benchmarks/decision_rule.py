@@ -26,12 +26,14 @@ from harness.decide.planning import detectable, needed
 from harness.decide.rule import verdict
 from harness.decide.scores_file import ArmScores
 from harness.decide.simulate import Setting, components_of, draw
+from harness.decide.simulate import simulate as simulate_looks
 from harness.decide.stats import Components, compare, compare_runs
 from harness.decide.version_1 import Version1, version_1
 from harness.study.registration import CONTRAST, MARGIN
 
-# Of the random numbers. The rule was tuned on others, and was not changed after these were first drawn.
-SERIES = "2026-11-28, version 2"
+# Of the random numbers. The rule was tuned on others, and was not changed after these were first drawn. An earlier series
+# led to its last change: the threshold of the F test falls with the number of seeds.
+SERIES = "2026-11-28, version 2, second series"
 Arrays = tuple[np.ndarray, np.ndarray]
 
 
@@ -173,7 +175,7 @@ def cells() -> list[Cell]:
         Cell("passes, half of 100", Setting((3, 3)), draw_with=passes_at(0.5)),
         Cell("one run in ten collapses", Setting((5, 5)), draw_with=collapsing, warns="vary far more"),
         Cell("one prompt in ten differs by far more", Setting((3, 3)), draw_with=heterogeneous),
-        Cell("one seed an arm", Setting((1, 1))),
+        Cell("one seed an arm, these two checkpoints", Setting((1, 1), run_sd=(0.0, 0.0))),
         Cell("a score a run, 5 v 5, prompts not known", Setting((5, 5)), by_run=True, warns="were not sampled"),
         Cell("a score a run, 5 v 5, 300 prompts given", Setting((5, 5)), by_run=True, warns="counts by a bound"),
     ]
@@ -346,6 +348,13 @@ def naive(repeats: int) -> list[list[str]]:
     return [[name, *map(percent, row / repeats)] for name, row in zip(NAIVE, found, strict=True)]
 
 
+def looks(repeats: int) -> float:
+    """Return the false winners of studies that look at golden three times."""
+    seed = zlib.crc32(f"{SERIES}: looks".encode())
+    found = simulate_looks(Setting((8, 8), looks=(3, 5, 8)), 0.0, repeats=repeats, seed=seed)
+    return sum(found[arm] for arm in CONTRAST)
+
+
 def percent(share: float) -> str:
     """Format a share as percent."""
     return f"{100 * share:.1f}%"
@@ -397,7 +406,7 @@ the cell says otherwise: 5 seeds an arm, 300 golden prompts; a score is a prompt
 and prompt (SD of the difference 0.25), of a run (SD 1.4 points an arm) and of the answer (SD 0.35).
 
 - **False winners**: no true difference, nominal 5%. Worst cell without a warning of its own:
-  {percent(worst.false_winners["new"])} ({worst.cell.name}). Allowed: 5% and two standard errors, {percent(worst.limit)}.
+  {percent(worst.false_winners["new"])} ({worst.cell.name}). Allowed: {percent(worst.limit)}, two errors more.
 - **False ties**: a true difference of the margin of 5 points, nominal 5%. **Coverage** of the 95% interval.
 - **Power** at the difference that known variances find in 80% of the studies. **Mixed model**: one seed variance for
   both arms, as REML estimates it in balanced data. Its critical value is set so that it has 5% false winners in that
@@ -413,13 +422,13 @@ and prompt (SD of the difference 0.25), of a run (SD 1.4 points an arm) and of t
 WHY = """## Why the power is below the mixed model's
 
 The rule does not know whether the arms' runs vary alike. What costs power is Banerjee's bound, which applies where an
-F test of the run variances has p < 0.45. Without it 3 v 3 seeds would find 5 to 9 points more, and have 7.3% false
-winners at run SDs of 11 v 1 points: one of two small samples then has all of the variance, and is small by chance. At
-5 and 8 seeds an arm little of the gap is left.
+F test of the run variances has p < 0.45 with 3 seeds an arm, and p < 0.11 with 5. Without it 3 v 3 seeds would find 5 to
+9 points more, and have 7.3% false winners at run SDs of 11 v 1 points: one of two small samples then has all of the
+variance, and is small by chance. At 5 and 8 seeds an arm little of the gap is left.
 
-Pooled seed variances were tried: pooled where an F test has p > 0.3, and with the bound elsewhere. 3 v 3 seeds had 4.4%
-false winners and 57.3% power at run SDs of 2.8 points, 6.4% and 39.3% at 11 v 1 points. Not pooled, with the bound below
-p = 0.2, they had 4.3% and 57.1%, 6.4% and 40.2% (100,000 studies a cell). Pooling gains nothing at equal false winners.
+Pooled seed variances were tried: pooled where an F test has p > 0.3, and with the bound elsewhere. 3 v 3 seeds had
+4.4% false winners and 57.3% power at run SDs of 2.8 points, 6.4% and 39.3% at 11 v 1 points. Not pooled, with the bound
+below p = 0.2, they had 4.3% and 57.1%, 6.4% and 40.2% (100,000 studies a cell). So pooling gains nothing.
 """
 
 
@@ -451,6 +460,11 @@ are for both arms alike.
 
 An MDD is half the interval at hand and the room for 80%. Intervals of 3 seeds differ much between studies of one kind,
 so that it promises a few points of power too much there. Detectable, and seeds and prompts needed, count that.
+
+## Registered looks
+
+Looks at 3, 5 and 8 seeds, each at a third of alpha, 300 prompts, no true difference: {percent(looks(through))} of
+{through:,} studies have a winner.
 
 ## Rules that others use
 
