@@ -31,8 +31,8 @@ from harness.decide.stats import Components, compare, compare_runs
 from harness.decide.version_1 import Version1, version_1
 from harness.study.registration import CONTRAST, MARGIN
 
-# Of the random numbers. The rule was tuned on others, and was not changed after these were first drawn. An earlier series
-# led to its last change: the threshold of the F test falls with the number of seeds.
+# Of the random numbers. The rule was tuned on others, and was not changed after these were first drawn. An earlier
+# series led to its last change: the threshold of the F test falls with the number of seeds.
 SERIES = "2026-11-28, version 2, second series"
 Arrays = tuple[np.ndarray, np.ndarray]
 
@@ -422,8 +422,8 @@ and prompt (SD of the difference 0.25), of a run (SD 1.4 points an arm) and of t
 WHY = """## Why the power is below the mixed model's
 
 The rule does not know whether the arms' runs vary alike. What costs power is Banerjee's bound, which applies where an
-F test of the run variances has p < 0.45 with 3 seeds an arm, and p < 0.11 with 5. Without it 3 v 3 seeds would find 5 to
-9 points more, and have 7.3% false winners at run SDs of 11 v 1 points: one of two small samples then has all of the
+F test of the run variances has p < 0.45 with 3 seeds an arm, and p < 0.11 with 5. Without it 3 v 3 seeds would find 5
+to 9 points more, and have 7.3% false winners at run SDs of 11 v 1 points: one of two small samples then has all of the
 variance, and is small by chance. At 5 and 8 seeds an arm little of the gap is left.
 
 Pooled seed variances were tried: pooled where an F test has p > 0.3, and with the bound elsewhere. 3 v 3 seeds had
