@@ -26,7 +26,7 @@ def test_components_and_interval_by_hand() -> None:
     Residuals of A: row means .75 .5, column means 1 .5 0 1, grand .625: +-[-.125, .375, -.125, -.125], squares sum
     2 * (.015625 * 3 + .140625) = .375; mean square .375 / (1 * 3) = .125; noise of A .125 / 8 = .015625.
     Residuals of B: row means .25 .25, columns 0 .5 0 .5, grand .25: +-[0, .5, 0, -.5]: sum 1; mean square 1/3; 1/24.
-    A is below the noise of .0572917: V = c, and Satterthwaite's t has the 3 degrees of freedom of the prompts.
+    A is below the noise of .0572917: V = c.
     One arm varies and the other does not, so that the interval is at least Banerjee's bound, at t_1 = 12.7062 and
     t_3 = 3.18245. With two seeds a quarter of the noise counts at t_1**2 = 161.448, the rest at t_3**2 = 10.1280:
     off = 47.958; 10.1280 * .0572917 + (161.448 - 47.958) * .015625 = 2.35353, whose root is 1.53412.
