@@ -16,8 +16,9 @@ from typing import Any
 import pandas as pd
 
 from harness.config.trial_id import stored_trial_id
-from harness.decide.rule import by_version_1, verdict
+from harness.decide.rule import verdict
 from harness.decide.study import Decision, decision
+from harness.decide.version_1 import by_version_1
 from harness.decide.words import plural
 from harness.exchange import GIVEN
 from harness.score.trial_scores import scores_again

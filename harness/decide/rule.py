@@ -31,8 +31,7 @@ from harness.decide.ranking import (
 )
 from harness.decide.scores_file import ArmScores, checked, choose_metric, prompts_behind
 from harness.decide.stats import Components
-from harness.decide.version_1 import version_1
-from harness.decide.words import confidence, reason
+from harness.decide.words import reason
 from harness.study.decision import GuardResult, Verdict
 from harness.study.errors import UsageError
 from harness.study.registration import ALPHA, CONTRAST, MARGIN, RULE_VERSION, Guard
@@ -194,32 +193,6 @@ def basis(
         num_prompts,
         [*copied, *deciding.warnings, *left_out, *unscored],
     )
-
-
-def version_1_warning(
-    scores: pd.DataFrame, *, metric: str, margin: float, alpha: float, arms: tuple[str, str], guards: Sequence[Guard]
-) -> str:
-    """Return the warning of a study that was registered before version 2: that version 2 decides, and what 1 says.
-
-    Arguments as for `verdict`.
-    """
-    word, ends = by_version_1(scores, metric=metric, margin=margin, alpha=alpha, arms=arms)
-    narrowed = " (guards not counted)" if guards and word in arms else ""
-    return (
-        f"this study was registered before version {RULE_VERSION} of the decision rule, which decides it; version 1 "
-        f"says {word}{narrowed}, {confidence(alpha)} interval {100 * ends[0]:+.1f} to {100 * ends[1]:+.1f} points"
-    )
-
-
-def by_version_1(
-    scores: pd.DataFrame, *, metric: str, margin: float, alpha: float, arms: tuple[str, str]
-) -> tuple[str, tuple[float, float]]:
-    """Return version 1's verdict, guards not counted, and its interval at 1 - alpha; arguments as for `verdict`."""
-    on = basis(scores, metric=metric, arms=arms, others=())
-    first, second = on.kept.values()
-    by_prompt = first.values.mean(0) - second.values.mean(0) if first.prompts else None
-    found = version_1(on.found, by_prompt, first.clusters if first.prompts else None)
-    return decide_interval(found, arms=arms, margin=margin, alpha=alpha)[0], found.interval(1 - alpha)
 
 
 def expectation_problem(result: Verdict, expected: str) -> str:

@@ -16,8 +16,9 @@ from harness.config.keys import shown
 from harness.config.schema import GUARD, RunConfig
 from harness.decide.copies import ANSWERS
 from harness.decide.looks import DecidingRuns, deciding_runs, log_look
-from harness.decide.rule import verdict, version_1_warning
+from harness.decide.rule import verdict
 from harness.decide.scores_file import as_names, read_scores
+from harness.decide.version_1 import version_1_warning
 from harness.study.decision import VERDICT_FILE, Verdict, edge_warnings, golden_problem
 from harness.study.errors import UsageError
 from harness.study.files import FileCache, write_json

@@ -6,12 +6,18 @@ V = A + max(c - noise, 0), with the t quantiles of seeds and prompts weighted by
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 from scipy.special import stdtrit
 
+from harness.decide.deciding import decide_interval
+from harness.decide.rule import basis
 from harness.decide.stats import Components, compare
+from harness.decide.words import confidence
+from harness.study.registration import RULE_VERSION, Guard
 
 
 @dataclass(frozen=True)
@@ -63,3 +69,29 @@ def version_1(found: Components, by_prompt: np.ndarray | None = None, clusters: 
 def compare_version_1(scores_a: np.ndarray, scores_b: np.ndarray, clusters: np.ndarray | None = None) -> Version1:
     """Return version 1's interval of two arms, arguments as for `harness.decide.stats.compare`."""
     return version_1(compare(scores_a, scores_b, clusters), scores_a.mean(0) - scores_b.mean(0), clusters)
+
+
+def version_1_warning(
+    scores: pd.DataFrame, *, metric: str, margin: float, alpha: float, arms: tuple[str, str], guards: Sequence[Guard]
+) -> str:
+    """Return the warning of a study that was registered before version 2: that version 2 decides, and what 1 says.
+
+    Arguments as for `verdict`.
+    """
+    word, ends = by_version_1(scores, metric=metric, margin=margin, alpha=alpha, arms=arms)
+    narrowed = " (guards not counted)" if guards and word in arms else ""
+    return (
+        f"this study was registered before version {RULE_VERSION} of the decision rule, which decides it; version 1 "
+        f"says {word}{narrowed}, {confidence(alpha)} interval {100 * ends[0]:+.1f} to {100 * ends[1]:+.1f} points"
+    )
+
+
+def by_version_1(
+    scores: pd.DataFrame, *, metric: str, margin: float, alpha: float, arms: tuple[str, str]
+) -> tuple[str, tuple[float, float]]:
+    """Return version 1's verdict, guards not counted, and its interval at 1 - alpha; arguments as for `verdict`."""
+    on = basis(scores, metric=metric, arms=arms, others=())
+    first, second = on.kept.values()
+    by_prompt = first.values.mean(0) - second.values.mean(0) if first.prompts else None
+    found = version_1(on.found, by_prompt, first.clusters if first.prompts else None)
+    return decide_interval(found, arms=arms, margin=margin, alpha=alpha)[0], found.interval(1 - alpha)
