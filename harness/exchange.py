@@ -30,7 +30,7 @@ from harness.study.errors import UsageError, in_one_sentence
 from harness.study.files import digest, file_sha256, read_jsonl, write_jsonl, write_text
 from harness.study.integrity import fingerprints
 from harness.study.manifest import Manifest, load_manifest, write_manifest
-from harness.study.registration import ALPHA, MARGIN, Registration, contrast_of, write_study
+from harness.study.registration import ALPHA, MARGIN, RULE_VERSION, Registration, contrast_of, write_study
 from harness.study.rows import CompletionRow, PromptRow
 from harness.study.scores_csv import write_scores
 from harness.study.text import one_line
@@ -280,6 +280,7 @@ def _registration(
         "alpha": question.alpha,
         "guards": [],
         "looks": [],
+        "rule_version": RULE_VERSION,
         "family": {},
         "model": {"path": GIVEN, "revision": None, "base_sha256": ""},
         "data": {"golden": facts},

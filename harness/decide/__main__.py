@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from harness.decide.rule import verdict
+from harness.decide.rule import expectation_problem, verdict
 from harness.decide.scores_file import read_scores
 from harness.decide.study import decide_study
 from harness.decide.words import table_lines, verdict_line, warning_lines
@@ -20,7 +20,10 @@ from harness.study.registration import ALPHA, CONTRAST, MARGIN, Guard
 
 @in_one_sentence("harness.decide")
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command: JSON on stdout, a table on stderr; exit status 2 with a message for unusable scores."""
+    """Run the command: JSON on stdout, a table on stderr.
+
+    Exit status 2 with a message for unusable scores, and 3 where the verdict is not the expected one.
+    """
     arms = ",".join(CONTRAST)
     parser = argparse.ArgumentParser(
         prog="python -m harness.decide",
@@ -34,6 +37,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--arms", help=f"two arms; the difference is first minus second (default {arms})")
     parser.add_argument("--cluster", help="column that holds clusters of prompts (default: cluster, where it exists)")
     parser.add_argument("--guard", action="append", type=_guard_option, default=[], metavar="METRIC:MARGIN")
+    parser.add_argument("--n-prompts", type=int, help="prompts behind each score, where a run has one score")
+    parser.add_argument(
+        "--expect", metavar="VERDICT", help="an arm, tie, inconclusive or trade-off: exit with 3 where it is another"
+    )
     options = parser.parse_args(argv)
     try:
         if options.source.is_dir():
@@ -42,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 result = decide_study(options.source)
         else:
             result = _decide_file(options)
+        problem = expectation_problem(result, options.expect) if options.expect else ""
     except UsageError as error:
         print(f"harness.decide: {error}", file=sys.stderr)
         return 2
@@ -49,7 +57,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     sys.stdout.flush()
     # For people: on stderr, apart from the JSON.
     print("\n".join([*table_lines(result), *warning_lines(result), verdict_line(result)]), file=sys.stderr)
-    return 0
+    if problem:
+        print(f"harness.decide: {problem}", file=sys.stderr)
+    return 3 if problem else 0
 
 
 def _guard_option(text: str) -> Guard:
@@ -62,6 +72,10 @@ def _guard_option(text: str) -> Guard:
 
 def _decide_file(options: argparse.Namespace) -> Verdict:
     scores = read_scores(options.source)
+    if options.n_prompts is not None:
+        if "prompt_id" in scores:
+            raise UsageError(f"--n-prompts {options.n_prompts}: the scores have a row per prompt; leave it out")
+        scores = scores.assign(n_prompts=options.n_prompts)
     arms = CONTRAST if options.arms is None else tuple(options.arms.split(","))
     margin = MARGIN if options.margin is None else options.margin
     alpha = ALPHA if options.alpha is None else options.alpha
@@ -82,7 +96,11 @@ def _decide_file(options: argparse.Namespace) -> Verdict:
 
 def _refuse_rule(options: argparse.Namespace) -> None:
     """Refuse options that would change a registered rule after its scores are known."""
-    given = [name for name in ("metric", "margin", "alpha", "arms", "cluster", "guard") if getattr(options, name)]
+    given = [
+        name
+        for name in ("metric", "margin", "alpha", "arms", "cluster", "guard", "n_prompts")
+        if getattr(options, name)
+    ]
     if given:
         raise UsageError(
             f"--{' --'.join(given)}: {options.source} is decided by the rule in its study.yaml, registered before the "

@@ -14,13 +14,14 @@ import pandas as pd
 from harness.config.arms import BASE, title
 from harness.config.keys import shown
 from harness.config.schema import GUARD, RunConfig
+from harness.decide.copies import ANSWERS
 from harness.decide.looks import DecidingRuns, deciding_runs, log_look
-from harness.decide.rule import verdict
-from harness.decide.scores_file import read_scores
+from harness.decide.rule import verdict, version_1_warning
+from harness.decide.scores_file import as_names, read_scores
 from harness.study.decision import VERDICT_FILE, Verdict, edge_warnings, golden_problem
 from harness.study.errors import UsageError
 from harness.study.files import FileCache, write_json
-from harness.study.manifest import data_identity
+from harness.study.manifest import data_identity, read_manifest
 from harness.study.registration import Registration, contrast_of, facts_warnings, read_study
 
 
@@ -67,14 +68,23 @@ def decision(study: Path, files: FileCache | None = None) -> Decision:
         runs = deciding_runs(scores, metric=metric, arms=arms, seeds=seeds, looks=registered.get("looks") or [])
     except UsageError as error:
         raise UsageError(f"{study}: {error}") from error
+    margin, alpha = registered["margin"], registered["alpha"] / max(1, len(runs.looks))
+    guards = registered.get("guards") or ()
     result = verdict(
-        runs.scores,
+        _with_answers(study, runs.scores),
         metric=metric,
-        margin=registered["margin"],
-        alpha=registered["alpha"] / max(1, len(runs.looks)),
+        margin=margin,
+        alpha=alpha,
         arms=(arms[0], arms[1]),
-        guards=registered.get("guards") or (),
+        guards=guards,
+        others=registered["arms"],
     )
+    if "rule_version" not in registered:
+        result["warnings"].append(
+            version_1_warning(
+                runs.scores, metric=metric, margin=margin, alpha=alpha, arms=(arms[0], arms[1]), guards=guards
+            )
+        )
     if runs.looks:
         reached = len(runs.seeds[arms[0]])
         result["look"] = {"seeds": reached, "registered": runs.looks, "alpha": registered["alpha"]}
@@ -90,6 +100,18 @@ def decision(study: Path, files: FileCache | None = None) -> Decision:
         *facts_warnings(study),
     ]
     return Decision(result, registered, runs)
+
+
+def _with_answers(study: Path, scores: pd.DataFrame) -> pd.DataFrame:
+    """Return the scores with the hash of each run's answers, as the trials' manifests have it, to find copies by."""
+    hashes = {}
+    for path in sorted(study.glob("trials/*/manifest.json")):
+        run = read_manifest(path.parent)
+        record = run.get("files", {}).get("completions.jsonl")
+        if record and not run.get("flags"):  # what has collapsed may well answer alike
+            hashes[run["arm"], run["config"], str(run["seed"])] = record["sha256"]
+    runs = zip(scores["arm"], scores["config"], as_names(scores["seed"]), strict=True)
+    return scores.assign(**{ANSWERS: [hashes.get(run, "") for run in runs]})
 
 
 def _refuse_foreign(study: Path, scores: pd.DataFrame, arms: Sequence[str], seeds: Mapping[str, Sequence[int]]) -> None:

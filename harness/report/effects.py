@@ -13,7 +13,7 @@ import numpy as np
 import yaml
 
 from harness.config.arms import ARMS, Arm
-from harness.decide.rule import deciding_scores
+from harness.decide.deciding import deciding_scores
 from harness.decide.scores_file import ArmScores, arm_scores, checked, read_scores, same_prompts
 from harness.decide.stats import Components, compare, contrast
 from harness.decide.words import interval, percent, points

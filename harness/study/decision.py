@@ -63,6 +63,35 @@ class RegisteredLook(TypedDict):
     alpha: float
 
 
+class PairResult(TypedDict):
+    """The rule on one pair of arms.
+
+    Attributes:
+        arms: the difference is the first one's mean minus the second's.
+        ci95: its interval at 1 - alpha.
+        verdict: as in `Verdict`.
+        alpha: the registered contrast's own, or the pair's share of it among the other pairs (Holm 1979).
+    """
+
+    arms: list[str]
+    difference: float
+    ci95: list[float]
+    verdict: str
+    alpha: float
+
+
+class AgainstBase(TypedDict):
+    """An arm's mean minus the SFT base's, on the same prompts, with its interval at 1 - alpha.
+
+    Attributes:
+        collapsed: at least half of the arm's runs have diverged or collapsed.
+    """
+
+    difference: float
+    ci95: list[float]
+    collapsed: bool
+
+
 class Verdict(TypedDict):
     """verdict.json (DESIGN, sections 2 and 5).
 
@@ -72,9 +101,16 @@ class Verdict(TypedDict):
         difference: first arm's mean minus the second's, in [-1, 1].
         ci95, ci90: its intervals at 1 - alpha and 1 - 2 alpha, lower and upper end.
         beyond_margin: whether the winner's whole interval lies beyond the margin.
-        seed_variance, prompt_variance: variance of the difference by source.
+        seed_variance, prompt_variance: variance of the difference by source; V is their sum, or the variance over
+            prompts alone where that is larger.
+        seed_correlation: of the arms' run means over the seeds that both have; None with fewer than three. The rule
+            does not pair seeds.
         minimum_detectable_difference: at these numbers of seeds and prompts.
         to_settle: `seeds` or `prompts` that would detect the margin, None where they cannot; None unless inconclusive.
+        rule_version: of the decision rule.
+        effective_clusters: (sum n)^2 / sum n^2 over the sizes n of the clusters.
+        pairs: every pair of arms, the contrast first. best_set: the arms that none beats.
+        against_base: by arm, where the base was scored on the same prompts.
         configs: label by arm. n_seeds, n_unscored, means: by arm. run_means: by arm and seed.
         base_mean: of the SFT base on the metric, where it was scored.
         look: where looks were registered.
@@ -88,20 +124,26 @@ class Verdict(TypedDict):
     beyond_margin: bool
     seed_variance: float
     prompt_variance: float
+    seed_correlation: float | None
     minimum_detectable_difference: float
     to_settle: dict[str, int | None] | None
     metric: str
     arms: list[str]
     margin: float
     alpha: float
+    rule_version: int
     configs: dict[str, str]
     n_prompts: int
     n_clusters: int
+    effective_clusters: float
     n_seeds: dict[str, int]
     n_unscored: dict[str, int]
     means: dict[str, float]
     run_means: dict[str, dict[str, float]]
     guards: list[GuardResult]
+    pairs: list[PairResult]
+    best_set: list[str]
+    against_base: dict[str, AgainstBase]
     warnings: list[str]
     reason: str
     base_mean: NotRequired[float]

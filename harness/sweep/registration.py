@@ -21,6 +21,7 @@ from harness.study.errors import UnreachableError, UsageError
 from harness.study.files import Json, Reader, digest, locked, to_jsonl, write_text
 from harness.study.log import say
 from harness.study.registration import (
+    RULE_VERSION,
     ModelSources,
     Registration,
     contrast_of,
@@ -174,6 +175,8 @@ def _study(
         "fixed": fixed,
         "fixed_sha256": digest(fixed),
     }
+    if not old or "rule_version" in old:
+        study["rule_version"] = old.get("rule_version", RULE_VERSION)
     if "sha256" in old:
         study["sha256"] = old["sha256"]
     return study
