@@ -18,7 +18,7 @@ from harness.decide.stats import contrast
 from harness.decide.words import MISSING, alpha_of, confidences, percent, plural, points
 from harness.report.study import COMPLETE, Config, Study
 from harness.report.style import DEFINITIONS, PREFERENCE, SCORERS, Look
-from harness.score.trial_scores import degenerate_shares
+from harness.study.collapse import degenerate_shares
 from harness.study.files import Json, Reader, mapping, number
 from harness.study.text import html, markdown, one_line
 
