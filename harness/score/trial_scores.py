@@ -256,8 +256,8 @@ def cut_off_warnings(
         "and fewer pass their checks than the base's: the policy babbles, and a higher limit would not mend it; lower "
         "the learning rate, and look at the pairs"
         if fallen
-        else "raise it where the score has not fallen, or this arm is judged on stumps; where it has, the policy babbles: "
-        "look at the learning rate"
+        else "raise it where the score has not fallen, or this arm is judged on stumps; where it has, the policy "
+        "babbles: look at the learning rate"
     )
     return [
         f"{found['cut_off']:.0%} of the answers to {split} were cut off at generate.max_new_tokens, of the base's "

@@ -1,7 +1,7 @@
 """When a policy has collapsed: its answers and the base's, with their flags -> whether it counts as worst.
 
-A policy has collapsed where most of its answers are degenerate (empty, or a repetition), nearly all are the same, or most
-run to the token limit while fewer pass their checks, and the base's do not.
+A policy has collapsed where most of its answers are degenerate (empty, or a repetition), nearly all are the same, or
+most run to the token limit while fewer pass their checks, and the base's do not.
 """
 
 from __future__ import annotations
