@@ -1,4 +1,4 @@
-"""How sure a selection on dev is: an arm's dev scores -> how often resampled seeds and prompts select another config."""
+"""How sure a selection on dev is: dev scores of an arm's configs -> how often resampled ones select another config."""
 
 from __future__ import annotations
 

@@ -37,8 +37,8 @@ def guard_lines(design: Design) -> list[str]:
         advice = "; a wider margin, more seeds or more prompts let it pass" if passes < 0.8 else ""
         lines.append(
             f"guard {guard['metric']}: a winner that is truly equal on it passes a margin of {100 * margin:g} points "
-            f"in about {passes:.0%} of such studies ({seeds} seeds an arm, {prompts} golden prompts, assumed spreads); in "
-            f"the others the verdict is trade-off{advice}"
+            f"in about {passes:.0%} of such studies ({seeds} seeds an arm, {prompts} golden prompts, assumed spreads); "
+            f"in the others the verdict is trade-off{advice}"
         )
     return lines
 
