@@ -1,4 +1,4 @@
-"""What a study can find: components of its variance -> power, minimum detectable difference, seeds and prompts needed.
+"""What a study will find: components of its variance -> power, detectable difference, seeds and prompts needed.
 
 The interval's width is itself random. Its distribution is drawn, always from the same random numbers.
 """

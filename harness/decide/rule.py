@@ -19,7 +19,7 @@ from harness.decide.deciding import (
     paired,
 )
 from harness.decide.doubts import doubts, seed_correlation
-from harness.decide.planning import detectable, needed
+from harness.decide.planning import needed
 from harness.decide.ranking import (
     WORDS,
     arms_against_base,
@@ -34,7 +34,7 @@ from harness.decide.scores_file import ArmScores, checked, choose_metric, prompt
 from harness.decide.selection import selection_caveats, selection_doubts
 from harness.decide.stats import Components
 from harness.decide.version_1 import version_1
-from harness.decide.words import confidence, interval, points, reason
+from harness.decide.words import confidence, reason
 from harness.study.decision import GuardResult, Verdict
 from harness.study.errors import UsageError
 from harness.study.registration import ALPHA, CONTRAST, MARGIN, RULE_VERSION, Guard
@@ -136,7 +136,7 @@ def verdict(
         "seed_variance": found.seed_variance,
         "prompt_variance": found.prompt_variance,
         "seed_correlation": seed_correlation(kept),
-        "minimum_detectable_difference": detectable(found, alpha),
+        "minimum_detectable_difference": found.detectable(alpha),
         "to_settle": needed(found, margin, alpha) if word == "inconclusive" else None,
         "metric": on.metric,
         "arms": list(arms),
@@ -213,10 +213,9 @@ def version_1_warning(
     """
     word, ends = by_version_1(scores, metric=metric, margin=margin, alpha=alpha, arms=arms)
     narrowed = " (guards not counted)" if guards and word in arms else ""
-    difference = basis(scores, metric=metric, arms=arms, others=()).found.difference
     return (
         f"this study was registered before version {RULE_VERSION} of the decision rule, which decides it; version 1 "
-        f"says {word}{narrowed}, {points(difference)} points, {confidence(alpha)} interval {interval(list(ends))}"
+        f"says {word}{narrowed}, {confidence(alpha)} interval {100 * ends[0]:+.1f} to {100 * ends[1]:+.1f} points"
     )
 
 
