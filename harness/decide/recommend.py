@@ -220,7 +220,7 @@ def _sentence(verdict: Verdict, arm: str = "") -> str:
 
 def _standings(verdict: Verdict, arms: Sequence[str]) -> str:
     """Return where arms stand against the SFT base, one after the other."""
-    return _capital("; ".join(_standing(verdict, arm) for arm in arms))
+    return "; ".join(_standing(verdict, arm) for arm in arms)
 
 
 def _standing(verdict: Verdict, arm: str) -> str:
@@ -259,8 +259,9 @@ def _titles(arms: Iterable[str]) -> str:
 
 
 def _capital(text: str) -> str:
-    return text[:1].upper() + text[1:]
+    """Begin a sentence that does not begin with the name of an arm."""
+    return f"{text[:1].upper()}{text[1:]}" if text.startswith(("this ", "the ")) else text
 
 
 def _recommendation(ship: str, why: str, more: str) -> Recommendation:
-    return {"ship": ship, "why": _capital(why), "next": more}
+    return {"ship": ship, "why": why, "next": more}
