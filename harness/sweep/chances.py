@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from harness.decide.planning import power
 from harness.decide.simulate import Setting, components_of, detectable_before
+from harness.decide.words import plural
 from harness.study.errors import UnreachableError
 from harness.sweep.design import Design
 
@@ -37,7 +38,7 @@ def guard_lines(design: Design) -> list[str]:
         advice = "; a wider margin, more seeds or more prompts let it pass" if passes < 0.8 else ""
         lines.append(
             f"guard {guard['metric']}: a winner that is truly equal on it passes a margin of {100 * margin:g} points "
-            f"in about {passes:.0%} of such studies ({seeds} seeds an arm, {prompts} golden prompts, assumed spreads); "
+            f"in about {passes:.0%} of such studies ({plural(seeds, 'seed')} an arm, {prompts} golden prompts, assumed spreads); "
             f"in the others the verdict is trade-off{advice}"
         )
     return lines
