@@ -154,7 +154,7 @@ def ranking_lines(verdict: Verdict) -> list[str]:
         low, high = pair["ci95"]
         ends = f"{confidence(pair['alpha'])} interval {100 * low:+.1f} to {100 * high:+.1f}"
         lines.append(f"  {name:{width}}{100 * pair['difference']:+6.1f}  {ends}: {pair_word(pair['verdict'])}")
-    return [*lines, f"  no arm beats: {listing(map(title, verdict['best_set']))}"]
+    return [*lines, f"  arms that no arm beats: {listing(map(title, verdict['best_set']))}"]
 
 
 def pair_word(word: str) -> str:

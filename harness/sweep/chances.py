@@ -27,10 +27,11 @@ def findable(design: Design) -> str:
 
 def guard_lines(design: Design) -> list[str]:
     """Return a line per guard: how often a winner that is truly equal on it passes, and turns a trade-off otherwise."""
-    seeds, prompts, decide = len(design.seeds), _golden_prompts(design), design.base_config.decide
+    prompts, decide = _golden_prompts(design), design.base_config.decide
     if prompts is None:
         return []
-    alpha = decide.alpha / max(1, len(decide.looks or []))
+    seeds, alpha = len(design.seeds), decide.alpha / max(1, len(decide.looks or []))
+    size = f"{plural(seeds, 'seed')} an arm, {prompts} golden prompts"
     lines = []
     for guard in decide.guards:
         margin = float(guard["margin"])
@@ -38,7 +39,7 @@ def guard_lines(design: Design) -> list[str]:
         advice = "; a wider margin, more seeds or more prompts let it pass" if passes < 0.8 else ""
         lines.append(
             f"guard {guard['metric']}: a winner that is truly equal on it passes a margin of {100 * margin:g} points "
-            f"in about {passes:.0%} of such studies ({plural(seeds, 'seed')} an arm, {prompts} golden prompts, assumed spreads); "
+            f"in about {passes:.0%} of such studies ({size}, assumed spreads); "
             f"in the others the verdict is trade-off{advice}"
         )
     return lines

@@ -217,7 +217,7 @@ def test_a_study_of_three_arms_shows_its_ranking(target):
     for shown in (page.text, text):
         assert "Ranking: all pairs of arms" in shown
         assert "SimPO wins" in shown
-        assert f"No arm beats: SimPO and {title('dpo_norm')}." in shown
+        assert f"Arms that no arm beats: SimPO and {title('dpo_norm')}." in shown
 
 
 def test_the_scores_are_those_of_the_files_in_percent_with_the_spread_over_seeds(folder):

@@ -55,7 +55,7 @@ def test_a_new_arm_gets_the_registered_seeds(results: Path) -> None:
     result = sweep(results, "+method=simpo,dpo,dpo_norm")
     assert result.launched == 1
     assert result.verdict is not None
-    assert [pair["arms"] for pair in result.verdict["pairs"]][0] == ["simpo", "dpo"]
+    assert result.verdict["pairs"][0]["arms"] == ["simpo", "dpo"]
     assert len(result.verdict["pairs"]) == 3
 
 
