@@ -227,9 +227,9 @@ def _standing(verdict: Verdict, arm: str) -> str:
     found = verdict["against_base"][arm]
     low, high = found["ci95"]
     where = "is above" if low > 0 else "is below" if high < 0 else "is not told apart from"
-    if found["collapsed"]:
-        where = "has collapsed, against"
     size = f"{points(found['difference'])} points, {confidence(verdict['alpha'])} {interval(found['ci95'])}"
+    if found["collapsed"]:
+        return f"{title(arm)} has collapsed ({size} against the SFT base)"
     return f"{title(arm)} {where} the SFT base ({size})"
 
 

@@ -227,7 +227,7 @@ def ranking_table(verdict: Mapping[str, Json]) -> Table | None:
     if len(rows) < 2:
         return None
     best = listing(map(title, strings(verdict.get("best_set"))))
-    note = f"Arms that no arm beats: {best}. The first pair is the registered contrast; the others share its error rate (Holm)."
+    note = f"Arms that no arm beats: {best}. The first pair is the registered contrast; the others share alpha (Holm)."
     return build("Ranking: all pairs of arms", "Pair", rows, {}, note)
 
 
