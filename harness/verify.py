@@ -229,11 +229,10 @@ def _as_version_1(decided: Decision) -> dict[str, Any]:
     word, ends = by_version_1(scores, metric=metric, margin=margin, alpha=alpha, arms=arms)
     # By the scores alone: version 1 did not know the answers' hashes, by which version 2 finds copies.
     plain = verdict(scores, metric=metric, margin=margin, alpha=alpha, arms=arms, others=())
-    held: dict[str, Any] = {key: value for key, value in plain.items() if key in _BOTH_VERSIONS}
-    if held["level"] == "config":  # a level that version 1 did not know
-        held["level"] = "method"
+    held = {key: value for key, value in plain.items() if key in _BOTH_VERSIONS}
+    level = "method" if plain["level"] == "config" else plain["level"]  # version 1 did not know the level of configs
     guarded = {} if registered.get("guards") and word in arms else {"verdict": word}
-    return {**held, **guarded, "ci95": list(ends)}
+    return {**held, **guarded, "level": level, "ci95": list(ends)}
 
 
 def _is_same(stored: Json, again: Json) -> bool:
