@@ -378,7 +378,7 @@ def refuse_too_little_memory(design: Design, machine: Machine) -> None:
     rows = design.inputs.tokens(config).train.rows
     shape = shape_of_folder(design.inputs.checkpoints.folder(config.model, config.results_dir))
     bf16, way = _may_use_bf16(config, machine), _planned_way(config)
-    for trained in (configs[0] for configs in design.arms.values()):
+    for trained in (configs[0] for configs in design.arms.values() if configs):
         load = max(load_of(trained, [row], way) for row in rows)
         room, is_gpu = _room(machine), bool(machine.gpus)
         if problem := memory_problem(trained, shape, load, bf16=bf16, room=room, is_gpu=is_gpu):
