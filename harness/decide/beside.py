@@ -8,7 +8,7 @@ import pandas as pd
 
 from harness.config.arms import title
 from harness.decide.rule import verdict
-from harness.decide.words import difference, listing, pair_word, winner_of
+from harness.decide.words import difference, listing, pair_word, plain_minus, winner_of
 from harness.study.decision import Verdict
 from harness.study.errors import UsageError
 from harness.study.files import Json
@@ -44,7 +44,7 @@ def length_caveats(
     first, second = map(title, arms)
     return [
         f"the metric decides: the {kinds[0]} scores ({other}) say otherwise than the {kinds[1]} ones ({metric}): "
-        f"{pair_word(found['verdict'])}, {first} minus {second} {difference(shown)}; settle first whether length counts"
+        f"{pair_word(found['verdict'])}, {first} minus {second} {plain_minus(difference(shown))}; settle first whether length counts"
     ]
 
 

@@ -16,6 +16,7 @@ from harness.decide.words import (
     listing,
     of_level,
     percent,
+    plain_minus,
     points,
     verdict_line,
     winner_of,
@@ -264,4 +265,4 @@ def _capital(text: str) -> str:
 
 
 def _recommendation(ship: str, why: str, more: str) -> Recommendation:
-    return {"ship": ship, "why": why, "next": more}
+    return {"ship": ship, "why": plain_minus(why), "next": more}

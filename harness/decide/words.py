@@ -216,6 +216,11 @@ def interval(value: Json) -> str:
     return MISSING if ends is None else f"{points(ends[0])} to {points(ends[1])}"
 
 
+def plain_minus(text: str) -> str:
+    """Return a text for verdict.json and terminals, some of which know no other minus sign."""
+    return text.replace("−", "-")
+
+
 def listing(items: Iterable[str]) -> str:
     """Join words: `a, b and c`."""
     words = list(items)

@@ -22,7 +22,7 @@ def decided(means: dict[str, list[float]], *, base: float | None = 0.45, **rule)
     [
         (WIN, 0.45, "simpo", "SimPO is above the SFT base (+15.0 points"),
         (WIN, 0.60, "simpo", "SimPO is not told apart from the SFT base"),
-        (WIN, 0.90, "base", "SimPO is below the SFT base (−27.0 points"),
+        (WIN, 0.90, "base", "SimPO is below the SFT base (-27.0 points"),
         (WIN, None, "nothing_yet", "Whether training has helped at all is not known"),
         (TIE, 0.45, "either", "differ by less than the 5.0 points that matter"),
         (TIE, 0.90, "base", "SimPO is below the SFT base"),

@@ -36,7 +36,7 @@ def test_a_length_controlled_verdict_that_differs_is_in_the_first_paragraph(fold
     controlled(folder, -0.2)
     (said,) = disagreement(read_study(folder))
     assert "the length-controlled scores (length_controlled) say otherwise than the raw ones (checks): DPO wins" in said
-    assert "−20.0 points" in said
+    assert "-20.0 points" in said
     render_report(folder)
     text = (folder / "report.md").read_text()
     assert text.index("say otherwise") < text.index("## ")
