@@ -44,7 +44,8 @@ def length_caveats(
     first, second = map(title, arms)
     return [
         f"the metric decides: the {kinds[0]} scores ({other}) say otherwise than the {kinds[1]} ones ({metric}): "
-        f"{pair_word(found['verdict'])}, {first} minus {second} {plain_minus(difference(shown))}; settle first whether length counts"
+        f"{pair_word(found['verdict'])}, {first} minus {second} {plain_minus(difference(shown))}; settle first whether "
+        "length counts"
     ]
 
 
