@@ -211,8 +211,9 @@ def _verdict_problems(study: Path) -> Iterator[str]:
         yield f"verdict.json: the scores cannot be decided on now: {error}"
         return
     again: dict[str, Any] = json.loads(json.dumps(expected))
-    warned = stored.pop("warnings", None) or ()  # also holds the ledger's warnings, which a second look would change
-    lacking = [text for text in again.pop("warnings", ()) if text not in warned]
+    # Both also hold the ledger's warnings, which a second look would change.
+    warned = [*(stored.pop("warnings", None) or ()), *(stored.pop("caveats", None) or ())]
+    lacking = [text for key in ("warnings", "caveats") for text in again.pop(key, ()) if text not in warned]
     if lacking:
         yield f"verdict.json: lacks the warning {one_line(lacking[0], 200)}: stale, or changed"
     keys = dict.fromkeys([*again, *stored]) if "rule_version" in stored else again
@@ -230,8 +231,9 @@ def _as_version_1(decided: Decision) -> dict[str, Any]:
     # By the scores alone: version 1 did not know the answers' hashes, by which version 2 finds copies.
     plain = verdict(scores, metric=metric, margin=margin, alpha=alpha, arms=arms, others=())
     held = {key: value for key, value in plain.items() if key in _BOTH_VERSIONS}
+    level = "method" if plain["level"] == "config" else plain["level"]  # version 1 did not know the level of configs
     guarded = {} if registered.get("guards") and word in arms else {"verdict": word}
-    return {**held, **guarded, "ci95": list(ends)}
+    return {**held, **guarded, "level": level, "ci95": list(ends)}
 
 
 def _is_same(stored: Json, again: Json) -> bool:

@@ -40,7 +40,7 @@ def old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 # What both versions of the rule reckon alike.
 SAME = (
-    *("level", "difference", "metric", "arms", "margin", "alpha", "configs", "n_prompts", "n_clusters", "n_seeds"),
+    *("difference", "metric", "arms", "margin", "alpha", "configs", "n_prompts", "n_clusters", "n_seeds"),
     *("n_unscored", "means", "run_means", "seed_variance", "prompt_variance", "base_mean"),
 )
 
@@ -53,6 +53,7 @@ def assert_explained(now: dict[str, Any], before: dict[str, Any]) -> None:
             assert now[key] == pytest.approx(before[key]), key
         else:
             assert now[key] == before[key], key
+    assert now["level"] == ("config" if "selection" in now else before["level"])  # where dev has selected among configs
     (said,) = [text for text in now["warnings"] if "version 1 says" in text]
     assert f"version 1 says {before['verdict']}" in said
     low, high = (100 * end for end in before["ci95"])

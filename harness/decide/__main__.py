@@ -8,10 +8,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from harness.decide.beside import choice_caveats, length_caveats_of
+from harness.decide.recommend import last_lines
 from harness.decide.rule import expectation_problem, verdict
 from harness.decide.scores_file import read_scores
 from harness.decide.study import decide_study
-from harness.decide.words import table_lines, verdict_line, warning_lines
+from harness.decide.words import ranking_lines, table_lines, warning_lines
 from harness.study.decision import Verdict
 from harness.study.errors import UsageError, in_one_sentence
 from harness.study.files import locked
@@ -56,9 +58,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(json.dumps(result, indent=2))
     sys.stdout.flush()
     # For people: on stderr, apart from the JSON.
-    print("\n".join([*table_lines(result), *warning_lines(result), verdict_line(result)]), file=sys.stderr)
+    print("\n".join([*table_lines(result), *ranking_lines(result), *warning_lines(result)]), file=sys.stderr)
     if problem:
         print(f"harness.decide: {problem}", file=sys.stderr)
+    print("\n".join(last_lines(result)), file=sys.stderr)
     return 3 if problem else 0
 
 
@@ -83,7 +86,7 @@ def _decide_file(options: argparse.Namespace) -> Verdict:
         raise UsageError(f"--arms {options.arms}: give two different arms, such as {','.join(CONTRAST)}")
     if not 0 < margin < 1 or not 0 < alpha < 0.5:
         raise UsageError(f"--margin {margin} --alpha {alpha}: allowed: 0 < margin < 1 and 0 < alpha < 0.5")
-    return verdict(
+    result = verdict(
         scores,
         metric=options.metric,
         margin=margin,
@@ -92,6 +95,8 @@ def _decide_file(options: argparse.Namespace) -> Verdict:
         cluster=options.cluster,
         guards=options.guard,
     )
+    result["caveats"] += [*choice_caveats(scores, result["metric"]), *length_caveats_of(scores, result)]
+    return result
 
 
 def _refuse_rule(options: argparse.Namespace) -> None:

@@ -29,7 +29,9 @@ from harness.decide.ranking import (
     rankable,
     within_range,
 )
+from harness.decide.recommend import recommend
 from harness.decide.scores_file import ArmScores, checked, choose_metric, prompts_behind
+from harness.decide.selection import selection_caveats, selection_doubts
 from harness.decide.stats import Components
 from harness.decide.words import reason
 from harness.study.decision import GuardResult, Verdict
@@ -122,9 +124,10 @@ def verdict(
         is_failed=is_failed,
     )
     wide, narrow = found.interval(1 - alpha), found.interval(1 - 2 * alpha)
+    doubted = selection_doubts(on.frame, on.metric, on.configs)
     result: Verdict = {
         "verdict": word,
-        "level": "checkpoint" if min(found.num_seeds) < 2 else "method",
+        "level": "checkpoint" if min(found.num_seeds) < 2 else "config" if doubted else "method",
         "difference": found.difference,
         "ci95": within_range(wide),
         "ci90": within_range(narrow),
@@ -155,8 +158,13 @@ def verdict(
         ),
         "warnings": warnings,
         "reason": "",
+        "caveats": selection_caveats(doubted),
+        "recommendation": {"ship": "", "why": "", "next": ""},
     }
-    result["reason"] = reason(result, winner, failed)
+    if doubted:
+        result["selection"] = doubted
+    result["reason"] = reason(result)
+    result["recommendation"] = recommend(result)
     return result
 
 
@@ -205,12 +213,21 @@ def expectation_problem(result: Verdict, expected: str) -> str:
     Raises:
         UsageError: an expectation that no verdict on these arms can meet.
     """
-    allowed = expectations(result["arms"])
-    if expected not in allowed:
-        raise UsageError(f"expect={expected}: no verdict on these arms can be that; allowed: {', '.join(allowed)}")
+    check_expected(expected, result["arms"])
     if result["verdict"] == expected:
         return ""
     return f"expected {expected}, and the verdict is {result['verdict']}"
+
+
+def check_expected(expected: str, arms: Sequence[str]) -> None:
+    """Refuse an expectation that no verdict on two arms can meet; arguments as for `expectation_problem`.
+
+    Raises:
+        UsageError: names what may be expected.
+    """
+    allowed = expectations(arms)
+    if expected not in allowed:
+        raise UsageError(f"expect={expected}: no verdict on these arms can be that; allowed: {', '.join(allowed)}")
 
 
 def expectations(arms: Sequence[str]) -> tuple[str, ...]:

@@ -14,8 +14,11 @@ import pandas as pd
 from harness.config.arms import BASE, title
 from harness.config.keys import shown
 from harness.config.schema import GUARD, RunConfig
+from harness.decide.beside import length_caveats_of
 from harness.decide.copies import ANSWERS
 from harness.decide.looks import DecidingRuns, deciding_runs, log_look
+from harness.decide.policies import policies
+from harness.decide.recommend import recommend
 from harness.decide.rule import verdict
 from harness.decide.scores_file import as_names, read_scores
 from harness.decide.version_1 import version_1_warning
@@ -43,6 +46,7 @@ def decide_study(study: Path, files: FileCache | None = None) -> Verdict:
     result, registered, runs = decision(study, files)
     earlier = log_look(study, result["arms"], runs, registered.get("configs", {}))
     result["warnings"] = [*earlier, *result["warnings"]]
+    result["caveats"] = [*earlier, *result["caveats"]]
     write_json(study / VERDICT_FILE, result)
     return result
 
@@ -95,12 +99,25 @@ def decision(study: Path, files: FileCache | None = None) -> Decision:
     base = scores[(scores["arm"] == BASE) & (scores["split"] == "golden") & (scores["scorer"] == metric)]
     if len(base):
         result["base_mean"] = float(base["score"].mean())
+    result["caveats"] += length_caveats_of(runs.scores, result)
+    _add_policies(study, result)
+    result["recommendation"] = recommend(result)
     result["warnings"] += [
         *_plan_warnings(registered, result, runs),
         *registered.get("warnings", []),
         *facts_warnings(study),
     ]
     return Decision(result, registered, runs)
+
+
+def _add_policies(study: Path, result: Verdict) -> None:
+    """Add what the answers say: which policies are the base's, and which babble to the limit and are below it."""
+    found = policies(study, result["configs"], result["run_means"])
+    if found.same_as_base:
+        result["same_as_base"] = found.same_as_base
+    for arm, against in result["against_base"].items():
+        if found.at_the_limit.get(arm, 0.0) >= 0.5 and against["ci95"][1] < 0:
+            against["collapsed"] = True
 
 
 def _with_answers(study: Path, scores: pd.DataFrame) -> pd.DataFrame:

@@ -92,12 +92,38 @@ class AgainstBase(TypedDict):
     collapsed: bool
 
 
+class Recommendation(TypedDict):
+    """What to ship: an arm, `either` of two that tie, the `base`, or `nothing_yet`; why, and what to do next."""
+
+    ship: str
+    why: str
+    next: str
+
+
+class SelectionDoubt(TypedDict):
+    """How sure the selection of one arm's config is, by resampled tuning seeds and dev prompts.
+
+    Attributes:
+        selected: its label. configs: number of configs with all tuning seeds, among which it was selected.
+        others_selected: share of the resamples in which another config is selected.
+        dev_mean: its mean dev score. dev_ci95: the middle 95% of that mean over the resamples.
+        tuning_seeds: their number; one seed is not resampled, so that only prompts count.
+    """
+
+    selected: str
+    configs: int
+    others_selected: float
+    dev_mean: float
+    dev_ci95: list[float]
+    tuning_seeds: int
+
+
 class Verdict(TypedDict):
     """verdict.json (DESIGN, sections 2 and 5).
 
     Attributes:
         verdict: `tie`, `inconclusive`, `trade-off`, or the arm that won.
-        level: `method`, or `checkpoint` where an arm has one seed.
+        level: `method`; `config` where a config was selected on dev; `checkpoint` where an arm has one seed.
         difference: first arm's mean minus the second's, in [-1, 1].
         ci95, ci90: its intervals at 1 - alpha and 1 - 2 alpha, lower and upper end.
         beyond_margin: whether the winner's whole interval lies beyond the margin.
@@ -112,7 +138,10 @@ class Verdict(TypedDict):
         pairs: every pair of arms, the contrast first. best_set: the arms that none beats.
         against_base: by arm, where the base was scored on the same prompts.
         configs: label by arm. n_seeds, n_unscored, means: by arm. run_means: by arm and seed.
+        caveats: facts to read the recommendation with, a sentence each.
         base_mean: of the SFT base on the metric, where it was scored.
+        same_as_base: by arm, the share of its golden answers that are the SFT base's own, word for word.
+        selection: by arm whose config was selected on dev.
         look: where looks were registered.
     """
 
@@ -146,7 +175,11 @@ class Verdict(TypedDict):
     against_base: dict[str, AgainstBase]
     warnings: list[str]
     reason: str
+    caveats: list[str]
+    recommendation: Recommendation
     base_mean: NotRequired[float]
+    same_as_base: NotRequired[dict[str, float]]
+    selection: NotRequired[dict[str, SelectionDoubt]]
     look: NotRequired[RegisteredLook]
 
 
