@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from harness.decide.notes import add_notes, source_lines
 from harness.decide.rule import verdict
 from harness.decide.scores_file import read_scores
 from harness.decide.study import decide_study
@@ -48,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(json.dumps(result, indent=2))
     sys.stdout.flush()
     # For people: on stderr, apart from the JSON.
-    print("\n".join([*table_lines(result), *warning_lines(result), verdict_line(result)]), file=sys.stderr)
+    print("\n".join([*table_lines(result), *source_lines(result), *warning_lines(result), verdict_line(result)]), file=sys.stderr)
     return 0
 
 
@@ -69,7 +70,7 @@ def _decide_file(options: argparse.Namespace) -> Verdict:
         raise UsageError(f"--arms {options.arms}: give two different arms, such as {','.join(CONTRAST)}")
     if not 0 < margin < 1 or not 0 < alpha < 0.5:
         raise UsageError(f"--margin {margin} --alpha {alpha}: allowed: 0 < margin < 1 and 0 < alpha < 0.5")
-    return verdict(
+    result = verdict(
         scores,
         metric=options.metric,
         margin=margin,
@@ -78,6 +79,8 @@ def _decide_file(options: argparse.Namespace) -> Verdict:
         cluster=options.cluster,
         guards=options.guard,
     )
+    add_notes(scores, result, options.cluster)
+    return result
 
 
 def _refuse_rule(options: argparse.Namespace) -> None:

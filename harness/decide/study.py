@@ -15,6 +15,7 @@ from harness.config.arms import BASE, title
 from harness.config.keys import shown
 from harness.config.schema import GUARD, RunConfig
 from harness.decide.looks import DecidingRuns, deciding_runs, log_look
+from harness.decide.notes import add_notes
 from harness.decide.rule import verdict
 from harness.decide.scores_file import read_scores
 from harness.study.decision import VERDICT_FILE, Verdict, edge_warnings, golden_problem
@@ -84,6 +85,7 @@ def decision(study: Path, files: FileCache | None = None) -> Decision:
     base = scores[(scores["arm"] == BASE) & (scores["split"] == "golden") & (scores["scorer"] == metric)]
     if len(base):
         result["base_mean"] = float(base["score"].mean())
+    add_notes(runs.scores, result)
     result["warnings"] += [
         *_plan_warnings(registered, result, runs),
         *registered.get("warnings", []),

@@ -7,7 +7,6 @@ the win rate, and their spread gives the decision rule its uncertainty. Single v
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +17,13 @@ import numpy as np
 from harness.config.checkpoint import Checkpoints
 from harness.config.schema import LengthControlConfig, ScoreConfig
 from harness.config.trial_id import plain
+from harness.score.alpaca_files import Gamed, controlled_name, leaderboard_warning, read_difficulty, read_gamed
 from harness.score.answers import Preference, Run, Stored, read_preferences
 from harness.study.errors import UsageError
 from harness.study.files import Json, write_json
 
 FACTS = "length_controlled.json"
+_KEY = "score.length_control"
 SOURCES = ("judge", "reward_model")  # in the order of choice
 GAMED_WEIGHT = 0.1  # AlpacaEval 2: the two gamed baselines together weigh 0.2 in the fit
 MIN_PREFERENCES = 3
@@ -132,49 +133,21 @@ def _difficulty(config: LengthControlConfig, stored: Stored) -> dict[str, float]
     if config.difficulty is None:
         return {}
     golden = [row["prompt_id"] for row in stored.prompts if row["split"] == "golden"]
-    numbers = [row[-1] for row in _read_csv(config.difficulty, "difficulty")]
+    numbers = read_difficulty(config.difficulty, f"{_KEY}.difficulty").tolist()
     if len(numbers) != len(golden):
         raise UsageError(
-            f"score.length_control.difficulty={config.difficulty}: {len(numbers)} numbers for {len(golden)} golden "
+            f"{_KEY}.difficulty={config.difficulty}: {len(numbers)} numbers for {len(golden)} golden "
             "prompts; AlpacaEval's file is for its own 805 prompts in their order, and other prompts go without"
         )
     return dict(zip(golden, numbers, strict=True))
 
 
 def _gamed(config: LengthControlConfig) -> Gamed | None:
-    """Read AlpacaEval's df_gamed.csv; its lengths are the baseline's minus the gamed answer's."""
     if config.gamed is None:
         return None
     if config.difficulty is None:
-        raise UsageError("score.length_control.gamed: needs score.length_control.difficulty beside it")
-    rows = np.array(_read_csv(config.gamed, "gamed", ("preference", "std_delta_len", "instruction_difficulty")))
-    return Gamed(rows[:, 0], -rows[:, 1], rows[:, 2])
-
-
-def _read_csv(path: str, key: str, columns: Sequence[str] = ()) -> list[list[float]]:
-    """Read these columns as numbers; the last column where none are named."""
-    try:
-        with Path(path).open(encoding="utf-8", newline="") as file:
-            rows = list(csv.DictReader(file))
-        return [[float(row[name]) for name in columns or list(row)[-1:]] for row in rows]
-    except (OSError, KeyError, ValueError, TypeError) as error:
-        needed = ", ".join(columns) or "one number per row, under a heading"
-        raise UsageError(f"score.length_control.{key}={path}: not readable ({error}); needed: {needed}") from error
-
-
-@dataclass(frozen=True)
-class Gamed:
-    """Comparisons of gamed baselines (longer or shorter on purpose) with the baseline, as AlpacaEval 2 adds them.
-
-    Attributes:
-        preferences: (num_rows,) in [0, 1], 1 where the gamed answer wins.
-        differences: (num_rows,) characters of the gamed answer minus the baseline's, over their standard deviation.
-        difficulty: (num_rows,) of the instruction.
-    """
-
-    preferences: np.ndarray
-    differences: np.ndarray
-    difficulty: np.ndarray
+        raise UsageError(f"{_KEY}.gamed: needs {_KEY}.difficulty beside it")
+    return read_gamed(config.gamed, f"{_KEY}.gamed")
 
 
 @dataclass(frozen=True)

@@ -78,6 +78,7 @@ class Verdict(TypedDict):
         configs: label by arm. n_seeds, n_unscored, means: by arm. run_means: by arm and seed.
         base_mean: of the SFT base on the metric, where it was scored.
         look: where looks were registered.
+        sources: the files of the deciding runs, by arm and seed, where the scores name them.
     """
 
     verdict: str
@@ -106,6 +107,7 @@ class Verdict(TypedDict):
     reason: str
     base_mean: NotRequired[float]
     look: NotRequired[RegisteredLook]
+    sources: NotRequired[dict[str, dict[str, str]]]
 
 
 def read_selection(study: Path) -> Selection:
