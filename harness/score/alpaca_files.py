@@ -51,9 +51,9 @@ def leaderboard_warning(*, has_difficulty: bool, has_gamed: bool) -> str | None:
     if has_difficulty and has_gamed:
         return None
     if has_difficulty:
-        return NOT_THE_LEADERBOARDS.format(lacking="the gamed baselines", off="0.7 points off on average, 2.2 at most")
+        return NOT_THE_LEADERBOARDS.format(lacking="the gamed baselines", off="0.8 points off on average, 2.2 at most")
     return NOT_THE_LEADERBOARDS.format(
-        lacking="the instruction difficulty and the gamed baselines", off="5.2 points off on average, 16.0 at most"
+        lacking="the instruction difficulty and the gamed baselines", off="5 points off on average, 16 at most"
     )
 
 

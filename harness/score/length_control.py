@@ -158,7 +158,8 @@ class LengthControlled:
         win_rate: predicted at equal length, in [0, 1].
         raw: the mean preference.
         pseudo_values: (num_prompts,) jackknife values n*W - (n-1)*W_i, with W_i the win rate without prompt i. Their
-            mean is the win rate up to order 1/n; their standard deviation / sqrt(n) is its standard error.
+            mean is the win rate (without gamed baselines up to order 1/n); their standard deviation / sqrt(n) is its
+            standard error.
         longer: share of the prompts with a longer answer than the baseline's.
     """
 
@@ -212,6 +213,9 @@ def length_controlled(
         rest = None if difficulty is None else difficulty[kept]
         without = _fit(preferences[kept], _features(differences[kept], rest), fixed, weights)
         pseudo[left_out] = count * whole - (count - 1) * _predicted(without, rest)
+    if gamed is not None:
+        # Their rows stay where a prompt is left out, so that the mean of the jackknife values would undo their pull.
+        pseudo += whole - pseudo.mean()
     return LengthControlled(whole, float(preferences.mean()), pseudo, float((differences > 0).mean()))
 
 
