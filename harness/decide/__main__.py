@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from harness.decide.notes import add_notes, source_lines
+from harness.decide.notes import add_notes, source_lines, without_bad_scorers
 from harness.decide.rule import verdict
 from harness.decide.scores_file import read_scores
 from harness.decide.study import decide_study
@@ -70,6 +70,10 @@ def _decide_file(options: argparse.Namespace) -> Verdict:
         raise UsageError(f"--arms {options.arms}: give two different arms, such as {','.join(CONTRAST)}")
     if not 0 < margin < 1 or not 0 < alpha < 0.5:
         raise UsageError(f"--margin {margin} --alpha {alpha}: allowed: 0 < margin < 1 and 0 < alpha < 0.5")
+    left_out: list[str] = []
+    if options.metric is not None:
+        needed = [options.metric, *(guard["metric"] for guard in options.guard)]
+        scores, left_out = without_bad_scorers(scores, needed)
     result = verdict(
         scores,
         metric=options.metric,
@@ -80,6 +84,7 @@ def _decide_file(options: argparse.Namespace) -> Verdict:
         guards=options.guard,
     )
     add_notes(scores, result, options.cluster)
+    result["warnings"] += left_out
     return result
 
 

@@ -5,11 +5,13 @@ Input: scores in long form with the optional columns `source` and `note` -> `sou
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import pandas as pd
 
 from harness.config.arms import title
 from harness.decide.rule import verdict
-from harness.decide.scores_file import PSEUDO_VALUES, as_names
+from harness.decide.scores_file import DEFAULTS, PSEUDO_VALUES, as_names, checked
 from harness.decide.words import interval, points
 from harness.study.decision import Verdict
 from harness.study.errors import UsageError
@@ -32,6 +34,36 @@ def source_lines(result: Verdict) -> list[str]:
         f"{title(arm)}: " + ", ".join(f"{one_line(seed, 20)}={one_line(path, 200)}" for seed, path in files.items())
         for arm, files in result.get("sources", {}).items()
     ]
+
+
+def without_bad_scorers(scores: pd.DataFrame, needed: Collection[str]) -> tuple[pd.DataFrame, list[str]]:
+    """Leave out the scorers with a row that the rule refuses, but for those that the verdict needs.
+
+    Args:
+        scores: in long form.
+        needed: the metric, and the guards.
+
+    Returns:
+        The other rows, and one warning per scorer that is left out.
+    """
+    if "scorer" not in scores:
+        return scores, []
+    names = as_names(scores["scorer"], blank=DEFAULTS["scorer"])
+    warnings, kept = [], pd.Series(True, index=scores.index)
+    for name in dict.fromkeys(names):
+        if name in needed:
+            continue
+        try:
+            checked(scores[names == name])
+        except UsageError as error:
+            warnings.append(f"scorer {one_line(name, 60)} is left out of scores: {str(error).removeprefix('scores: ')}")
+            kept &= names != name
+    if not warnings:
+        return scores, []
+    found = scores[kept].reset_index(drop=True)
+    numbers = pd.to_numeric(found["score"], errors="coerce")
+    is_whole = (numbers.notna() | found["score"].isna() | (found["score"].astype("object") == "")).all()
+    return (found.assign(score=numbers) if is_whole else found), warnings
 
 
 def run_sources(scores: pd.DataFrame, result: Verdict) -> dict[str, dict[str, str]]:

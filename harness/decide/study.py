@@ -15,7 +15,7 @@ from harness.config.arms import BASE, title
 from harness.config.keys import shown
 from harness.config.schema import GUARD, RunConfig
 from harness.decide.looks import DecidingRuns, deciding_runs, log_look
-from harness.decide.notes import add_notes
+from harness.decide.notes import add_notes, without_bad_scorers
 from harness.decide.rule import verdict
 from harness.decide.scores_file import read_scores
 from harness.study.decision import VERDICT_FILE, Verdict, edge_warnings, golden_problem
@@ -62,7 +62,8 @@ def decision(study: Path, files: FileCache | None = None) -> Decision:
     if len(arms) < 2:
         raise UsageError(f"{study}: only the arm {', '.join(registered['arms'])}; a decision needs two")
     metric, seeds = registered["metric"], registered.get("seeds", {})
-    scores = read_scores(study / "scores.csv")
+    needed = [metric, *(guard["metric"] for guard in registered.get("guards") or ())]
+    scores, left_out = without_bad_scorers(read_scores(study / "scores.csv"), needed)
     _refuse_foreign(study, scores, arms, seeds)
     try:
         runs = deciding_runs(scores, metric=metric, arms=arms, seeds=seeds, looks=registered.get("looks") or [])
@@ -86,6 +87,7 @@ def decision(study: Path, files: FileCache | None = None) -> Decision:
     if len(base):
         result["base_mean"] = float(base["score"].mean())
     add_notes(runs.scores, result)
+    result["warnings"] += left_out
     result["warnings"] += [
         *_plan_warnings(registered, result, runs),
         *registered.get("warnings", []),

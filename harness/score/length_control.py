@@ -7,7 +7,7 @@ the win rate, and their spread gives the decision rule its uncertainty. Single v
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict
@@ -17,10 +17,11 @@ import numpy as np
 from harness.config.checkpoint import Checkpoints
 from harness.config.schema import LengthControlConfig, ScoreConfig
 from harness.config.trial_id import plain
-from harness.score.alpaca_files import Gamed, controlled_name, leaderboard_warning, read_difficulty, read_gamed
+from harness.score.alpaca_files import FULL, Gamed, controlled_name, leaderboard_warning, read_difficulty, read_gamed
 from harness.score.answers import Preference, Run, Stored, read_preferences
 from harness.study.errors import UsageError
 from harness.study.files import Json, write_json
+from harness.study.registration import read_study
 
 FACTS = "length_controlled.json"
 _KEY = "score.length_control"
@@ -60,17 +61,45 @@ def length_control_settings(score: ScoreConfig, checkpoints: Checkpoints) -> dic
     return {"length_control": plain(score.length_control)}
 
 
+def length_control_problems(config: LengthControlConfig) -> Iterator[str]:
+    """Yield what is wrong with AlpacaEval's files, before anything is trained or judged."""
+    if config.gamed is not None and config.difficulty is None:
+        yield f"{_KEY}.gamed={config.gamed}: needs {_KEY}.difficulty beside it: AlpacaEval's fit contains both"
+    for path, key, read in (
+        (config.difficulty, "difficulty", read_difficulty),
+        (config.gamed, "gamed", read_gamed),
+    ):
+        try:
+            if path is not None:
+                read(path, f"{_KEY}.{key}")
+        except UsageError as error:
+            yield str(error)
+
+
+def name_by_files(config: LengthControlConfig) -> str:
+    """Return the name of the scores: AlpacaEval's own where the fit is."""
+    return controlled_name(has_difficulty=config.difficulty is not None, has_gamed=config.gamed is not None)
+
+
+def stored_name(stored: Stored, config: LengthControlConfig) -> str:
+    """Return the name of a study's scores; a study that registered `length_controlled` without files keeps it."""
+    registered = read_study(stored.study / "study.yaml") if (stored.study / "study.yaml").is_file() else {}
+    decides = [registered.get("metric"), *(guard["metric"] for guard in registered.get("guards") or ())]
+    return FULL if FULL in decides else name_by_files(config)
+
+
 def control_runs(stored: Stored, config: LengthControlConfig) -> dict[Path, list[Preference]]:
     """Control the stored preferences of another scorer; writes length_controlled.json into the study's folder.
 
     Raises:
         UsageError: where no run has such preferences, or AlpacaEval's files do not fit.
     """
-    source = _source(stored, config)
+    source, name = _source(stored, config), stored_name(stored, config)
     difficulty = _difficulty(config, stored)
     gamed = _gamed(config)
     found: dict[Path, list[Preference]] = {}
     facts: LengthControlFacts = {"of": source, "difficulty": config.difficulty, "runs": {}, "warnings": []}
+    facts["warnings"] += _leaderboard_warnings(stored, config, name)
     for run in stored.runs:
         kept = [one for one in read_preferences(run.folder, source) if not run.failed and one.split in stored.splits]
         found[run.folder] = []
@@ -80,9 +109,16 @@ def control_runs(stored: Stored, config: LengthControlConfig) -> dict[Path, list
             found[run.folder] += values
             if fitted and split == "golden" and run is not stored.runs[0]:
                 facts["runs"][run.folder.name] = _run_facts(run, fitted)
-                facts["warnings"] += [f"length_controlled, {run.title}: {text}" for text in fitted.problems()]
+                facts["warnings"] += [f"{name}, {run.title}: {text}" for text in fitted.problems()]
     write_json(stored.study / FACTS, facts)
     return found
+
+
+def _leaderboard_warnings(stored: Stored, config: LengthControlConfig, name: str) -> list[str]:
+    """Warn where somebody may take the scores for the leaderboard's: AlpacaEval's prompts, or its name."""
+    is_alpaca_eval = any(row["about"].get("form") == "alpaca_eval" for row in stored.prompts if row.get("about"))
+    warning = leaderboard_warning(has_difficulty=config.difficulty is not None, has_gamed=config.gamed is not None)
+    return [f"{name}: {warning}"] if warning and (is_alpaca_eval or name == FULL) else []
 
 
 def _source(stored: Stored, config: LengthControlConfig) -> str:
