@@ -1,6 +1,6 @@
 """To and from other tools: answers for AlpacaEval and Arena-Hard, and answers or annotations that were made elsewhere.
 
-Command: `python -m harness.exchange export | annotations | outputs ...`. Imports no torch.
+Command: `python -m harness.exchange export | annotations | judgments | outputs ...`. Imports no torch.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from harness.score.annotations import (
     thinking_notes,
 )
 from harness.score.answers import read_outputs
+from harness.score.judgments import SCORER, judgment_notes, judgment_scores, read_all_judgments
 from harness.score.trial_scores import completion_row, trial_folders
 from harness.study.errors import UsageError, in_one_sentence
 from harness.study.files import digest, file_sha256, read_jsonl, write_jsonl, write_text
@@ -61,7 +62,7 @@ class Question:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status."""
     parser = argparse.ArgumentParser(prog="python -m harness.exchange", description=__doc__.split("\n", maxsplit=1)[0])
-    commands = parser.add_subparsers(required=True, metavar="export | annotations | outputs")
+    commands = parser.add_subparsers(required=True, metavar="export | annotations | judgments | outputs")
     one = commands.add_parser("export", help="write golden answers for AlpacaEval or Arena-Hard")
     one.add_argument("study", type=Path)
     one.add_argument("--form", choices=("alpaca_eval", "arena_hard"), required=True)
@@ -73,6 +74,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     one.add_argument("--gamed", metavar="FILE", help="AlpacaEval's df_gamed.csv: with both, the leaderboard's fit")
     one.add_argument("--out", type=Path, required=True)
     one.set_defaults(run=_annotations)
+    one = commands.add_parser("judgments", help="turn Arena-Hard's model_judgment files into a scores file")
+    one.add_argument("runs", nargs="+", metavar="ARM[:SEED]=FILE")
+    one.add_argument("--category", help="hard_prompt or creative_writing, where the files hold several")
+    one.add_argument("--out", type=Path, required=True)
+    one.set_defaults(run=_judgments)
     one = commands.add_parser("outputs", help="make a study of answers that were made elsewhere, to score and decide")
     one.add_argument("study", type=Path, help="a folder that is not there yet, such as results/given")
     one.add_argument("runs", nargs="+", metavar="ARM[:SEED]=FILE")
@@ -104,6 +110,13 @@ def _annotations(options: argparse.Namespace) -> str:
     write_text(options.out, to_csv(annotation_scores(rows, files, runs)))
     notes = [*measurement_notes(rows), *thinking_notes(rows)]
     return _what_next(options.out, list(runs), ["win_rate", files.scorer], notes)
+
+
+def _judgments(options: argparse.Namespace) -> str:
+    runs = {key: Path(path) for key, path in _read_runs(options.runs).items()}
+    found = read_all_judgments(runs, options.category)
+    write_text(options.out, to_csv(judgment_scores(found, runs)))
+    return _what_next(options.out, list(runs), [SCORER], list(judgment_notes(found)))
 
 
 def _what_next(out: Path, runs: Sequence[RunKey], metrics: Sequence[str], notes: Sequence[str]) -> str:

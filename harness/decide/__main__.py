@@ -49,7 +49,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(json.dumps(result, indent=2))
     sys.stdout.flush()
     # For people: on stderr, apart from the JSON.
-    print("\n".join([*table_lines(result), *source_lines(result), *warning_lines(result), verdict_line(result)]), file=sys.stderr)
+    print(
+        "\n".join([*table_lines(result), *source_lines(result), *warning_lines(result), verdict_line(result)]),
+        file=sys.stderr,
+    )
     return 0
 
 

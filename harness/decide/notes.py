@@ -1,4 +1,4 @@
-"""What a scores file says beside its scores: its runs' files, notes about a scorer, and what the other metric would say.
+"""What scores say beside the numbers: the runs' files, notes about a scorer, and what the other metric would say.
 
 Input: scores in long form with the optional columns `source` and `note` -> `sources` and warnings for the verdict.
 """

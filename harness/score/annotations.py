@@ -80,7 +80,7 @@ def read_alpaca_files(difficulty: str | None, gamed: str | None) -> AlpacaFiles:
 
 def annotation_scores(
     runs: Mapping[RunKey, Sequence[Annotation]],
-    files: AlpacaFiles = AlpacaFiles(),
+    files: AlpacaFiles | None = None,
     sources: Mapping[RunKey, Path] | None = None,
 ) -> pd.DataFrame:
     """Return scores in long form from the annotations of each run: `win_rate` and a length-controlled one.
@@ -90,17 +90,20 @@ def annotation_scores(
 
     Args:
         runs: annotations by arm and seed.
-        files: AlpacaEval's files.
+        files: AlpacaEval's files; None for none.
         sources: the file of each run, for the verdict.
 
     Raises:
         UsageError: the difficulty is of another number of instructions, or their order is not known.
     """
+    files = files or AlpacaFiles()
     asked, is_certain = _all_asked(runs)
     difficulty = _placed(files, asked, runs, is_certain=is_certain)
     frames = []
     for (arm, seed), rows in runs.items():
-        run = _Laid(arm, seed, asked, dict(zip(_asked(rows), rows, strict=True)), str((sources or {}).get((arm, seed), "")))
+        run = _Laid(
+            arm, seed, asked, dict(zip(_asked(rows), rows, strict=True)), str((sources or {}).get((arm, seed), ""))
+        )
         frames.append(run.frame("win_rate", run.wins, _NO_PREFERENCE, ""))
         values, reason, problems = _controlled(run, difficulty, files)
         frames.append(run.frame(files.scorer, values, reason, "; ".join(problems)))
@@ -146,7 +149,9 @@ def _all_asked(runs: Mapping[RunKey, Sequence[Annotation]]) -> tuple[list[Asked]
     try:
         sorter.prepare()
     except CycleError as error:
-        raise UsageError("the instructions of the files stand in different orders; sort the rows of all alike") from error
+        raise UsageError(
+            "the instructions of the files stand in different orders; sort the rows of all alike"
+        ) from error
     while sorter.is_active():
         ready = sorter.get_ready()
         is_certain = is_certain and len(ready) == 1
@@ -162,7 +167,7 @@ def _placed(
     if files.difficulty is None:
         return None
     if len(files.difficulty) != len(asked) or not is_certain:
-        counts = ", ".join(f"{_run_name(key)} {len(rows)}" for key, rows in runs.items())
+        counts = ", ".join(f"{run_name(key)} {len(rows)}" for key, rows in runs.items())
         order = "" if is_certain else ", in an order that they do not settle"
         raise UsageError(
             f"{files.name}: {len(files.difficulty)} numbers, and the runs hold {len(asked)} instructions{order} (rows: "
@@ -185,14 +190,15 @@ def read_all_annotations(runs: Mapping[RunKey, Path]) -> dict[RunKey, list[Annot
     for key, found in others:
         if difference := _other_measurement(known, found):
             raise UsageError(
-                f"{_run_name(first)}={runs[first]} and {_run_name(key)}={runs[key]}: {difference}; win rates can be "
+                f"{run_name(first)}={runs[first]} and {run_name(key)}={runs[key]}: {difference}; win rates can be "
                 "compared where one judge has compared all runs with the same answers to the same instructions; "
                 "annotate them alike"
             )
     return rows
 
 
-def _run_name(key: RunKey) -> str:
+def run_name(key: RunKey) -> str:
+    """Return a run's name on the command line."""
     return f"{key[0]}:{key[1]}"
 
 
@@ -213,7 +219,8 @@ def _other_measurement(rows: Sequence[Annotation], others: Sequence[Annotation])
     if differing:
         return (
             f"their baselines differ: output_1 is of {one_line(name, 40)} and of {one_line(other_name, 40)}, with "
-            f"other texts in {differing} of {len(shared)} rows (output_1 is the baseline's answer, output_2 the model's)"
+            f"other texts in {differing} of {len(shared)} rows (output_1 is the baseline's answer, "
+            "output_2 the model's)"
         )
     judge, other_judge = (str(one[0].get("annotator", "not named")) for one in (rows, others))
     if judge != other_judge:
@@ -226,7 +233,7 @@ def measurement_notes(runs: Mapping[RunKey, Sequence[Annotation]]) -> Iterator[s
     total = len(_all_asked(runs)[0])
     for key, rows in runs.items():
         if len(rows) < total:
-            yield f"{_run_name(key)}: no row for {total - len(rows)} of {total} instructions; they are unscored"
+            yield f"{run_name(key)}: no row for {total - len(rows)} of {total} instructions; they are unscored"
     names = dict.fromkeys(one_line(str(rows[0].get("generator_1", "not named")), 40) for rows in runs.values())
     if len(names) > 1:
         yield f"the baseline has the names {', '.join(names)}; its answers are the same texts"
@@ -238,7 +245,7 @@ def thinking_notes(runs: Mapping[RunKey, Sequence[Annotation]]) -> Iterator[str]
         count = sum(bool(part(row["output_2"] or "").spans) for row in rows)
         if count:
             yield (
-                f"{_run_name(key)}: {count} of {len(rows)} answers hold thinking; lengths leave it out, but "
+                f"{run_name(key)}: {count} of {len(rows)} answers hold thinking; lengths leave it out, but "
                 "what the judge has read is not known here"
             )
 
@@ -272,7 +279,8 @@ def _check_annotation(path: Path, number: int, row: Mapping[str, Any]) -> None:
     value = row["preference"]
     if value is not None and not _is_preference(value):
         raise UsageError(
-            f"{path}: annotation {number}: preference {one_line(repr(value), 60)}; allowed: 1 to 2, 0 for a draw, null for none"
+            f"{path}: annotation {number}: preference {one_line(repr(value), 60)}; allowed: 1 to 2, "
+            "0 for a draw, null for none"
         )
     for column in _TEXTS:
         if row.get(column) is not None and not isinstance(row[column], str):
@@ -284,7 +292,7 @@ def _is_preference(value: Json) -> bool:
     """Return whether a value is a preference, or NaN, which stands for none."""
     if not isinstance(value, int | float) or isinstance(value, bool):
         return False
-    return value == 0 or 1 <= value <= 2 or value != value
+    return value == 0 or 1 <= value <= 2 or (isinstance(value, float) and math.isnan(value))
 
 
 def _check_scale(path: Path, values: Sequence[float | None]) -> None:
@@ -352,15 +360,17 @@ class _Laid(NamedTuple):
             "config": GIVEN_CONFIG,
             "seed": self.seed,
             "split": "golden",
-            "prompt_id": [f"{name}#{again}" if again else name for name, (_, again) in zip(names, self.asked, strict=True)],
+            "prompt_id": [
+                f"{name}#{again}" if again else name for name, (_, again) in zip(names, self.asked, strict=True)
+            ],
             "scorer": scorer,
             "score": scores,
             "cluster": names,
             "tokens": None,
-            "chars": pd.Series([_length(self.rows[key]["output_2"]) if key in self.rows else None for key in self.asked], dtype=object),
-            "unscored_reason": [
-                why if math.isnan(score) else "" for why, score in zip(reasons, scores, strict=True)
-            ],
+            "chars": pd.Series(
+                [_length(self.rows[key]["output_2"]) if key in self.rows else None for key in self.asked], dtype=object
+            ),
+            "unscored_reason": [why if math.isnan(score) else "" for why, score in zip(reasons, scores, strict=True)],
             "stage": "confirm",
             "flag": "",
             "source": self.source,

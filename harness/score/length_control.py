@@ -83,7 +83,10 @@ def name_by_files(config: LengthControlConfig) -> str:
 
 def stored_name(stored: Stored, config: LengthControlConfig) -> str:
     """Return the name of a study's scores; a study that registered `length_controlled` without files keeps it."""
-    registered = read_study(stored.study / "study.yaml") if (stored.study / "study.yaml").is_file() else {}
+    path = stored.study / "study.yaml"
+    if not path.is_file():
+        return name_by_files(config)
+    registered = read_study(path)
     decides = [registered.get("metric"), *(guard["metric"] for guard in registered.get("guards") or ())]
     return FULL if FULL in decides else name_by_files(config)
 

@@ -1,4 +1,4 @@
-"""Scores of a scorer of one's own -> the same as plain values, or a `UsageError` that names the scorer, prompt and value.
+"""Scores of a scorer of one's own -> the same as plain values, or a `UsageError` that names scorer, prompt and value.
 
 A score that the decision could not use is refused where it is made: later it would stand in the way of every metric.
 """
@@ -8,8 +8,10 @@ from __future__ import annotations
 import math
 import numbers
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+import numpy as np
 
 from harness.score.answers import Key, Run, Score, TrialOutputs
 from harness.study.errors import UsageError
@@ -20,7 +22,9 @@ FACTS = "own_scorers.json"
 _HINT = "return one harness.scorers.Score for each prompt, with score=None and an unscored_reason where there is none"
 
 
-def check_scores(path: str, run: Run, found: Sequence[Score], outputs: TrialOutputs, splits: Sequence[str]) -> list[Score]:
+def check_scores(
+    path: str, run: Run, found: Sequence[Score], outputs: TrialOutputs, splits: Sequence[str]
+) -> list[Score]:
     """Check a scorer's scores of one run.
 
     Args:
@@ -49,8 +53,8 @@ def check_scores(path: str, run: Run, found: Sequence[Score], outputs: TrialOutp
     lacking = [key for key in answered if key not in counts]
     if lacking:
         raise UsageError(
-            f"{path}: {run.title}: no score for {len(lacking)} of {len(answered)} prompts (first: {lacking[0][0]} prompt "
-            f"{lacking[0][1]}); {_HINT}"
+            f"{path}: {run.title}: no score for {len(lacking)} of {len(answered)} prompts (first: {lacking[0][0]} "
+            f"prompt {lacking[0][1]}); {_HINT}"
         )
     return scores
 
@@ -68,16 +72,19 @@ def _plain(one: Score, scorer: str) -> Score:
         return Score(one.split, one.prompt_id, None, reason)
     value = _number(one.score)
     if value is None or not 0 <= value <= 1:
-        raise UsageError(f"{where}: score {_shown(one.score)}; allowed: a number from 0 to 1, higher is better, or None")
+        raise UsageError(
+            f"{where}: score {_shown(one.score)}; allowed: a number from 0 to 1, higher is better, or None"
+        )
     if reason:
         raise UsageError(f"{where}: score {value:g} and an unscored_reason ({_shown(reason)}); leave one of them out")
     return Score(one.split, one.prompt_id, value)
 
 
-def _number(value: Json) -> float | None:
+def _number(value: Json | np.bool_) -> float | None:
     """Return a finite number, a NumPy one too; true and false are 1 and 0."""
-    is_truth = type(value).__name__ in ("bool", "bool_")
-    if not is_truth and not isinstance(value, numbers.Real):
+    if isinstance(value, np.bool_):
+        return float(bool(value))
+    if not isinstance(value, numbers.Real):
         return None
     try:
         number = float(value)
@@ -93,20 +100,17 @@ def _shown(value: Json) -> str:
         return f"a {type(value).__name__} ({type(error).__name__})"
 
 
-def note_failures(study: Path, names: Sequence[str], problems: Sequence[str]) -> None:
+def note_failures(study: Path, ran: Sequence[str], failed: Mapping[str, str]) -> None:
     """Keep for the verdict which scorers of one's own have failed; one that works again is forgotten.
 
     Args:
         study: its folder.
-        names: of the scorers of one's own that have run.
-        problems: the problems of all scorers, `NAME: SENTENCE`.
+        ran: the names of the scorers of one's own that have run.
+        failed: why one of them has no scores, by name.
     """
     path = study / FACTS
     old = mapping(read_json(path).get("failed")) if path.is_file() else {}
-    failed = {str(name): str(text) for name, text in old.items() if name not in names}
-    for name in names:
-        failed |= {name: text for text in problems if text.startswith(f"{name}: ")}
-    if failed or path.is_file():
-        warnings = [f"scorer {text}; its scores are left out" for text in failed.values()]
-        write_json(path, {"failed": failed, "warnings": warnings})
-
+    found = {str(name): str(text) for name, text in old.items() if name not in ran} | dict(failed)
+    if found or path.is_file():
+        warnings = [f"scorer {name}: {text}; its scores are left out" for name, text in found.items()]
+        write_json(path, {"failed": found, "warnings": warnings})

@@ -7,8 +7,8 @@ A Python file of the user is a scorer, too: `find_scorer` makes its row.
 from __future__ import annotations
 
 import importlib.util
-from copy import deepcopy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path

@@ -78,12 +78,14 @@ def score_study(study: Path, scoring: Scoring) -> list[str]:
         given = {name: part(answer).answer for name, answer in given.items()}
     stored = read_stored(study, folders, scoring.splits, given)
     problems = []
+    failed: dict[str, str] = {}
     for name in in_order(scoring.names):
         try:
             problems += _score_with(name, stored, scoring)
         except UsageError as error:  # the other scorers go on
             problems.append(f"{scorer_name(name)}: {error}")
-    note_failures(study, [scorer_name(name) for name in scoring.names if is_file(name)], problems)
+            failed |= {scorer_name(name): str(error)} if is_file(name) else {}
+    note_failures(study, [scorer_name(name) for name in scoring.names if is_file(name)], failed)
     return problems
 
 

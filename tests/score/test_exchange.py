@@ -17,8 +17,8 @@ from harness.decide.scores_file import read_scores
 from harness.decide.study import decide_study
 from harness.exchange import main
 from harness.report.page import render_report
-from harness.score.annotations import annotation_scores, differences, preferences, read_annotations
 from harness.score.alpaca_files import read_difficulty, read_gamed
+from harness.score.annotations import annotation_scores, differences, preferences, read_annotations
 from harness.score.length_control import length_controlled
 from harness.score.study_scores import rescore
 from harness.study.errors import UsageError
@@ -406,9 +406,7 @@ def alpaca_files(folder: Path, count: int = 120) -> list[str]:
     difficulty = rng.normal(0, 1, count)
     lines = [f"{place},{value}" for place, value in enumerate(difficulty)]
     (folder / "difficulty.csv").write_text("\n".join([",instruction_difficulty", *lines]) + "\n")
-    gamed = [
-        f"{i},gamed,{rng.random():.4f},{rng.normal():.4f},{difficulty[i % count]},False" for i in range(2 * count)
-    ]
+    gamed = [f"{i},gamed,{rng.random():.4f},{rng.normal():.4f},{difficulty[i % count]},False" for i in range(2 * count)]
     head = "index,model,preference,std_delta_len,instruction_difficulty,not_gamed_baseline"
     (folder / "gamed.csv").write_text("\n".join([head, *gamed]) + "\n")
     return ["--difficulty", str(folder / "difficulty.csv"), "--gamed", str(folder / "gamed.csv")]
@@ -499,7 +497,9 @@ class TestLengthControlAsAlpacaEvals:
             ("gamed.csv", "\n0,gamed,", "\n0,gamed,7", "row 1: preference 7"),
         ],
     )
-    def test_a_broken_file_of_alpaca_eval_is_refused_by_name(self, name, old, new, said, tmp_path: Path, capsys) -> None:
+    def test_a_broken_file_of_alpaca_eval_is_refused_by_name(
+        self, name, old, new, said, tmp_path: Path, capsys
+    ) -> None:
         files = alpaca_files(tmp_path)
         text = (tmp_path / name).read_text()
         (tmp_path / name).write_text(text.replace(old, new, 1))

@@ -12,8 +12,8 @@ from scipy import optimize
 from harness.config.schema import LengthControlConfig
 from harness.decide.rule import verdict
 from harness.decide.scores_file import checked
-from harness.score.answers import Preference, Run, Stored, write_preferences
 from harness.score.alpaca_files import Gamed
+from harness.score.answers import Preference, Run, Stored, write_preferences
 from harness.score.length_control import GAMED_WEIGHT, control_runs, length_controlled
 from harness.study.errors import UsageError
 from harness.study.files import read_json

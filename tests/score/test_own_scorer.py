@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import csv
 import io
 import re
 from pathlib import Path
@@ -115,7 +114,7 @@ def score(outputs):
         ("rows[1] = Score('golden', 7, 0.5)", "prompt_id is 7; allowed: text"),
         ("rows[1] = Score('golden', 'unheard of', 0.5)", "golden prompt unheard of: no prompt of this study"),
         ("rows.append(rows[0])", "2 scores; return one"),
-        ("del rows[-1]", "no score for 1 of "),
+        ("rows.remove(next(one for one in rows if one.split == 'golden'))", "no score for 1 of "),
         ("rows.clear(); outputs.completions.clear(); outputs.prompts.clear()", "no score for "),
         ("rows = None", "score() failed (TypeError"),
     ],
@@ -158,11 +157,8 @@ def test_bad_scores_that_stand_in_a_study_already_do_not_block_its_metric(value:
     tidy(study)
     path = collect_scores(study)
     before = decide_study(study)
-    lines = path.read_text().splitlines()
-    cells = next(csv.reader([lines[-1]]))
-    head = lines[0].split(",")
-    cells[head.index("scorer")], cells[head.index("score")] = "mine", value
-    path.write_text("\n".join([*lines, ",".join(cells)]) + "\n")
+    scores = pd.read_csv(path, dtype=str, keep_default_na=False)
+    pd.concat([scores, scores.tail(1).assign(scorer="mine", score=value)]).to_csv(path, index=False)
     found = decide_study(study)
     assert (found["verdict"], found["difference"]) == (before["verdict"], before["difference"])
     assert any(text.startswith("scorer mine is left out of scores: ") for text in found["warnings"])
