@@ -27,9 +27,9 @@ COLUMNS = ("raw", "minimal", "with difficulty", "with both", "alpaca-eval's rout
 HEAD = """# Length control on AlpacaEval's leaderboard
 
 Written by `python benchmarks/length_control.py FOLDER`. Win rates in percent. Preferences, lengths and published values
-are of tatsu-lab/alpaca_eval, commit cd543a1 (data CC BY-NC 4.0). Difficulty and gamed baselines are reconstructed, which
-leaves about 0.6 points on average. `alpaca-eval's routine` is the same likelihood with its L1 penalty, whose strength
-scikit-learn's cross-validation chooses (`glm_winrate.py`), on the same inputs as `with both`.
+are of tatsu-lab/alpaca_eval, commit cd543a1 (data CC BY-NC 4.0). Difficulty and gamed baselines are reconstructed, and
+that leaves about 0.6 points on average. `alpaca-eval's routine` is the same likelihood with its L1 penalty, of a strength
+that scikit-learn's cross-validation chooses (`glm_winrate.py`), on the same inputs as `with both`.
 
 """
 
@@ -47,9 +47,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def measured(folder: Path) -> pd.DataFrame:
-    """Return the win rates of each model in percent: `published raw`, `published`, and `COLUMNS`."""
+def measured(folder: Path, models: Sequence[str] = ()) -> pd.DataFrame:
+    """Return the win rates of each model in percent: `published raw`, `published`, and `COLUMNS`.
+
+    Args:
+        folder: of the data.
+        models: these alone; empty for all.
+    """
     found = pd.read_csv(folder / "preferences.csv")
+    found = found[found["model"].isin(models)] if models else found
     published = pd.read_csv(folder / "published.csv").set_index("model")
     with tempfile.TemporaryDirectory() as place:
         both = read_alpaca_files(str(folder / "difficulty.csv"), str(_gamed_csv(folder, Path(place))))

@@ -427,6 +427,12 @@ def allowed_scorers(score: ScoreConfig, prompts: Sequence[EvalPrompt], *, has_pa
     return [name for row in rows for name in _score_names(row, score)] + _own_names(score)
 
 
+def is_among(name: str, allowed: Sequence[str]) -> bool:
+    """Return whether a scorer is allowed: by its name in the scores, or as a row whose scores have another name."""
+    row = SCORERS.get(name)
+    return name in allowed or (row is not None and any(variant in allowed for variant in row.variants))
+
+
 def has_instructions(prompts: Sequence[EvalPrompt]) -> bool:
     """Return whether some prompts have IFEval's instructions."""
     return any(prompt.about.get("instructions") for prompt in prompts)
