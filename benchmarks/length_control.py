@@ -28,8 +28,8 @@ HEAD = """# Length control on AlpacaEval's leaderboard
 
 Written by `python benchmarks/length_control.py FOLDER`. Win rates in percent. Preferences, lengths and published values
 are of tatsu-lab/alpaca_eval, commit cd543a1 (data CC BY-NC 4.0). Difficulty and gamed baselines are reconstructed, and
-that leaves about 0.6 points on average. `alpaca-eval's routine` is the same likelihood with its L1 penalty; the strength
-is the one that scikit-learn's cross-validation chooses (`glm_winrate.py`), on the same inputs as `with both`.
+that leaves about 0.6 points on average. `alpaca-eval's routine` is the same likelihood with its L1 penalty, whose
+strength scikit-learn's cross-validation chooses (`glm_winrate.py`), on the same inputs as `with both`.
 
 """
 

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
-from typing import Any, NamedTuple, NotRequired, TypedDict
+from typing import NamedTuple, NotRequired, TypedDict
 
 import numpy as np
 import pandas as pd
@@ -104,9 +104,9 @@ def annotation_scores(
         run = _Laid(
             arm, seed, asked, dict(zip(_asked(rows), rows, strict=True)), str((sources or {}).get((arm, seed), ""))
         )
-        frames.append(run.frame("win_rate", run.wins, _NO_PREFERENCE, ""))
+        frames.append(run.frame("win_rate", run.wins, _NO_PREFERENCE, []))
         values, reason, problems = _controlled(run, difficulty, files)
-        frames.append(run.frame(files.scorer, values, reason, "; ".join(problems)))
+        frames.append(run.frame(files.scorer, values, reason, problems))
     return pd.concat(frames, ignore_index=True)
 
 
@@ -275,7 +275,7 @@ def read_annotations(path: Path) -> list[Annotation]:
     return rows
 
 
-def _check_annotation(path: Path, number: int, row: Mapping[str, Any]) -> None:
+def _check_annotation(path: Path, number: int, row: Mapping[str, Json]) -> None:
     value = row["preference"]
     if value is not None and not _is_preference(value):
         raise UsageError(
@@ -329,6 +329,13 @@ def _length(output: str | None) -> int:
     return len(part(output or "").answer)
 
 
+def note_column(notes: Sequence[str], count: int) -> list[str]:
+    """Return the column `note` of a run's rows of one scorer: a note a row, from the first row on."""
+    room = max(count - 1, 0)
+    shown = [*notes[:room], "; ".join(notes[room:])]
+    return [*shown, *[""] * (count - len(shown))]
+
+
 class _Laid(NamedTuple):
     """The annotations of one run, laid out by the instructions of all runs."""
 
@@ -351,8 +358,8 @@ class _Laid(NamedTuple):
         found[places] = differences([self.rows[self.asked[place]] for place in places])
         return found
 
-    def frame(self, scorer: str, scores: np.ndarray, reason: str, note: str) -> pd.DataFrame:
-        """Return the rows of one scorer; its note stands in the first row."""
+    def frame(self, scorer: str, scores: np.ndarray, reason: str, notes: Sequence[str]) -> pd.DataFrame:
+        """Return the rows of one scorer, with notes about it."""
         reasons = [reason if key in self.rows else _NO_ROW for key in self.asked]
         names = [prompt_id([{"role": "user", "content": text}]) for text, _ in self.asked]
         columns = {
@@ -374,6 +381,6 @@ class _Laid(NamedTuple):
             "stage": "confirm",
             "flag": "",
             "source": self.source,
-            "note": [note, *[""] * (len(self.asked) - 1)],
+            "note": note_column(notes, len(self.asked)),
         }
         return pd.DataFrame(columns)

@@ -10,14 +10,15 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import pandas as pd
 
-from harness.score.annotations import GIVEN_CONFIG, MAX_MISSING, RunKey, run_name
+from harness.score.annotations import GIVEN_CONFIG, MAX_MISSING, RunKey, note_column, run_name
 from harness.study.errors import UsageError
+from harness.study.files import Json
 from harness.study.text import one_line
 
 SCORER = "arena_hard"
@@ -35,6 +36,7 @@ LABELS: Mapping[str, tuple[float, int]] = {
     "B<A": (1.0, 1),
     "B<<A": (1.0, STRONG),
 }
+Row: TypeAlias = Mapping[str, Json]
 _NULL = "a game has no verdict"
 _NO_ROW = "the file has no judgment of this prompt"
 
@@ -132,7 +134,7 @@ def read_judgments(path: Path, category: str | None = None) -> Judgments:
     return Judgments(found, str(row.get("baseline") or ""), str(row.get("judge") or ""))
 
 
-def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def _rows(path: Path) -> Iterator[tuple[int, Row]]:
     """Yield the judgments of a file with their line numbers."""
     needed = "an object with uid (or question_id) and games"
     try:
@@ -154,9 +156,7 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         yield number, row
 
 
-def _of_category(
-    path: Path, rows: list[tuple[int, dict[str, Any]]], category: str | None
-) -> list[tuple[int, dict[str, Any]]]:
+def _of_category(path: Path, rows: list[tuple[int, Row]], category: str | None) -> list[tuple[int, Row]]:
     """Keep one category: each has a baseline of its own."""
     counts = Counter(str(row.get("category") or "") for _, row in rows)
     if not rows:
@@ -172,7 +172,7 @@ def _of_category(
     return rows if category is None else [(n, row) for n, row in rows if str(row.get("category") or "") == category]
 
 
-def _judgment(where: str, games: Any) -> Judgment:
+def _judgment(where: str, games: Json) -> Judgment:
     if not isinstance(games, list) or len(games) != 2:
         count = f"{len(games)} of them" if isinstance(games, list) else one_line(repr(games), 60)
         raise UsageError(f"{where}: games: {count}; needed: two, the second one with the positions swapped")
@@ -183,7 +183,7 @@ def _judgment(where: str, games: Any) -> Judgment:
     return Judgment((1 - first) * first_weight + second * second_weight, first_weight + second_weight)
 
 
-def _label(where: str, game: Any) -> str | None:
+def _label(where: str, game: Json) -> str | None:
     """Return a game's label; None where the judge gave none."""
     if game is not None and (not isinstance(game, dict) or "score" not in game):
         raise UsageError(f"{where}: {one_line(repr(game), 60)}; needed: an object with score, or null")
@@ -198,7 +198,6 @@ def _label(where: str, game: Any) -> str | None:
 def judgment_scores(runs: Mapping[RunKey, Judgments], sources: Mapping[RunKey, Path]) -> pd.DataFrame:
     """Return scores in long form: one row per run and prompt, the prompt its own cluster; NaN where a game is null."""
     asked = list(dict.fromkeys(name for run in runs.values() for name in run.by_prompt))
-    notes = {run_name(key): text for key, text in _notes(runs, asked)}
     frames = []
     for key, run in runs.items():
         found = [run.by_prompt.get(name) for name in asked]
@@ -217,20 +216,17 @@ def judgment_scores(runs: Mapping[RunKey, Judgments], sources: Mapping[RunKey, P
             "stage": "confirm",
             "flag": "",
             "source": str(sources[key]),
-            "note": [notes.get(run_name(key), ""), *[""] * (len(asked) - 1)],
+            "note": note_column(_notes(run, len(asked)), len(asked)),
         }
         frames.append(pd.DataFrame(columns))
     return pd.concat(frames, ignore_index=True)
 
 
-def _notes(runs: Mapping[RunKey, Judgments], asked: Sequence[str]) -> Iterator[tuple[RunKey, str]]:
-    """Yield, for the runs with unscored prompts, how many there are and why."""
-    for key, run in runs.items():
-        nulls = sum(not one.weight for one in run.by_prompt.values())
-        counts = ((nulls, _NULL), (len(asked) - len(run.by_prompt), _NO_ROW))
-        said = [f"{count} of {len(asked)} prompts are unscored: {reason}" for count, reason in counts if count]
-        if said:
-            yield key, "; ".join(said)
+def _notes(run: Judgments, total: int) -> list[str]:
+    """Return how many of all prompts are unscored, by reason."""
+    nulls = sum(not one.weight for one in run.by_prompt.values())
+    counts = ((nulls, _NULL), (total - len(run.by_prompt), _NO_ROW))
+    return [f"{count} of {total} prompts are unscored: {reason}" for count, reason in counts if count]
 
 
 def judgment_notes(runs: Mapping[RunKey, Judgments]) -> Iterator[str]:
