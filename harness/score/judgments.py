@@ -59,11 +59,12 @@ class Judgment(NamedTuple):
 
 
 class Judgments(NamedTuple):
-    """One run's judgments by prompt, and what they were made with; `baseline` and `judge` are empty where not named."""
+    """One run's judgments by prompt, and what they were made with; these names are empty where a file has none."""
 
     by_prompt: Mapping[str, Judgment]
     baseline: str
     judge: str
+    category: str
 
     @property
     def own_score(self) -> float:
@@ -94,7 +95,11 @@ def read_all_judgments(runs: Mapping[RunKey, Path], category: str | None = None)
 
 
 def _other_measurement(one: Judgments, other: Judgments) -> str | None:
-    for what, ours, theirs in (("baselines", one.baseline, other.baseline), ("judges", one.judge, other.judge)):
+    for what, ours, theirs in (
+        ("categories", one.category, other.category),
+        ("baselines", one.baseline, other.baseline),
+        ("judges", one.judge, other.judge),
+    ):
         if ours != theirs:
             named = " and ".join(one_line(name, 60) or "not named" for name in (ours, theirs))
             return f"their {what} differ: {named}"
@@ -131,7 +136,8 @@ def read_judgments(path: Path, category: str | None = None) -> Judgments:
             f"{path}: no prompt has a verdict in both games ({len(found)} prompts); judge the answers again"
         )
     row = rows[0][1]
-    return Judgments(found, str(row.get("baseline") or ""), str(row.get("judge") or ""))
+    baseline, judge, kind = (str(row.get(name) or "") for name in ("baseline", "judge", "category"))
+    return Judgments(found, baseline, judge, kind)
 
 
 def _rows(path: Path) -> Iterator[tuple[int, Row]]:

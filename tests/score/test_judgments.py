@@ -112,6 +112,7 @@ GAME = {"score": "A>B"}
         (lambda rows: [row_2(n, None, "A>B") for n in range(30)], "no prompt has a verdict in both games (30 prompts)"),
         (lambda rows: [row | {"judge": "other"} for row in rows], "their judges differ: gpt-4.1 and other"),
         (lambda rows: [row | {"baseline": "other"} for row in rows], "their baselines differ: o3-mini and other"),
+        (lambda rows: [row | {"category": "other"} for row in rows], "their categories differ: hard_prompt and other"),
         (lambda rows: rows[:20], "their prompts differ (10 of 30 are in one file alone; allowed: 10%)"),
     ],
 )
