@@ -40,7 +40,8 @@ _TRIAL_FILES = {
 _TRIAL_FOLDERS = {*WEIGHTS, "checkpoints", ".twins"}
 _STUDY_FILES = {
     "study.yaml", "prompts.jsonl", "scores.csv", "verdict.json", "report.html", "report.md", "ledger.jsonl",
-    "selection.json", "micro_batch.json", "scoring.json", "judge.json", "length_controlled.json", ".lock",
+    "selection.json", "micro_batch.json", "scoring.json", "judge.json", "length_controlled.json",
+    "own_scorers.json", ".lock",
 }  # fmt: skip
 _STUDY_FOLDERS = {"base", "trials", "costs", "figures", "wandb", "exports", ".twins", ".submitit", JOBS}
 _ALL_RIGHT = (

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from harness.decide.beside import choice_caveats, length_caveats_of
+from harness.decide.notes import add_notes, source_lines, without_bad_scorers
 from harness.decide.recommend import last_lines
 from harness.decide.rule import expectation_problem, verdict
 from harness.decide.scores_file import read_scores
@@ -58,7 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(json.dumps(result, indent=2))
     sys.stdout.flush()
     # For people: on stderr, apart from the JSON.
-    print("\n".join([*table_lines(result), *ranking_lines(result), *warning_lines(result)]), file=sys.stderr)
+    lines = [*table_lines(result), *ranking_lines(result), *source_lines(result), *warning_lines(result)]
+    print("\n".join(lines), file=sys.stderr)
     if problem:
         print(f"harness.decide: {problem}", file=sys.stderr)
     print("\n".join(last_lines(result)), file=sys.stderr)
@@ -86,6 +88,10 @@ def _decide_file(options: argparse.Namespace) -> Verdict:
         raise UsageError(f"--arms {options.arms}: give two different arms, such as {','.join(CONTRAST)}")
     if not 0 < margin < 1 or not 0 < alpha < 0.5:
         raise UsageError(f"--margin {margin} --alpha {alpha}: allowed: 0 < margin < 1 and 0 < alpha < 0.5")
+    left_out: list[str] = []
+    if options.metric is not None:
+        needed = [options.metric, *(guard["metric"] for guard in options.guard)]
+        scores, left_out = without_bad_scorers(scores, needed)
     result = verdict(
         scores,
         metric=options.metric,
@@ -95,7 +101,9 @@ def _decide_file(options: argparse.Namespace) -> Verdict:
         cluster=options.cluster,
         guards=options.guard,
     )
+    add_notes(scores, result)
     result["caveats"] += [*choice_caveats(scores, result["metric"]), *length_caveats_of(scores, result)]
+    result["warnings"] += left_out
     return result
 
 

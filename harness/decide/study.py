@@ -17,6 +17,7 @@ from harness.config.schema import GUARD, RunConfig
 from harness.decide.beside import length_caveats_of
 from harness.decide.copies import ANSWERS
 from harness.decide.looks import DecidingRuns, deciding_runs, log_look
+from harness.decide.notes import add_notes, without_bad_scorers
 from harness.decide.policies import policies
 from harness.decide.recommend import recommend
 from harness.decide.rule import verdict
@@ -67,7 +68,8 @@ def decision(study: Path, files: FileCache | None = None) -> Decision:
     if len(arms) < 2:
         raise UsageError(f"{study}: only the arm {', '.join(registered['arms'])}; a decision needs two")
     metric, seeds = registered["metric"], registered.get("seeds", {})
-    scores = read_scores(study / "scores.csv")
+    needed = [metric, *(guard["metric"] for guard in registered.get("guards") or ())]
+    scores, left_out = without_bad_scorers(read_scores(study / "scores.csv"), needed)
     _refuse_foreign(study, scores, arms, seeds)
     try:
         runs = deciding_runs(scores, metric=metric, arms=arms, seeds=seeds, looks=registered.get("looks") or [])
@@ -99,9 +101,11 @@ def decision(study: Path, files: FileCache | None = None) -> Decision:
     base = scores[(scores["arm"] == BASE) & (scores["split"] == "golden") & (scores["scorer"] == metric)]
     if len(base):
         result["base_mean"] = float(base["score"].mean())
+    add_notes(runs.scores, result)
     result["caveats"] += length_caveats_of(runs.scores, result)
     _add_policies(study, result)
     result["recommendation"] = recommend(result)
+    result["warnings"] += left_out
     result["warnings"] += [
         *_plan_warnings(registered, result, runs),
         *registered.get("warnings", []),

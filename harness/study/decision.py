@@ -143,6 +143,7 @@ class Verdict(TypedDict):
         same_as_base: by arm, the share of its golden answers that are the SFT base's own, word for word.
         selection: by arm whose config was selected on dev.
         look: where looks were registered.
+        sources: the files of the deciding runs, by arm and seed, where the scores name them.
     """
 
     verdict: str
@@ -181,6 +182,7 @@ class Verdict(TypedDict):
     same_as_base: NotRequired[dict[str, float]]
     selection: NotRequired[dict[str, SelectionDoubt]]
     look: NotRequired[RegisteredLook]
+    sources: NotRequired[dict[str, dict[str, str]]]
 
 
 def read_selection(study: Path) -> Selection:

@@ -188,5 +188,5 @@ def merged(old: Sequence[Item], new: Sequence[Item]) -> list[Item]:
 
 def facts_warnings(study: Path) -> list[str]:
     """Return the warnings that study-level scorers left for readers of the verdict."""
-    files = [study / name for name in ("judge.json", "length_controlled.json")]
+    files = [study / name for name in ("judge.json", "length_controlled.json", "own_scorers.json")]
     return [str(text) for path in files if path.is_file() for text in read_json(path).get("warnings", [])]

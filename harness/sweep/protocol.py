@@ -12,7 +12,7 @@ from pathlib import Path
 from harness.config.schema import RunConfig
 from harness.decide.recommend import in_one_line
 from harness.decide.study import decide_study
-from harness.score.scorers import study_scorers
+from harness.score.scorers import known_scorers
 from harness.score.study_scores import blocking, score_study, scoring_of
 from harness.score.trial_scores import collect_scores
 from harness.study.decision import Verdict
@@ -186,7 +186,7 @@ class _Runs:
         """Let the scorers of the whole study score what is new; dev only by those that select on it."""
         registered = read_study(self._study / "study.yaml")
         names = [str(registered["metric"])] if splits == ["dev"] else []
-        wanted = not names or names[0] in study_scorers(self._design.any.score)
+        wanted = not names or names[0] in known_scorers(self._design.any.score)
         scoring = scoring_of(self._design.any, splits, names) if wanted else None
         if scoring is not None:
             self._bases.release()  # scorers load models of their own, some in other processes
