@@ -53,7 +53,7 @@ def row(name: str, overrides: Sequence[str], folder: Path) -> str:
     assert result.report is not None
     peaks = [read_manifest(path)["peak_memory_bytes"]["train"] for path in result.report.parent.glob("trials/*")]
     disk = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    seconds = tune * expected.tune_seconds + confirm * expected.confirm_seconds
+    seconds = tune * expected.tune_seconds + confirm * expected.confirm_seconds + expected.reference_seconds
     pairs = [(seconds, took, 1), (expected.memory_bytes, max(peaks), 1e6), (expected.disk_bytes, disk, 1e6)]
     cells = [f"{guess / unit:.0f} / {real / unit:.0f} ({guess / real:.1f})" for guess, real, unit in pairs]
     return f"| {name} | {tune + confirm} | " + " | ".join(cells) + " |"

@@ -38,7 +38,7 @@ from transformers import (
 
 from harness.config.schema import RunConfig
 from harness.data.inputs import Inputs
-from harness.data.plan import ConsumedTokens, make_plan
+from harness.data.plan import BatchPlan, ConsumedTokens, make_plan
 from harness.data.records import EvalPrompt
 from harness.data.tokens import TokenisedPairs, TokenPair
 from harness.generate import answers as generate_module
@@ -50,9 +50,8 @@ from harness.sweep.stages import run_trial
 from harness.sweep.trial import Context
 from harness.train import run as train_module
 from harness.train.adapter import adapter_config
-from harness.train.base import reset_model, weight_checksums
-from harness.train.logps import REFERENCE_TOLERANCE as FP32_TOLERANCE
-from harness.train.logps import StaleReferenceError, forget_probe, pair_logps, reference_logps
+from harness.train.base import reset_model, uses_bf16, weight_checksums
+from harness.train.logps import StaleReferenceError, as_trained, forget_probe, pair_logps, reference_logps
 from harness.train.memory import matmul_rate
 from harness.train.packed import Packed, groups_of, pack
 
@@ -60,7 +59,6 @@ __all__ = [
     "DEVICE",
     "GPU",
     "INPUTS",
-    "REFERENCE_TOLERANCE",
     "SHAPES",
     "Packed",
     "Ran",
@@ -84,7 +82,8 @@ __all__ = [
     "pairs_like_ultrafeedback",
     "peak_gb",
     "pretended_out_of_memory",
-    "reference_is_refused",
+    "reference_noise",
+    "reference_of",
     "run_config",
     "shape_of",
     "small_study",
@@ -97,7 +96,6 @@ __all__ = [
 INPUTS = Inputs()  # of this script: the tokenizer is that of the embedded study
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
-REFERENCE_TOLERANCE = 100 * FP32_TOLERANCE  # nats per answer, in bf16
 
 _SHAPES = {  # hidden size, MLP's size, layers, heads, heads of keys and values, vocabulary, spread of the weights
     "8b": (4096, 14336, 32, 32, 8, 128256, 0.02),  # Llama-3-8B
@@ -203,8 +201,27 @@ def run_config(arm: str, *overrides: str) -> RunConfig:
 
 
 def log_probs(model: LlamaForCausalLM, rows: Sequence[TokenPair]) -> torch.Tensor:
-    """Return the log-probs of both answers of each pair, as DPO's reference is computed: (pairs, 2), in nats."""
+    """Return the log-probs of both answers of each pair, in batches made for speed: (pairs, 2), in nats."""
     return pair_logps(model, rows, pad_id=0, desc="")
+
+
+def plan_for(config: RunConfig, rows: Sequence[TokenPair]) -> BatchPlan:
+    """Return the plan of one epoch over all rows."""
+    batch, micro = config.train.batch_size, config.train.micro_batch_size
+    assert batch is not None, "each run of this check sets it, and the micro-batch"
+    assert micro is not None
+    lengths = [row.length for row in rows]
+    return make_plan(len(rows), epochs=1, batch_size=batch, micro_batch_size=micro, seed=0, lengths=lengths)
+
+
+def reference_of(config: RunConfig, rows: Sequence[TokenPair], model: LlamaForCausalLM) -> torch.Tensor:
+    """Return DPO's reference as the harness computes it: in bf16 in the plan's micro-batches, as the policy is."""
+    if not uses_bf16(config):
+        return log_probs(model, rows)
+    plan = plan_for(config, rows)
+    order, size = plan.order, plan.micro_batch_size
+    batches = [order[start : start + size] for start in range(0, len(order), size)]
+    return pair_logps(model, rows, pad_id=0, desc="", batches=batches, bf16=True)
 
 
 @dataclass(frozen=True)
@@ -349,11 +366,7 @@ def _train(
     clock: StepClock,
     folder: Path,
 ) -> Ran:
-    batch, micro = config.train.batch_size, config.train.micro_batch_size
-    assert batch is not None, "each run of this check sets it, and the micro-batch"
-    assert micro is not None
-    lengths = [row.length for row in rows]
-    plan = make_plan(len(rows), epochs=1, batch_size=batch, micro_batch_size=micro, seed=0, lengths=lengths)
+    plan = plan_for(config, rows)
     began = time.perf_counter()
     # TRL's hash of all weights takes tens of seconds of a large model; it is measured by itself.
     with patch.object(trl_dpo, "hash_module", lambda model: "not hashed"):
@@ -366,7 +379,7 @@ def _train(
     trainer.add_callback(clock)
     trainer.train()
     steps = [entry for entry in trainer.state.log_history if "loss" in entry]
-    used = tuple(rows[i] for i in plan.order[clock.warmup * batch :])
+    used = tuple(rows[i] for i in plan.order[clock.warmup * plan.batch_size :])
     facts = {
         "packed": bool(getattr(trainer, "packs", False)),
         "why_padded": trainer.layout.why,
@@ -426,18 +439,22 @@ def _text(seed: int, words: int) -> str:
     return " ".join(known[(seed * 7 + i * i) % len(known)] for i in range(words))
 
 
-def reference_is_refused(model: LlamaForCausalLM, rows: tuple[TokenPair, ...]) -> str:
-    """Ask for cached reference log-probs as later trials do; return the error's text where they are refused."""
-    cache = Path(tempfile.mkdtemp())
+def reference_noise(config: RunConfig, rows: tuple[TokenPair, ...], model: LlamaForCausalLM) -> dict[str, float | str]:
+    """Measure how log-probs in bf16 move with their batch, as a trial does, and ask for cached ones as later trials do.
+
+    `refused` has the error's text where the cached ones are refused.
+    """
+    cache, plan = Path(tempfile.mkdtemp()), plan_for(config, rows)
+    trained = as_trained(model, rows, plan, pad_id=0, bf16=True)
+    found: dict[str, float | str] = {"mean_gap_nats": trained.noise.mean, "largest_gap_nats": trained.noise.largest}
     try:
-        for count in (len(rows), len(rows), len(rows) - 1, len(rows) - 2):  # each time other rows are checked
-            asked = TokenisedPairs(rows[:count], {})
-            reference_logps(asked, model, base_sha256="x", pad_id=0, cache=cache)
+        for _ in range(2):
+            reference_logps(TokenisedPairs(rows, {}), model, base_sha256="x", pad_id=0, cache=cache, trained=trained)
+        return found | {"refused": "no"}
     except StaleReferenceError as error:
-        return str(error).replace(str(cache), "the cache")
+        return found | {"refused": str(error).replace(str(cache), "the cache")}
     finally:
         shutil.rmtree(cache, ignore_errors=True)
-    return ""
 
 
 def small_study(work: Path, shape: str, *, words: int) -> list[str]:

@@ -24,7 +24,6 @@ import torch
 from gpu_harness import (
     DEVICE,
     GPU,
-    REFERENCE_TOLERANCE,
     Packed,
     Ran,
     TokenPair,
@@ -42,7 +41,8 @@ from gpu_harness import (
     pairs_like_ultrafeedback,
     peak_gb,
     pretended_out_of_memory,
-    reference_is_refused,
+    reference_noise,
+    reference_of,
     run_config,
     shape_of,
     small_study,
@@ -54,6 +54,7 @@ from gpu_harness import (
 from gpu_stock import has_liger, train_stock
 from transformers import AttentionInterface, LlamaForCausalLM
 
+from harness.config.schema import RunConfig
 from harness.train.attention import ATTENTION, Segments, attend_by, by_group, by_segment, call_of, packed_attention
 
 Row = dict[str, Any]  # what JSON has: a number, a text, a yes or no, or a number for each step
@@ -61,6 +62,7 @@ Attention = Callable[..., tuple[torch.Tensor, None]]
 
 ATTENTION_GAP = {"cuda": 2e-2, "cpu": 1e-5}  # in bf16 and in fp32, relative to the largest value
 STEP_GAP = {"fp32": 1e-4, "bf16": 5e-2}  # relative, of a step's loss and gradient norm; the tests use 1e-4 for fp32
+FIRST_LOSS_GAP = 1e-3  # of DPO's first loss to log 2
 SLOW_MS = 1000  # one attention call; beyond it the harness's own attention gets fewer pairs
 STEPS = ("loss", "grad_norm")  # a value for each step
 PACKAGES = ("torch", "triton", "transformers", "trl", "peft", "accelerate", "datasets", "numpy")
@@ -333,8 +335,8 @@ def _backends(found: Found, packed: Packed, heads: Heads) -> None:
 def equality(settings: Settings, found: Found) -> None:
     """Losses and gradient norms of the paired engine against TRL's own trainer: one model, the same pairs in one order.
 
-    Gaps are the largest of all steps, relative. The paired engine computes DPO's reference before, as the harness does,
-    and TRL's trainer with each step: how far DPO's first loss is from 0.693 shows how well it fits the policy.
+    Gaps are the largest of all steps, relative. The paired engine computes DPO's reference before, as the harness does
+    (in bf16 in the plan's micro-batches), and TRL's trainer with each step. DPO's first loss has to be log 2 (0.6931).
     """
     for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         model = make_llama("tiny" if settings.tiny else "small", dtype)
@@ -356,9 +358,13 @@ def equality(settings: Settings, found: Found) -> None:
                     found.row("the paired engine", name, {"skipped": "nothing to compare with"})
                 else:
                     with found.attempt("the paired engine", name) as row, attention_as(kind):
-                        reference = log_probs(model, rows) if arm == "dpo" else None
-                        ours = train(run_config(arm, *keys), rows, model, reference=reference)
+                        config = run_config(arm, *keys)
+                        reference = reference_of(config, rows, model) if arm == "dpo" else None
+                        ours = train(config, rows, model, reference=reference)
                         row.update(_compared(ours, stock))
+                        if arm == "dpo":
+                            at_log_2 = abs(ours.loss[0] - math.log(2)) <= FIRST_LOSS_GAP
+                            found.checks[f"{name}: starts at log 2, within {FIRST_LOSS_GAP:g}"] = at_log_2
                         is_equal = max(row["loss_gap"], row["grad_norm_gap"]) <= STEP_GAP[precision]
                         found.checks[f"{name}: packed, within {STEP_GAP[precision]:g} of TRL's trainer"] = bool(
                             row["packed"] and is_equal
@@ -460,9 +466,10 @@ def speed(settings: Settings, found: Found) -> None:
         "tokens_of_an_answer": statistics.fmean(len(row.chosen_ids) + len(row.rejected_ids) for row in rows) / 2,
         "few_pairs_as_it_is": _is_slow(settings),
     }
-    reference = _reference_passes(settings, found, model, rows)
-    with found.attempt("reference in bf16", "answers computed alone, against many at once") as row:
-        row.update(_noise(model, rows[: 4 if settings.tiny else 8], reference))
+    config = run_config("dpo", *_keys_of_steps(batch))
+    reference = _reference_passes(settings, found, model, rows, config)
+    with found.attempt("reference in bf16", "answers in batches of another size") as row:
+        row.update(reference_noise(config, rows, model))
     pass_ms = found.tables["reference pass"].get(f"attention {VARLEN}", {}).get("ms_a_pair")
     runs = Runs(settings, found, rows, batch=batch, warmup=warmup)
     for run in RUNS:
@@ -494,9 +501,13 @@ def _is_slow(settings: Settings) -> bool:
 
 
 def _reference_passes(
-    settings: Settings, found: Found, model: LlamaForCausalLM, rows: tuple[TokenPair, ...]
+    settings: Settings, found: Found, model: LlamaForCausalLM, rows: tuple[TokenPair, ...], config: RunConfig
 ) -> torch.Tensor:
-    """Measure the reference pass by both attentions; return the log-probs of all rows, from the first that has them."""
+    """Measure the reference pass by both attentions, in the training's micro-batches.
+
+    Returns:
+        The log-probs of all rows, from the first attention that has them.
+    """
     reference: torch.Tensor | None = None
     for kind in (VARLEN, AS_IT_IS):
         asked = rows[:8] if kind == AS_IT_IS and _is_slow(settings) else rows
@@ -506,30 +517,20 @@ def _reference_passes(
             free_memory()
             sync()
             began = time.perf_counter()
-            logps = log_probs(model, asked)
+            logps = reference_of(config, asked, model)
             took = time.perf_counter() - began  # the log-probs are on the CPU: nothing is left to wait for
             row.update({"ms_a_pair": took / len(asked) * 1e3, "pairs_per_s": len(asked) / took})
             row.update({"tokens_per_s": num_tokens(asked) / took, **peak_gb()})
-            if reference is not None:
-                row["largest_gap_nats"] = float((logps - reference[: len(logps)]).abs().max())
+            if reference is not None and len(logps) == len(reference):
+                row["largest_gap_nats"] = float((logps - reference).abs().max())
             elif len(logps) == len(rows):
                 reference = logps
-    return log_probs(model, rows) if reference is None else reference
+    return reference_of(config, rows, model) if reference is None else reference
 
 
-def _noise(model: LlamaForCausalLM, rows: tuple[TokenPair, ...], reference: torch.Tensor) -> Row:
-    """What bf16 makes of an answer's log-prob in another batch, against what the check of cached ones allows."""
-    together = log_probs(model, rows)
-    gaps = (torch.cat([log_probs(model, [row]) for row in rows]) - together).abs()
-    return {
-        "answers": gaps.numel(),
-        "log_prob_of_an_answer": float(together.mean()),
-        "mean_gap_nats": float(gaps.mean()),
-        "largest_gap_nats": float(gaps.max()),
-        "gap_to_the_first_pass_nats": float((together - reference[: len(rows)]).abs().max()),
-        "share_beyond_the_check": float((gaps > REFERENCE_TOLERANCE).double().mean()),
-        "refused": reference_is_refused(model, rows) or "no",
-    }
+def _keys_of_steps(batch: int) -> list[str]:
+    """Return the settings of the large model's steps: bf16, and two micro-batches each."""
+    return ["train.precision=bf16", f"train.batch_size={batch}", f"train.micro_batch_size={batch // 2}"]
 
 
 class Runs:
@@ -570,8 +571,7 @@ class Runs:
     def _ours(
         self, run: Speed, model: LlamaForCausalLM, reference: torch.Tensor, pass_ms: float | None, row: Row
     ) -> None:
-        batch = self.batch
-        keys = ["train.precision=bf16", f"train.batch_size={batch}", f"train.micro_batch_size={batch // 2}"]
+        batch, keys = self.batch, _keys_of_steps(self.batch)
         profiled = self.warmup + 1 if run.name == PROFILED else 0
         rows = self.rows[: (self.warmup + 1) * batch] if profiled else self.rows
         given = reference[: len(rows)] if run.has_reference else None

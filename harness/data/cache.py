@@ -89,7 +89,8 @@ class DataCache:
         if len(splits.train) >= KEPT_FROM and set(hashes.values()) == _hashes_in(splits):
             facts = {"num_train": len(splits.train), "facts": splits.facts, **_rows_of(splits)}
             if _survives_json(facts, splits):
-                self._write(folder, {}, _SPLITS, facts)
+                whole = folder / _SPLITS
+                self._write(folder, {}, _SPLITS, facts, is_whole=lambda: read_sealed(whole) is not None)
         return splits
 
     def tokens(self, about: Sequence[Json]) -> tuple[dict[str, TokenisedPairs], Kept] | None:
@@ -98,20 +99,7 @@ class DataCache:
         Args:
             about: JSON values that identify them.
         """
-        folder = self._entry(_TOKENS, about)
-        kept = read_sealed(folder / _TOKENS)
-        if kept is None:
-            return None
-        found = {}
-        for split, facts in kept["splits"].items():
-            try:
-                rows = TokenRows(np.load(folder / f"{split}.npy", mmap_mode="r"), map(tuple, facts["names"]))
-            except (OSError, ValueError, EOFError):
-                return None
-            if rows.sha256 != facts["sha256"]:
-                return None
-            found[split] = TokenisedPairs(rows, facts["dropped"])
-        return found, kept["facts"]
+        return _read_tokens(self._entry(_TOKENS, about))
 
     def keep_tokens(self, about: Sequence[Json], splits: Mapping[str, TokenisedPairs], facts: Kept) -> None:
         """Keep the token ids of each split, with facts that are JSON values."""
@@ -121,13 +109,22 @@ class DataCache:
             for split, rows in buffers.items()
         }
         arrays = {f"{split}.npy": rows.buffer for split, rows in buffers.items()}
-        self._write(self._entry(_TOKENS, about), arrays, _TOKENS, {"splits": kept, "facts": facts})
+        folder, content = self._entry(_TOKENS, about), {"splits": kept, "facts": facts}
+        self._write(folder, arrays, _TOKENS, content, is_whole=lambda: _read_tokens(folder) is not None)
 
     def _entry(self, kind: str, about: Sequence[Json]) -> Path:
         return self._folder / digest([kind, _version(), *about])[:32]
 
-    def _write(self, folder: Path, arrays: Mapping[str, np.ndarray], name: str, facts: Kept) -> None:
-        """Write an entry beside its place, and move it there; of two processes the first one's stays."""
+    def _write(
+        self,
+        folder: Path,
+        arrays: Mapping[str, np.ndarray],
+        name: str,
+        facts: Kept,
+        *,
+        is_whole: Callable[[], bool],
+    ) -> None:
+        """Write an entry beside its place, and move it there; the first of two processes' stays: it may be mapped."""
         temporary = None
         with contextlib.suppress(OSError):  # no room, or no right to write: the next process makes it anew
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -135,11 +132,28 @@ class DataCache:
             for file, array in arrays.items():
                 np.save(temporary / file, array)
             write_json(temporary / name, seal(facts))
-            if folder.is_dir():  # damaged, or another process was first
+            if folder.is_dir() and not is_whole():
                 shutil.rmtree(folder, ignore_errors=True)
             temporary.rename(folder)
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _read_tokens(folder: Path) -> tuple[dict[str, TokenisedPairs], Kept] | None:
+    """Return the contents of an entry of token ids; None where it is missing or damaged."""
+    kept = read_sealed(folder / _TOKENS)
+    if kept is None:
+        return None
+    found = {}
+    for split, facts in kept["splits"].items():
+        try:
+            rows = TokenRows(np.load(folder / f"{split}.npy", mmap_mode="r"), map(tuple, facts["names"]))
+        except (OSError, ValueError, EOFError):
+            return None
+        if rows.sha256 != facts["sha256"]:
+            return None
+        found[split] = TokenisedPairs(rows, facts["dropped"])
+    return found, kept["facts"]
 
 
 def _version() -> str:

@@ -11,9 +11,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+from harness.config.arms import ARMS
 from harness.config.footprint import Footprint, footprint, memory_problem, shape_of_folder
 from harness.config.machine import Machine
-from harness.config.schema import Engine, Precision, RunConfig, Tuning
+from harness.config.schema import Engine, Precision, Reference, RunConfig, Tuning
 from harness.config.trial_id import config_label
 from harness.data.inputs import Tokens, num_steps
 from harness.score.judge import PlannedAnswer
@@ -24,7 +25,7 @@ from harness.study.manifest import read_manifest
 from harness.study.text import one_line
 from harness.sweep.chances import findable, guard_lines
 from harness.sweep.design import Design, ordered
-from harness.sweep.products import needed, shape_of_config, training_flops
+from harness.sweep.products import forward_flops, needed, shape_of_config, training_flops
 from harness.sweep.trial import Trial
 from harness.train.layout import Way
 from harness.train.memory import USABLE_SHARE, largest_load, load_of, matmul_rate, plan_of
@@ -236,6 +237,7 @@ class Estimate:
         memory: of each of a trial's processes while it trains.
         processes: that train a trial.
         disk_bytes: of the study, at its largest.
+        reference_seconds: of all passes of DPO's reference.
     """
 
     tune_seconds: float
@@ -246,6 +248,7 @@ class Estimate:
     memory: Footprint
     processes: int
     disk_bytes: int
+    reference_seconds: float = 0.0
 
     @property
     def memory_bytes(self) -> int:
@@ -274,8 +277,10 @@ def estimate(
     size = checkpoint_size(folder)
     dev, golden = len(splits.dev_prompts), len(splits.golden_prompts)
     answered = golden + (0 if design.tuned else dev)  # what a deciding trial answers
-    tune_seconds = confirm_seconds = 0.0
+    tune_seconds = confirm_seconds = passes = 0.0
     if rates is not None:
+        is_rounded = rates.is_gpu or _may_use_bf16(config, machine)
+        passes = reference_passes(design, each_seed=is_rounded) * pass_seconds(config, tokens, size, rates)
         training = train_seconds(config, tokens, size, machine, rates)
         tune_seconds = training + answer_seconds(config, dev, size, rates)
         confirm_seconds = training + answer_seconds(config, answered, size, rates)
@@ -295,7 +300,32 @@ def estimate(
         memory=training_footprint(config, tokens, folder, machine),
         processes=config.accelerate.num_processes,
         disk_bytes=(tune + confirm + 1) * trial + kept * weights + at_once * checkpoint + 2 * (dev + golden) * text,
+        reference_seconds=passes,
     )
+
+
+def reference_passes(design: Design, *, each_seed: bool) -> int:
+    """Count the passes of DPO's reference that are to be made: one for all trials, or one for each of their seeds.
+
+    Args:
+        design: the study's plan.
+        each_seed: as in bf16 and TF32, where log-probs depend on the micro-batches, which each seed draws anew.
+    """
+    train = design.any.train
+    if train.engine is Engine.stock or train.reference is not Reference.cached:
+        return 0  # TRL's own, within the training
+    trials = [trial for _, trial in _trials(design) if ARMS[trial.arm].uses_reference and not trial.is_complete()]
+    seeds = {trial.seed for trial in trials}
+    if any(ARMS[arm].uses_reference for arm in design.tuned):
+        seeds |= set(design.seeds)  # of the configs that dev selects
+    return len(seeds) if each_seed else min(1, len(seeds))
+
+
+def pass_seconds(config: RunConfig, tokens: Tokens, size: Checkpoint, rates: Rates) -> float:
+    """Estimate one pass of DPO's reference: the base's forward pass over the training pairs."""
+    flops = forward_flops(shape_of_config(_model_config(size)), needed(tokens.train.rows))
+    factors = GPU_LOOP_OVER_PRODUCTS if rates.is_gpu else LOOP_OVER_PRODUCTS
+    return flops / rates.products * factors[config.train.engine]
 
 
 def checkpoint_size(folder: Path) -> Checkpoint:
@@ -378,7 +408,8 @@ def refuse_too_little_memory(design: Design, machine: Machine) -> None:
     rows = design.inputs.tokens(config).train.rows
     shape = shape_of_folder(design.inputs.checkpoints.folder(config.model, config.results_dir))
     bf16, way = _may_use_bf16(config, machine), _planned_way(config)
-    for trained in (configs[0] for configs in design.arms.values() if configs):
+    arms = [configs[0] for configs in design.arms.values() if configs] or [config]  # none where a sampler suggests them
+    for trained in arms:
         load = max(load_of(trained, [row], way) for row in rows)
         room, is_gpu = _room(machine), bool(machine.gpus)
         if problem := memory_problem(trained, shape, load, bf16=bf16, room=room, is_gpu=is_gpu):
@@ -449,9 +480,10 @@ def time_text(seconds: float) -> str:
 
 def lines(found: Estimate, *, tune: int, confirm: int, keep: str) -> Sequence[str]:
     """Return what `plan=true` prints of an estimate."""
-    total = tune * found.tune_seconds + confirm * found.confirm_seconds
+    total = tune * found.tune_seconds + confirm * found.confirm_seconds + found.reference_seconds
     stages = [("to tune", tune, found.tune_seconds), ("to confirm", confirm, found.confirm_seconds)]
     each = ", ".join(f"{time_text(seconds)} a trial {name}" for name, count, seconds in stages if count)
+    each += f", {time_text(found.reference_seconds)} DPO's reference in all" if found.reference_seconds else ""
     return [
         f"time: about {time_text(total)} of trials, one after the other, on a machine like this one"
         + (f" ({each}, were all answers as long as they may be)" if each else ""),

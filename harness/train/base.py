@@ -11,7 +11,7 @@ import importlib
 import inspect
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from harness.config.machine import has_gpu
 from harness.config.schema import Kernels, ModelConfig, Precision, RunConfig, Tuning
@@ -45,12 +45,23 @@ def threads(config: RunConfig) -> Iterator[None]:
 
 
 def uses_bf16(config: RunConfig) -> bool:
-    """Return True where matrix products run in bf16: as requested, or on a GPU with bf16 (on a CPU it is slower)."""
+    """Return True where matrix products run in bf16: as requested, or on a GPU with bf16 (on a CPU it is slower).
+
+    Older GPUs emulate it, slower than fp32.
+    """
     import torch
 
     if config.train.precision is Precision.auto:
-        return has_gpu() and torch.cuda.is_bf16_supported()
+        return has_gpu() and torch.cuda.is_bf16_supported(including_emulation=False)
     return config.train.precision is Precision.bf16
+
+
+def uses_tf32(config: RunConfig) -> bool:
+    """Return True where a training's products of fp32 matrices are in TF32: on a GPU that does not train in bf16.
+
+    In bf16 they stay exact: what is left in fp32 there is small, such as positions in some models, which TF32 rounds.
+    """
+    return has_gpu() and not uses_bf16(config)
 
 
 def is_quantised(model: PreTrainedModel) -> bool:
@@ -100,7 +111,7 @@ def load_model(folder: Path, dtype: torch.dtype, *, quantise: bool = False, on_g
     from harness.train.pure import make_pure
 
     # By number: the trainer takes a model on "cuda" for one that is spread over GPUs.
-    place: dict[str, Any] = {"device_map": {"": torch.cuda.current_device()}} if on_gpu and has_gpu() else {}
+    place = {"": torch.cuda.current_device()} if on_gpu and has_gpu() else None
     if quantise:
         from transformers import BitsAndBytesConfig
 
@@ -111,13 +122,15 @@ def load_model(folder: Path, dtype: torch.dtype, *, quantise: bool = False, on_g
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
         )
-        quantised = load_checked(AutoModelForCausalLM, folder, dtype=dtype, quantization_config=four_bits, **place)
+        quantised = load_checked(
+            AutoModelForCausalLM, folder, dtype=dtype, quantization_config=four_bits, device_map=place
+        )
         for module in quantised.modules():
             # Some CPUs' kernel rounds to bf16 in passes without gradients: reference and policy would differ.
             if getattr(module, "support_avx512bf16_for_cpu", False):
                 module.support_avx512bf16_for_cpu = False
         return make_pure(quantised)
-    return make_pure(load_checked(AutoModelForCausalLM, folder, dtype=dtype, **place))
+    return make_pure(load_checked(AutoModelForCausalLM, folder, dtype=dtype, device_map=place))
 
 
 # Liger's names of what is fused: norms, and gated layers with SiLU or GELU. Its losses are never taken, and its rotary

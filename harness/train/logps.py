@@ -7,8 +7,8 @@ learning rate, seed nor LoRA initialisation, and no label: flipped or resampled 
 TRL's own cache misses on every point of a grid.
 
 In bf16 a log-prob depends on the pairs in the same batch, too, by up to a nat: another number of rows is another order
-of summation. There the reference is computed as the policy is, under autocast and in the plan's own micro-batches, so
-that DPO starts at log 2; the micro-batches are a part of the key.
+of summation. There, and in TF32, the reference is computed as the policy is, in the same precision and in the plan's
+own micro-batches, so that DPO starts at log 2; the micro-batches are a part of the key.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -75,6 +75,7 @@ def pair_logps(
     share_prefix: bool = True,
     layout: Layout | None = None,
     batches: Sequence[Sequence[int]] | None = None,
+    bf16: bool = False,
 ) -> Tensor:
     """Return the log-probs of both answers, summed over their tokens, the end of turn included, in nats.
 
@@ -87,7 +88,8 @@ def pair_logps(
         desc: text of the progress bar.
         share_prefix: False computes each prompt once per answer.
         layout: the study's; None tries the shortest pair packed.
-        batches: row numbers of each forward pass; given, they are computed as a policy in bf16 is, under autocast.
+        batches: row numbers of each forward pass; None makes batches for speed.
+        bf16: compute as a policy in bf16 is computed, under autocast.
 
     Returns:
         float64, shape (num_pairs, 2): chosen, rejected; in the order of `rows`. Rows in no batch are 0.
@@ -110,7 +112,7 @@ def pair_logps(
 
     sums = torch.zeros(len(rows), 2, dtype=torch.float64)
     attention = packing(model) if way == "packed" else contextlib.nullcontext()
-    precision = torch.autocast(model.device.type, torch.bfloat16, enabled=batches is not None)
+    precision = torch.autocast(model.device.type, torch.bfloat16, enabled=bf16)
     with attention, precision, tqdm(total=len(rows), desc=desc, delay=5, leave=False) as bar:
         for batch, found in _as_memory_allows(_packed_batches(rows) if batches is None else batches, compute):
             sums[batch] = found
@@ -399,10 +401,11 @@ class BatchNoise(NamedTuple):
 
 
 class AsTrained(NamedTuple):
-    """How a policy in bf16 computes log-probs, and its reference with it: in which batches, and how noisy these are."""
+    """How a policy in bf16 or TF32 computes log-probs, and its reference with it: in which batches, and how noisily."""
 
     batches: Sequence[Sequence[int]]
     noise: BatchNoise
+    bf16: bool = True
 
 
 def as_trained(
@@ -413,6 +416,7 @@ def as_trained(
     pad_id: int,
     share_prefix: bool = True,
     layout: Layout | None = None,
+    bf16: bool = True,
 ) -> AsTrained:
     """Return the plan's micro-batches, and their noise on this model: some of them against batches of another size.
 
@@ -420,7 +424,7 @@ def as_trained(
         base: the SFT base.
         rows: the training pairs.
         plan: their order.
-        pad_id, share_prefix, layout: as in `pair_logps`.
+        pad_id, share_prefix, layout, bf16: as in `pair_logps`.
     """
     batches = _first_epoch(plan, len(rows))
     some = [batches[i] for i in np.random.default_rng(len(batches)).permutation(len(batches))[:CHECKED_ROWS]]
@@ -428,13 +432,20 @@ def as_trained(
     size = 1 if max(map(len, some)) > 1 else 2
     others = [numbers[start : start + size] for start in range(0, len(numbers), size)]
     compute = functools.partial(
-        pair_logps, base, rows, pad_id=pad_id, desc="noise of the reference", share_prefix=share_prefix, layout=layout
+        pair_logps,
+        base,
+        rows,
+        pad_id=pad_id,
+        desc="noise of the reference",
+        share_prefix=share_prefix,
+        layout=layout,
+        bf16=bf16,
     )
     first, second = (compute(batches=each)[numbers] for each in (some, others))
     gaps = (first - second).abs()
     tokens = torch.tensor([[len(rows[i].chosen_ids), len(rows[i].rejected_ids)] for i in numbers])
     noise = BatchNoise(float(gaps.mean()), float(gaps.max()), float((gaps**2 / tokens).mean().sqrt()))
-    return AsTrained(batches, noise)
+    return AsTrained(batches, noise, bf16)
 
 
 def _first_epoch(plan: BatchPlan, num_rows: int) -> list[list[int]]:
@@ -470,7 +481,7 @@ def reference_logps(
         pad_id: padding.
         cache: folder of all caches.
         share_prefix, layout: as in `pair_logps`.
-        trained: how the policy computes its own, where that is in bf16; a cached value may be off by the noise.
+        trained: how the policy computes its own, where that is in bf16 or TF32; a cached value may be off by the noise.
 
     Returns:
         float64, shape (num_pairs, 2): chosen, rejected.
@@ -479,11 +490,10 @@ def reference_logps(
         StaleReferenceError: where a cached value differs from the base's.
     """
     way = layout.way if layout else "padded" if why_padded(base, pairs.rows, pad_id) else "packed"
-    batches = trained.batches if trained else None
     compute = functools.partial(
-        _computed, base, pairs.rows, pad_id=pad_id, share_prefix=share_prefix, layout=Layout(way), batches=batches
+        _computed, base, pairs.rows, pad_id=pad_id, share_prefix=share_prefix, layout=Layout(way), trained=trained
     )
-    folder = cache / _cache_key(base, base_sha256, way, pairs, batches)
+    folder = cache / _cache_key(base, base_sha256, way, pairs, trained)
     known = _read_cache(folder)
     rows = as_rows(pairs.rows)
     keys = [[_key_of(content) for content in rows.answer_bytes(number)] for number in range(len(rows))]
@@ -508,15 +518,19 @@ def _computed(
     rows: Sequence[TokenPair],
     wanted: np.ndarray,
     *,
-    batches: Sequence[Sequence[int]] | None,
-    **how: Any,
+    trained: AsTrained | None,
+    pad_id: int,
+    desc: str,
+    share_prefix: bool,
+    layout: Layout,
 ) -> np.ndarray:
-    """Return the log-probs of some rows, (num_wanted, 2); with given batches, each row in its own one."""
-    if batches is None:
-        return pair_logps(base, [rows[i] for i in wanted], **how).numpy()
+    """Return the log-probs of some rows, (num_wanted, 2); as they are trained, each row in its own batch."""
+    run = functools.partial(pair_logps, base, pad_id=pad_id, desc=desc, share_prefix=share_prefix, layout=layout)
+    if trained is None:
+        return run([rows[i] for i in wanted]).numpy()
     numbers = set(wanted.tolist())
-    own = [batch for batch in batches if numbers & set(batch)]
-    return pair_logps(base, rows, batches=own, **how).numpy()[wanted]
+    own = [batch for batch in trained.batches if numbers & set(batch)]
+    return run(rows, batches=own, bf16=trained.bf16).numpy()[wanted]
 
 
 def _tolerance(rows: Sequence[TokenPair], numbers: np.ndarray, trained: AsTrained | None) -> np.ndarray:
@@ -524,23 +538,25 @@ def _tolerance(rows: Sequence[TokenPair], numbers: np.ndarray, trained: AsTraine
     tokens = np.array([[len(rows[i].chosen_ids), len(rows[i].rejected_ids)] for i in numbers])
     if trained is None:
         return np.full(tokens.shape, REFERENCE_TOLERANCE)
-    return _NOISE_TIMES * max(trained.noise.per_root_token, _LEAST_NOISE) * np.sqrt(tokens)
+    least = _LEAST_NOISE if trained.bf16 else _LEAST_NOISE / 8  # TF32 has 3 bits more
+    return _NOISE_TIMES * max(trained.noise.per_root_token, least) * np.sqrt(tokens)
 
 
 def _cache_key(
-    base: PreTrainedModel, base_sha256: str, way: Way, pairs: TokenisedPairs, batches: Sequence[Sequence[int]] | None
+    base: PreTrainedModel, base_sha256: str, way: Way, pairs: TokenisedPairs, trained: AsTrained | None
 ) -> str:
     """Return the name of the folder for one base in one dtype, kernel, device type and version of torch.
 
-    In bf16 also for the GPU's name, whose kernels sum in an order of their own, and for what stands in one batch.
+    As trained, also for the GPU's name, whose kernels sum in an order of their own, and for what stands in one batch.
     """
     kernel = base.config._attn_implementation if way == "padded" else way
     about: list[Json] = [base_sha256, str(base.dtype), kernel, base.device.type, torch.__version__]
     if is_quantised(base):
         about.append("nf4")
-    if batches is not None:
+    if trained is not None:
         card = torch.cuda.get_device_name(base.device) if base.device.type == "cuda" else ""
-        about += ["autocast", card, pairs.sha256, [list(batch) for batch in batches]]
+        precision = "autocast" if trained.bf16 else "tf32"
+        about += [precision, card, pairs.sha256, [list(batch) for batch in trained.batches]]
     return digest(about)[:32]
 
 

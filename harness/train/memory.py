@@ -169,6 +169,8 @@ def needs_checkpointing(
 ) -> bool:
     """Return True where the largest micro-batch does not fit into the memory that is free, beside the loaded model.
 
+    Of several processes each one has a GPU of its own, or its part of the machine, with the weights in it.
+
     Args:
         config: the trial.
         model: the base, loaded and without an adapter.
@@ -179,8 +181,14 @@ def needs_checkpointing(
     """
     load = largest_load(config, rows, plan, way)
     needed = footprint(config, model_shape(model), load, bf16=bf16, checkpointing=False)
-    free = free_memory(model.device)[0]
-    return needed.beside_weights > USABLE_SHARE * free
+    processes = config.accelerate.num_processes
+    if processes == 1:
+        if model.device.type == "cuda":
+            free_unused_memory()  # such as the copy of the base on which the preconditions were proved
+        return needed.beside_weights > USABLE_SHARE * free_memory(model.device)[0]
+    # Processes that share a step must decide alike, by what is not theirs alone; weights may not be on their GPUs yet.
+    room = free_memory()[1] or free_memory(model.device)[1] // processes
+    return needed.total > USABLE_SHARE * room
 
 
 def model_shape(model: PreTrainedModel) -> ModelShape:

@@ -26,7 +26,7 @@ from harness.train.adapter import (
     trained_weights,
     undo_quantised_extras,
 )
-from harness.train.base import load_base, uses_bf16
+from harness.train.base import load_base, uses_bf16, uses_tf32
 from harness.train.checkpoints import Schedule, last_checkpoint
 from harness.train.layout import Layout
 from harness.train.memory import needs_checkpointing
@@ -125,7 +125,7 @@ def train_arm(  # noqa: PLR0913 - what differs between trials, each by its name
 
         schedule = Schedule(config.train.checkpoint_steps, config.train.checkpoint_minutes)
         trainer.add_callback(TrialCallback(consumed, advance, schedule))
-        with tf32(on=has_gpu()):
+        with tf32(on=uses_tf32(config)):
             trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     trainer.comparison.settle()
     save_weights(trainer, folder, config)
@@ -304,8 +304,8 @@ def _default_optimizer() -> str:
 def tf32(*, on: bool) -> Iterator[None]:
     """Compute products of fp32 matrices in TF32 inside the block.
 
-    Around training on a GPU alone: the preconditions are proved in fp32. Not by transformers' argument `tf32`, which
-    stays set for all that the process does later.
+    Around training and its reference alone: the preconditions are proved in fp32. Not by transformers' argument `tf32`,
+    which stays set for all that the process does later.
     """
     import torch
 

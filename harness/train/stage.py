@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from harness.config.arms import ARMS, DPOMarginConfig, MethodConfig, SimPOConfig
-from harness.config.machine import Machine, has_gpu, processes_problem
+from harness.config.machine import Machine, processes_problem
 from harness.config.schema import (
     ALL_LINEAR,
     EMBEDDED,
@@ -34,7 +34,7 @@ from harness.data.plan import BatchPlan, expected_tokens_sha256, padding_share, 
 from harness.study.errors import DivergedError, NoRoomError, UsageError
 from harness.study.log import say
 from harness.study.manifest import Manifest
-from harness.train.base import Bases, uses_bf16
+from harness.train.base import Bases, uses_bf16, uses_tf32
 from harness.train.layout import Layout
 from harness.train.memory import halve, note_seed, out_of_memory_as_no_room, plan_of, smaller_than
 
@@ -193,21 +193,23 @@ class TrainStage:
     def _reference(self, base: PreTrainedModel, plan: BatchPlan, found: Trained) -> Tensor | None:
         """Return the base's log-probs, shape (num_rows, 2); None where the arm or the engine does not take them.
 
-        In bf16 they are computed as the policy's are, and their noise is noted in `found`.
+        In bf16 and TF32 they are computed as the policy's are, and their noise is noted in `found`.
         """
         if not self._needs_reference:
             return None
         from harness.train.logps import as_trained, reference_logps
+        from harness.train.run import tf32
 
+        in_tf32 = uses_tf32(self.config)
         pairs, trained = self.tokens.train, None
         how = {
             "pad_id": self.tokens.chat.tokenizer.pad_token_id,
             "share_prefix": self.config.train.levers.share_prefix,
             "layout": self.layout,
         }
-        with self.clock("reference"):
-            if uses_bf16(self.config):
-                trained = as_trained(base, pairs.rows, plan, **how)
+        with self.clock("reference"), tf32(on=in_tf32):
+            if in_tf32 or uses_bf16(self.config):
+                trained = as_trained(base, pairs.rows, plan, bf16=not in_tf32, **how)
                 noise = {"mean_nats": trained.noise.mean, "largest_nats": trained.noise.largest}
                 found.facts["reference_noise"] = noise
             cache = Path(self.config.results_dir) / ".cache" / "reference"
@@ -223,14 +225,14 @@ class TrainStage:
         if gap > _LOSS_SHARE * math.log(2):
             found.warnings.append(
                 f"{method.name}'s first loss is {found.steps[0]['loss']:.4f} and not log 2 (0.6931): its reference is "
-                "noisy, as in bf16; train.precision=fp32 does without noise"
+                f"noisy{', as in bf16; train.precision=fp32 has less noise' if uses_bf16(self.config) else ''}"
             )
         moved = getattr(method, "beta", 0.0) * noise.get("mean_nats", 0.0)
         if moved > _LOGIT_SHARE and len(plan.order) > len(self.tokens.train.rows):
             found.warnings.append(
                 f"{method.name}'s reference is computed in the micro-batches of the first epoch; in those of later "
                 f"ones its log-probs move by {noise['mean_nats']:.2g} nats an answer, which beta makes {moved:.2g} in "
-                "the loss's scale of 1: train.epochs=1 or train.precision=fp32 does without it"
+                "the loss's scale of 1: train.epochs=1 does without it, and train.precision=fp32 has less"
             )
 
     @property
@@ -306,7 +308,7 @@ def _kernel_problems(config: RunConfig) -> Iterator[str]:
             "train.kernels=liger: liger-kernel is not installed; pip install 'dpo-simpo-harness[liger]', or use "
             "train.kernels=none"
         )
-    elif train.kernels is Kernels.liger and not has_gpu():
+    elif train.kernels is Kernels.liger and not Machine.here().gpus:  # torch would settle which GPUs it sees
         yield "train.kernels=liger: its kernels need a GPU, and this machine has none; use train.kernels=none"
 
 

@@ -59,7 +59,7 @@ class RowNumbers(Dataset):
     would hash the third one, which holds the model.
     """
 
-    def map(self, *_: object, **__: object) -> RowNumbers:
+    def map(self, *_: Callable[..., Batch], **__: str | int | None) -> RowNumbers:
         """Return the row numbers as they are."""
         return self
 
@@ -457,14 +457,19 @@ def logps_of_all_rows(model: PreTrainedModel, packed: Packed, *, metrics: bool) 
 
 
 def _as_padded(found: HeadOutput, packed: Packed, mask: Tensor) -> FusedCausalLMOutput:
-    """Lay values of packed answers (chosen, rejected, chosen, ...) out as TRL reads them: (2 * pairs, width - 1)."""
+    """Lay values of packed answers (chosen, rejected, chosen, ...) out as TRL reads them: (2 * pairs, width - 1).
+
+    Each place looks up its value. The backward pass of `masked_scatter` would count the mask, and wait for the device.
+    """
+    places = (mask.view(-1).cumsum(0) - 1).clamp(min=0)
 
     def lay_out(values: Tensor | None, dtype: torch.dtype) -> Tensor:
-        blank = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
+        blank = torch.zeros((), dtype=dtype, device=mask.device)
         if values is None:
-            return blank
+            return blank.expand(mask.shape)
         answers = values.to(dtype).split(packed.lengths)
-        return blank.masked_scatter(mask, torch.cat([*answers[::2], *answers[1::2]]))
+        ordered = torch.cat([*answers[::2], *answers[1::2]])
+        return torch.where(mask, ordered.index_select(0, places).view(mask.shape), blank)
 
     dtypes = dict.fromkeys(HEAD_OUTPUTS, torch.float32) | {"is_top1": torch.bool}
     metrics = {name: lay_out(getattr(found, name), dtype).as_subclass(Unread) for name, dtype in dtypes.items()}

@@ -65,7 +65,9 @@ def test_the_json_has_every_key_and_the_page_says_that_it_measured_no_gpu(writte
         assert set(row) == {"ms_fresh", "ms_seen", "memory_gb", "gap_to_fp32"}
         assert 0 < row["gap_to_fp32"] < 1e-5
     assert len(attention["checks"]) == 3
-    assert len(found["parts"]["equality"]["checks"]) == 8
+    checks = found["parts"]["equality"]["checks"]
+    assert len(checks) == 12
+    assert checks["dpo, bf16, attention varlen: starts at log 2, within 0.001"]
     assert "no figure on this page was measured on a GPU" in page.splitlines()[0]
     assert "does not hold" not in page
     assert "0.693" in page  # DPO's first loss
@@ -129,6 +131,9 @@ def test_both_sides_train_on_the_same_pairs_for_the_same_loss(speed) -> None:
         assert runs[ours]["packed"] is True
     assert runs["TRL's DPO, online reference"]["checkpointing"] is True, "TRL's default"
     assert runs["TRL's DPO, precomputed reference"]["reference_ms_a_pair"] > 0
+    assert runs["paired DPO"]["first_loss"] == pytest.approx(0.6931, abs=1e-3), "its reference is the harness's own"
+    (noise,) = found["tables"]["reference in bf16"].values()
+    assert noise["refused"] == "no"
     assert runs["TRL's DPO, online reference, Liger"]["skipped"].startswith("liger_kernel is not installed")
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from harness.config.schema import RunConfig
-from harness.data.cache import KEPT_FROM
+from harness.data.cache import KEPT_FROM, DataCache
 from harness.data.inputs import Inputs, Tokens
 from harness.data.token_rows import TokenPair, TokenRows, canonical_bytes, lengths_of, pair_lengths
 from harness.study.files import write_jsonl
@@ -130,6 +130,20 @@ class TestCache:
         assert same(Inputs().tokens(config), tokens)
         assert len(entries(config)) == 2
         assert same(Inputs().tokens(config), tokens)
+
+    def test_an_entry_that_another_process_has_made_meanwhile_stays_in_its_place(self, tmp_path: Path) -> None:
+        """Two jobs begin at once; the one that is done first has mapped its files when the other one is done."""
+        config = config_of(tmp_path)
+        first = Inputs().tokens(config)
+        made = {path: path.stat().st_ino for path in (Path(config.results_dir) / ".cache" / "data").glob("*/*")}
+        cache, about = DataCache(config.results_dir), ["its key"]
+        cache.keep_tokens(about, first.by_split, first.facts)
+        later = {path: path.stat().st_ino for path in (Path(config.results_dir) / ".cache" / "data").glob("*/*")}
+        cache.keep_tokens(about, first.by_split, first.facts)
+        kept = {path: path.stat().st_ino for path in (Path(config.results_dir) / ".cache" / "data").glob("*/*")}
+        assert kept == later
+        assert len(later) == len(made) + 4
+        assert not list((Path(config.results_dir) / ".cache" / "data").glob(".*")), "nothing temporary is left"
 
     def test_other_contents_and_settings_are_other_entries(self, tmp_path: Path) -> None:
         config = config_of(tmp_path)

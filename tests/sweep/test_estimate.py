@@ -22,6 +22,7 @@ from harness.sweep.estimate import (
     Rates,
     answer_seconds,
     checkpoint_size,
+    pass_seconds,
     size_text,
     time_text,
     to_run,
@@ -115,6 +116,31 @@ def estimated(results: Path, monkeypatch, *more: str):
     run_sweep([*study(results, *more), "plan=true"])
     monkeypatch.undo()
     return found["estimate"], found["to_run"]
+
+
+def test_a_pass_of_the_reference_is_the_forward_part_of_an_epoch() -> None:
+    config, tokens, size = planned("train.epochs=1")
+    rates = Rates(1e6, 1e6, is_gpu=True)
+    share = pass_seconds(config, tokens, size, rates) / train_seconds(config, tokens, size, CPU, rates)
+    assert 0.3 < share < 0.5, "2 of 4 operations a weight and token, and none of an adapter"
+
+
+@pytest.mark.parametrize(
+    ("keys", "passes"),
+    [
+        (["+method=simpo,dpo", "seed=1,2,3"], 1),
+        (["+method=simpo,dpo", "seed=1,2,3", "train.precision=bf16"], 3),
+        (["+method=dpo", "arms.dpo.beta=0.1,0.5", "seed=1,2", "tuning_seeds=[7]", "train.precision=bf16"], 3),
+        (["+method=dpo", "seed=1,2", "train.reference=adapter_off"], 0),
+        (["+method=simpo", "seed=1,2", "train.precision=bf16"], 0),
+    ],
+)
+def test_a_grid_pays_for_dpos_reference_once_and_in_bf16_once_for_each_seed(
+    keys: list[str], passes: int, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.setattr("harness.sweep.estimate.pass_seconds", lambda *_: 1.0)
+    found, _ = estimated(tmp_path, monkeypatch, *keys)
+    assert found.reference_seconds == passes
 
 
 @pytest.mark.slow

@@ -29,7 +29,8 @@ from harness.sweep.products import (
     shape_of_config,
     training_flops,
 )
-from harness.train.packed import groups_of, pack, packed_logps, packing
+from harness.train.attention import packing
+from harness.train.packed import groups_of, pack, packed_logps
 
 SMALL = {
     "hidden_size": 32,

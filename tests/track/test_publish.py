@@ -74,7 +74,9 @@ def test_a_server_that_does_not_answer_is_said_and_nothing_is_lost(study: Path, 
     assert (done.returncode, "Traceback" in done.stderr) == (1, False)
     assert "W&B did not answer or refused" in done.stderr
     assert KEY not in done.stdout + done.stderr
-    assert {path: path.read_bytes() for path in before} == before
+    # W&B's service may still be writing when the runs have ended: what was there stays.
+    assert all(path.read_bytes().startswith(content) for path, content in before.items())
+    assert all(before.values())
 
 
 def test_a_study_that_was_not_tracked_has_nothing_to_publish(study: Path, tmp_path: Path) -> None:

@@ -40,8 +40,8 @@ WIDTHS = {
     "8B": {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8},
 }
 LAYERS = [
-    ("lora", "fused", "fp32"), ("lora", "PEFT's", "fp32"), ("lora", "PEFT's", "bf16"), ("full", "", "fp32"),
-    ("full", "", "bf16"),
+    ("lora", "fused", "fp32"), ("lora", "PEFT's", "fp32"), ("lora", "fused", "bf16"), ("lora", "PEFT's", "bf16"),
+    ("full", "", "fp32"), ("full", "", "bf16"),
 ]  # fmt: skip
 
 
@@ -88,7 +88,7 @@ def kept_bytes(model: Any, layer: Any, precision: str) -> tuple[int, int]:
 
     precise = torch.autocast("cpu", torch.bfloat16) if is_bf16 else contextlib.nullcontext()
     with packing(model), precise, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        held = layer(hidden, position_embeddings=rotary, packed=packed)
+        held = layer(hidden, position_embeddings=rotary, packed=packed.segments)
     assert held.requires_grad
     return sum(storage.nbytes() for storage in kept.values()), packed.input_ids.numel()
 
@@ -115,6 +115,18 @@ def test_checkpointing_is_used_only_where_the_free_memory_asks_for_it(
     config = load_run(["+method=dpo", "train.batch_size=480", "train.micro_batch_size=480", "train.epochs=1"])
     free = SimpleNamespace(available=int(gigabytes * 2**30), total=2**40)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: free)
+    model, plan = load_base(CONFIG), plan_of(config, rows)
+    assert needs_checkpointing(config, model, rows, plan, way="packed", bf16=False) is needed
+
+
+@pytest.mark.parametrize(("available", "total", "needed"), [(0.01, 256, False), (256, 0.05, True)])
+def test_processes_decide_alike_by_all_of_the_memory(available: float, total: float, needed: bool, monkeypatch) -> None:
+    """What is free differs between them, and one that computes again what another kept would wait for it forever."""
+    rows = [*tokens_of(CONFIG).train.rows] * 40
+    keys = ["train.batch_size=480", "train.micro_batch_size=240", "train.epochs=1"]
+    config = load_run(["+method=dpo", *keys, "accelerate=ddp", "accelerate.num_processes=2"])
+    found = SimpleNamespace(available=int(available * 2**30), total=int(total * 2**30))
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: found)
     model, plan = load_base(CONFIG), plan_of(config, rows)
     assert needs_checkpointing(config, model, rows, plan, way="packed", bf16=False) is needed
 

@@ -13,6 +13,9 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 import harness.train.logps
+import harness.train.run
+import harness.train.stage
+import harness.train.trainers
 from harness.config.schema import RunConfig
 from harness.study.manifest import read_manifest
 from harness.sweep.design import single_trial
@@ -96,6 +99,44 @@ def test_the_noise_is_measured_between_batches_of_different_sizes(monkeypatch) -
     assert 0 < noise.per_root_token < noise.mean < noise.largest
     single = replace(config, train=replace(config.train, micro_batch_size=1))
     assert noise_of(single, base).noise.mean > 0, "single pairs are held against pairs in twos"
+
+
+def test_in_tf32_it_is_computed_in_the_plans_batches_and_without_autocast(tmp_path: Path) -> None:
+    config = configure("train.precision=fp32")
+    base, rows = load_base(config), tokens_of(config).train.rows
+    trained = as_trained(base, rows, plan_of(config, rows), pad_id=0, layout=Layout("packed"), bf16=False)
+    assert [len(batch) for batch in trained.batches] == [4] * 6
+    found = reference(config, base, tmp_path, "packed", trained)
+    assert torch.allclose(found, reference(config, base, tmp_path, "packed", None), atol=1e-3), "a CPU has no TF32"
+    reference(config, base, tmp_path, "packed", trained._replace(bf16=True))
+    assert len(list(tmp_path.iterdir())) == 3, "each has a cache of its own"
+
+
+def test_reference_and_policy_multiply_alike_on_a_gpu_in_fp32(tmp_path: Path, monkeypatch) -> None:
+    """In TF32; a CPU keeps its exact products in it, and says what it was asked for."""
+    asked: dict[str, set[str]] = {"reference": set(), "training": set()}
+    real, real_train = pair_logps, harness.train.trainers.PairedDPOTrainer.train
+
+    def noted(*args: Any, **more: Any) -> torch.Tensor:
+        if more["desc"].endswith(("reference", "log-probs")) and more.get("batches"):
+            asked["reference"].add(torch.get_float32_matmul_precision())
+        return real(*args, **more)
+
+    def train(self, *args: Any, **more: Any) -> Any:
+        asked["training"].add(torch.get_float32_matmul_precision())
+        return real_train(self, *args, **more)
+
+    monkeypatch.setattr(harness.train.logps, "pair_logps", noted)
+    monkeypatch.setattr(harness.train.trainers.PairedDPOTrainer, "train", train)
+    for module in (harness.train.stage, harness.train.run):
+        monkeypatch.setattr(module, "uses_tf32", lambda config: True)
+    given = overriding(SMALL, "study=s", f"results_dir={tmp_path}")
+    assert run_one(compose_run([*given, "+method=sft", "seed=0"]), ("dev",)).status == "complete"
+    config = compose_run([*given, "+method=dpo", "seed=1"])
+    assert run_one(config, ("dev",)).status == "complete"
+    assert asked == {"reference": {"high"}, "training": {"high"}}
+    assert set(read_manifest(single_trial(config).folder)["reference_noise"]) >= {"mean_nats", "first_loss_gap"}
+    assert torch.get_float32_matmul_precision() == "highest"
 
 
 def shifted(cache: Path, nats: float) -> None:

@@ -16,13 +16,14 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 from transformers.models.llama import modeling_llama
 
 import harness.sweep.__main__
+import harness.train.base
 from harness.config.arms import ARMS
 from harness.config.schema import Kernels, Optimizer, RunConfig
 from harness.data.plan import ConsumedTokens
 from harness.study.errors import UsageError
 from harness.sweep.problems import load_run
 from harness.train.adapter import target_layers
-from harness.train.base import BaseKey, use_kernels
+from harness.train.base import BaseKey, use_kernels, uses_bf16, uses_tf32
 from harness.train.memory import plan_of
 from harness.train.run import build_trainer, common_arguments, tf32
 from tests.conftest import load_base, overriding, tiny_model, tokens_of, training_overrides
@@ -200,8 +201,11 @@ def test_a_class_without_kernels_is_refused(monkeypatch) -> None:
 
 def test_kernels_on_a_machine_without_a_gpu_are_refused(monkeypatch) -> None:
     monkeypatch.setattr("harness.train.stage.find_spec", lambda name: object())
+    asked: list[str] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: asked.append("torch"))
     with pytest.raises(UsageError, match=r"train\.kernels=liger: its kernels need a GPU, and this machine has none"):
         configure("train.kernels=liger")
+    assert not asked, "the first question settles which GPUs a process sees, before a trial has taken one of several"
 
 
 def test_a_base_with_other_kernels_is_another_base() -> None:
@@ -209,6 +213,22 @@ def test_a_base_with_other_kernels_is_another_base() -> None:
     keys = {BaseKey(Path("a"), False, config.train.tuning, kernels) for kernels in Kernels}
     assert len(keys) == len(Kernels)
     assert config.train.optimizer is Optimizer.auto
+
+
+@pytest.mark.parametrize(
+    ("keys", "has_kernels", "expected"),
+    [([], True, "bf16"), ([], False, "tf32"), (["train.precision=fp32"], True, "tf32")],
+)
+def test_a_gpu_trains_in_bf16_where_it_has_kernels_for_it_and_else_in_tf32(
+    keys: list[str], has_kernels: bool, expected: str, monkeypatch
+) -> None:
+    """Torch says that older cards support bf16, which they emulate; in bf16 no product is rounded to TF32."""
+    monkeypatch.setattr(harness.train.base, "has_gpu", lambda: True)
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation=True: has_kernels or including_emulation
+    )
+    config = load_run(["+method=dpo", *keys])
+    assert (uses_bf16(config), uses_tf32(config)) == (expected == "bf16", expected == "tf32")
 
 
 def test_tf32_is_on_inside_the_block_alone() -> None:

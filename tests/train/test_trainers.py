@@ -28,6 +28,7 @@ from tests.conftest import inputs, load_base, tokens_of, training_overrides
 
 aten = torch.ops.aten
 READS = {aten._local_scalar_dense.default, aten.nonzero.default, aten.equal.default, aten.masked_select.default}
+READS |= {aten.masked_scatter_backward.default}  # selects by a mask, below what a mode sees
 READING = {torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.cpu, torch.Tensor.__array__}
 
 
@@ -128,7 +129,10 @@ def test_the_count_sees_what_trls_own_forward_pass_reads(tmp_path: Path) -> None
         assert value[value > 1].sum().item() == 2
         assert bool(value[0] == 0)
         assert value.tolist() == [0, 1, 2]
-    assert len(found) >= 4
+        source = torch.ones(3, requires_grad=True)
+        torch.zeros(3).masked_scatter(value > 0, source).sum().backward()
+    assert len(found) >= 5
+    assert str(aten.masked_scatter_backward.default) in found
 
 
 def test_unread_numbers_are_computed_with_as_python_would() -> None:
