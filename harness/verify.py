@@ -224,14 +224,16 @@ def _verdict_problems(study: Path) -> Iterator[str]:
             yield f"verdict.json: {key} is {was}, and the scores give {now}: stale, or changed"
 
 
-def _as_version_1(decided: Decision) -> dict[str, Any]:
+def _as_version_1(decided: Decision) -> dict[str, Json]:
     """Return what a verdict by version 1 of the rule holds, but for what version 2 alone reckons."""
     found, registered, scores = decided.verdict, decided.registered, decided.runs.scores
     metric, margin, alpha, arms = found["metric"], found["margin"], found["alpha"], (found["arms"][0], found["arms"][1])
     word, ends = by_version_1(scores, metric=metric, margin=margin, alpha=alpha, arms=arms)
     # By the scores alone: version 1 did not know the answers' hashes, by which version 2 finds copies.
     plain = verdict(scores, metric=metric, margin=margin, alpha=alpha, arms=arms, others=())
-    held = {key: value for key, value in plain.items() if key in _BOTH_VERSIONS}
+    held: dict[str, Json] = json.loads(
+        json.dumps({key: value for key, value in plain.items() if key in _BOTH_VERSIONS})
+    )
     level = "method" if plain["level"] == "config" else plain["level"]  # version 1 did not know the level of configs
     guarded = {} if registered.get("guards") and word in arms else {"verdict": word}
     return {**held, **guarded, "level": level, "ci95": list(ends)}
