@@ -66,7 +66,7 @@ def _other_kind(scores: pd.DataFrame, metric: str) -> str:
     names = scorers_on_golden(scores)
     if metric.startswith(LENGTH_CONTROLLED):
         return next((name for name in names if name in RAW), "")
-    return next((name for name in names if name.startswith(LENGTH_CONTROLLED)), "") if metric in RAW else ""
+    return next((name for name in names if name.startswith(LENGTH_CONTROLLED)), "")
 
 
 def choice_caveats(scores: pd.DataFrame, metric: str) -> list[str]:
