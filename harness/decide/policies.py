@@ -8,7 +8,7 @@ from statistics import fmean
 from typing import NamedTuple
 
 from harness.study.collapse import MIN_PROMPTS, runs_to_the_limit
-from harness.study.files import Reader, strings
+from harness.study.files import FileCache, Reader, strings
 from harness.study.manifest import read_manifest
 
 
@@ -36,24 +36,30 @@ class Policies(NamedTuple):
     at_the_limit: dict[str, float]
 
 
-def policies(study: Path, configs: Mapping[str, str], seeds: Mapping[str, Mapping[str, float]]) -> Policies:
+def policies(
+    study: Path,
+    configs: Mapping[str, str],
+    seeds: Mapping[str, Mapping[str, float]],
+    files: FileCache | None = None,
+) -> Policies:
     """Compare the answers of a study's deciding runs with the base's; empty where it holds none.
 
     Args:
         study: its folder.
         configs: the deciding config by arm; of an arm that is not here, all configs count.
         seeds: the deciding seeds by arm, as keys; of an arm that is not here, all seeds count.
+        files: contents that were read before.
     """
-    base = _answers(study / "base")
+    base = _answers(study / "base", files)
     if len(base.texts) < MIN_PROMPTS:
         return Policies({}, {})
     runs: dict[str, list[Answers]] = {}
     for path in sorted(study.glob("trials/*/manifest.json")):
-        run = read_manifest(path.parent)
+        run = read_manifest(path.parent, files)
         arm, seed = str(run.get("arm")), str(run.get("seed"))
         if configs.get(arm, run.get("config")) != run.get("config") or seed not in seeds.get(arm, {seed: 0.0}):
             continue
-        found = _answers(path.parent)
+        found = _answers(path.parent, files)
         if found.texts:
             runs.setdefault(arm, []).append(found)
     same = {
@@ -67,8 +73,8 @@ def policies(study: Path, configs: Mapping[str, str], seeds: Mapping[str, Mappin
     return Policies(same, limit)
 
 
-def _answers(folder: Path) -> Answers:
-    rows = Reader(folder).rows(folder / "completions.jsonl")
+def _answers(folder: Path, files: FileCache | None) -> Answers:
+    rows = Reader(folder, files).rows(folder / "completions.jsonl")
     golden = [row for row in rows if row.get("split") == "golden"]
     return Answers(
         {str(row.get("prompt_id")): str(row.get("completion")) for row in golden},

@@ -78,7 +78,7 @@ def decision(study: Path, files: FileCache | None = None) -> Decision:
     margin, alpha = registered["margin"], registered["alpha"] / max(1, len(runs.looks))
     guards = registered.get("guards") or ()
     result = verdict(
-        _with_answers(study, runs.scores),
+        _with_answers(study, runs.scores, files),
         metric=metric,
         margin=margin,
         alpha=alpha,
@@ -103,7 +103,7 @@ def decision(study: Path, files: FileCache | None = None) -> Decision:
         result["base_mean"] = float(base["score"].mean())
     add_notes(runs.scores, result)
     result["caveats"] += length_caveats_of(runs.scores, result)
-    _add_policies(study, result)
+    _add_policies(study, result, files)
     result["recommendation"] = recommend(result)
     result["warnings"] += left_out
     result["warnings"] += [
@@ -114,9 +114,9 @@ def decision(study: Path, files: FileCache | None = None) -> Decision:
     return Decision(result, registered, runs)
 
 
-def _add_policies(study: Path, result: Verdict) -> None:
+def _add_policies(study: Path, result: Verdict, files: FileCache | None) -> None:
     """Add what the answers say: which policies are the base's, and which babble to the limit and are below it."""
-    found = policies(study, result["configs"], result["run_means"])
+    found = policies(study, result["configs"], result["run_means"], files)
     if found.same_as_base:
         result["same_as_base"] = found.same_as_base
     for arm, against in result["against_base"].items():
@@ -124,11 +124,11 @@ def _add_policies(study: Path, result: Verdict) -> None:
             against["collapsed"] = True
 
 
-def _with_answers(study: Path, scores: pd.DataFrame) -> pd.DataFrame:
+def _with_answers(study: Path, scores: pd.DataFrame, files: FileCache | None) -> pd.DataFrame:
     """Return the scores with the hash of each run's answers, as the trials' manifests have it, to find copies by."""
     hashes = {}
     for path in sorted(study.glob("trials/*/manifest.json")):
-        run = read_manifest(path.parent)
+        run = read_manifest(path.parent, files)
         record = run.get("files", {}).get("completions.jsonl")
         if record and not run.get("flags"):  # what has collapsed may well answer alike
             hashes[run["arm"], run["config"], str(run["seed"])] = record["sha256"]
