@@ -17,10 +17,11 @@ from typing import TypedDict
 
 from tqdm import tqdm
 
-from harness.decide.rule import deciding_scores
+from harness.decide.deciding import deciding_scores
+from harness.decide.notes import without_bad_scorers
+from harness.decide.planning import detectable, needed
 from harness.decide.scores_file import ArmScores, checked, read_scores
 from harness.decide.simulate import NOISE_SD, PROMPT_SD, RUN_SD, Setting, components_of, halves, observed, simulate
-from harness.decide.stats import needed
 from harness.study.errors import UsageError, in_one_sentence
 from harness.study.registration import ALPHA, MARGIN, contrast_of, read_study
 
@@ -120,7 +121,7 @@ def calibrate(setting: Setting, *, target: float, repeats: int, seed: int = 0) -
         "false_winners": _rate(winners, repeats),
         "false_ties": _rate(ties, repeats),
         "power": power,
-        "detectable": components.detectable(setting.alpha / max(1, len(setting.looks))),
+        "detectable": detectable(components, setting.alpha / max(1, len(setting.looks))),
         "target": target,
         "needed": {name: {"count": count, "simulated_power": checks.get(name)} for name, count in wanted.items()},
     }
@@ -148,7 +149,8 @@ def read_setting(study: Path) -> tuple[Setting, dict[str, ArmScores]]:
     names = registered.get("contrast") or contrast_of(registered["arms"])
     if len(names) < 2:
         raise UsageError(f"{study}: one arm only; a decision needs two")
-    arms = deciding_scores(checked(read_scores(study / "scores.csv")), registered["metric"], names).arms
+    scores, _ = without_bad_scorers(read_scores(study / "scores.csv"), [registered["metric"]])
+    arms = deciding_scores(checked(scores), registered["metric"], names).arms
     try:
         setting = observed(
             arms, margin=registered["margin"], alpha=registered["alpha"], looks=registered.get("looks") or ()

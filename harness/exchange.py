@@ -1,6 +1,6 @@
 """To and from other tools: answers for AlpacaEval and Arena-Hard, and answers or annotations that were made elsewhere.
 
-Command: `python -m harness.exchange export | annotations | outputs ...`. Imports no torch.
+Command: `python -m harness.exchange export | annotations | judgments | outputs ...`. Imports no torch.
 """
 
 from __future__ import annotations
@@ -23,21 +23,30 @@ from harness.data.records import Completion
 from harness.data.splits import evaluation_prompts
 from harness.data.table import read_table
 from harness.data.unicode import count_words
-from harness.score.annotations import GIVEN_CONFIG, RunKey, annotation_scores, read_all_annotations, thinking_notes
+from harness.score.annotations import (
+    GIVEN_CONFIG,
+    RunKey,
+    annotation_scores,
+    measurement_notes,
+    read_all_annotations,
+    read_alpaca_files,
+    thinking_notes,
+)
 from harness.score.answers import read_outputs
+from harness.score.judgments import SCORER, judgment_notes, judgment_scores, read_all_judgments
 from harness.score.trial_scores import completion_row, trial_folders
 from harness.study.errors import UsageError, in_one_sentence
 from harness.study.files import digest, file_sha256, read_jsonl, write_jsonl, write_text
 from harness.study.integrity import fingerprints
 from harness.study.manifest import Manifest, load_manifest, write_manifest
-from harness.study.registration import ALPHA, MARGIN, Registration, contrast_of, write_study
+from harness.study.registration import ALPHA, MARGIN, RULE_VERSION, Registration, contrast_of, write_study
 from harness.study.rows import CompletionRow, PromptRow
-from harness.study.scores_csv import write_scores
+from harness.study.scores_csv import to_csv
 from harness.study.text import one_line
 
 GIVEN = "given answers"  # study.yaml's model of a study of given answers
 _MAX_BAD = 0.01
-_RUN = re.compile(r"([a-z_]+)(?::(\d+))?=(.+)")
+_RUN = re.compile(r"([a-z][a-z0-9_-]*)(?::(\d+))?=(.+)")
 
 
 @dataclass(frozen=True)
@@ -53,7 +62,7 @@ class Question:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status."""
     parser = argparse.ArgumentParser(prog="python -m harness.exchange", description=__doc__.split("\n", maxsplit=1)[0])
-    commands = parser.add_subparsers(required=True, metavar="export | annotations | outputs")
+    commands = parser.add_subparsers(required=True, metavar="export | annotations | judgments | outputs")
     one = commands.add_parser("export", help="write golden answers for AlpacaEval or Arena-Hard")
     one.add_argument("study", type=Path)
     one.add_argument("--form", choices=("alpaca_eval", "arena_hard"), required=True)
@@ -61,8 +70,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     one.set_defaults(run=_export)
     one = commands.add_parser("annotations", help="turn AlpacaEval's annotations.json into a scores file")
     one.add_argument("runs", nargs="+", metavar="ARM[:SEED]=FILE")
+    one.add_argument("--difficulty", metavar="FILE", help="AlpacaEval's instruction_difficulty.csv")
+    one.add_argument("--gamed", metavar="FILE", help="AlpacaEval's df_gamed.csv: with both, the leaderboard's fit")
     one.add_argument("--out", type=Path, required=True)
     one.set_defaults(run=_annotations)
+    one = commands.add_parser("judgments", help="turn Arena-Hard's model_judgment files into a scores file")
+    one.add_argument("runs", nargs="+", metavar="ARM[:SEED]=FILE")
+    one.add_argument("--category", help="hard_prompt or creative_writing, where the files hold several")
+    one.add_argument("--out", type=Path, required=True)
+    one.set_defaults(run=_judgments)
     one = commands.add_parser("outputs", help="make a study of answers that were made elsewhere, to score and decide")
     one.add_argument("study", type=Path, help="a folder that is not there yet, such as results/given")
     one.add_argument("runs", nargs="+", metavar="ARM[:SEED]=FILE")
@@ -89,11 +105,26 @@ def _export(options: argparse.Namespace) -> str:
 
 def _annotations(options: argparse.Namespace) -> str:
     runs = {key: Path(path) for key, path in _read_runs(options.runs).items()}
+    files = read_alpaca_files(options.difficulty, options.gamed)
     rows = read_all_annotations(runs)
-    write_scores(options.out, annotation_scores(rows))
+    write_text(options.out, to_csv(annotation_scores(rows, files, runs)))
+    notes = [*measurement_notes(rows), *thinking_notes(rows)]
+    return _what_next(options.out, list(runs), ["win_rate", files.scorer], notes)
+
+
+def _judgments(options: argparse.Namespace) -> str:
+    runs = {key: Path(path) for key, path in _read_runs(options.runs).items()}
+    found = read_all_judgments(runs, options.category)
+    write_text(options.out, to_csv(judgment_scores(found, runs)))
+    return _what_next(options.out, list(runs), [SCORER], list(judgment_notes(found)))
+
+
+def _what_next(out: Path, runs: Sequence[RunKey], metrics: Sequence[str], notes: Sequence[str]) -> str:
+    """Return what a command prints about the scores file that it has written."""
     arms = ",".join(dict.fromkeys(arm for arm, _ in runs))
-    notes = "".join(f"{note}\n" for note in thinking_notes(rows))
-    return f"{notes}{options.out}\nNow: python -m harness.decide {options.out} --metric win_rate --arms {arms}"
+    decide = f"Now: python -m harness.decide {out} --metric {metrics[0]} --arms {arms}"
+    others = [f"(or --metric {name})" for name in metrics[1:]]
+    return "\n".join([*notes, str(out), " ".join([decide, *others])])
 
 
 def _outputs(options: argparse.Namespace) -> str:
@@ -109,7 +140,10 @@ def _read_runs(given: Sequence[str]) -> dict[RunKey, str]:
     for text in given:
         match = _RUN.fullmatch(text)
         if not match:
-            raise UsageError(f"{text}: write ARM=FILE, or ARM:SEED=FILE for each of several seeds, as simpo:1=a.json")
+            raise UsageError(
+                f"{text}: write ARM=FILE, or ARM:SEED=FILE for each of several seeds, as simpo:1=a.json; an arm's name "
+                "is a small letter, then small letters, digits, _ and -"
+            )
         key = (match[1], int(match[2] or 0))
         if key in runs:
             raise UsageError(f"{text}: {match[1]} seed {key[1]} is given twice; number the seeds, as {match[1]}:2=FILE")
@@ -280,6 +314,7 @@ def _registration(
         "alpha": question.alpha,
         "guards": [],
         "looks": [],
+        "rule_version": RULE_VERSION,
         "family": {},
         "model": {"path": GIVEN, "revision": None, "base_sha256": ""},
         "data": {"golden": facts},

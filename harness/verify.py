@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence, Set
 from pathlib import Path
@@ -15,14 +16,16 @@ from typing import Any
 import pandas as pd
 
 from harness.config.trial_id import stored_trial_id
-from harness.decide.study import decision
+from harness.decide.rule import verdict
+from harness.decide.study import Decision, decision
+from harness.decide.version_1 import by_version_1
 from harness.decide.words import plural
 from harness.exchange import GIVEN
 from harness.score.trial_scores import scores_again
 from harness.study.backup import NAMES, equals_backup
 from harness.study.decision import VERDICT_FILE
 from harness.study.errors import UsageError, in_one_sentence
-from harness.study.files import SEAL, Reader, file_sha256
+from harness.study.files import SEAL, Json, Reader, file_sha256
 from harness.study.integrity import JOBS, WEIGHTS, is_outdated, leads_out
 from harness.study.manifest import FILE as MANIFEST_FILE
 from harness.study.manifest import Manifest, data_identity, is_as_written, read_manifest
@@ -37,13 +40,19 @@ _TRIAL_FILES = {
 _TRIAL_FOLDERS = {*WEIGHTS, "checkpoints", ".twins"}
 _STUDY_FILES = {
     "study.yaml", "prompts.jsonl", "scores.csv", "verdict.json", "report.html", "report.md", "ledger.jsonl",
-    "selection.json", "micro_batch.json", "scoring.json", "judge.json", "length_controlled.json", ".lock",
+    "selection.json", "micro_batch.json", "scoring.json", "judge.json", "length_controlled.json",
+    "own_scorers.json", ".lock",
 }  # fmt: skip
 _STUDY_FOLDERS = {"base", "trials", "costs", "figures", "wandb", "exports", ".twins", ".submitit", JOBS}
 _ALL_RIGHT = (
     "all as the sweep left it (hashes, ids, scores, verdict; the report's pages and W&B's files are not checked)"
 )
 _FINISHED = ("complete", "diverged")
+# Of a verdict by version 1 of the rule, what version 2 reckons alike.
+_BOTH_VERSIONS = (
+    "level", "difference", "metric", "arms", "margin", "alpha", "configs", "n_prompts", "n_seeds", "n_unscored",
+    "means", "run_means",
+)  # fmt: skip
 
 
 def verify_study(study: Path) -> list[str]:
@@ -197,19 +206,48 @@ def _verdict_problems(study: Path) -> Iterator[str]:
     if not stored:
         return
     try:
-        decided = decision(study)[0]
+        decided = decision(study)
+        expected = decided.verdict if "rule_version" in stored else _as_version_1(decided)
     except UsageError as error:
         yield f"verdict.json: the scores cannot be decided on now: {error}"
         return
-    again: dict[str, Any] = json.loads(json.dumps(decided))
-    warned = stored.pop("warnings", None) or ()  # also holds the ledger's warnings, which a second look would change
-    lacking = [text for text in again.pop("warnings") if text not in warned]
+    again: dict[str, Any] = json.loads(json.dumps(expected))
+    # Both also hold the ledger's warnings, which a second look would change.
+    warned = [*(stored.pop("warnings", None) or ()), *(stored.pop("caveats", None) or ())]
+    lacking = [text for key in ("warnings", "caveats") for text in again.pop(key, ()) if text not in warned]
     if lacking:
         yield f"verdict.json: lacks the warning {one_line(lacking[0], 200)}: stale, or changed"
-    for key in dict.fromkeys([*again, *stored]):
-        if stored.get(key) != again.get(key):
+    keys = dict.fromkeys([*again, *stored]) if "rule_version" in stored else again
+    for key in keys:
+        if not _is_same(stored.get(key), again.get(key)):
             was, now = one_line(stored.get(key), 200), one_line(again.get(key), 200)
             yield f"verdict.json: {key} is {was}, and the scores give {now}: stale, or changed"
+
+
+def _as_version_1(decided: Decision) -> dict[str, Json]:
+    """Return what a verdict by version 1 of the rule holds, but for what version 2 alone reckons."""
+    found, registered, scores = decided.verdict, decided.registered, decided.runs.scores
+    metric, margin, alpha, arms = found["metric"], found["margin"], found["alpha"], (found["arms"][0], found["arms"][1])
+    word, ends = by_version_1(scores, metric=metric, margin=margin, alpha=alpha, arms=arms)
+    # By the scores alone: version 1 did not know the answers' hashes, by which version 2 finds copies.
+    plain = verdict(scores, metric=metric, margin=margin, alpha=alpha, arms=arms, others=())
+    held: dict[str, Json] = json.loads(
+        json.dumps({key: value for key, value in plain.items() if key in _BOTH_VERSIONS})
+    )
+    level = "method" if plain["level"] == "config" else plain["level"]  # version 1 did not know the level of configs
+    guarded = {} if registered.get("guards") and word in arms else {"verdict": word}
+    return {**held, **guarded, "level": level, "ci95": list(ends)}
+
+
+def _is_same(stored: Json, again: Json) -> bool:
+    """Return whether two values of verdict.json are equal, numbers but for rounding."""
+    if isinstance(stored, list) and isinstance(again, list):
+        return len(stored) == len(again) and all(map(_is_same, stored, again))
+    if isinstance(stored, dict) and isinstance(again, dict):
+        return stored.keys() == again.keys() and all(_is_same(stored[key], again[key]) for key in stored)
+    if isinstance(stored, float) and isinstance(again, float):
+        return math.isclose(stored, again, rel_tol=1e-9, abs_tol=1e-12)
+    return bool(stored == again)
 
 
 @in_one_sentence("harness.verify")

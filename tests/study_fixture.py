@@ -223,6 +223,12 @@ def verdict_of(scores: pd.DataFrame, metric: str) -> dict:
         "guards": [],
         "warnings": [],
         "reason": f"SimPO answers {100 * difference:.1f} points more of the golden prompts correctly than DPO, more than chance explains.",
+        "caveats": [],
+        "recommendation": {
+            "ship": "simpo",
+            "why": f"SimPO beats DPO by {100 * difference:.1f} points. SimPO is above the SFT base.",
+            "next": "Read the completions side by side before you ship: a score is no substitute for looking.",
+        },
         "means": means,
         "run_means": {arm: {str(seed): mean for seed, mean in values.items()} for arm, values in run_means.items()},
     }

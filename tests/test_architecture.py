@@ -86,7 +86,7 @@ def test_deciding_loads_few_modules_and_neither_hydra_nor_torch() -> None:
     code = "import harness.decide, sys; print(*sys.modules)"
     modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert not {"torch", "transformers", "trl", "hydra", "omegaconf"} & set(modules)
-    assert sum(name.split(".")[0] == "harness" for name in modules) <= 20
+    assert sum(name.split(".")[0] == "harness" for name in modules) <= 28
 
 
 def test_packages_stay_small_and_few() -> None:

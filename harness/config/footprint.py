@@ -10,11 +10,12 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from harness.config.arms import ARMS
 from harness.config.checkpoint_files import header, read_json_object, weight_files
 from harness.config.schema import AccelerateConfig, Engine, Optimizer, Reference, RunConfig, TrainConfig, Tuning
+from harness.study.files import Json, mapping
 
 _NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # of a weight: 4 bits, and its block's constant, quantised once more
 _TILE_ROWS, _TILE_COLUMNS = 4096, 32768  # of logits in TRL's kernel for the head
@@ -62,14 +63,14 @@ def shape_of_folder(folder: Path) -> ModelShape:
     return shape_of(read_json_object(folder / "config.json") or {}, tensors)
 
 
-def shape_of(config: Mapping[str, Any], tensors: Mapping[str, Sequence[int]]) -> ModelShape:
+def shape_of(config: Mapping[str, Json], tensors: Mapping[str, Sequence[int]]) -> ModelShape:
     """Return a model's shape.
 
     Args:
         config: contents of its config.json.
         tensors: the shapes of its weights, by name.
     """
-    text = {**config, **(config.get("text_config") or {})}
+    text = {**config, **mapping(config.get("text_config"))}
     layers, hidden = _number(text, "num_hidden_layers", "n_layer"), _number(text, "hidden_size", "n_embd", "d_model")
     heads = _number(text, "num_attention_heads", "n_head") or 1
     width = _number(text, "head_dim") or hidden // heads
@@ -104,8 +105,8 @@ def shape_of(config: Mapping[str, Any], tensors: Mapping[str, Sequence[int]]) ->
     )
 
 
-def _number(values: Mapping[str, Any], *names: str) -> int:
-    return next((int(values[name]) for name in names if isinstance(values.get(name), int)), 0)
+def _number(values: Mapping[str, Json], *names: str) -> int:
+    return next((value for name in names if isinstance(value := values.get(name), int)), 0)
 
 
 def _is_linear(name: str, shape: Sequence[int]) -> bool:

@@ -483,6 +483,7 @@ class RunConfig:
         measure_costs: train DPO also with each other reference mode, to compare their costs.
         allow_unequal_budgets: let one arm have more configs than another; the verdict then warns.
         keep: whose weights stay on disk: of all trials, of those that decide (`confirmed`), or of none once scored.
+        expect: the verdict that a script counts on, such as `simpo` or `tie`: another one exits with 3.
         retry_failed: run trials again whose error came back when they ran a second time; the others run again anyway.
     """
 
@@ -508,6 +509,7 @@ class RunConfig:
     measure_costs: bool = False
     keep: str = bounded("all", choices=("all", "confirmed", "none"))
     retry_failed: bool = False
+    expect: str | None = None
     allow_unequal_budgets: bool = False
 
     @property

@@ -10,17 +10,57 @@ import numpy as np
 import pandas as pd
 
 from harness.decide.copies import drop_copies
-from harness.decide.scores_file import ArmScores, arm_scores, checked, choose_metric, same_prompts
-from harness.decide.stats import Components, compare, compare_runs, needed
+from harness.decide.deciding import (
+    components_of_arms,
+    confirmed,
+    decide_interval,
+    deciding_scores,
+    laid_out,
+    paired,
+)
+from harness.decide.doubts import doubts, seed_correlation
+from harness.decide.planning import needed
+from harness.decide.ranking import (
+    WORDS,
+    arms_against_base,
+    best_set,
+    other_pairs,
+    pair_result,
+    rankable,
+    within_range,
+)
+from harness.decide.recommend import recommend
+from harness.decide.scores_file import ArmScores, checked, choose_metric, prompts_behind
+from harness.decide.selection import selection_caveats, selection_doubts
+from harness.decide.stats import Components
 from harness.decide.words import reason
 from harness.study.decision import GuardResult, Verdict
 from harness.study.errors import UsageError
-from harness.study.registration import ALPHA, CONTRAST, MARGIN, Guard
-from harness.study.scores_csv import MAX_UNSCORED
+from harness.study.registration import ALPHA, CONTRAST, MARGIN, RULE_VERSION, Guard
 
-# Below these the interval's assumptions are strained; the verdict warns.
-MIN_SEEDS = 3
-MIN_CLUSTERS = 30
+
+class Basis(NamedTuple):
+    """What a verdict rests on.
+
+    Attributes:
+        frame: the checked scores without copies.
+        metric: the scorer that decides.
+        configs: the deciding config of each arm of the contrast; `others` of the arms beside it.
+        runs: scores of the contrast; `kept` without prompts that are unscored in any run.
+        found: components of the difference.
+        num_prompts: prompts behind each score, where a run has one score and their number is known.
+        warnings: of copies, selection, ranking and unscored prompts.
+    """
+
+    frame: pd.DataFrame
+    metric: str
+    configs: dict[str, str]
+    others: dict[str, str]
+    runs: dict[str, ArmScores]
+    kept: dict[str, ArmScores]
+    found: Components
+    num_prompts: int | None
+    warnings: list[str]
 
 
 def verdict(
@@ -32,18 +72,21 @@ def verdict(
     arms: tuple[str, str] = CONTRAST,
     cluster: str | None = None,
     guards: Sequence[Guard] = (),
+    others: Sequence[str] | None = None,
 ) -> Verdict:
     """Apply the decision rule to scores in long form.
 
     Args:
         scores: columns `arm, seed, score`, optionally `config, split, prompt_id, scorer, cluster, unscored_reason,
-            stage, flag`; scores in [0, 1], higher is better.
+            stage, flag`; scores in [0, 1], higher is better. `n_prompts`: prompts behind each score, where a run has
+            one; `answers_sha256`: hash of a run's answers, by which copies are found.
         metric: the scorer to decide on; may be left out where there is only one.
         margin: the smallest difference that matters, in (0, 1).
         alpha: error rate; `ci95` is the interval at 1 - alpha and `ci90` at 1 - 2 alpha.
         arms: the difference is the first arm's mean minus the second's.
         cluster: column with the prompts' clusters, if it is not `cluster`.
         guards: second metrics on which the winner must not be worse than the other arm by the guard's margin.
+        others: arms that are ranked beside the two; None for all that the scores hold.
 
     Returns:
         The contents of verdict.json.
@@ -51,152 +94,160 @@ def verdict(
     Raises:
         UsageError: scores that cannot be compared; the message names arm, seed and prompt.
     """
-    frame = checked(scores)
-    metric = choose_metric(frame, metric, arms)
-    deciding = deciding_scores(frame, metric, arms, cluster)
-    frame, copied = drop_copies(frame, metric, deciding.configs)
-    if copied:
-        deciding = deciding_scores(frame, metric, arms, cluster)
-    runs = deciding.arms
-    kept, unscored_warnings = paired(runs)
-    found = _components(kept)
+    on = basis(scores, metric=metric, arms=arms, cluster=cluster, others=others)
+    found, kept = on.found, on.kept
     word, winner = decide_interval(found, arms=arms, margin=margin, alpha=alpha)
-    n_unscored = {name: int(np.isnan(arm.values).sum()) for name, arm in runs.items()}
-    warnings = [*copied, *deciding.warnings, *unscored_warnings, *_run_warnings(runs), *_size_warnings(found)]
+    n_unscored = {name: int(np.isnan(arm.values).sum()) for name, arm in on.runs.items()}
+    warnings = [*on.warnings, *doubts(kept, found, on.num_prompts)]
     if any(n_unscored.values()):
-        warnings += _bound_warnings(runs, word, arms=arms, margin=margin, alpha=alpha)
-    tested = [_test_guard(frame, guard, winner, arms, deciding.configs, cluster, alpha) for guard in guards]
+        warnings += _bound_warnings(on, word, arms=arms, margin=margin, alpha=alpha)
+    tested = [_test_guard(on, guard, winner, arms, cluster, alpha) for guard in guards]
     failed = [guard for guard in tested if winner and not guard["passed"]]
+    word = "trade-off" if failed else word
+
+    def is_failed(pair: tuple[str, str], ahead: str) -> bool:
+        try:
+            return not all(_test_guard(on, guard, ahead, pair, cluster, alpha)["passed"] for guard in guards)
+        except UsageError:
+            return True  # an arm beside the contrast that the guard's metric has not scored
+
+    everyone = [*arms, *on.others]
+    pairs = [pair_result(arms, found, word, alpha)]
+    pairs += other_pairs(
+        on.frame,
+        on.metric,
+        everyone,
+        margin=margin,
+        alpha=alpha,
+        cluster=cluster,
+        num_prompts=on.num_prompts,
+        is_failed=is_failed,
+    )
     wide, narrow = found.interval(1 - alpha), found.interval(1 - 2 * alpha)
+    doubted = selection_doubts(on.frame, on.metric, on.configs)
     result: Verdict = {
-        "verdict": "trade-off" if failed else word,
-        "level": "checkpoint" if min(found.num_seeds) < 2 else "method",
+        "verdict": word,
+        "level": "checkpoint" if min(found.num_seeds) < 2 else "config" if doubted else "method",
         "difference": found.difference,
-        "ci95": list(wide),
-        "ci90": list(narrow),
+        "ci95": within_range(wide),
+        "ci90": within_range(narrow),
         "beyond_margin": bool(winner and min(abs(wide[0]), abs(wide[1])) > margin),
         "seed_variance": found.seed_variance,
         "prompt_variance": found.prompt_variance,
+        "seed_correlation": seed_correlation(kept),
         "minimum_detectable_difference": found.detectable(alpha),
         "to_settle": needed(found, margin, alpha) if word == "inconclusive" else None,
-        "metric": metric,
+        "metric": on.metric,
         "arms": list(arms),
         "margin": margin,
         "alpha": alpha,
-        "configs": deciding.configs,
+        "rule_version": RULE_VERSION,
+        "configs": on.configs,
         "n_prompts": found.num_prompts,
         "n_clusters": found.num_clusters,
+        "effective_clusters": found.effective_clusters,
         "n_seeds": dict(zip(kept, found.num_seeds, strict=True)),
         "n_unscored": n_unscored,
         "means": {name: float(arm.values.mean()) for name, arm in kept.items()},
         "run_means": {name: arm.run_means for name, arm in kept.items()},
         "guards": tested,
+        "pairs": pairs,
+        "best_set": best_set(everyone, pairs),
+        "against_base": arms_against_base(
+            on.frame, on.metric, {**on.configs, **on.others}, alpha=alpha, cluster=cluster
+        ),
         "warnings": warnings,
         "reason": "",
+        "caveats": selection_caveats(doubted),
+        "recommendation": {"ship": "", "why": "", "next": ""},
     }
-    result["reason"] = reason(result, winner, failed)
+    if doubted:
+        result["selection"] = doubted
+    result["reason"] = reason(result)
+    result["recommendation"] = recommend(result)
     return result
 
 
-class DecidingScores(NamedTuple):
-    """The golden scores that decide: config and scores per arm, on the same prompts, and warnings of a selection."""
-
-    configs: dict[str, str]
-    arms: dict[str, ArmScores]
-    warnings: list[str]
-
-
-def deciding_scores(
-    frame: pd.DataFrame, metric: str, arms: Sequence[str], cluster: str | None = None
-) -> DecidingScores:
-    """Return the golden scores that decide: the confirm stage's where there are any, of one config per arm.
-
-    Args:
-        frame: checked scores (`harness.decide.scores_file.checked`).
-        metric: the scorer.
-        arms: the arms that are compared.
-        cluster: column with the prompts' clusters, if it is not `cluster`.
+def basis(
+    scores: pd.DataFrame,
+    *,
+    metric: str | None,
+    arms: tuple[str, str],
+    cluster: str | None = None,
+    others: Sequence[str] | None = None,
+) -> Basis:
+    """Return what a verdict on these scores rests on; arguments as for `verdict`.
 
     Raises:
-        UsageError: an arm without golden scores, several configs without dev scores, or different prompts.
+        UsageError: as `verdict`.
     """
-    golden = _confirmed(frame[(frame["split"] == "golden") & (frame["scorer"] == metric)])
-    dev = frame[(frame["split"] == "dev") & (frame["scorer"] == metric)]
-    configs, warnings = {}, []
-    for arm in arms:
-        configs[arm], selected = _select_config(golden, dev, metric, arm)
-        warnings += selected
-    return DecidingScores(configs, _laid_out(golden, configs, cluster), warnings)
+    frame = checked(scores)
+    metric = choose_metric(frame, metric, arms)
+    deciding = deciding_scores(frame, metric, arms, cluster)
+    ranked, left_out = rankable(frame, metric, arms, others, cluster)
+    frame, copied = drop_copies(frame, metric, {**deciding.configs, **ranked})
+    if copied:
+        deciding = deciding_scores(frame, metric, arms, cluster)
+    kept, unscored = paired(deciding.arms)
+    num_prompts = prompts_behind(frame, metric, list(deciding.configs))
+    return Basis(
+        frame,
+        metric,
+        deciding.configs,
+        ranked,
+        deciding.arms,
+        kept,
+        components_of_arms(kept, num_prompts),
+        num_prompts,
+        [*copied, *deciding.warnings, *left_out, *unscored],
+    )
 
 
-def _confirmed(golden: pd.DataFrame) -> pd.DataFrame:
-    """Keep the rows of the confirm stage where there are any: fresh seeds decide, tuning seeds do not."""
-    confirm = golden["stage"] == "confirm"
-    return golden[confirm] if confirm.any() else golden
+def expectation_problem(result: Verdict, expected: str) -> str:
+    """Return why a verdict is not the expected one; empty where it is.
+
+    Args:
+        result: the contents of verdict.json.
+        expected: an arm, or `tie`, `inconclusive` or `trade-off`.
+
+    Raises:
+        UsageError: an expectation that no verdict on these arms can meet.
+    """
+    check_expected(expected, result["arms"])
+    if result["verdict"] == expected:
+        return ""
+    return f"expected {expected}, and the verdict is {result['verdict']}"
 
 
-def _select_config(golden: pd.DataFrame, dev: pd.DataFrame, metric: str, arm: str) -> tuple[str, list[str]]:
-    """Return an arm's config; where golden has several, the best on dev by the mean over seeds, with a warning."""
-    found = sorted(golden[golden["arm"] == arm]["config"].unique())
-    if not found:
-        known = ", ".join(sorted(golden["arm"].unique())) or "none"
-        raise UsageError(f"scores: no golden rows of {metric} for arm {arm}; arms that have some: {known}")
-    if len(found) == 1:
-        return str(found[0]), []
-    means = dev[(dev["arm"] == arm) & dev["config"].isin(found)].groupby("config")["score"].mean()
-    if set(means.index) != set(found):
-        raise UsageError(
-            f"scores: arm {arm} has {len(found)} configs on golden and dev scores for {len(means)}; "
-            "add dev rows to select on, or keep the golden rows of one config: golden must not select"
-        )
-    best = str(means.idxmax())
-    return best, [f"{arm}: {best} was selected on dev among {len(means)} configs, all scored on golden"]
+def check_expected(expected: str, arms: Sequence[str]) -> None:
+    """Refuse an expectation that no verdict on two arms can meet; arguments as for `expectation_problem`.
+
+    Raises:
+        UsageError: names what may be expected.
+    """
+    allowed = expectations(arms)
+    if expected not in allowed:
+        raise UsageError(f"expect={expected}: no verdict on these arms can be that; allowed: {', '.join(allowed)}")
 
 
-def _laid_out(golden: pd.DataFrame, configs: Mapping[str, str], cluster: str | None) -> dict[str, ArmScores]:
-    found = {arm: arm_scores(golden, arm, config, cluster) for arm, config in configs.items()}
-    same_prompts(found)
-    return found
-
-
-def _components(arms: Mapping[str, ArmScores]) -> Components:
-    first, second = arms.values()
-    try:
-        if not first.prompts:
-            return compare_runs(first.values[:, 0], second.values[:, 0])
-        return compare(first.values, second.values, first.clusters)
-    except ValueError as error:
-        raise UsageError(f"scores: {error}") from error
-
-
-def decide_interval(found: Components, *, arms: Sequence[str], margin: float, alpha: float) -> tuple[str, str | None]:
-    """Return the verdict on a difference and the arm ahead: a tie before a winner, and neither without evidence."""
-    wide, narrow = found.interval(1 - alpha), found.interval(1 - 2 * alpha)
-    if -margin < narrow[0] and narrow[1] < margin:
-        return "tie", None
-    if wide[0] > 0 or wide[1] < 0:
-        winner = arms[0] if found.difference > 0 else arms[1]
-        return winner, winner
-    return "inconclusive", None
+def expectations(arms: Sequence[str]) -> tuple[str, ...]:
+    """Return the verdicts that may be expected of two arms."""
+    return (*arms, *WORDS)
 
 
 def _test_guard(
-    frame: pd.DataFrame,
-    guard: Guard,
-    winner: str | None,
-    arms: Sequence[str],
-    configs: Mapping[str, str],
-    cluster: str | None,
-    alpha: float,
+    on: Basis, guard: Guard, winner: str | None, arms: Sequence[str], cluster: str | None, alpha: float
 ) -> GuardResult:
     """Test one-sided non-inferiority on a second metric: of the winner, or of the first arm where there is none."""
     metric, margin = str(guard["metric"]), float(guard["margin"])
-    choose_metric(frame, metric)
-    golden = _confirmed(frame[(frame["split"] == "golden") & (frame["scorer"] == metric)])
-    kept, _ = paired(_laid_out(golden, configs, cluster))
+    choose_metric(on.frame, metric)
+    golden = confirmed(on.frame[(on.frame["split"] == "golden") & (on.frame["scorer"] == metric)])
+    configs = {**on.configs, **on.others}
+    kept, _ = paired(laid_out(golden, {arm: configs[arm] for arm in arms}, cluster))
     first = winner or arms[0]
     second = next(arm for arm in arms if arm != first)
-    found = _components({first: kept[first], second: kept[second]})
+    num_prompts = prompts_behind(on.frame, metric, list(arms))
+    found = components_of_arms({first: kept[first], second: kept[second]}, num_prompts)
     bound = found.lower_bound(alpha)
     return {
         "metric": metric,
@@ -208,65 +259,12 @@ def _test_guard(
     }
 
 
-def paired(runs: Mapping[str, ArmScores]) -> tuple[dict[str, ArmScores], list[str]]:
-    """Leave out prompts that any run has unscored, for all runs alike; return the rest, and warnings.
-
-    Where a run has one score, the runs without one are left out instead.
-
-    Raises:
-        UsageError: fewer than two prompts, or fewer than two runs of one score, are left.
-    """
-    warnings: list[str] = []
-    if not any(arm.prompts for arm in runs.values()):
-        kept = {}
-        for name, arm in runs.items():
-            kept[name], missing = _scored_runs(name, arm)
-            warnings += missing
-        return kept, warnings
-    keep = ~np.any([np.isnan(arm.values).any(0) for arm in runs.values()], axis=0)
-    if keep.all():
-        return dict(runs), []
-    if keep.sum() < 2:
-        raise UsageError("scores: fewer than two prompts are scored in all runs; see unscored_reason")
-    warnings.append(f"{(~keep).sum()} of {len(keep)} prompts are unscored in some run and left out of all runs")
-    for name, arm in runs.items():
-        share = int(np.isnan(arm.values).sum()) / arm.values.size
-        if share > MAX_UNSCORED:
-            warnings.append(f"{name}: {share:.1%} of its scores are missing, more than {MAX_UNSCORED:.0%}")
-    return {
-        name: replace(
-            arm,
-            prompts=tuple(np.array(arm.prompts)[keep]),
-            values=arm.values[:, keep],
-            clusters=arm.clusters[keep],
-        )
-        for name, arm in runs.items()
-    }, warnings
-
-
-def _scored_runs(name: str, arm: ArmScores) -> tuple[ArmScores, list[str]]:
-    """Leave out the runs of an arm whose one score is missing; return the rest, and a warning."""
-    keep = ~np.isnan(arm.values[:, 0])
-    if keep.all():
-        return arm, []
-    seeds, gone = np.array(arm.seeds), f"seed {', '.join(np.array(arm.seeds)[~keep])}"
-    if keep.sum() < 2:
-        raise UsageError(
-            f"scores: arm {name} has {keep.sum()} scored run{'' if keep.sum() == 1 else 's'} of {len(keep)} "
-            f"(unscored: {gone}); at least two an arm are needed where a run has one score"
-        )
-    verb = "is" if (~keep).sum() == 1 else "are"
-    warning = f"{name}: {(~keep).sum()} of {len(keep)} runs {verb} unscored and left out ({gone}; see unscored_reason)"
-    return replace(arm, seeds=tuple(map(str, seeds[keep])), values=arm.values[keep]), [warning]
-
-
-def _bound_warnings(
-    runs: Mapping[str, ArmScores], decided: str, *, arms: Sequence[str], margin: float, alpha: float
-) -> list[str]:
+def _bound_warnings(on: Basis, decided: str, *, arms: Sequence[str], margin: float, alpha: float) -> list[str]:
     """Warn where the missing scores, all 0 for one arm and all 1 for the other, would give another verdict."""
-    others = {
-        decide_interval(_components(_filled(runs, low)), arms=arms, margin=margin, alpha=alpha)[0] for low in runs
-    }
+    others = set()
+    for low in on.runs:
+        filled = components_of_arms(_filled(on.runs, low), on.num_prompts)
+        others.add(decide_interval(filled, arms=arms, margin=margin, alpha=alpha)[0])
     if others == {decided}:
         return []
     words = " or ".join(sorted(others))
@@ -279,28 +277,3 @@ def _filled(runs: Mapping[str, ArmScores], low: str) -> dict[str, ArmScores]:
         name: replace(arm, values=np.where(np.isnan(arm.values), 0.0 if name == low else 1.0, arm.values))
         for name, arm in runs.items()
     }
-
-
-def _run_warnings(runs: Mapping[str, ArmScores]) -> list[str]:
-    """Warn of runs that scored as worst, and of a single seed in one of the arms."""
-    warnings = []
-    counts = {name: len(arm.seeds) for name, arm in runs.items()}
-    if min(counts.values()) < 2 <= max(counts.values()):
-        warnings.append(f"seeds an arm: {counts}; with a single seed in one, only checkpoints are compared")
-    for name, arm in runs.items():
-        warnings += [f"{name} seed {seed} {flag}: scored as worst, not dropped" for seed, flag in arm.flags.items()]
-    return warnings
-
-
-def _size_warnings(found: Components) -> list[str]:
-    """Warn of samples so small that an interval rests on its assumptions more than on data."""
-    warnings = []
-    least = min(found.num_seeds)
-    if 2 <= least < MIN_SEEDS:
-        warnings.append(f"{least} seeds an arm: their variance is hardly known; use at least {MIN_SEEDS}, better 5")
-    if found.num_prompts and found.num_clusters < MIN_CLUSTERS:
-        what = "prompts" if found.num_clusters == found.num_prompts else "clusters of prompts"
-        warnings.append(
-            f"{found.num_clusters} golden {what}: too few to trust an interval; use at least {MIN_CLUSTERS}"
-        )
-    return warnings

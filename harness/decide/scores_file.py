@@ -173,6 +173,29 @@ def choose_metric(frame: pd.DataFrame, metric: str | None, arms: Sequence[str] =
     return metric
 
 
+def prompts_behind(frame: pd.DataFrame, metric: str, arms: Sequence[str]) -> int | None:
+    """Return the prompts behind each score, where a run has one score; None where they are rows, or not known.
+
+    Args:
+        frame: checked scores; their number stands in the column `n_prompts`, where there is one.
+        metric: the scorer that decides.
+        arms: the arms that are compared.
+
+    Raises:
+        UsageError: a number below 2, or other numbers for other runs.
+    """
+    if "prompt_id" in frame or "n_prompts" not in frame:
+        return None
+    rows = frame[frame["arm"].isin(list(arms)) & (frame["split"] == "golden") & (frame["scorer"] == metric)]
+    found = sorted(as_names(rows["n_prompts"]).unique())
+    if len(found) != 1 or not found[0].isdecimal() or int(found[0]) < 2:
+        raise UsageError(
+            f"scores: n_prompts is {', '.join(map(repr, found))}; give one whole number of at least 2 for all runs: "
+            "the prompts behind each score"
+        )
+    return int(found[0])
+
+
 @dataclass(frozen=True)
 class ArmScores:
     """One arm's scores.

@@ -12,9 +12,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from harness.decide.rule import decide_interval
+from harness.decide.deciding import decide_interval
+from harness.decide.planning import detectable
 from harness.decide.scores_file import ArmScores
-from harness.decide.stats import Components, compare, mean_variance, residual_mean_square
+from harness.decide.stats import Arm, Components, compare, mean_variance, residual_mean_square
 from harness.study.registration import ALPHA, CONTRAST, MARGIN
 
 # Assumptions before any measurement: the settings that the rule was chosen with (benchmarks/decision_rule.md).
@@ -105,23 +106,22 @@ def components_of(setting: Setting) -> Components:
     """Return the expected components of a setting's studies."""
     answers = 0.25 - sum(sd**2 for sd in _DISCRETE_SDS) if setting.passes else setting.noise_sd**2
     prompt_sd = _DISCRETE_SDS[1] if setting.passes else setting.prompt_sd
-    parts = [
-        (sd**2 + answers / setting.prompts) / seeds for sd, seeds in zip(setting.run_sd, setting.seeds, strict=True)
-    ]
-    total, several = sum(parts), min(setting.seeds) > 1
-    spread = sum(part**2 / (seeds - 1) for part, seeds in zip(parts, setting.seeds, strict=True)) if several else 0.0
-    size = setting.cluster_size
+    noise, size = answers / setting.prompts, setting.cluster_size
+    arms = tuple(
+        Arm(sign, seeds, sd**2 + noise, noise)
+        for sign, sd, seeds in zip((1.0, -1.0), setting.run_sd, setting.seeds, strict=True)
+    )
     inflation = 1 + (size - 1) * setting.cluster_share if size > 1 else 1.0
-    noise = 0.0 if several else total  # with one seed, the runs' noise is part of what varies over prompts
+    clusters = max(2, setting.prompts // size)
     return Components(
         difference=0.0,
-        seed_variance=total if several else 0.0,
-        seed_df=total**2 / spread if spread else math.inf,
-        prompt_variance=prompt_sd**2 * inflation / setting.prompts + noise,
-        prompt_df=max(1, setting.prompts // size - 1),
+        arms=arms if min(setting.seeds) > 1 else (),
+        prompt_total=prompt_sd**2 * inflation / setting.prompts + sum(noise / seeds for seeds in setting.seeds),
+        prompt_df=clusters - 1,
         num_seeds=setting.seeds,
         num_prompts=setting.prompts,
-        num_clusters=max(2, setting.prompts // size),
+        num_clusters=clusters,
+        effective_clusters=clusters,
     )
 
 
@@ -185,4 +185,4 @@ def halves(values: np.ndarray, setting: Setting, *, most: int = 200) -> tuple[in
 
 def detectable_before(seeds: int, prompts: int, *, alpha: float) -> float:
     """Return the difference that a study detects with 80% power, under this module's assumptions."""
-    return components_of(Setting(seeds=(seeds, seeds), prompts=prompts)).detectable(alpha)
+    return detectable(components_of(Setting(seeds=(seeds, seeds), prompts=prompts)), alpha)

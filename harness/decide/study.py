@@ -14,13 +14,19 @@ import pandas as pd
 from harness.config.arms import BASE, title
 from harness.config.keys import shown
 from harness.config.schema import GUARD, RunConfig
+from harness.decide.beside import length_caveats_of
+from harness.decide.copies import ANSWERS
 from harness.decide.looks import DecidingRuns, deciding_runs, log_look
+from harness.decide.notes import add_notes, without_bad_scorers
+from harness.decide.policies import policies
+from harness.decide.recommend import recommend
 from harness.decide.rule import verdict
-from harness.decide.scores_file import read_scores
+from harness.decide.scores_file import as_names, read_scores
+from harness.decide.version_1 import version_1_warning
 from harness.study.decision import VERDICT_FILE, Verdict, edge_warnings, golden_problem
 from harness.study.errors import UsageError
 from harness.study.files import FileCache, write_json
-from harness.study.manifest import data_identity
+from harness.study.manifest import data_identity, read_manifest
 from harness.study.registration import Registration, contrast_of, facts_warnings, read_study
 
 
@@ -41,6 +47,7 @@ def decide_study(study: Path, files: FileCache | None = None) -> Verdict:
     result, registered, runs = decision(study, files)
     earlier = log_look(study, result["arms"], runs, registered.get("configs", {}))
     result["warnings"] = [*earlier, *result["warnings"]]
+    result["caveats"] = [*earlier, *result["caveats"]]
     write_json(study / VERDICT_FILE, result)
     return result
 
@@ -61,20 +68,30 @@ def decision(study: Path, files: FileCache | None = None) -> Decision:
     if len(arms) < 2:
         raise UsageError(f"{study}: only the arm {', '.join(registered['arms'])}; a decision needs two")
     metric, seeds = registered["metric"], registered.get("seeds", {})
-    scores = read_scores(study / "scores.csv")
+    needed = [metric, *(guard["metric"] for guard in registered.get("guards") or ())]
+    scores, left_out = without_bad_scorers(read_scores(study / "scores.csv"), needed)
     _refuse_foreign(study, scores, arms, seeds)
     try:
         runs = deciding_runs(scores, metric=metric, arms=arms, seeds=seeds, looks=registered.get("looks") or [])
     except UsageError as error:
         raise UsageError(f"{study}: {error}") from error
+    margin, alpha = registered["margin"], registered["alpha"] / max(1, len(runs.looks))
+    guards = registered.get("guards") or ()
     result = verdict(
-        runs.scores,
+        _with_answers(study, runs.scores, files),
         metric=metric,
-        margin=registered["margin"],
-        alpha=registered["alpha"] / max(1, len(runs.looks)),
+        margin=margin,
+        alpha=alpha,
         arms=(arms[0], arms[1]),
-        guards=registered.get("guards") or (),
+        guards=guards,
+        others=registered["arms"],
     )
+    if "rule_version" not in registered:
+        result["warnings"].append(
+            version_1_warning(
+                runs.scores, metric=metric, margin=margin, alpha=alpha, arms=(arms[0], arms[1]), guards=guards
+            )
+        )
     if runs.looks:
         reached = len(runs.seeds[arms[0]])
         result["look"] = {"seeds": reached, "registered": runs.looks, "alpha": registered["alpha"]}
@@ -84,12 +101,39 @@ def decision(study: Path, files: FileCache | None = None) -> Decision:
     base = scores[(scores["arm"] == BASE) & (scores["split"] == "golden") & (scores["scorer"] == metric)]
     if len(base):
         result["base_mean"] = float(base["score"].mean())
+    add_notes(runs.scores, result)
+    result["caveats"] += length_caveats_of(runs.scores, result)
+    _add_policies(study, result, files)
+    result["recommendation"] = recommend(result)
+    result["warnings"] += left_out
     result["warnings"] += [
         *_plan_warnings(registered, result, runs),
         *registered.get("warnings", []),
         *facts_warnings(study),
     ]
     return Decision(result, registered, runs)
+
+
+def _add_policies(study: Path, result: Verdict, files: FileCache | None) -> None:
+    """Add what the answers say: which policies are the base's, and which babble to the limit and are below it."""
+    found = policies(study, result["configs"], result["run_means"], files)
+    if found.same_as_base:
+        result["same_as_base"] = found.same_as_base
+    for arm, against in result["against_base"].items():
+        if found.at_the_limit.get(arm, 0.0) >= 0.5 and against["ci95"][1] < 0:
+            against["collapsed"] = True
+
+
+def _with_answers(study: Path, scores: pd.DataFrame, files: FileCache | None) -> pd.DataFrame:
+    """Return the scores with the hash of each run's answers, as the trials' manifests have it, to find copies by."""
+    hashes = {}
+    for path in sorted(study.glob("trials/*/manifest.json")):
+        run = read_manifest(path.parent, files)
+        record = run.get("files", {}).get("completions.jsonl")
+        if record and not run.get("flags"):  # what has collapsed may well answer alike
+            hashes[run["arm"], run["config"], str(run["seed"])] = record["sha256"]
+    runs = zip(scores["arm"], scores["config"], as_names(scores["seed"]), strict=True)
+    return scores.assign(**{ANSWERS: [hashes.get(run, "") for run in runs]})
 
 
 def _refuse_foreign(study: Path, scores: pd.DataFrame, arms: Sequence[str], seeds: Mapping[str, Sequence[int]]) -> None:

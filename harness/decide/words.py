@@ -1,4 +1,4 @@
-"""A verdict in words: its reason, headline and next step, and lines for a terminal; numbers for people.
+"""A verdict in words: its reason and headline, and lines for a terminal; numbers for people.
 
 Contents of verdict.json -> text. Files hold rates in [0, 1]; percent and points appear here and nowhere before.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from harness.config.arms import BASE, title
-from harness.study.decision import GuardResult, Verdict
+from harness.study.decision import Verdict
 from harness.study.files import Json, bounds, mapping, number
 from harness.study.registration import ALPHA
 from harness.study.text import one_line
@@ -17,20 +17,31 @@ MISSING = "–"
 LEVELS = {
     "checkpoint": "Checkpoint level: this compares the trained models at hand, with one seed for at least one arm. It "
     "does not say which method is better; another seed may reverse it.",
+    "config": "Config level: this compares the configs that were selected on dev, over seeds and prompts. How they "
+    "were selected is not in the interval, so that it is about these configs and not about the methods.",
     "method": "Method level: the interval counts the differences between seeds as well as those between prompts, so it "
     "is about the methods with these settings on this data, not about one lucky run.",
 }
 
 
-def reason(result: Verdict, winner: str | None, failed: Sequence[GuardResult]) -> str:
-    """Return the sentence `reason` of verdict.json.
+def winner_of(result: Verdict) -> str:
+    """Return the arm that the interval is beyond 0 for, also where a guard makes it a trade-off; empty without one."""
+    if result["verdict"] == "trade-off":
+        return ahead(result["difference"], result["arms"])
+    return result["verdict"] if result["verdict"] in result["arms"] else ""
 
-    Args:
-        result: the verdict, complete but for `reason`.
-        winner: the arm ahead, also where a guard makes it a trade-off; None for a tie or too little evidence.
-        failed: the guards that the winner failed.
-    """
-    first, second = map(title, result["arms"])
+
+def of_level(result: Verdict, arm: str) -> str:
+    """Return an arm's name, with what is compared where that is not the method: `this SimPO checkpoint`."""
+    level = result["level"]
+    return f"this {title(arm)} {level}" if level in ("checkpoint", "config") else title(arm)
+
+
+def reason(result: Verdict) -> str:
+    """Return the sentence `reason` of verdict.json, for a verdict that is complete but for it."""
+    winner = winner_of(result)
+    failed = [guard for guard in result["guards"] if winner and not guard["passed"]]
+    first, second = (of_level(result, arm) for arm in result["arms"])
     low, high = (100 * bound for bound in result["ci95"])
     difference, margin = 100 * result["difference"], 100 * result["margin"]
     seeds = "/".join(str(count) for count in dict.fromkeys(result["n_seeds"].values()))
@@ -38,8 +49,6 @@ def reason(result: Verdict, winner: str | None, failed: Sequence[GuardResult]) -
     runs = "1 seed" if seeds == "1" else f"{seeds} seeds"
     interval_text = f"{confidence(result['alpha'])} interval {low:+.1f} to {high:+.1f}"
     basis = f"on {result['metric']} ({interval_text}){over}, {runs} an arm"
-    if result["level"] == "checkpoint":
-        first, second = f"this {first} checkpoint", f"this {second} checkpoint"
     if winner:
         better, worse = (first, second) if difference > 0 else (second, first)
         text = f"{better} beats {worse} by {abs(difference):.1f} points {basis}"
@@ -53,11 +62,13 @@ def reason(result: Verdict, winner: str | None, failed: Sequence[GuardResult]) -
         text += f"a difference below {least:.1f} points cannot be told from noise here"
     if result["level"] == "checkpoint":
         text += "; with one seed this says nothing about the methods"
+    if result["level"] == "config":
+        text += "; this is about these two configs, and another search may select others"
     return text[0].upper() + text[1:] + "."
 
 
 def headline(verdict: Mapping[str, Json], arms: Sequence[str]) -> str:
-    """Return the verdict in a few words; with one seed per arm they name checkpoints, never methods.
+    """Return the verdict in a few words; they name checkpoints or configs where it is about those, not methods.
 
     Args:
         verdict: as read from verdict.json, whatever it holds; empty where there is none.
@@ -67,66 +78,14 @@ def headline(verdict: Mapping[str, Json], arms: Sequence[str]) -> str:
     if not word:
         return "No verdict yet"
     if word in ("tie", "inconclusive", "trade-off"):
-        trade = f"Trade-off: {title(_ahead(verdict, arms))} scores better and fails a guard"
+        trade = f"Trade-off: {title(ahead(number(verdict.get('difference')), arms))} scores better and fails a guard"
         return {"tie": "Tie", "inconclusive": "Inconclusive: not enough evidence", "trade-off": trade}[word]
     first, second = _pair(arms)
     other = second if word == first else first
-    if verdict.get("level") == "checkpoint":
-        return f"This {title(word)} checkpoint beats this {title(other)} checkpoint"
+    level = verdict.get("level")
+    if level in ("checkpoint", "config"):
+        return f"This {title(word)} {level} beats this {title(other)} {level}"
     return f"{title(word)} beats {title(other)}"
-
-
-def next_step(verdict: Mapping[str, Json], arms: Sequence[str]) -> str:
-    """Return the advice that follows from the verdict; arguments as for `headline`."""
-    word = _word(verdict)
-    if not word:
-        return "Finish the sweep: running the same command again does what is missing and repeats nothing."
-    worse = below_base(verdict)
-    if word in worse or (worse and worse.keys() == set(arms[:2])):
-        each = listing(
-            f"{title(arm)} scores {percent(mean)}, the base {percent(base)}" for arm, (mean, base) in worse.items()
-        )
-        return f"Ship the SFT base: {each}. Look at the learning rate and at the pairs before you train again."
-    if word == "tie":
-        return (
-            f"Ship either: the difference is smaller than the {_margin(verdict)} points that matter. Let cost, answer "
-            "length and the side-by-side completions below decide."
-        )
-    if word == "trade-off":
-        failed = listing(str(guard.get("metric")) for guard in guards(verdict) if guard.get("passed") is False)
-        return (
-            f"Do not ship {title(_ahead(verdict, arms))} before you have looked at the guard that it fails"
-            f"{f' ({failed})' if failed else ''}: decide which of the two matters more."
-        )
-    return _more_evidence(verdict) if word == "inconclusive" else _ship(verdict)
-
-
-def _ship(verdict: Mapping[str, Json]) -> str:
-    winner = title(_word(verdict))
-    if verdict.get("level") == "checkpoint":
-        return (
-            f"If one of these two models must be shipped today, ship the {winner} one. To choose the method, train "
-            "both arms with at least 3 seeds (`seed=1,2,3`)."
-        )
-    return f"Ship {winner}. Read the completions below first: a score is no substitute for looking."
-
-
-def _more_evidence(verdict: Mapping[str, Json]) -> str:
-    text = "Ship neither on this evidence."
-    settle = mapping(verdict.get("to_settle"))
-    seeds, prompts = number(settle.get("seeds")), number(settle.get("prompts"))
-    ways = [f"about {seeds:,.0f} seeds an arm"] if seeds else []
-    ways += [f"about {prompts:,.0f} golden prompts"] if prompts else []
-    margin = _margin(verdict)
-    if ways:
-        text += f" A difference of {margin} points would be found with {' or '.join(ways)}, all else as it is."
-    elif settle:
-        text += f" Neither more seeds nor more prompts alone would find a difference of {margin} points: add both."
-    else:
-        text += " Add seeds or golden prompts."
-    if verdict.get("level") == "checkpoint":
-        text += " At checkpoint level that is about these two models; for the methods, train at least 3 seeds an arm."
-    return text
 
 
 def difference(verdict: Mapping[str, Json]) -> str:
@@ -156,13 +115,10 @@ def _pair(arms: Sequence[str]) -> tuple[str, str]:
     return first, second
 
 
-def _ahead(verdict: Mapping[str, Json], arms: Sequence[str]) -> str:
+def ahead(difference: float | None, arms: Sequence[str]) -> str:
+    """Return the arm with the higher mean, by the difference of the first two arms."""
     first, second = _pair(arms)
-    return first if (number(verdict.get("difference")) or 0.0) >= 0 else second
-
-
-def _margin(verdict: Mapping[str, Json]) -> str:
-    return points(verdict.get("margin"), signed=False)
+    return first if (difference or 0.0) >= 0 else second
 
 
 def table_lines(verdict: Verdict) -> list[str]:
@@ -186,9 +142,35 @@ def table_lines(verdict: Verdict) -> list[str]:
     return [head, *(f"  {name:{width}}{text}" for name, text in rows)]
 
 
+def ranking_lines(verdict: Verdict) -> list[str]:
+    """Return the results of all pairs and the arms that none beats; empty with two arms."""
+    pairs = verdict["pairs"]
+    if len(pairs) < 2:
+        return []
+    rows = [(" - ".join(map(title, pair["arms"])), pair) for pair in pairs]
+    width = max(len(name) for name, _ in rows) + 2
+    lines = ["ranking: all pairs of arms (points); the first is the registered contrast, the others share alpha (Holm)"]
+    for name, pair in rows:
+        low, high = pair["ci95"]
+        ends = f"{confidence(pair['alpha'])} interval {100 * low:+.1f} to {100 * high:+.1f}"
+        lines.append(f"  {name:{width}}{100 * pair['difference']:+6.1f}  {ends}: {pair_word(pair['verdict'])}")
+    return [*lines, f"  arms that no arm beats: {listing(map(title, verdict['best_set']))}"]
+
+
+def pair_word(word: str) -> str:
+    """Return the result of a pair of arms in words: `SimPO wins`, or `tie`."""
+    return word if word in ("tie", "inconclusive", "trade-off") else f"{title(word)} wins"
+
+
 def warning_lines(verdict: Verdict) -> list[str]:
-    """Return one line per warning."""
-    return [f"warning: {one_line(warning, 1000)}" for warning in verdict["warnings"]]
+    """Return one line per warning that is not said beside the recommendation."""
+    beside = verdict["caveats"]
+    return [f"warning: {one_line(warning, 1000)}" for warning in verdict["warnings"] if warning not in beside]
+
+
+def caveat_lines(verdict: Verdict) -> list[str]:
+    """Return one line per fact to read the recommendation with."""
+    return [f"beside it: {one_line(caveat, 1000)}" for caveat in verdict["caveats"]]
 
 
 def verdict_line(verdict: Verdict) -> str:
@@ -232,6 +214,11 @@ def interval(value: Json) -> str:
     """Format an interval of differences in percentage points."""
     ends = bounds(value)
     return MISSING if ends is None else f"{points(ends[0])} to {points(ends[1])}"
+
+
+def plain_minus(text: str) -> str:
+    """Return a text for verdict.json and terminals, some of which know no other minus sign."""
+    return text.replace("−", "-")
 
 
 def listing(items: Iterable[str]) -> str:

@@ -24,10 +24,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from harness.config.arms import title
+from harness.decide.recommend import recommendation_line
 from harness.decide.words import MISSING, confidence, interval, plural, points
 from harness.report.figures import drawing
 from harness.report.page import json_in_page, page_script
 from harness.report.style import INK, LINE, MUTED, PAPER, THEME, Drawing, inline
+from harness.report.tables import Table, ranking_table
 from harness.study.errors import UsageError
 from harness.study.files import Json, Reader, bounds, mapping, number, strings, write_text
 from harness.study.outcome import running_curves
@@ -68,13 +70,16 @@ def dashboard_page(results: Path, *, live: bool = False) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(text=html, figure=lambda drawing: inline(drawing.svg, THEME))
+    environment.filters.update(
+        text=html, figure=lambda drawing: inline(drawing.svg, THEME), table=lambda table: table.html({})
+    )
     style = Markup((_TEMPLATES / "style.css").read_text(encoding="utf-8"))
     return environment.get_template("dashboard.html.j2").render(
         rows=[table_row(row) for row in rows],
         columns=COLUMNS,
         facts=json_in_page([_compared_facts(row) for row in rows]),
         forest=forest,
+        rankings=[(one_line(row.name, 80), row.ranking) for row in rows if row.ranking],
         count=plural(len(rows), "study", "studies"),
         decided=sum(row.state == DECIDED for row in rows),
         live=live,
@@ -87,6 +92,7 @@ def dashboard_page(results: Path, *, live: bool = False) -> str:
 COLUMNS = (
     "Study",
     "Verdict",
+    "Recommendation",
     "Difference",
     "Interval",
     "State",
@@ -126,6 +132,7 @@ def table_row(row: Overview) -> TableRow:
     shown = (
         (one_line(row.name, 80), row.name),
         (verdict, row.verdict),
+        (row.recommendation or MISSING, row.recommendation),
         (MISSING if row.difference is None else f"{points(row.difference)} points", row.difference),
         (_interval_cell(row), row.interval[0] if row.interval else None),
         (row.state, row.state),
@@ -180,6 +187,8 @@ class Overview:
         seconds: sum over all trials.
         left: estimated seconds to the end; None where unknown.
         problems: files that could not be read, a sentence each.
+        recommendation: as the terminal prints it, with what stands beside it; empty without a verdict.
+        ranking: all pairs of arms; None with two arms.
     """
 
     name: str
@@ -204,6 +213,8 @@ class Overview:
     created: str
     has_report: bool
     problems: tuple[str, ...]
+    recommendation: str
+    ranking: Table | None
 
 
 def read_overviews(results: Path, *, now: float) -> list[Overview]:
@@ -261,7 +272,14 @@ def _overview(folder: Path, now: float) -> Overview:
         created=str(settings.get("created", "")),
         has_report=(folder / "report.html").is_file(),
         problems=tuple(reader.problems),
+        recommendation=" ".join([recommendation_line(verdict), *_beside(verdict)]) if verdict else "",
+        ranking=ranking_table(verdict),
     )
+
+
+def _beside(verdict: Mapping[str, Json]) -> list[str]:
+    """Return what stands beside a recommendation, as sentences."""
+    return [f"Beside it: {one_line(text, 1000)}." for text in strings(verdict.get("caveats"))]
 
 
 def _spent_seconds(manifest: Mapping[str, Json]) -> float:

@@ -13,7 +13,8 @@ import numpy as np
 import yaml
 
 from harness.config.arms import ARMS, Arm
-from harness.decide.rule import deciding_scores
+from harness.decide.deciding import deciding_scores
+from harness.decide.notes import without_bad_scorers
 from harness.decide.scores_file import ArmScores, arm_scores, checked, read_scores, same_prompts
 from harness.decide.stats import Components, compare, contrast
 from harness.decide.words import interval, percent, points
@@ -56,7 +57,7 @@ def _level(folder: Path, family: Mapping[str, Json], study: Study) -> Level | No
         value = number(theirs.get("value"))
         if theirs.get("name") != family["name"] or registered["metric"] != study.metric or value is None:
             return None
-        frame = checked(read_scores(folder / "scores.csv"))
+        frame = checked(without_bad_scorers(read_scores(folder / "scores.csv"), [study.metric])[0])
         return Level(value, folder.name, deciding_scores(frame, study.metric, study.arms[:2]).arms)
     except (UsageError, yaml.YAMLError, OSError):
         return None

@@ -25,7 +25,7 @@ from harness.report.prompts import Answer, SideBySide, draw_length_scores, draw_
 from harness.report.search import draw_search, sensitivity_table
 from harness.report.study import Study, read_study
 from harness.report.style import PREFERENCE, THEME, Drawing, Look, inline, looks
-from harness.report.summary import disagreement, summarise, warnings
+from harness.report.summary import summarise, warnings
 from harness.report.tables import Table
 from harness.study.files import FileCache, Json, write_text
 from harness.study.text import cut, cut_note, fence, html, markdown, visible
@@ -99,7 +99,6 @@ def _content(study: Study, arm_looks: Mapping[str, Look], figures: _Figures) -> 
         "base": arm_looks[BASE],
         **figures._asdict(),
         **summary._asdict(),
-        "reason": " ".join(filter(None, (summary.reason, disagreement(study)))),
         "warnings": warnings(study, identity),
         "accent": verdict if verdict in study.arms else "",
         "pairs_only": study.metric.startswith(PREFERENCE),
@@ -129,6 +128,7 @@ def _tables(study: Study) -> dict[str, Table | None]:
         "judge": tables.judge_table(study),
         "moved": moved_table(study),
         "degenerate": tables.degenerate_table(study),
+        "ranking": tables.ranking_table(study.verdict),
         "guards": tables.guard_table(guards(study.verdict)),
         "trials": tables.trial_table(study),
         "length_table": tables.length_table(study),

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 from harness.config.arms import BASE, title
-from harness.score.scorers import SCORERS as TABLE
+from harness.score.scorers import titles
 
 PREFERENCE = "preference_accuracy"
 DEFINITIONS = {f"{PREFERENCE}_sum": "DPO's reward", f"{PREFERENCE}_mean": "SimPO's reward"}
-SCORERS = {name: scorer.title for name, scorer in TABLE.items()}
+SCORERS = titles()
 
 # The page's own colours in figure files; in a page each becomes the CSS variable of this name, which has a dark form.
 INK, MUTED, LINE, PAPER = "#1f2328", "#59636e", "#c8d1da", "#ffffff"

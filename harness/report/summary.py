@@ -6,29 +6,26 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from harness.config.arms import title
-from harness.decide.rule import verdict
+from harness.decide.beside import length_caveats
+from harness.decide.recommend import recommendation_line
 from harness.decide.words import (
     LEVELS,
     MISSING,
+    ahead,
     alpha_of,
     below_base,
     confidences,
-    difference,
     headline,
     interval,
-    next_step,
     percent,
     plural,
     points,
 )
 from harness.report.study import DIVERGED, FAILED, UNFINISHED, Study
 from harness.report.style import DEFINITIONS, PREFERENCE, SCORERS
-from harness.score.length_control import SOURCES
-from harness.study.errors import UsageError
-from harness.study.files import Json, mapping, number
+from harness.study.files import Json, mapping, number, strings
 from harness.study.registration import MARGIN
 
-LENGTH_CONTROLLED = "length_controlled"
 _SAME_MEAN = 1e-6
 _MAX_NAMES = 4  # runs that a warning lists
 
@@ -41,14 +38,16 @@ class Summary(NamedTuple):
         reason: its sentence, or the progress of a study without a verdict.
         level: the meaning of its level; empty without a verdict.
         key_facts: its numbers, `{name: text}`.
-        next_step: the advice.
+        recommendation: what to ship, why, and what to do next, as the terminal prints it.
+        caveats: what stands beside it.
     """
 
     headline: str
     reason: str
     level: str
     key_facts: dict[str, str]
-    next_step: str
+    recommendation: str
+    caveats: list[str]
 
 
 def summarise(study: Study) -> Summary:
@@ -58,7 +57,8 @@ def summarise(study: Study) -> Summary:
         reason=_reason(study),
         level=LEVELS.get(str(study.verdict.get("level") or ""), ""),
         key_facts=_key_facts(study),
-        next_step=next_step(study.verdict, study.arms),
+        recommendation=recommendation_line(study.verdict),
+        caveats=_caveats(study),
     )
 
 
@@ -72,6 +72,27 @@ def _reason(study: Study) -> str:
         f"{done} of {plural(len(study.trials), 'started trial')} {'is' if done == 1 else 'are'} scored, and the "
         "decision has not been made; run the sweep's command again, or `python -m harness.decide` on this folder."
     )
+
+
+def disagreement(study: Study) -> list[str]:
+    """Return a sentence where length-controlled and raw scores give different verdicts; the scorer may be newer."""
+    first, second = [*study.arms[:2], "", ""][:2]
+    decided = str(study.verdict.get("verdict") or "")
+    if not decided or not second:
+        return []
+    return length_caveats(
+        study.deciding.scores,
+        metric=study.metric,
+        decided=ahead(number(study.verdict.get("difference")), study.arms) if decided == "trade-off" else decided,
+        arms=(first, second),
+        margin=number(study.verdict.get("margin")) or MARGIN,
+        alpha=alpha_of(study.verdict),
+    )
+
+
+def _caveats(study: Study) -> list[str]:
+    """Return what stands beside the recommendation."""
+    return list(dict.fromkeys([*strings(study.verdict.get("caveats")), *disagreement(study)]))
 
 
 def _key_facts(study: Study) -> dict[str, str]:
@@ -92,44 +113,6 @@ def _key_facts(study: Study) -> dict[str, str]:
         ),
     }
     return {name: text for name, text in facts.items() if MISSING not in text}
-
-
-def disagreement(study: Study) -> str:
-    """Return a sentence where length-controlled and raw scores give different verdicts; empty elsewhere.
-
-    The other kind of score is decided by the study's rule, on the same runs (`Study.deciding`).
-    """
-    other = _other_kind(study)
-    decided = str(study.verdict.get("verdict") or "")
-    if not other or not decided or len(study.arms) < 2:
-        return ""
-    first, second = study.arms[:2]
-    try:
-        found = verdict(
-            study.deciding.scores,
-            metric=other,
-            margin=number(study.verdict.get("margin")) or MARGIN,
-            alpha=alpha_of(study.verdict),
-            arms=(first, second),
-        )
-    except UsageError:
-        return ""
-    if found["verdict"] == decided:
-        return ""
-    kinds = ("length-controlled", "raw") if other.startswith(LENGTH_CONTROLLED) else ("raw", "length-controlled")
-    shown: dict[str, Json] = {"difference": found["difference"], "ci95": found["ci95"], "alpha": found["alpha"]}
-    return (
-        f"The {kinds[0]} scores ({other}) say otherwise than the {kinds[1]} ones that decide: {found['verdict']}, "
-        f"{title(first)} minus {title(second)} {difference(shown)}. The verdict depends on whether length counts."
-    )
-
-
-def _other_kind(study: Study) -> str:
-    """Return the raw scorer where a length-controlled one decides, and the other way round; empty without one."""
-    names = [str(name) for name in study.scores["scorer"].unique()]
-    if study.metric.startswith(LENGTH_CONTROLLED):
-        return next((name for name in names if name in SOURCES), "")
-    return next((name for name in names if name.startswith(LENGTH_CONTROLLED)), "")
 
 
 def warnings(study: Study, identity: Mapping[str, Json]) -> list[str]:

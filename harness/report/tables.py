@@ -15,11 +15,22 @@ from markupsafe import Markup
 from harness.config.arms import BASE, title
 from harness.data.unicode import count_words
 from harness.decide.stats import contrast
-from harness.decide.words import MISSING, alpha_of, confidences, percent, plural, points
+from harness.decide.words import (
+    MISSING,
+    alpha_of,
+    confidence,
+    confidences,
+    interval,
+    listing,
+    pair_word,
+    percent,
+    plural,
+    points,
+)
 from harness.report.study import COMPLETE, Config, Study
 from harness.report.style import DEFINITIONS, PREFERENCE, SCORERS, Look
-from harness.score.trial_scores import degenerate_shares
-from harness.study.files import Json, Reader, mapping, number
+from harness.study.collapse import degenerate_shares
+from harness.study.files import Json, Reader, mapping, number, strings
 from harness.study.text import html, markdown, one_line
 
 _CELL_LIMIT = 400
@@ -199,6 +210,25 @@ def guard_table(guards: Sequence[Mapping[str, Json]]) -> Table | None:
     return build(
         "Guards: here the arm must not be worse than the other by more than is allowed", "Metric", rows, {}, note
     )
+
+
+def ranking_table(verdict: Mapping[str, Json]) -> Table | None:
+    """Show every pair of arms and the arms that none beats; None with two arms."""
+    pairs = verdict.get("pairs")
+    rows = {}
+    for pair in map(mapping, pairs if isinstance(pairs, list) else []):
+        alpha = number(pair.get("alpha"))
+        rows[" − ".join(map(title, strings(pair.get("arms"))))] = {
+            "Result": pair_word(str(pair.get("verdict") or MISSING)),
+            "Difference (points)": points(pair.get("difference")),
+            "Interval (points)": interval(pair.get("ci95")),
+            "Confidence": MISSING if alpha is None else confidence(alpha),
+        }
+    if len(rows) < 2:
+        return None
+    best = listing(map(title, strings(verdict.get("best_set"))))
+    note = f"Arms that no arm beats: {best}. The first pair is the registered contrast; the others share alpha (Holm)."
+    return build("Ranking: all pairs of arms", "Pair", rows, {}, note)
 
 
 def trial_table(study: Study) -> Table | None:

@@ -7,8 +7,7 @@ the win rate, and their spread gives the decision rule its uncertainty. Single v
 
 from __future__ import annotations
 
-import csv
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict
@@ -18,11 +17,14 @@ import numpy as np
 from harness.config.checkpoint import Checkpoints
 from harness.config.schema import LengthControlConfig, ScoreConfig
 from harness.config.trial_id import plain
+from harness.score.alpaca_files import FULL, Gamed, controlled_name, leaderboard_warning, read_difficulty, read_gamed
 from harness.score.answers import Preference, Run, Stored, read_preferences
 from harness.study.errors import UsageError
 from harness.study.files import Json, write_json
+from harness.study.registration import read_study
 
 FACTS = "length_controlled.json"
+_KEY = "score.length_control"
 SOURCES = ("judge", "reward_model")  # in the order of choice
 GAMED_WEIGHT = 0.1  # AlpacaEval 2: the two gamed baselines together weigh 0.2 in the fit
 MIN_PREFERENCES = 3
@@ -59,17 +61,48 @@ def length_control_settings(score: ScoreConfig, checkpoints: Checkpoints) -> dic
     return {"length_control": plain(score.length_control)}
 
 
+def length_control_problems(config: LengthControlConfig) -> Iterator[str]:
+    """Yield what is wrong with AlpacaEval's files, before anything is trained or judged."""
+    if config.gamed is not None and config.difficulty is None:
+        yield f"{_KEY}.gamed={config.gamed}: needs {_KEY}.difficulty beside it: AlpacaEval's fit contains both"
+    for path, key, read in (
+        (config.difficulty, "difficulty", read_difficulty),
+        (config.gamed, "gamed", read_gamed),
+    ):
+        try:
+            if path is not None:
+                read(path, f"{_KEY}.{key}")
+        except UsageError as error:
+            yield str(error)
+
+
+def name_by_files(config: LengthControlConfig) -> str:
+    """Return the name of the scores: AlpacaEval's own where the fit is."""
+    return controlled_name(has_difficulty=config.difficulty is not None, has_gamed=config.gamed is not None)
+
+
+def stored_name(stored: Stored, config: LengthControlConfig) -> str:
+    """Return the name of a study's scores; a study that registered `length_controlled` without files keeps it."""
+    path = stored.study / "study.yaml"
+    if not path.is_file():
+        return name_by_files(config)
+    registered = read_study(path)
+    decides = [registered.get("metric"), *(guard["metric"] for guard in registered.get("guards") or ())]
+    return FULL if FULL in decides else name_by_files(config)
+
+
 def control_runs(stored: Stored, config: LengthControlConfig) -> dict[Path, list[Preference]]:
     """Control the stored preferences of another scorer; writes length_controlled.json into the study's folder.
 
     Raises:
         UsageError: where no run has such preferences, or AlpacaEval's files do not fit.
     """
-    source = _source(stored, config)
+    source, name = _source(stored, config), stored_name(stored, config)
     difficulty = _difficulty(config, stored)
     gamed = _gamed(config)
     found: dict[Path, list[Preference]] = {}
     facts: LengthControlFacts = {"of": source, "difficulty": config.difficulty, "runs": {}, "warnings": []}
+    facts["warnings"] += _leaderboard_warnings(stored, config, name)
     for run in stored.runs:
         kept = [one for one in read_preferences(run.folder, source) if not run.failed and one.split in stored.splits]
         found[run.folder] = []
@@ -79,9 +112,16 @@ def control_runs(stored: Stored, config: LengthControlConfig) -> dict[Path, list
             found[run.folder] += values
             if fitted and split == "golden" and run is not stored.runs[0]:
                 facts["runs"][run.folder.name] = _run_facts(run, fitted)
-                facts["warnings"] += [f"length_controlled, {run.title}: {text}" for text in fitted.problems()]
+                facts["warnings"] += [f"{name}, {run.title}: {text}" for text in fitted.problems()]
     write_json(stored.study / FACTS, facts)
     return found
+
+
+def _leaderboard_warnings(stored: Stored, config: LengthControlConfig, name: str) -> list[str]:
+    """Warn where somebody may take the scores for the leaderboard's: AlpacaEval's prompts, or its name."""
+    is_alpaca_eval = any(row["about"].get("form") == "alpaca_eval" for row in stored.prompts if row.get("about"))
+    warning = leaderboard_warning(has_difficulty=config.difficulty is not None, has_gamed=config.gamed is not None)
+    return [f"{name}: {warning}"] if warning and (is_alpaca_eval or name == FULL) else []
 
 
 def _source(stored: Stored, config: LengthControlConfig) -> str:
@@ -132,49 +172,21 @@ def _difficulty(config: LengthControlConfig, stored: Stored) -> dict[str, float]
     if config.difficulty is None:
         return {}
     golden = [row["prompt_id"] for row in stored.prompts if row["split"] == "golden"]
-    numbers = [row[-1] for row in _read_csv(config.difficulty, "difficulty")]
+    numbers = read_difficulty(config.difficulty, f"{_KEY}.difficulty").tolist()
     if len(numbers) != len(golden):
         raise UsageError(
-            f"score.length_control.difficulty={config.difficulty}: {len(numbers)} numbers for {len(golden)} golden "
+            f"{_KEY}.difficulty={config.difficulty}: {len(numbers)} numbers for {len(golden)} golden "
             "prompts; AlpacaEval's file is for its own 805 prompts in their order, and other prompts go without"
         )
     return dict(zip(golden, numbers, strict=True))
 
 
 def _gamed(config: LengthControlConfig) -> Gamed | None:
-    """Read AlpacaEval's df_gamed.csv; its lengths are the baseline's minus the gamed answer's."""
     if config.gamed is None:
         return None
     if config.difficulty is None:
-        raise UsageError("score.length_control.gamed: needs score.length_control.difficulty beside it")
-    rows = np.array(_read_csv(config.gamed, "gamed", ("preference", "std_delta_len", "instruction_difficulty")))
-    return Gamed(rows[:, 0], -rows[:, 1], rows[:, 2])
-
-
-def _read_csv(path: str, key: str, columns: Sequence[str] = ()) -> list[list[float]]:
-    """Read these columns as numbers; the last column where none are named."""
-    try:
-        with Path(path).open(encoding="utf-8", newline="") as file:
-            rows = list(csv.DictReader(file))
-        return [[float(row[name]) for name in columns or list(row)[-1:]] for row in rows]
-    except (OSError, KeyError, ValueError, TypeError) as error:
-        needed = ", ".join(columns) or "one number per row, under a heading"
-        raise UsageError(f"score.length_control.{key}={path}: not readable ({error}); needed: {needed}") from error
-
-
-@dataclass(frozen=True)
-class Gamed:
-    """Comparisons of gamed baselines (longer or shorter on purpose) with the baseline, as AlpacaEval 2 adds them.
-
-    Attributes:
-        preferences: (num_rows,) in [0, 1], 1 where the gamed answer wins.
-        differences: (num_rows,) characters of the gamed answer minus the baseline's, over their standard deviation.
-        difficulty: (num_rows,) of the instruction.
-    """
-
-    preferences: np.ndarray
-    differences: np.ndarray
-    difficulty: np.ndarray
+        raise UsageError(f"{_KEY}.gamed: needs {_KEY}.difficulty beside it")
+    return read_gamed(config.gamed, f"{_KEY}.gamed")
 
 
 @dataclass(frozen=True)
@@ -185,7 +197,8 @@ class LengthControlled:
         win_rate: predicted at equal length, in [0, 1].
         raw: the mean preference.
         pseudo_values: (num_prompts,) jackknife values n*W - (n-1)*W_i, with W_i the win rate without prompt i. Their
-            mean is the win rate up to order 1/n; their standard deviation / sqrt(n) is its standard error.
+            mean is the win rate (without gamed baselines up to order 1/n); their standard deviation / sqrt(n) is its
+            standard error.
         longer: share of the prompts with a longer answer than the baseline's.
     """
 
@@ -239,6 +252,9 @@ def length_controlled(
         rest = None if difficulty is None else difficulty[kept]
         without = _fit(preferences[kept], _features(differences[kept], rest), fixed, weights)
         pseudo[left_out] = count * whole - (count - 1) * _predicted(without, rest)
+    if gamed is not None:
+        # Their rows stay where a prompt is left out, so that the mean of the jackknife values would undo their pull.
+        pseudo += whole - pseudo.mean()
     return LengthControlled(whole, float(preferences.mean()), pseudo, float((differences > 0).mean()))
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from copy import deepcopy
+from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from harness.score.accuracy import (
     score_preference_mean,
     score_preference_sum,
 )
+from harness.score.alpaca_files import MINIMAL, WITHOUT_GAMED
 from harness.score.answers import Preference, Score, Scoring, Stored, TrialOutputs, outputs_of, write_preferences
 from harness.score.judge import (
     PlannedAnswer,
@@ -33,7 +35,14 @@ from harness.score.judge import (
     other_judge_problem,
     planned_judging,
 )
-from harness.score.length_control import SOURCES, control_runs, length_control_settings
+from harness.score.length_control import (
+    SOURCES,
+    control_runs,
+    length_control_problems,
+    length_control_settings,
+    name_by_files,
+    stored_name,
+)
 from harness.score.lm_eval import (
     PREFIX,
     benchmark_problem,
@@ -43,6 +52,7 @@ from harness.score.lm_eval import (
     score_ifeval,
     score_ifeval_loose,
 )
+from harness.score.own_scorers import check_scores
 from harness.score.reward_model import reward_model_problems, reward_model_settings, reward_runs
 from harness.study.errors import UsageError
 from harness.study.files import Json, file_sha256, read_jsonl
@@ -75,6 +85,7 @@ class Scorer:
         score_study: stored answers of the study -> scores by name and run.
         is_set_up: whether a config sets it up.
         names: the names of its scores for a config; empty stands for the row's own name.
+        variants: other names that its scores may have, by title.
         setup: how to set it up, for messages; `{task}` is the part of a name after the colon.
         problems: what keeps it from working with a config.
         keys: config keys, or groups of keys, that it reads.
@@ -91,6 +102,7 @@ class Scorer:
     score_study: StudyScorer | None = None
     is_set_up: Callable[[ScoreConfig], bool] = lambda score: True
     names: Callable[[ScoreConfig], Sequence[str]] = lambda score: ()
+    variants: Mapping[str, str] = field(default_factory=dict)
     setup: str = ""
     problems: Callable[[ScoreConfig], Iterable[str]] = lambda score: ()
     keys: tuple[str, ...] = ()
@@ -109,10 +121,13 @@ class Scorer:
         return any(key == own or key.startswith(f"{own}.") for own in self.keys)
 
 
-def _comparing(name: str, compare: Callable[[Stored, Scoring], dict[Path, list[Preference]]]) -> StudyScorer:
+def _comparing(
+    name_of: str | Callable[[Stored, Scoring], str], compare: Callable[[Stored, Scoring], dict[Path, list[Preference]]]
+) -> StudyScorer:
     """Turn a comparison with the baseline into a scorer; its preferences are stored beside the scores."""
 
     def run(stored: Stored, scoring: Scoring) -> ScoresByName:
+        name = name_of if isinstance(name_of, str) else name_of(stored, scoring)
         found = compare(stored, scoring)
         for folder, preferences in found.items():
             write_preferences(folder, name, preferences, stored.splits)
@@ -174,8 +189,15 @@ SCORERS: dict[str, Scorer] = {
             "Length-controlled win rate",
             Needs.ANSWERS,
             score_study=_comparing(
-                "length_controlled", lambda stored, scoring: control_runs(stored, scoring.config.length_control)
+                lambda stored, scoring: stored_name(stored, scoring.config.length_control),
+                lambda stored, scoring: control_runs(stored, scoring.config.length_control),
             ),
+            names=lambda score: [name_by_files(score.length_control)],
+            variants={
+                WITHOUT_GAMED: "Length-controlled win rate, without AlpacaEval's gamed baselines",
+                MINIMAL: "Length-controlled win rate, minimal form",
+            },
+            problems=lambda score: length_control_problems(score.length_control),
             is_set_up=lambda score: any(SCORERS[source].is_set_up(score) for source in SOURCES),
             setup="set score.judge.model or score.reward_model.path",
             keys=("score.length_control",),
@@ -204,6 +226,11 @@ def is_file(name: str) -> bool:
     return name.endswith(".py")
 
 
+def titles() -> dict[str, str]:
+    """Return the titles of all scores by name."""
+    return {name: text for row in SCORERS.values() for name, text in {row.name: row.title, **row.variants}.items()}
+
+
 def scorer_name(name: str) -> str:
     """Return a scorer's name in the scores: for a file, its name without `.py`."""
     return Path(name).stem if is_file(name) else name
@@ -214,7 +241,7 @@ def find_scorer(name: str) -> Scorer | None:
     if is_file(name):
         return _own_scorer(name)
     own_name, colon, _ = name.partition(":")
-    row = SCORERS.get(own_name)
+    row = SCORERS.get(own_name) or next((row for row in SCORERS.values() if own_name in row.variants), None)
     return row if not colon or name.startswith(PREFIX) else None
 
 
@@ -225,7 +252,13 @@ def _own_scorer(path: str) -> Scorer:
         with saying_while(f"{path}: scoring {len(stored.runs)} runs"):
             scorer = load_scorer(path)
             prompts = list(read_jsonl(stored.study / "prompts.jsonl"))
-            return {name: {run.folder: scorer(outputs_of(run.folder, prompts)) for run in stored.runs}}
+            found = {}
+            for run in stored.runs:
+                if not run.failed:
+                    outputs = outputs_of(run.folder, prompts)
+                    given = scorer(deepcopy(outputs))  # it may change what it is given
+                    found[run.folder] = check_scores(path, run, given, outputs, stored.splits)
+            return {name: found}
 
     return Scorer(
         name,
@@ -296,8 +329,13 @@ def _own_names(score: ScoreConfig) -> list[str]:
 
 
 def known_scorers(score: ScoreConfig) -> list[str]:
-    """Return every scorer that a metric or a guard may name."""
-    return [*TRIAL_SCORERS, *study_scorers(score)]
+    """Return every scorer that a metric or a guard may name.
+
+    Among them a row's own name where its scores have another one: studies of an earlier version are registered by it.
+    """
+    found = [*TRIAL_SCORERS, *study_scorers(score)]
+    rows = [row for row in SCORERS.values() if row.score_study and row.is_set_up(score) and not row.has_tasks]
+    return list(dict.fromkeys([*found, *(row.name for row in rows)]))
 
 
 def unknown_scorer(name: str, score: ScoreConfig) -> str:
@@ -387,6 +425,12 @@ def allowed_scorers(score: ScoreConfig, prompts: Sequence[EvalPrompt], *, has_pa
     }
     rows = [row for row in SCORERS.values() if is_there[row.needs] and row.is_set_up(score)]
     return [name for row in rows for name in _score_names(row, score)] + _own_names(score)
+
+
+def is_among(name: str, allowed: Sequence[str]) -> bool:
+    """Return whether a scorer is allowed: by its name in the scores, or as a row whose scores have another name."""
+    row = SCORERS.get(name)
+    return name in allowed or (row is not None and any(variant in allowed for variant in row.variants))
 
 
 def has_instructions(prompts: Sequence[EvalPrompt]) -> bool:

@@ -15,6 +15,7 @@ from harness.config.checkpoint import Checkpoints
 from harness.config.schema import ModelConfig, RunConfig, Tuning
 from harness.data.reasoning import KEEP, part
 from harness.score.answers import Base, Run, Score, Scoring, Stored, read_outputs, read_stored
+from harness.score.own_scorers import note_failures
 from harness.score.scorers import (
     SCORERS,
     TRIAL_SCORERS,
@@ -26,6 +27,7 @@ from harness.score.scorers import (
     run_names,
     score_problems,
     scorer_name,
+    titles,
     with_sources,
 )
 from harness.score.settings import NOTE, Settings, read_settings
@@ -76,11 +78,14 @@ def score_study(study: Path, scoring: Scoring) -> list[str]:
         given = {name: part(answer).answer for name, answer in given.items()}
     stored = read_stored(study, folders, scoring.splits, given)
     problems = []
+    failed: dict[str, str] = {}
     for name in in_order(scoring.names):
         try:
             problems += _score_with(name, stored, scoring)
         except UsageError as error:  # the other scorers go on
             problems.append(f"{scorer_name(name)}: {error}")
+            failed |= {scorer_name(name): str(error)} if is_file(name) else {}
+    note_failures(study, [scorer_name(name) for name in scoring.names if is_file(name)], failed)
     return problems
 
 
@@ -137,7 +142,8 @@ def _too_many_unscored(run: Run, name: str, scores: Sequence[Score]) -> list[str
 
 def blocking(problems: Sequence[str], names: Sequence[str]) -> list[str]:
     """Return the problems of the scorers of these metrics."""
-    heads = tuple(f"{head}: " for name in names for head in (name, name.partition(":")[0]))
+    rows = [row.name for name in names if (row := find_scorer(name))]
+    heads = tuple(f"{head}: " for name in [*names, *rows] for head in (name, name.partition(":")[0]))
     return [problem for problem in problems if problem.startswith(heads)]
 
 
@@ -177,7 +183,7 @@ def rescore(study: Path, scorers: Sequence[str], overrides: Sequence[str] = ()) 
 
 
 def _refuse_unknown(names: Sequence[str]) -> None:
-    unknown = [name for name in names if name not in SCORERS and not is_file(name)]
+    unknown = [name for name in names if name not in titles() and not is_file(name)]
     if unknown:
         raise UsageError(
             f"unknown scorer {', '.join(unknown)}; allowed: {', '.join(SCORERS)}, or a Python file of yours"
@@ -193,7 +199,8 @@ def _other_settings(registered: Registration, settings: Settings, names: Sequenc
 
 def _scoring_again(study: Path, registered: Registration, settings: Settings, names: Sequence[str]) -> Scoring:
     is_tuned = registered.get("tuned") and any(row["split"] == "dev" for row in read_jsonl(study / "prompts.jsonl"))
-    decides = registered["metric"] in [scorer_name(name) for name in names]
+    metric = registered["metric"]
+    decides = metric in map(scorer_name, names) or bool({*run_names(settings.score, [metric])} & {*names})
     splits = ["dev", "golden"] if is_tuned and decides else ["golden"]
     base = (
         _base(settings.model, str(study.parent), is_quantised=settings.is_quantised) if reads(names, "model") else None

@@ -1,21 +1,29 @@
 """Score one trial's stored outputs: completions.jsonl and pairs.jsonl -> scores.jsonl, flags and warnings.
 
-A diverged or collapsed trial scores as worst. A policy has collapsed where most of its answers are degenerate (empty,
-or a repetition) or nearly all are the same, and the base's are not.
+A diverged or collapsed trial scores as worst (`harness.study.collapse`).
 """
 
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NotRequired, TypedDict
 
 from harness.data.records import Completion
 from harness.score.accuracy import score_checks
 from harness.score.answers import Score, TrialOutputs, outputs_of, rows_if_any
 from harness.score.scorers import TRIAL_SCORERS
+from harness.study.collapse import (
+    CUT_OFF_SHARE,
+    MIN_PROMPTS,
+    UNCHANGED_SHARE,
+    CheckedRow,
+    FlaggedRow,
+    degenerate_shares,
+    has_fallen,
+    is_collapsed,
+    runs_to_the_limit,
+)
 from harness.study.files import FileCache, to_jsonl
 from harness.study.integrity import SPLITS
 from harness.study.manifest import Manifest, load_manifest, write_manifest
@@ -26,11 +34,6 @@ from harness.study.scores_csv import SCORES_FILE, write_scores
 _REPEATED = re.compile(r"(.{1,40}?)\1{5,}", re.DOTALL)
 _REPEATED_TO_THE_LIMIT = re.compile(r"(.{1,40}?)\1{3,}", re.DOTALL)  # for an answer that was cut off in a loop
 _SCANNED_CHARS = 2000
-COLLAPSED_SHARES = {"degenerate": 0.5, "same_answer": 0.9}
-MIN_RISE = 0.4
-CUT_OFF_SHARE = 0.5
-UNCHANGED_SHARE = 0.9
-MIN_PROMPTS = 10
 
 
 def score_trial(
@@ -56,7 +59,8 @@ def score_trial(
     manifest["degenerate"] = _shares_by_split(outputs)
     warnings = manifest["warnings"] + unanswered_warnings(outputs.completions)
     if base is not None:
-        warnings = warnings + cut_off_warnings(manifest["degenerate"], _shares_by_split(before))
+        fallen = has_fallen(_checked(outputs), _checked(before))
+        warnings = warnings + cut_off_warnings(manifest["degenerate"], _shares_by_split(before), fallen=fallen)
         warnings = warnings + unchanged_warnings(outputs.completions, before.completions)
     manifest["warnings"] = list(dict.fromkeys(warnings))
     scored = _scored_outputs(manifest, outputs, before)
@@ -150,19 +154,6 @@ def collect_scores(study: Path, files: FileCache | None = None) -> Path:
     return study / SCORES_FILE
 
 
-class FlaggedRow(TypedDict):
-    """A completion and its flags."""
-
-    completion: str
-    flags: list[str]
-
-
-class CheckedRow(FlaggedRow):
-    """The same, with whether it passes all checks of its prompt."""
-
-    passed: NotRequired[bool]
-
-
 def completion_row(completion: Completion) -> CompletionRow:
     """Return a completion's row of completions.jsonl, with its flags; thinking has columns where there is any."""
     thought = completion.thinking_tokens > 0
@@ -199,27 +190,6 @@ def completion_flags(completion: str, *, ended: bool, thought: bool = False) -> 
     return flags
 
 
-def degenerate_shares(completions: Sequence[FlaggedRow]) -> dict[str, float]:
-    """Return shares in [0, 1] of the completions: of each flag, `same_answer` (the most frequent one), `degenerate`.
-
-    Empty without completions.
-    """
-    if not completions:
-        return {}
-    total = len(completions)
-    counts = Counter(flag for row in completions for flag in row["flags"])
-    shares = {flag: counts[flag] / total for flag in ("empty", "cut_off", "repetition")}
-    answers = Counter(row["completion"].strip() for row in completions if not _is_unanswered(row))
-    shares["same_answer"] = max(answers.values(), default=0) / total
-    shares["degenerate"] = sum(1 for row in completions if {"empty", "repetition"} & set(row["flags"])) / total
-    return shares
-
-
-def _is_unanswered(row: FlaggedRow) -> bool:
-    """Return whether the policy was cut off while it thought: it has given no answer, and so not the same one."""
-    return not row["completion"].strip() and "empty" not in row["flags"]
-
-
 def _shares_by_split(outputs: TrialOutputs) -> dict[str, dict[str, float]]:
     splits = sorted({row["split"] for row in outputs.completions})
     return {
@@ -235,27 +205,6 @@ def _flagged(row: CompletionRow) -> FlaggedRow:
 def _checked(outputs: TrialOutputs) -> list[CheckedRow]:
     passed = {(score.split, score.prompt_id) for score in score_checks(outputs) if score.score == 1.0}
     return [{**_flagged(row), "passed": (row["split"], row["prompt_id"]) in passed} for row in outputs.completions]
-
-
-def is_collapsed(completions: Sequence[CheckedRow], base: Sequence[CheckedRow]) -> bool:
-    """Return whether a policy has collapsed, measured against the base.
-
-    Answers that pass their checks do not count: ninety times "yes" is right where yes is the answer. Answers that are
-    cut off do not count either, since an arm may lengthen its answers (see `cut_off_warnings`).
-    """
-    if len(completions) < MIN_PROMPTS:
-        return False
-    policy, before = _shares_of_failed(completions), _shares_of_failed(base)
-    return any(
-        policy.get(kind, 0.0) >= limit and policy[kind] - before.get(kind, 0.0) >= MIN_RISE
-        for kind, limit in COLLAPSED_SHARES.items()
-    )
-
-
-def _shares_of_failed(completions: Sequence[CheckedRow]) -> dict[str, float]:
-    """Return `degenerate_shares` of the answers that fail their checks, as shares of all answers."""
-    failed = [row for row in completions if not row.get("passed")]
-    return {kind: share * len(failed) / len(completions) for kind, share in degenerate_shares(failed).items()}
 
 
 def unchanged_warnings(completions: Sequence[CompletionRow], base: Sequence[CompletionRow]) -> list[str]:
@@ -293,16 +242,26 @@ def unanswered_warnings(completions: Sequence[CompletionRow]) -> list[str]:
     return warnings
 
 
-def cut_off_warnings(shares: Mapping[str, Mapping[str, float]], base: Mapping[str, Mapping[str, float]]) -> list[str]:
+def cut_off_warnings(
+    shares: Mapping[str, Mapping[str, float]], base: Mapping[str, Mapping[str, float]], *, fallen: bool = False
+) -> list[str]:
     """Warn of each split on which most answers were cut off and the base's were not.
 
     Args:
         shares: `degenerate_shares` by split.
         base: the same of the base.
+        fallen: whether fewer answers pass their checks than the base's: a higher limit would not mend that.
     """
+    then = (
+        "and fewer pass their checks than the base's: the policy babbles, and a higher limit would not mend it; lower "
+        "the learning rate, and look at the pairs"
+        if fallen
+        else "raise it where the score has not fallen, or this arm is judged on stumps; where it has, the policy "
+        "babbles: look at the learning rate"
+    )
     return [
         f"{found['cut_off']:.0%} of the answers to {split} were cut off at generate.max_new_tokens, of the base's "
-        f"{base.get(split, {}).get('cut_off', 0.0):.0%}; raise it, or this arm is judged on stumps"
+        f"{base.get(split, {}).get('cut_off', 0.0):.0%}; {then}"
         for split, found in shares.items()
-        if found["cut_off"] > CUT_OFF_SHARE and found["cut_off"] - base.get(split, {}).get("cut_off", 0.0) > MIN_RISE
+        if runs_to_the_limit(found["cut_off"], base.get(split, {}).get("cut_off", 0.0))
     ]

@@ -63,21 +63,87 @@ class RegisteredLook(TypedDict):
     alpha: float
 
 
+class PairResult(TypedDict):
+    """The rule on one pair of arms.
+
+    Attributes:
+        arms: the difference is the first one's mean minus the second's.
+        ci95: its interval at 1 - alpha.
+        verdict: as in `Verdict`.
+        alpha: the registered contrast's own, or the pair's share of it among the other pairs (Holm 1979).
+    """
+
+    arms: list[str]
+    difference: float
+    ci95: list[float]
+    verdict: str
+    alpha: float
+
+
+class AgainstBase(TypedDict):
+    """An arm's mean minus the SFT base's, on the same prompts, with its interval at 1 - alpha.
+
+    Attributes:
+        collapsed: at least half of the arm's runs have diverged or collapsed.
+    """
+
+    difference: float
+    ci95: list[float]
+    collapsed: bool
+
+
+class Recommendation(TypedDict):
+    """What to ship: an arm, `either` of two that tie, the `base`, or `nothing_yet`; why, and what to do next."""
+
+    ship: str
+    why: str
+    next: str
+
+
+class SelectionDoubt(TypedDict):
+    """How sure the selection of one arm's config is, by resampled tuning seeds and dev prompts.
+
+    Attributes:
+        selected: its label. configs: number of configs with all tuning seeds, among which it was selected.
+        others_selected: share of the resamples in which another config is selected.
+        dev_mean: its mean dev score. dev_ci95: the middle 95% of that mean over the resamples.
+        tuning_seeds: their number; one seed is not resampled, so that only prompts count.
+    """
+
+    selected: str
+    configs: int
+    others_selected: float
+    dev_mean: float
+    dev_ci95: list[float]
+    tuning_seeds: int
+
+
 class Verdict(TypedDict):
     """verdict.json (DESIGN, sections 2 and 5).
 
     Attributes:
         verdict: `tie`, `inconclusive`, `trade-off`, or the arm that won.
-        level: `method`, or `checkpoint` where an arm has one seed.
+        level: `method`; `config` where a config was selected on dev; `checkpoint` where an arm has one seed.
         difference: first arm's mean minus the second's, in [-1, 1].
         ci95, ci90: its intervals at 1 - alpha and 1 - 2 alpha, lower and upper end.
         beyond_margin: whether the winner's whole interval lies beyond the margin.
-        seed_variance, prompt_variance: variance of the difference by source.
+        seed_variance, prompt_variance: variance of the difference by source; V is their sum, or the variance over
+            prompts alone where that is larger.
+        seed_correlation: of the arms' run means over the seeds that both have; None with fewer than three. The rule
+            does not pair seeds.
         minimum_detectable_difference: at these numbers of seeds and prompts.
         to_settle: `seeds` or `prompts` that would detect the margin, None where they cannot; None unless inconclusive.
+        rule_version: of the decision rule.
+        effective_clusters: (sum n)^2 / sum n^2 over the sizes n of the clusters.
+        pairs: every pair of arms, the contrast first. best_set: the arms that none beats.
+        against_base: by arm, where the base was scored on the same prompts.
         configs: label by arm. n_seeds, n_unscored, means: by arm. run_means: by arm and seed.
+        caveats: facts to read the recommendation with, a sentence each.
         base_mean: of the SFT base on the metric, where it was scored.
+        same_as_base: by arm, the share of its golden answers that are the SFT base's own, word for word.
+        selection: by arm whose config was selected on dev.
         look: where looks were registered.
+        sources: the files of the deciding runs, by arm and seed, where the scores name them.
     """
 
     verdict: str
@@ -88,24 +154,35 @@ class Verdict(TypedDict):
     beyond_margin: bool
     seed_variance: float
     prompt_variance: float
+    seed_correlation: float | None
     minimum_detectable_difference: float
     to_settle: dict[str, int | None] | None
     metric: str
     arms: list[str]
     margin: float
     alpha: float
+    rule_version: int
     configs: dict[str, str]
     n_prompts: int
     n_clusters: int
+    effective_clusters: float
     n_seeds: dict[str, int]
     n_unscored: dict[str, int]
     means: dict[str, float]
     run_means: dict[str, dict[str, float]]
     guards: list[GuardResult]
+    pairs: list[PairResult]
+    best_set: list[str]
+    against_base: dict[str, AgainstBase]
     warnings: list[str]
     reason: str
+    caveats: list[str]
+    recommendation: Recommendation
     base_mean: NotRequired[float]
+    same_as_base: NotRequired[dict[str, float]]
+    selection: NotRequired[dict[str, SelectionDoubt]]
     look: NotRequired[RegisteredLook]
+    sources: NotRequired[dict[str, dict[str, str]]]
 
 
 def read_selection(study: Path) -> Selection:

@@ -16,6 +16,7 @@ from harness.study.files import Json, is_broken, locked, read_json, seal
 
 MARGIN = 0.05  # the smallest difference that matters, where a user gives none
 ALPHA = 0.05  # error rate of the decision
+RULE_VERSION = 2  # of the decision rule; studies that register none were registered under version 1
 CONTRAST = ("simpo", "dpo")  # first minus second, where a study has both arms
 
 Item = TypeVar("Item")
@@ -50,6 +51,7 @@ class Registration(TypedDict):
         configs: labels of the configs by arm; seeds: of the confirmation, by arm.
         tuned: arms whose config is selected on dev, with `tuning_seeds`.
         looks: numbers of seeds at which golden is looked at; empty for one look with all seeds.
+        rule_version: of the decision rule; absent where a study was registered before version 2.
         family: `name` and `value` of this study in a family of studies; empty outside one.
         data: facts of the splits, with hashes.
         fixed: all that must not change; `fixed_sha256`: its hash.
@@ -69,6 +71,7 @@ class Registration(TypedDict):
     alpha: float
     guards: list[Guard]
     looks: list[int]
+    rule_version: NotRequired[int]
     family: dict[str, Json]
     model: RegisteredModel
     data: dict[str, Any]
@@ -185,5 +188,5 @@ def merged(old: Sequence[Item], new: Sequence[Item]) -> list[Item]:
 
 def facts_warnings(study: Path) -> list[str]:
     """Return the warnings that study-level scorers left for readers of the verdict."""
-    files = [study / name for name in ("judge.json", "length_controlled.json")]
+    files = [study / name for name in ("judge.json", "length_controlled.json", "own_scorers.json")]
     return [str(text) for path in files if path.is_file() for text in read_json(path).get("warnings", [])]

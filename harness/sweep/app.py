@@ -23,18 +23,23 @@ from harness.config.launchers import LAUNCHERS
 from harness.config.machine import Machine, job_problem, processes_problem
 from harness.config.overrides import check_overrides, check_single, explain
 from harness.config.paths import CONF, typed_home
-from harness.decide.words import table_lines, verdict_line, warning_lines
+from harness.decide.recommend import last_lines
+from harness.decide.rule import check_expected, expectation_problem
+from harness.decide.words import ranking_lines, table_lines, warning_lines
 from harness.study.errors import UsageError
 from harness.study.integrity import SPLITS
 from harness.study.log import prepare_process
 from harness.study.outcome import Outcome
+from harness.study.registration import contrast_of, read_study
 from harness.study.text import redact, visible
+from harness.sweep.chances import guard_lines
 from harness.sweep.design import Composer, Design, designs_of, expand, shared_overrides, warnings_of
 from harness.sweep.estimate import print_plan, refuse_too_little_memory, refuse_what_does_not_fit
 from harness.sweep.launch import Launching
 from harness.sweep.problems import checkpoint_warnings, compose_run, composing, find_warnings
 from harness.sweep.protocol import StudyResult, report_study, run_study
 from harness.sweep.registration import folder_name, register
+from harness.sweep.remembered import with_registered_rule, with_registered_seeds
 from harness.sweep.stages import run_trial
 from harness.sweep.trial import Context, Trial
 
@@ -64,7 +69,11 @@ def run_sweep(arguments: Sequence[str]) -> list[StudyResult]:
     with _context() as context, composing():
         with explain():
             master = compose("sweep", shared_overrides(parsed), return_hydra_config=True)
-        designs = list(designs_of(expand(parsed, master), master, Composer(), context.inputs, folder_name))
+        request = with_registered_rule(expand(parsed, master), parsed, master)
+        studies = designs_of(request, master, Composer(), context.inputs, folder_name, with_registered_seeds)
+        designs = list(studies)
+        for design in designs:
+            _check_expected(design)
         warnings = [[*warnings_of(design), *checkpoint_warnings(design.any, context.inputs)] for design in designs]
         launching = Launching.configured(master, _hydra_context(master), context)
         if master.plan:
@@ -77,6 +86,7 @@ def run_sweep(arguments: Sequence[str]) -> list[StudyResult]:
         for design in designs:
             _refuse_what_cannot_run(design, launching, context.machine)
         for design, found in zip(designs, warnings, strict=True):
+            print("\n".join(guard_lines(design)), end="\n" if design.any.decide.guards else "")
             register(design, ["harness.sweep", *arguments], warnings=found)
         results = [run_study(design, launching.run, context) for design in designs]
         if len(results) > 1:
@@ -114,6 +124,14 @@ def _check_options(arguments: Sequence[str], *, allowed: Sequence[str] = ()) -> 
     for argument in arguments:
         if argument.startswith("-") and argument not in allowed:
             raise UsageError(f"{argument}: unknown option; write KEY=VALUE, and see --help for the keys")
+
+
+def _check_expected(design: Design) -> None:
+    """Refuse an expectation that no verdict of the study can meet."""
+    expected, path = design.any.expect, design.study / "study.yaml"
+    if expected is not None:
+        registered = read_study(path)["contrast"] if path.is_file() else []
+        check_expected(expected, registered or contrast_of(list(design.arms)))
 
 
 def _refuse_what_cannot_run(design: Design, launching: Launching, machine: Machine) -> None:
@@ -175,11 +193,14 @@ def _single_trial(arguments: Sequence[str], context: Context) -> tuple[Trial, Tr
 
 
 def print_result(result: StudyResult) -> int:
-    """Print the table, the warnings and the verdict; return the exit status: 1 if a trial failed."""
+    """Print the table, the warnings, the verdict and the recommendation; return the exit status.
+
+    1 if a trial failed or there is no verdict, 3 if the verdict is not the expected one.
+    """
     failed = [outcome for outcome in result.outcomes if outcome.status == "failed"]
     verdict = result.verdict
     if verdict:
-        print("\n".join(["", *table_lines(verdict), *warning_lines(verdict)]))
+        print("\n".join(["", *table_lines(verdict), *ranking_lines(verdict), *warning_lines(verdict)]))
     for outcome in failed:
         print(f"failed: {_name(outcome)}: {visible(redact(outcome.message))}")
     for problem in result.problems:
@@ -188,16 +209,17 @@ def print_result(result: StudyResult) -> int:
         print(f"{len(failed)} of {len(result.outcomes)} trials failed; the rest is kept: {_again(failed)}")
     stages = ", ".join(f"{stage} {count}" for stage, count in result.stages.items() if count)
     print(f"trials run now: {result.launched}, complete before: {len(result.outcomes) - result.launched} ({stages})")
-    if verdict:
-        print(f"\n{verdict_line(verdict)}")
-    else:
-        print(f"\nno verdict: {redact(result.undecided)}")
     if result.report:
         print(f"report: {result.report}")
     if result.unreported:
         print(f"no report: {visible(result.unreported)}")
+    unexpected = expectation_problem(verdict, result.expected) if verdict and result.expected else ""
+    if unexpected:
+        print(unexpected)
+    lines = last_lines(verdict) if verdict else [f"no verdict: {redact(result.undecided)}"]
+    print("\n".join(["", *lines]))
     is_missing = bool(result.unreported) or (result.is_comparison and not verdict)
-    return 1 if failed or result.problems or is_missing else 0
+    return 1 if failed or result.problems or is_missing else 3 if unexpected else 0
 
 
 def _again(failed: Sequence[Outcome]) -> str:

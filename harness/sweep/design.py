@@ -40,12 +40,15 @@ class Request:
         spaces: for each arm its own keys: a list of values, or an interval.
         seeds: those that decide.
         tuning_seeds: those that configs are selected with, where an arm has several.
+        has_seeds, has_tuning_seeds: whether the command or its preset gives them; else they are defaults.
     """
 
     common: list[str]
     spaces: dict[str, dict[str, Any]]
     seeds: list[int]
     tuning_seeds: list[int]
+    has_seeds: bool = False
+    has_tuning_seeds: bool = False
 
 
 def shared_overrides(parsed: Sequence[Override]) -> list[str]:
@@ -82,7 +85,14 @@ def expand(parsed: Sequence[Override], master: DictConfig) -> Request:
             own[arm][name] = _space(values_of(override))
     common = [line for line in shared_overrides(parsed) if not is_hydra(line.lstrip("+"))]
     tuning_seeds = list(master.tuning_seeds or profile["tuning_seeds"])
-    return Request(common, {arm: {**own[arm], **shared} for arm in arms}, list(dict.fromkeys(seeds)), tuning_seeds)
+    return Request(
+        common,
+        {arm: {**own[arm], **shared} for arm in arms},
+        list(dict.fromkeys(seeds)),
+        tuning_seeds,
+        has_seeds=bool(master.seeds) or any(override.key_or_group == "seed" for override in parsed),
+        has_tuning_seeds=bool(master.tuning_seeds),
+    )
 
 
 def _preset_space(master: DictConfig, arm: str) -> dict[str, Any]:
@@ -97,11 +107,11 @@ def _space(values: Sequence[Any]) -> Any:
     return [item for value in values for item in (value if isinstance(value, list) else [value])]
 
 
-def check_study(request: Request, sizes: Mapping[str, int], *, allow_unequal: bool) -> None:
+def check_sizes(sizes: Mapping[str, int], *, allow_unequal: bool) -> None:
     """Check the number of configs per arm.
 
     Raises:
-        UsageError: for arms with unequal or no configs, or seeds that tune and decide.
+        UsageError: for arms with unequal or no configs.
     """
     for arm, size in sizes.items():
         if size == 0:
@@ -112,14 +122,22 @@ def check_study(request: Request, sizes: Mapping[str, int], *, allow_unequal: bo
             f"unequal budgets ({shown} configs): the best of many beats the best of few by luck alone; give every arm "
             "the same number of configs, or set allow_unequal_budgets=true and the verdict will carry a warning"
         )
-    tuned = [arm for arm, size in sizes.items() if size > 1]
-    both = sorted(set(request.seeds) & set(request.tuning_seeds)) if tuned else []
+
+
+def check_seeds(design: Design) -> None:
+    """Check the seeds of a study.
+
+    Raises:
+        UsageError: for seeds that tune and decide, or looks at other numbers of seeds than there are.
+    """
+    both = sorted(set(design.seeds) & set(design.tuning_seeds)) if design.tuned else []
     if both:
         raise UsageError(
-            f"seed={','.join(map(str, request.seeds))} tuning_seeds=[{','.join(map(str, request.tuning_seeds))}]: "
+            f"seed={','.join(map(str, design.seeds))} tuning_seeds=[{','.join(map(str, design.tuning_seeds))}]: "
             f"{', '.join(map(str, both))} would tune and decide; the selected config has been lucky with its tuning "
             "seeds, so that only fresh ones may decide: give other tuning_seeds"
         )
+    _check_looks(design)
 
 
 class Composer:
@@ -328,6 +346,7 @@ def designs_of(
     composer: Composer,
     inputs: Inputs,
     study_name: Callable[[RunConfig, Inputs], str],
+    seeds_of: Callable[[Request, Path], Request] = lambda request, study: request,
 ) -> Iterator[Design]:
     """Yield the design of each study: one, or one per value of the family's key.
 
@@ -337,17 +356,25 @@ def designs_of(
         composer: composes the configs.
         inputs: splits, token ids and hashes.
         study_name: names the study of a config.
+        seeds_of: puts in what the request leaves out and the study of a folder has registered.
     """
+
+    def seeded(design: Design) -> Design:
+        found = seeds_of(request, design.study)
+        design = replace(design, seeds=found.seeds, tuning_seeds=found.tuning_seeds)
+        check_seeds(design)
+        return design
+
     key, values = master.family.key, list(master.family["values"])
     if not key:
         design = _design(request, [], composer, inputs)
-        yield design.in_study(study_name(design.any, inputs))
+        yield seeded(design.in_study(study_name(design.any, inputs)))
         return
     family = ""
     for value in values:
         design = _design(request, [f"{key}={value}"], composer, inputs)
         family = family or f"{study_name(design.any, inputs)}-{str(key).rpartition('.')[2]}"
-        yield design.in_study(f"{family}-{value:g}", Family(str(key), values, family, value))
+        yield seeded(design.in_study(f"{family}-{value:g}", Family(str(key), values, family, value)))
 
 
 def _design(request: Request, fixed: Sequence[str], composer: Composer, inputs: Inputs) -> Design:
@@ -363,10 +390,8 @@ def _design(request: Request, fixed: Sequence[str], composer: Composer, inputs: 
         arms[arm] = composer.compose_all([([*common, f"+method={arm}"], params) for params in found])
     suggested = base.search.trials or 0 if base.search.sampler == "tpe" else 0
     sizes = {arm: suggested or len(found) for arm, found in arms.items()}
-    check_study(request, sizes, allow_unequal=base.allow_unequal_budgets)
-    design = Design(base, arms, request.spaces, request.seeds, request.tuning_seeds, inputs, composer, common)
-    _check_looks(design)
-    return design
+    check_sizes(sizes, allow_unequal=base.allow_unequal_budgets)
+    return Design(base, arms, request.spaces, request.seeds, request.tuning_seeds, inputs, composer, common)
 
 
 def _check_looks(design: Design) -> None:

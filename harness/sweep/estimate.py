@@ -17,13 +17,13 @@ from harness.config.machine import Machine
 from harness.config.schema import Engine, Precision, Reference, RunConfig, Tuning
 from harness.config.trial_id import config_label
 from harness.data.inputs import Tokens, num_steps
-from harness.decide.simulate import detectable_before
 from harness.score.judge import PlannedAnswer
 from harness.score.scorers import planned_costs
 from harness.study.decision import Selection, read_selection
 from harness.study.errors import UnreachableError, UsageError
 from harness.study.manifest import read_manifest
 from harness.study.text import one_line
+from harness.sweep.chances import findable, guard_lines
 from harness.sweep.design import Design, ordered
 from harness.sweep.products import forward_flops, needed, shape_of_config, training_flops
 from harness.sweep.trial import Trial
@@ -49,7 +49,7 @@ def print_plan(design: Design, warnings: Sequence[str], machine: Machine, at_onc
     if not unknown:
         warnings = [*warnings, *design.inputs.tokens(design.any).warnings]  # refuses what does not fit the model
         print("\n".join(_cost(design, machine, at_once)))
-    print(_findable(design))
+    print("\n".join([findable(design), *guard_lines(design)]))
     for line in [] if unknown else [*_scoring_costs(design), *_unread_columns(design)]:
         print(line)
     print(f"{'trial':14}{'stage':9}{'arm':14}{'seed':>5}  {'state':10}config")
@@ -124,21 +124,6 @@ def refuse_what_does_not_fit(design: Design, machine: Machine, at_once: int) -> 
     found = estimate(design, machine, tune=tune, confirm=confirm, rates=None, at_once=at_once)
     may_keep_less = bool(tune) and design.any.keep == "all"
     refuse_full_disk(Path(design.any.results_dir), found.disk_bytes, may_keep_less=may_keep_less)
-
-
-def _findable(design: Design) -> str:
-    """Say what difference the study could find, before anything is trained."""
-    seeds = len(design.seeds)
-    try:
-        prompts = len(design.inputs.splits(design.any).golden_prompts)
-    except UnreachableError:
-        return "what difference the study could find is not known without its golden prompts"
-    least = 100 * detectable_before(seeds, prompts, alpha=design.base_config.decide.alpha)
-    level = "" if seeds > 1 else "; with one seed it compares two checkpoints and not the methods"
-    return (
-        f"with {seeds} seeds an arm and {prompts} golden prompts, a difference of about {least:.1f} points is found "
-        f"with 80% power (assumed spreads; python -m harness.calibrate has them and more){level}"
-    )
 
 
 def _scoring_costs(design: Design) -> list[str]:

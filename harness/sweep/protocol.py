@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from harness.config.schema import RunConfig
+from harness.decide.recommend import in_one_line
 from harness.decide.study import decide_study
-from harness.score.scorers import study_scorers
+from harness.score.scorers import known_scorers
 from harness.score.study_scores import blocking, score_study, scoring_of
 from harness.score.trial_scores import collect_scores
 from harness.study.decision import Verdict
@@ -44,6 +45,7 @@ class StudyResult:
         stages: number of trials by stage: `base`, `tune`, `confirm`, `costs`.
         problems: scorers that failed, by name.
         unreported: why the report could not be written.
+        expected: the verdict that the command expects; empty where it expects none.
     """
 
     outcomes: list[Outcome]
@@ -55,6 +57,7 @@ class StudyResult:
     stages: Mapping[str, int]
     problems: list[str]
     unreported: str = ""
+    expected: str = ""
 
 
 def run_study(design: Design, launch: Launch, context: Context) -> StudyResult:
@@ -133,7 +136,8 @@ def _result(
 ) -> StudyResult:
     outcomes = list(runs.ended.values())
     found = (outcomes, verdict, undecided, report, len(runs.launched), len(design.arms) > 1, runs.stages)
-    return StudyResult(*found, problems=runs.problems, unreported=unreported)
+    expected = design.any.expect or ""
+    return StudyResult(*found, problems=runs.problems, unreported=unreported, expected=expected)
 
 
 class _Runs:
@@ -182,7 +186,7 @@ class _Runs:
         """Let the scorers of the whole study score what is new; dev only by those that select on it."""
         registered = read_study(self._study / "study.yaml")
         names = [str(registered["metric"])] if splits == ["dev"] else []
-        wanted = not names or names[0] in study_scorers(self._design.any.score)
+        wanted = not names or names[0] in known_scorers(self._design.any.score)
         scoring = scoring_of(self._design.any, splits, names) if wanted else None
         if scoring is not None:
             self._bases.release()  # scorers load models of their own, some in other processes
@@ -239,7 +243,8 @@ def _mirror(base: RunConfig, study: Path, verdict: Verdict, context: Context) ->
         config=read_study(study / "study.yaml"),
         trackers=context.trackers,
     ) as tracker:
-        tracker.summarise({f"verdict/{key}": value for key, value in verdict.items()})
+        summary = {f"verdict/{key}": value for key, value in verdict.items()}
+        tracker.summarise({"recommendation": in_one_line(verdict["recommendation"], verdict["arms"]), **summary})
         tracker.table("side_by_side", *answers_table(read_for_report(study, context.files)))
         for figure in sorted((study / "figures").glob("*.svg")):
             tracker.page(f"figures/{figure.stem}", figure)

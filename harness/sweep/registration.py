@@ -15,12 +15,13 @@ from harness.data.inputs import Inputs, prompt_rows
 from harness.data.records import EvalPrompt
 from harness.data.splits import Splits
 from harness.score.lm_eval import unchecked
-from harness.score.scorers import allowed_scorers, needs_instructions, registered_settings
+from harness.score.scorers import allowed_scorers, is_among, needs_instructions, registered_settings
 from harness.study.backup import put_back
 from harness.study.errors import UnreachableError, UsageError
 from harness.study.files import Json, Reader, digest, locked, to_jsonl, write_text
 from harness.study.log import say
 from harness.study.registration import (
+    RULE_VERSION,
     ModelSources,
     Registration,
     contrast_of,
@@ -174,6 +175,8 @@ def _study(
         "fixed": fixed,
         "fixed_sha256": digest(fixed),
     }
+    if not old or "rule_version" in old:
+        study["rule_version"] = old.get("rule_version", RULE_VERSION)
     if "sha256" in old:
         study["sha256"] = old["sha256"]
     return study
@@ -191,7 +194,7 @@ def check_answerable(design: Design, fixed: dict[str, Any]) -> None:
     needed += [("decide.metric", "dev", fixed["metric"])] if design.tuned else []
     for key, split, metric in needed:
         allowed = scorers_of(design.any, splits, split)
-        if metric not in allowed:
+        if not is_among(metric, allowed):
             why = "; configs are selected on dev" if split == "dev" else ""
             raise UsageError(
                 f"{key}={metric}: {split} cannot be scored on it{why}; "

@@ -226,7 +226,7 @@ def build_workspace(study: Study, entity: str, project: str) -> ws.Workspace:
 
 
 def build_report(study: Study, entity: str, project: str) -> wr.Report:
-    """Return the report: verdict, interval, next step, scores, training of each arm by itself, completions."""
+    """Return the report: verdict, recommendation, scores, training of each arm by itself, completions."""
     import wandb_workspaces.reports.v2 as wr
 
     of_study = _runset(study, entity, project, "study", "Verdict")
@@ -237,11 +237,11 @@ def build_report(study: Study, entity: str, project: str) -> wr.Report:
     summary = summarise(study)
     blocks: list[Block] = [
         wr.H1(text=_plain(summary.headline)),
+        wr.P(text=_plain(summary.recommendation)),
+        *([wr.UnorderedList(items=list(map(_plain, summary.caveats)))] if summary.caveats else []),
         wr.P(text=_plain(summary.reason)),
         wr.P(text=_plain(summary.level)),
         wr.UnorderedList(items=[_plain(f"{name}: {text}") for name, text in summary.key_facts.items()] or ["–"]),
-        wr.H2(text="What to do next"),
-        wr.P(text=_plain(summary.next_step)),
         wr.H2(text="Figures and completions"),
         wr.PanelGrid(runsets=[of_study], panels=_pages(study)),
         wr.H2(text="Scores"),

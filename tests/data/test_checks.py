@@ -14,11 +14,10 @@ from harness.data.conversations import RowError
 from harness.score.trial_scores import (
     completion_flags,
     cut_off_warnings,
-    degenerate_shares,
-    is_collapsed,
     unanswered_warnings,
     unchanged_warnings,
 )
+from harness.study.collapse import degenerate_shares, is_collapsed
 
 CASES = [
     ({"equals": "42"}, " 42\n", "42."),
@@ -336,7 +335,28 @@ def test_answers_that_are_cut_off_warn_and_are_no_collapse() -> None:
     shares = {"golden": degenerate_shares(endless)}
     (warning,) = cut_off_warnings(shares, {"golden": degenerate_shares(good)})
     assert warning.startswith("100% of the answers to golden were cut off at generate.max_new_tokens, of the base's 0%")
+    assert "raise it where the score has not fallen" in warning
     assert cut_off_warnings(shares, shares) == []
+
+
+def test_answers_that_run_to_the_limit_with_a_fallen_score_are_a_collapse() -> None:
+    """A policy that babbles until it is cut off: a higher limit would not mend it."""
+    short, endless = (rows(*[f"answer {i} and so on" for i in range(20)], ended=ended) for ended in (True, False))
+    base = [row | {"passed": i < 14} for i, row in enumerate(short)]
+
+    def policy(passes: int, cut_off: int = 20) -> list[dict]:
+        mixed = [*endless[:cut_off], *short[cut_off:]]
+        return [row | {"passed": i >= 20 - passes} for i, row in enumerate(mixed)]
+
+    assert is_collapsed(policy(2), base)
+    assert is_collapsed(policy(2, cut_off=12), base)
+    assert not is_collapsed(policy(14), base)  # longer, and as often right
+    assert not is_collapsed(policy(12), base)  # two fewer of twenty are chance
+    assert not is_collapsed(policy(2, cut_off=8), base)  # most of them end
+    assert not is_collapsed(policy(2), [row | {"flags": ["cut_off"]} for row in base])  # so did most of the base's
+    shares = {"golden": degenerate_shares(endless)}
+    (warning,) = cut_off_warnings(shares, {"golden": degenerate_shares(short)}, fallen=True)
+    assert "the policy babbles, and a higher limit would not mend it; lower the learning rate" in warning
 
 
 def test_a_policy_that_is_cut_off_while_it_thinks_has_not_collapsed() -> None:
@@ -345,6 +365,7 @@ def test_a_policy_that_is_cut_off_while_it_thinks_has_not_collapsed() -> None:
     thinking = [{"completion": "", "flags": completion_flags("", ended=False, thought=True)} for _ in range(20)]
     assert thinking[0]["flags"] == ["cut_off"]
     assert not is_collapsed(thinking, good)
+    assert not is_collapsed(thinking, [row | {"passed": True} for row in good])
     assert degenerate_shares(thinking)["same_answer"] == 0
     assert completion_flags("", ended=True, thought=True) == ["empty"]
 

@@ -89,3 +89,67 @@ def test_a_guard_is_tested_on_the_same_runs() -> None:
     copied = verdict(frame, metric="checks", guards=guards)
     without = verdict(frame[frame["seed"] != 3], metric="checks", guards=guards)
     assert copied["guards"] == without["guards"]
+
+
+# One score a run
+
+
+def runs(**means: list[float]) -> pd.DataFrame:
+    rows = [{"arm": arm, "seed": i, "score": s} for arm, scores in means.items() for i, s in enumerate(scores, start=1)]
+    return pd.DataFrame(rows)
+
+
+@pytest.mark.parametrize(
+    "means",
+    [
+        {"simpo": [0.3397] * 3, "dpo": [0.2608] * 3},
+        {"simpo": [0.5] * 3, "dpo": [0.25] * 3},
+        {"simpo": [33.97 / 100, 0.3397, 0.3397], "dpo": [26.08 / 100, 0.2608, 0.2608]},
+        {"simpo": [float(np.float32(0.3397))] * 2, "dpo": [float(np.float32(0.2608))] * 2},
+    ],
+)
+def test_equal_runs_are_one_checkpoint_whatever_their_digits(means: dict[str, list[float]]) -> None:
+    """No digits make a winner of them, and no digits make nothing of them: one run an arm, and so inconclusive."""
+    found = verdict(runs(**means))
+    assert (found["verdict"], found["level"]) == ("inconclusive", "checkpoint")
+    assert found["n_seeds"] == {"simpo": 1, "dpo": 1}
+    seeds = ", ".join(str(i) for i in range(1, len(means["dpo"]) + 1))
+    for arm in means:
+        assert (
+            f"{arm}: seeds {seeds} are copies of one run, or of a training that has changed nothing: their scores"
+            in (" ".join(found["warnings"]))
+        )
+
+
+def test_two_runs_that_share_17_digits_count_once() -> None:
+    found = verdict(runs(simpo=[0.7384961738217931, 0.7384961738217931, 0.7211], dpo=[0.6512, 0.6731, 0.6402]))
+    without = verdict(runs(simpo=[0.7384961738217931, 0.7211], dpo=[0.6512, 0.6731, 0.6402]))
+    assert found["n_seeds"] == {"simpo": 2, "dpo": 3}
+    assert found["ci95"] == without["ci95"]
+    assert (
+        "simpo: seeds 1, 2 are copies of one run, or of a training that has changed nothing: their scores are equal to "
+        "the last digit; they are counted once" in found["warnings"]
+    )
+
+
+@pytest.mark.parametrize("score", [0.71, 0.613, 2 / 3, 61 / 97])
+def test_short_scores_that_two_runs_share_by_chance_count_each_with_a_warning(score: float) -> None:
+    found = verdict(runs(simpo=[score, score, 0.7], dpo=[0.5, 0.52, 0.51]))
+    assert found["n_seeds"] == {"simpo": 3, "dpo": 3}
+    assert any(
+        "seeds 1, 2 have the same score, which is so short that chance may do it" in w for w in found["warnings"]
+    )
+
+
+def test_a_copy_of_a_third_arm_is_left_out_of_its_pairs() -> None:
+    """A study of three arms: the third one's copies do not narrow its intervals either."""
+    three = [scores(arm, s, drawn(rate, 10 * n + s)) for n, (arm, rate) in enumerate(RATES.items()) for s in (1, 2, 3)]
+    copied = [part for part in three if not (part["arm"].iloc[0] == "orpo" and part["seed"].iloc[0] == 3)]
+    copied.append(scores("orpo", 3, drawn(RATES["orpo"], 22)))
+    found = verdict(pd.concat(copied))
+    assert any(w.startswith("orpo: seeds 2, 3 are copies") for w in found["warnings"])
+    without = pd.concat([part for part in copied if not (part["arm"].iloc[0] == "orpo" and part["seed"].iloc[0] == 3)])
+    assert found["pairs"] == verdict(without)["pairs"]
+
+
+RATES = {"simpo": 0.7, "dpo": 0.6, "orpo": 0.5}

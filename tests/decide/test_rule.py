@@ -143,6 +143,51 @@ def test_one_score_a_run_uses_seeds_alone() -> None:
     found = verdict(pd.DataFrame(rows))
     assert (found["verdict"], found["n_prompts"], found["prompt_variance"]) == ("simpo", 0, 0.0)
     assert "golden prompts" not in found["reason"]
+    assert any(text.startswith("a run has one score: the prompts were not sampled") for text in found["warnings"])
+
+
+def test_the_prompts_behind_one_score_a_run_are_counted_where_their_number_is_known() -> None:
+    """10 points on 100 prompts are noise, and on 10,000 they are not; the warning says that the count is a bound."""
+    rows = [{"arm": arm, "seed": i, "score": s} for arm, runs in WIN.items() for i, s in enumerate(runs)]
+    few, many = (verdict(pd.DataFrame(rows).assign(n_prompts=count)) for count in (100, 10_000))
+    assert (few["verdict"], many["verdict"]) == ("inconclusive", "simpo")
+    assert (few["n_prompts"], many["n_prompts"]) == (100, 10_000)
+    assert few["prompt_variance"] == pytest.approx((0.6 * 0.4 + 0.50333 * 0.49667) / 100, rel=1e-4)
+    for found in (few, many):
+        assert not any("were not sampled" in text for text in found["warnings"])
+        assert any("counts by a bound" in text for text in found["warnings"])
+
+
+@pytest.mark.parametrize("numbers", [[100, 200], [1, 1], ["many", "many"], [99.5, 99.5]])
+def test_a_number_of_prompts_that_makes_no_sense_is_refused(numbers: list) -> None:
+    rows = [{"arm": arm, "seed": 0, "score": 0.5, "n_prompts": n} for arm, n in zip(WIN, numbers, strict=True)]
+    with pytest.raises(UsageError, match=r"n_prompts is .*give one whole number of at least 2 for all runs"):
+        verdict(pd.DataFrame(rows))
+
+
+@pytest.mark.parametrize("runs", [{"simpo": [0.9], "dpo": [0.1]}, {"simpo": [0.9], "dpo": [0.1, 0.2, 0.15]}])
+def test_one_run_without_prompts_is_inconclusive_and_no_error(runs: dict[str, list[float]]) -> None:
+    rows = [{"arm": arm, "seed": i, "score": s} for arm, means in runs.items() for i, s in enumerate(means)]
+    found = verdict(pd.DataFrame(rows))
+    assert (found["verdict"], found["level"]) == ("inconclusive", "checkpoint")
+    assert found["ci95"][0] < 0 < found["ci95"][1]
+    assert found["minimum_detectable_difference"] == 1.0
+    assert any(
+        text.startswith("one run in an arm, and no scores by prompt: nothing tells a difference from noise")
+        for text in found["warnings"]
+    )
+
+
+def test_one_unscored_run_of_two_leaves_a_checkpoint() -> None:
+    rows = [{"arm": arm, "seed": i, "score": s} for arm, runs in WIN.items() for i, s in enumerate(runs[:2])]
+    scores = pd.DataFrame(rows)
+    scores.loc[0, "score"] = np.nan
+    scores["unscored_reason"] = np.where(scores.index == 0, "the judge was down", "")
+    assert verdict(scores)["level"] == "checkpoint"
+    scores.loc[1, "score"] = np.nan
+    scores["unscored_reason"] = np.where(scores.index < 2, "the judge was down", "")
+    with pytest.raises(UsageError, match="arm simpo has no scored run of 2"):
+        verdict(scores)
 
 
 def test_unscored_prompts_are_counted_left_out_of_all_runs_and_bounded() -> None:
@@ -263,3 +308,126 @@ def test_small_samples_are_warned_of() -> None:
     few_prompts = verdict(frame(WIN, prompts=20))
     assert any("20 golden prompts: too few" in warning for warning in few_prompts["warnings"])
     assert verdict(frame(WIN))["warnings"] == []
+
+
+def test_few_passes_or_fails_are_warned_of() -> None:
+    """6 of 200 prompts passed, on average over the runs; scores with degrees have no passes."""
+    rng = np.random.default_rng(0)
+    rows = [
+        {"arm": arm, "seed": seed, "prompt_id": i, "score": float(s)}
+        for arm, passed in (("simpo", 6), ("dpo", 40))
+        for seed in range(3)
+        for i, s in enumerate(rng.permutation(np.arange(200) < passed))
+    ]
+    few = pd.DataFrame(rows)
+    (warning,) = [text for text in verdict(few)["warnings"] if "golden prompts on average" in text]
+    assert warning.startswith("SimPO passes 6 of 200 golden prompts on average: below 10 an interval is rough")
+    most = verdict(few.assign(score=1 - few["score"]))["warnings"]
+    assert any(text.startswith("SimPO fails 6 of 200 golden prompts") for text in most)
+    assert not any("on average" in text for text in verdict(few.assign(score=few["score"] / 2))["warnings"])
+
+
+def test_runs_of_one_arm_that_vary_far_more_are_said() -> None:
+    wild = {"simpo": [0.60, 0.75, 0.41], "dpo": [0.50, 0.505, 0.50]}
+    (warning,) = [text for text in verdict(frame(wild))["warnings"] if "vary far more" in text]
+    assert warning.startswith("the runs of SimPO vary far more than those of DPO (SD 16.7 against 0.3 points)")
+    assert not any("vary far more" in text for text in verdict(frame(OPEN))["warnings"])
+
+
+def test_clusters_of_unequal_size_are_warned_of_by_what_they_are_worth() -> None:
+    scores = frame(TIE)
+    topic = np.minimum(scores["prompt_id"].str[1:].astype(int), 159) // 4  # 39 topics of 4, and one of 44
+    found = verdict(scores.assign(cluster=topic.astype(str)))
+    assert (found["n_clusters"], round(found["effective_clusters"], 1)) == (40, 15.6)
+    assert any(
+        text.startswith("40 golden clusters of prompts of unequal size, worth 15.6") for text in found["warnings"]
+    )
+
+
+def test_the_correlation_of_shared_seeds_is_said() -> None:
+    together = verdict(frame({"simpo": [0.5, 0.6, 0.7], "dpo": [0.4, 0.5, 0.6]}))
+    assert together["seed_correlation"] == pytest.approx(1.0, abs=1e-3)
+    against = verdict(frame({"simpo": [0.5, 0.6, 0.7], "dpo": [0.6, 0.5, 0.4]}))
+    assert against["seed_correlation"] == pytest.approx(-1.0, abs=1e-3)
+    assert verdict(frame({"simpo": [0.5, 0.6], "dpo": [0.4, 0.5]}))["seed_correlation"] is None
+    other = frame({"simpo": [0.5, 0.6, 0.7]})
+    other["seed"] += 100
+    assert verdict(pd.concat([other, frame({"dpo": [0.4, 0.5, 0.6]})]))["seed_correlation"] is None
+
+
+# More than two arms, and the base
+
+THREE = {"simpo": [0.60, 0.61, 0.59], "dpo": [0.50, 0.51, 0.50], "dpo_norm": [0.60, 0.605, 0.60]}
+
+
+def test_two_arms_are_one_pair() -> None:
+    found = verdict(frame(WIN))
+    (pair,) = found["pairs"]
+    assert pair == {
+        "arms": ["simpo", "dpo"],
+        "difference": found["difference"],
+        "ci95": found["ci95"],
+        "verdict": "simpo",
+        "alpha": 0.05,
+    }
+    assert found["best_set"] == ["simpo"]
+    assert verdict(frame(TIE))["best_set"] == ["simpo", "dpo"]
+
+
+def test_three_arms_end_with_all_pairs_and_the_arms_that_none_beats() -> None:
+    """The registered contrast keeps alpha. The clearer of the two others gets half of it (Holm), the last all."""
+    found, alone = verdict(frame(THREE)), verdict(frame(WIN))
+    pairs = {tuple(row["arms"]): row for row in found["pairs"]}
+    assert list(pairs) == [("simpo", "dpo"), ("simpo", "dpo_norm"), ("dpo", "dpo_norm")]
+    assert pairs["simpo", "dpo"]["alpha"] == 0.05
+    assert found["ci95"] == alone["ci95"]
+    assert {pairs["simpo", "dpo_norm"]["alpha"], pairs["dpo", "dpo_norm"]["alpha"]} == {0.025, 0.05}
+    assert [row["verdict"] for row in pairs.values()] == ["simpo", "tie", "dpo_norm"]
+    assert found["best_set"] == ["simpo", "dpo_norm"]
+
+
+def test_without_clear_pairs_all_others_share_alpha() -> None:
+    four = {arm: [mean, mean + 0.06, mean - 0.05] for arm, mean in zip("abcd", (0.5, 0.51, 0.52, 0.5), strict=True)}
+    found = verdict(frame(four), arms=("a", "b"))
+    assert [row["alpha"] for row in found["pairs"]] == pytest.approx([0.05] + [0.01] * 5)
+    assert found["best_set"] == ["a", "b", "c", "d"]
+
+
+def test_a_winner_that_fails_a_guard_beats_no_arm() -> None:
+    worse = frame({**TIE, "simpo": [0.30, 0.31, 0.30], "dpo_norm": [0.5, 0.5, 0.505]}, scorer="math")
+    found = verdict(pd.concat([frame(THREE), worse]), metric="checks", guards=[{"metric": "math", "margin": 0.05}])
+    words = {tuple(row["arms"]): row["verdict"] for row in found["pairs"]}
+    assert words == {("simpo", "dpo"): "trade-off", ("simpo", "dpo_norm"): "tie", ("dpo", "dpo_norm"): "dpo_norm"}
+    assert found["best_set"] == ["simpo", "dpo_norm"]
+
+
+def test_an_arm_that_cannot_be_compared_is_left_out_of_the_ranking_by_name() -> None:
+    other = frame({"orpo": [0.5, 0.5, 0.51]}, prompts=150)
+    found = verdict(pd.concat([frame(WIN), other]))
+    assert len(found["pairs"]) == 1
+    assert any(
+        text.startswith("orpo is left out of the ranking: scores: simpo and orpo were not")
+        for text in found["warnings"]
+    )
+
+
+def test_each_arm_is_compared_with_the_base_where_it_was_scored_on_the_same_prompts() -> None:
+    base = frame({"sft": [0.55]}).assign(config="base")
+    found = verdict(pd.concat([frame(WIN), base]))
+    assert set(found["against_base"]) == {"simpo", "dpo"}
+    assert found["against_base"]["simpo"]["difference"] == pytest.approx(0.05, abs=1e-3)
+    assert found["against_base"]["simpo"]["ci95"][0] > 0 > found["against_base"]["dpo"]["ci95"][1]
+    assert not found["against_base"]["dpo"]["collapsed"]
+    assert [row["arms"] for row in found["pairs"]] == [["simpo", "dpo"]], "the base is ranked by no pair"
+    assert verdict(frame(WIN))["against_base"] == {}
+    elsewhere = frame({"sft": [0.55]}, prompts=100).assign(config="base")
+    assert verdict(pd.concat([frame(WIN), elsewhere]))["against_base"] == {}
+
+
+def test_an_arm_of_which_half_of_the_runs_collapsed_has_collapsed() -> None:
+    scores = pd.concat([frame(WIN), frame({"sft": [0.55]}).assign(config="base")])
+    bad = (scores["arm"] == "dpo") & (scores["seed"] > 0)
+    scores["flag"] = np.where(bad, "collapsed", "")
+    scores["score"] = scores["score"].where(~bad, 0.0)
+    found = verdict(scores)["against_base"]
+    assert {arm: row["collapsed"] for arm, row in found.items()} == {"simpo": False, "dpo": True}

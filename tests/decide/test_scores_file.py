@@ -254,9 +254,11 @@ def test_a_run_without_a_score_is_counted_left_out_and_bounded() -> None:
     assert "could change the verdict" in text
 
 
-def test_too_few_scored_runs_are_refused_with_their_seeds() -> None:
-    with pytest.raises(UsageError, match=r"arm dpo has 1 scored run of 3 \(unscored: seed 0, 2\).*at least two"):
-        verdict(runs_of(simpo=[0.6, 0.61, 0.6], dpo=[None, 0.5, None]))
+def test_an_arm_without_a_scored_run_is_refused_with_its_seeds_and_one_run_is_a_checkpoint() -> None:
+    with pytest.raises(UsageError, match=r"arm dpo has no scored run of 2 \(unscored: seed 0, 1\)"):
+        verdict(runs_of(simpo=[0.6, 0.61, 0.6], dpo=[None, None]))
+    found = verdict(runs_of(simpo=[0.6, 0.61, 0.6], dpo=[None, 0.5, None]))
+    assert (found["verdict"], found["level"]) == ("inconclusive", "checkpoint")
 
 
 def test_several_scores_a_run_need_prompt_ids() -> None:

@@ -42,6 +42,7 @@ def study(tmp_path: Path, *, hashes: tuple[str, str] = ("h", "h")) -> Path:
         "alpha": 0.05,
         "guards": [],
         "arms": ["simpo", "dpo"],
+        "rule_version": 2,
         "warnings": ["w"],
     }
     (folder / "study.yaml").write_text(yaml.safe_dump(rule))
@@ -59,6 +60,74 @@ def test_a_verdict_warns_where_identical_data_is_not_proved(tmp_path: Path) -> N
     found = decide_study(study(tmp_path, hashes=("h", "other")))
     assert found["verdict"] == "simpo"
     assert "identical data is NOT proved: seed 0: the consumed tokens differ between arms" in found["warnings"][0]
+
+
+def test_a_study_of_before_version_2_is_decided_by_it_with_one_warning_of_what_version_1_says(tmp_path: Path) -> None:
+    folder = study(tmp_path)
+    now = decide_study(folder)
+    rule = yaml.safe_load((folder / "study.yaml").read_text())
+    del rule["rule_version"]
+    (folder / "study.yaml").write_text(yaml.safe_dump(rule))
+    found = decide_study(folder)
+    (warning,) = [text for text in found["warnings"] if "version 1" in text]
+    assert warning == (
+        "this study was registered before version 2 of the decision rule, which decides it; version 1 says simpo, "
+        "95% interval +7.6 to +11.7 points"
+    )
+    assert {**found, "warnings": []} == {**now, "warnings": []}
+    assert found["rule_version"] == 2
+
+
+def test_runs_with_equal_answers_are_copies_though_their_scores_tell_nothing(tmp_path: Path) -> None:
+    """All answers right on every seed: the scores cannot tell two trainings apart, the answers' hashes can."""
+    folder = study(tmp_path)
+    scores = pd.read_csv(folder / "scores.csv")
+    scores.loc[scores["arm"] == "simpo", "score"] = 1.0
+    scores.to_csv(folder / "scores.csv", index=False)
+    for seed, answers in enumerate(("a", "b", "a")):
+        path = folder / "trials" / f"simpo{seed}" / "manifest.json"
+        manifest = json.loads(path.read_text())
+        files = {"completions.jsonl": {"bytes": 1, "sha256": answers}}
+        write_json(path, manifest | {"config": "c", "files": files})
+    found = decide_study(folder)
+    assert found["n_seeds"] == {"simpo": 2, "dpo": 3}
+    assert [text for text in found["warnings"] if "copies" in text] == [
+        "simpo: seeds 0, 2 are copies of one run, or of a training that has changed nothing: their answers are equal on "
+        "all 200 prompts; they are counted once"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("expected", "status", "said"),
+    [
+        ("simpo", 0, ""),
+        ("dpo", 3, "expected dpo, and the verdict is simpo"),
+        ("tie", 3, "expected tie, and the verdict is simpo"),
+        (
+            "orpo",
+            2,
+            "expect=orpo: no verdict on these arms can be that; allowed: simpo, dpo, tie, inconclusive, trade-off",
+        ),
+    ],
+)
+def test_the_command_says_by_its_status_whether_the_verdict_is_the_expected_one(
+    expected: str, status: int, said: str, tmp_path: Path, capsys
+) -> None:
+    frame(WIN).to_csv(tmp_path / "s.csv", index=False)
+    assert main([str(tmp_path / "s.csv"), "--expect", expected]) == status
+    assert said in capsys.readouterr().err
+
+
+def test_the_command_takes_the_number_of_prompts_behind_each_score(tmp_path: Path, capsys) -> None:
+    runs = [{"arm": arm, "seed": i, "score": s} for arm, means in WIN.items() for i, s in enumerate(means)]
+    pd.DataFrame(runs).to_csv(tmp_path / "runs.csv", index=False)
+    assert main([str(tmp_path / "runs.csv"), "--n-prompts", "200"]) == 0
+    assert json.loads(capsys.readouterr().out)["n_prompts"] == 200
+    assert main([str(tmp_path / "runs.csv"), "--n-prompts", "1"]) == 2
+    assert "n_prompts is '1'; give one whole number of at least 2" in capsys.readouterr().err
+    frame(WIN).to_csv(tmp_path / "rows.csv", index=False)
+    assert main([str(tmp_path / "rows.csv"), "--n-prompts", "200"]) == 2
+    assert "--n-prompts 200: the scores have a row per prompt; leave it out" in capsys.readouterr().err
 
 
 def register(folder: Path, **parts) -> None:

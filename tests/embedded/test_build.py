@@ -29,7 +29,8 @@ from harness.embedded.build import (
     write_study,
 )
 from harness.embedded.tasks import AFTER, BEFORE, KINDS, demonstrate, make_task, make_tasks, rank
-from harness.score.trial_scores import completion_flags, degenerate_shares
+from harness.score.trial_scores import completion_flags
+from harness.study.collapse import degenerate_shares
 from harness.study.files import file_sha256, read_json, read_jsonl
 
 SPLITS = ("train", "dev", "golden")

@@ -173,12 +173,12 @@ def test_sorting_filtering_and_comparing_in_a_browser(browser, results: Path) ->
     page.select_option("#state", "decided")
     assert page.inner_text("#count") == "3 of 6 studies"
     page.select_option("#state", "")
-    page.click("#table thead th:nth-child(3) button")
-    shown = page.locator("#table tbody td:nth-child(3)").all_inner_texts()
+    page.click("#table thead th:nth-child(4) button")
+    shown = page.locator("#table tbody td:nth-child(4)").all_inner_texts()
     numbers = [float(text.split()[0].replace("−", "-")) for text in shown if text != "–"]
     assert numbers == sorted(numbers)
     assert shown[-3:] == ["–"] * 3
-    assert page.locator("#table thead th:nth-child(3)").get_attribute("aria-sort") == "ascending"
+    assert page.locator("#table thead th:nth-child(4)").get_attribute("aria-sort") == "ascending"
     page.select_option("#first", label="first")
     page.select_option("#second", label="second")
     assert page.locator("#comparison thead").inner_text().split() == ["first", "second"]

@@ -17,7 +17,9 @@ import pandas as pd
 import pytest
 from markdown_it import MarkdownIt
 
+from harness.config.arms import title
 from harness.decide import words
+from harness.decide.recommend import recommendation_line
 from harness.decide.study import decide_study
 from harness.report import facts
 from harness.report import page as report
@@ -120,7 +122,6 @@ def test_the_verdict_comes_first_and_the_sections_follow_in_order(built, page):
     assert ids == [
         "verdict",
         "interval-section",
-        "next",
         "warnings",
         "claims",
         "scores",
@@ -134,11 +135,12 @@ def test_the_verdict_comes_first_and_the_sections_follow_in_order(built, page):
         "reproduce",
     ]
     reason = read_json(built / "verdict.json")["reason"]
-    assert page.text.index("SimPO beats DPO") < page.text.index(reason) < page.text.index("Method level")
-    assert text.startswith("# SimPO beats DPO\n\n**SimPO answers ")
+    ship = recommendation_line(read_json(built / "verdict.json"))
+    assert ship.startswith("Ship SimPO. SimPO beats DPO by ")
+    assert page.text.index(ship) < page.text.index(reason) < page.text.index("Method level")
+    assert text.startswith("# SimPO beats DPO\n\n**Ship SimPO. SimPO beats DPO by ")
     headings = re.findall(r"^## (.*)$", text, re.MULTILINE)
     assert headings == [
-        "What to do next",
         "Warnings: 1",
         "Claims",
         "Scores",
@@ -154,7 +156,9 @@ def test_the_verdict_comes_first_and_the_sections_follow_in_order(built, page):
 
 
 def test_one_seed_is_a_verdict_on_checkpoints_and_never_on_the_method(target):
-    change(target / "verdict.json", level="checkpoint")
+    why = "This SimPO checkpoint beats this DPO checkpoint by 12.0 points."
+    told = {"ship": "simpo", "why": why, "next": "Train each arm with at least 3 seeds."}
+    change(target / "verdict.json", level="checkpoint", recommendation=told)
     page, text = rendered(target)
     for shown in (page.text, text):
         assert "This SimPO checkpoint beats this DPO checkpoint" in shown
@@ -163,23 +167,57 @@ def test_one_seed_is_a_verdict_on_checkpoints_and_never_on_the_method(target):
 
 
 @pytest.mark.parametrize(
-    ("values", "headline", "advice"),
+    ("values", "headline"),
     [
-        ({"verdict": "dpo"}, "DPO beats SimPO", "Ship DPO."),
-        ({"verdict": "tie"}, "Tie", "Ship either: the difference is smaller than the 5.0 points"),
-        ({"verdict": "inconclusive", "to_settle": {"seeds": 9, "prompts": None}}, "Inconclusive: not enough evidence", "A difference of 5.0 points would be found with about 9 seeds an arm, all else as it is."),
-        ({"verdict": "tie", "base_mean": 0.99}, "Tie", "Ship the SFT base: SimPO scores"),
-        ({"verdict": "simpo", "base_mean": 0.65, "means": {"simpo": 0.6, "dpo": 0.5}}, "SimPO beats DPO", "SimPO scores 60.0%, the base 65.0%"),
-        ({"verdict": "trade-off", "difference": -0.1, "guards": [{"metric": "checks_fraction", "passed": False}]}, "Trade-off: DPO scores better", "the guard that it fails (checks_fraction)"),
-        ({"verdict": "simpo", "level": "checkpoint"}, "This SimPO checkpoint", "at least 3 seeds"),
+        ({"verdict": "dpo"}, "DPO beats SimPO"),
+        ({"verdict": "tie"}, "Tie"),
+        ({"verdict": "inconclusive"}, "Inconclusive: not enough evidence"),
+        ({"verdict": "trade-off", "difference": -0.1}, "Trade-off: DPO scores better and fails a guard"),
+        ({"verdict": "simpo", "level": "checkpoint"}, "This SimPO checkpoint beats this DPO checkpoint"),
+        ({"verdict": "simpo", "level": "config"}, "This SimPO config beats this DPO config"),
     ],
-    ids=["winner", "tie", "inconclusive", "tie_below_the_base", "winner_below_the_base", "trade_off", "checkpoint"],
-)  # fmt: skip
-def test_every_verdict_says_what_to_do_next(target, values, headline, advice):
+    ids=["winner", "tie", "inconclusive", "trade_off", "checkpoint", "config"],
+)
+def test_every_verdict_has_a_headline(target, values, headline):
     change(target / "verdict.json", **values)
-    summary = summarise(read_study(target))
-    assert summary.headline.startswith(headline)
-    assert advice in summary.next_step
+    assert summarise(read_study(target)).headline == headline
+
+
+def test_the_recommendation_and_what_stands_beside_it_are_on_the_first_screen(target):
+    change(target / "verdict.json", caveats=["golden was looked at 2 times"])
+    page, text = rendered(target)
+    for shown in (page.text, text):
+        assert shown.index("Ship SimPO.") < shown.index("golden was looked at 2 times") < shown.index("Method level")
+
+
+@pytest.mark.parametrize("recommendation", [None, {}, {"ship": 3, "why": None}, "simpo"])
+def test_a_verdict_without_a_recommendation_says_how_to_get_one(target, recommendation):
+    change(target / "verdict.json", recommendation=recommendation)
+    page, _ = rendered(target)
+    if recommendation == {"ship": 3, "why": None}:
+        assert "Ship 3." in page.text
+    else:
+        assert "No recommendation: this verdict was made before there were any." in page.text
+
+
+def test_a_study_of_three_arms_shows_its_ranking(target):
+    pairs = [
+        {"arms": ["simpo", "dpo"], "difference": 0.1, "ci95": [0.02, 0.18], "verdict": "simpo", "alpha": 0.05},
+        {"arms": ["simpo", "dpo_norm"], "difference": 0.01, "ci95": [-0.07, 0.09], "verdict": "tie", "alpha": 0.025},
+        {
+            "arms": ["dpo", "dpo_norm"],
+            "difference": -0.1,
+            "ci95": [-0.2, 0.0],
+            "verdict": "inconclusive",
+            "alpha": 0.05,
+        },
+    ]
+    change(target / "verdict.json", pairs=pairs, best_set=["simpo", "dpo_norm"])
+    page, text = rendered(target)
+    for shown in (page.text, text):
+        assert "Ranking: all pairs of arms" in shown
+        assert "SimPO wins" in shown
+        assert f"Arms that no arm beats: SimPO and {title('dpo_norm')}." in shown
 
 
 def test_the_scores_are_those_of_the_files_in_percent_with_the_spread_over_seeds(folder):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import math
 from pathlib import Path
@@ -9,11 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from harness.decide.__main__ import main as decide
 from harness.decide.rule import verdict
 from harness.decide.scores_file import read_scores
 from harness.decide.study import decide_study
 from harness.exchange import main
 from harness.report.page import render_report
+from harness.score.alpaca_files import read_difficulty, read_gamed
 from harness.score.annotations import annotation_scores, differences, preferences, read_annotations
 from harness.score.length_control import length_controlled
 from harness.score.study_scores import rescore
@@ -59,14 +63,14 @@ class TestAnnotations:
         out = tmp_path / "scores.csv"
         assert main(["annotations", *command, "--out", str(out)]) == 0
         scores = read_scores(out)
-        for scorer in ("win_rate", "length_controlled"):
+        for scorer in ("win_rate", "length_controlled_minimal"):
             assert verdict(scores, metric=scorer)["verdict"] == "simpo"
         rows = annotations(1, 0.8)
         mine = scores[(scores["arm"] == "simpo") & (scores["seed"] == "1")]
         raw = mine[mine["scorer"] == "win_rate"]["score"]
         assert raw.mean() == pytest.approx(np.mean([row["preference"] - 1 for row in rows]), abs=1e-12)
         fitted = length_controlled(preferences(rows), differences(rows))
-        controlled = mine[mine["scorer"] == "length_controlled"]["score"]
+        controlled = mine[mine["scorer"] == "length_controlled_minimal"]["score"]
         assert controlled.to_numpy() == pytest.approx(fitted.pseudo_values)
 
     def test_an_instruction_that_is_asked_twice_is_two_prompts_of_one_cluster(self, tmp_path: Path) -> None:
@@ -171,7 +175,7 @@ class TestFewPreferences:
         assert status == 0
         scores = read_scores(out)
         mine = scores[scores["arm"] == "dpo"]
-        raw, controlled = (mine[mine["scorer"] == name] for name in ("win_rate", "length_controlled"))
+        raw, controlled = (mine[mine["scorer"] == name] for name in ("win_rate", "length_controlled_minimal"))
         assert raw["score"].tolist()[:1] == [1.0]
         assert raw["score"].notna().sum() == 2
         assert controlled["score"].isna().all()
@@ -394,3 +398,160 @@ def test_answers_that_do_not_fit_are_refused_before_anything_is_written(runs, sa
     assert main(["outputs", str(tmp_path / "given"), *given, *more]) == 2
     assert said in capsys.readouterr().err
     assert not (tmp_path / "given").exists()
+
+
+def alpaca_files(folder: Path, count: int = 120) -> list[str]:
+    """Files in the form of instruction_difficulty.csv and df_gamed.csv, as options."""
+    rng = np.random.default_rng(3)
+    difficulty = rng.normal(0, 1, count)
+    lines = [f"{place},{value}" for place, value in enumerate(difficulty)]
+    (folder / "difficulty.csv").write_text("\n".join([",instruction_difficulty", *lines]) + "\n")
+    gamed = [f"{i},gamed,{rng.random():.4f},{rng.normal():.4f},{difficulty[i % count]},False" for i in range(2 * count)]
+    head = "index,model,preference,std_delta_len,instruction_difficulty,not_gamed_baseline"
+    (folder / "gamed.csv").write_text("\n".join([head, *gamed]) + "\n")
+    return ["--difficulty", str(folder / "difficulty.csv"), "--gamed", str(folder / "gamed.csv")]
+
+
+def annotated(folder: Path, *more: str, **runs: list[dict]) -> tuple[int, Path]:
+    """Write one file of annotations an arm, and run the command."""
+    given = []
+    for arm, rows in runs.items():
+        path = folder / f"{arm}.json"
+        path.write_text(json.dumps(rows))
+        given.append(f"{arm}={path}")
+    out = folder / "scores.csv"
+    return main(["annotations", *given, *more, "--out", str(out)]), out
+
+
+class TestLengthControlAsAlpacaEvals:
+    def test_both_files_give_the_leaderboards_fit_under_its_name_without_a_warning(self, tmp_path: Path) -> None:
+        simpo, dpo = annotations(1, 0.8), annotations(2, 0.3)
+        status, out = annotated(tmp_path, *alpaca_files(tmp_path), simpo=simpo, dpo=dpo)
+        assert status == 0
+        scores = read_scores(out)
+        mine = scores[(scores["arm"] == "simpo") & (scores["scorer"] == "length_controlled")]
+        difficulty = read_difficulty(str(tmp_path / "difficulty.csv"), "--difficulty")
+        gamed = read_gamed(str(tmp_path / "gamed.csv"), "--gamed")
+        fitted = length_controlled(preferences(simpo), differences(simpo), difficulty=difficulty, gamed=gamed)
+        assert mine["score"].to_numpy() == pytest.approx(fitted.pseudo_values)
+        assert not any("leaderboard" in text for text in decided(out, "length_controlled")["warnings"])
+
+    def test_without_them_it_has_another_name_and_the_verdict_warns(self, tmp_path: Path) -> None:
+        _, out = annotated(tmp_path, simpo=annotations(1, 0.8), dpo=annotations(2, 0.3))
+        assert set(read_scores(out)["scorer"]) == {"win_rate", "length_controlled_minimal"}
+        warnings = decided(out, "length_controlled_minimal")["warnings"]
+        (said,) = [text for text in warnings if "leaderboard" in text]
+        assert said.startswith("length_controlled_minimal (simpo 0, dpo 0): not AlpacaEval's")
+
+    def test_with_difficulty_alone_it_has_the_name_that_alpaca_eval_gives_it(self, tmp_path: Path) -> None:
+        _, out = annotated(tmp_path, *alpaca_files(tmp_path)[:2], simpo=annotations(1, 0.8), dpo=annotations(2, 0.3))
+        assert "length_controlled_noreg" in set(read_scores(out)["scorer"])
+        assert any("lacks the gamed baselines" in text for text in decided(out, "length_controlled_noreg")["warnings"])
+
+    def test_a_fit_that_extrapolates_says_so_in_the_verdict(self, tmp_path: Path) -> None:
+        short = [row | {"output_2": "m" * (5 + i % 7)} for i, row in enumerate(annotations(1, 0.4))]
+        _, out = annotated(tmp_path, *alpaca_files(tmp_path), simpo=short, dpo=annotations(2, 0.3))
+        warnings = decided(out, "length_controlled")["warnings"]
+        assert any("length_controlled (simpo 0)" in text and "extrapolation" in text for text in warnings)
+
+    def test_missing_rows_and_null_preferences_are_unscored_and_the_others_keep_their_difficulty(
+        self, tmp_path: Path, capsys
+    ) -> None:
+        whole, lacking = annotations(1, 0.8), annotations(2, 0.3)
+        whole[5]["preference"] = None
+        difficulty = read_difficulty(alpaca_files(tmp_path)[1], "--difficulty")
+        status, out = annotated(tmp_path, *alpaca_files(tmp_path), simpo=whole, dpo=lacking[:7] + lacking[9:])
+        assert status == 0
+        assert "dpo:0: no row for 2 of 120 instructions" in capsys.readouterr().out
+        scores = read_scores(out)
+        mine = scores[(scores["arm"] == "dpo") & (scores["scorer"] == "length_controlled")]
+        assert mine["score"].isna().to_numpy().nonzero()[0].tolist() == [7, 8]
+        assert set(mine["unscored_reason"]) == {"", "the file has no row for this instruction"}
+        kept = np.delete(np.arange(120), [7, 8])
+        rows = [lacking[i] for i in kept]
+        gamed = read_gamed(str(tmp_path / "gamed.csv"), "--gamed")
+        fitted = length_controlled(preferences(rows), differences(rows), difficulty=difficulty[kept], gamed=gamed)
+        assert mine["score"].dropna().to_numpy() == pytest.approx(fitted.pseudo_values)
+        assert decided(out, "length_controlled")["n_unscored"] == {"simpo": 1, "dpo": 2}
+
+    def test_files_that_lack_different_rows_complete_each_other(self, tmp_path: Path) -> None:
+        one, other = annotations(1, 0.8), annotations(2, 0.3)
+        files = alpaca_files(tmp_path)
+        assert annotated(tmp_path, *files, simpo=one[:20] + one[21:], dpo=other[:50] + other[51:])[0] == 0
+
+    @pytest.mark.parametrize("lost", [(30, 30), (30, 31)], ids=["the same row", "rows whose order is not known"])
+    def test_a_difficulty_whose_place_is_not_known_is_refused(self, lost, tmp_path: Path, capsys) -> None:
+        runs = {arm: annotations(seed, 0.5) for arm, seed in (("simpo", 1), ("dpo", 2))}
+        for rows, place in zip(runs.values(), lost, strict=True):
+            del rows[place]
+        assert annotated(tmp_path, *alpaca_files(tmp_path), **runs)[0] == 2
+        assert "one of the files must hold all 120" in capsys.readouterr().err
+
+    @pytest.mark.parametrize(
+        ("name", "old", "new", "said"),
+        [
+            ("difficulty.csv", "\n3,", "\n3,x", "row 4: instruction_difficulty is 'x"),
+            ("difficulty.csv", "\n3,", "\n3,inf #", "row 4: instruction_difficulty is"),
+            ("difficulty.csv", "\n3,", "\n4,", "does not hold the places 0 to 119"),
+            ("gamed.csv", "std_delta_len", "delta", "column std_delta_len is missing"),
+            ("gamed.csv", "\n0,gamed,", "\n0,gamed,7", "row 1: preference 7"),
+        ],
+    )
+    def test_a_broken_file_of_alpaca_eval_is_refused_by_name(
+        self, name, old, new, said, tmp_path: Path, capsys
+    ) -> None:
+        files = alpaca_files(tmp_path)
+        text = (tmp_path / name).read_text()
+        (tmp_path / name).write_text(text.replace(old, new, 1))
+        assert annotated(tmp_path, *files, simpo=annotations(1, 0.8), dpo=annotations(2, 0.3))[0] == 2
+        error = capsys.readouterr().err
+        assert said in error
+        assert str(tmp_path / name) in error
+
+    def test_gamed_baselines_alone_are_refused(self, tmp_path: Path, capsys) -> None:
+        files = alpaca_files(tmp_path)[2:]
+        assert annotated(tmp_path, *files, simpo=annotations(1, 0.8))[0] == 2
+        assert "--difficulty beside it" in capsys.readouterr().err
+
+
+def decided(path: Path, metric: str, arms: str = "simpo,dpo") -> dict:
+    """Run harness.decide on a scores file and return its JSON."""
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        assert decide([str(path), "--metric", metric, "--arms", arms]) == 0
+    return json.loads(said.getvalue())
+
+
+class TestTheVerdictOnAScoresFile:
+    def test_says_which_file_was_which_run(self, tmp_path: Path, capsys) -> None:
+        _, out = annotated(tmp_path, **{"simpo-v2": annotations(1, 0.8), "dpo": annotations(2, 0.3)})
+        found = decided(out, "win_rate", "simpo-v2,dpo")
+        assert found["sources"] == {
+            "simpo-v2": {"0": str(tmp_path / "simpo-v2.json")},
+            "dpo": {"0": str(tmp_path / "dpo.json")},
+        }
+        assert "simpo-v2.json" in capsys.readouterr().err
+
+    def test_says_what_the_other_metric_would_have_said(self, tmp_path: Path) -> None:
+        """SimPO wins by length alone: the judge prefers long answers, and its own are long."""
+        rng = np.random.default_rng(0)
+        runs = {}
+        for arm, shift in (("simpo", 700), ("dpo", -700)):
+            gaps = rng.normal(shift, 600, 400)
+            wins = rng.random(400) < 1 / (1 + np.exp(-3 * np.tanh(gaps / gaps.std())))
+            runs[arm] = [
+                {"instruction": f"Task {i}", "output_1": "b" * 3000, "output_2": "m" * int(max(3000 + gap, 1))}
+                | {"preference": 1 + int(win)}
+                for i, (gap, win) in enumerate(zip(gaps, wins, strict=True))
+            ]
+        _, out = annotated(tmp_path, **runs)
+        for metric, other, word in (
+            ("win_rate", "length_controlled_minimal", "inconclusive"),
+            ("length_controlled_minimal", "win_rate", "SimPO wins"),
+        ):
+            (said,) = [text for text in decided(out, metric)["caveats"] if "the metric decides" in text]
+            assert f"({other}) say otherwise" in said
+            assert word in said
+
+    def test_is_silent_where_both_metrics_agree(self, tmp_path: Path) -> None:
+        _, out = annotated(tmp_path, simpo=annotations(1, 0.8), dpo=annotations(2, 0.3))
+        assert not any("the metric decides" in text for text in decided(out, "win_rate")["caveats"])

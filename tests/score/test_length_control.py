@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 from scipy import optimize
 
-from harness.config.schema import LengthControlConfig
+from harness.config.schema import LengthControlConfig, ScoreConfig
 from harness.decide.rule import verdict
 from harness.decide.scores_file import checked
-from harness.score.answers import Preference, Run, Stored, write_preferences
-from harness.score.length_control import GAMED_WEIGHT, Gamed, control_runs, length_controlled
+from harness.score.alpaca_files import Gamed
+from harness.score.answers import Preference, Run, Scoring, Stored, write_preferences
+from harness.score.length_control import GAMED_WEIGHT, control_runs, length_control_problems, length_controlled
+from harness.score.scorers import find_scorer
 from harness.study.errors import UsageError
-from harness.study.files import read_json
+from harness.study.files import read_json, read_jsonl, write_jsonl
 
 PRIOR = 1e-3
 
@@ -155,6 +158,77 @@ def test_the_decision_rule_takes_jackknife_values_and_refuses_other_scores_outsi
     frame.loc[0, "score"] = np.inf
     with pytest.raises(UsageError, match=r"outside \[0, 1\]"):
         checked(frame)
+
+
+def judged(folder: Path, metric: str, form: str, count: int = 40) -> Path:
+    """A study of one run whose answers a judge has compared with the base's."""
+    study = folder / "study"
+    prompts = [{"split": "golden", "prompt_id": f"p{i}", "about": {"form": form}} for i in range(count)]
+    write_jsonl(study / "prompts.jsonl", prompts)
+    (study / "study.yaml").write_text(f"metric: {metric}\narms: [simpo, dpo]\n")
+    wins, gap = drawn(0, count)
+    rows = zip(wins, gap, strict=True)
+    found = [Preference("golden", f"p{i}", float(w), 2000 + int(g), 2000) for i, (w, g) in enumerate(rows)]
+    write_preferences(study / "trials" / "a", "judge", found, ["golden"])
+    return study
+
+
+def controlled(study: Path, config: LengthControlConfig) -> tuple[str, list[str]]:
+    """Run the scorer; return the name of its scores and its warnings."""
+    prompts = list(read_jsonl(study / "prompts.jsonl"))
+    base = Run(study / "base", {"flags": []}, {})
+    run = Run(study / "trials" / "a", {"flags": [], "arm": "simpo", "config": "c", "seed": 0}, {})
+    scorer = find_scorer("length_controlled")
+    assert scorer is not None
+    assert scorer.score_study is not None
+    scoring = Scoring(ScoreConfig(length_control=config), ["length_controlled"], ("golden",), study, None)
+    (name,) = scorer.score_study(Stored(study, ("golden",), prompts, {}, (base, run)), scoring)
+    return name, read_json(study / "length_controlled.json")["warnings"]
+
+
+def alpaca_files(folder: Path, count: int) -> LengthControlConfig:
+    rng = np.random.default_rng(0)
+    rows = {"preference": rng.random(80), "std_delta_len": rng.normal(0, 1, 80), "instruction_difficulty": 0.1}
+    pd.DataFrame(rows).to_csv(folder / "gamed.csv")
+    pd.DataFrame({"instruction_difficulty": rng.normal(0, 1, count)}).to_csv(folder / "difficulty.csv")
+    return LengthControlConfig(difficulty=str(folder / "difficulty.csv"), gamed=str(folder / "gamed.csv"))
+
+
+@pytest.mark.parametrize(
+    ("metric", "form", "has_files", "name", "warns"),
+    [
+        ("judge", "", False, "length_controlled_minimal", False),
+        ("judge", "alpaca_eval", False, "length_controlled_minimal", True),
+        ("judge", "alpaca_eval", True, "length_controlled", False),
+        ("length_controlled", "", False, "length_controlled", True),
+        ("length_controlled_minimal", "", False, "length_controlled_minimal", False),
+    ],
+)
+def test_scores_have_the_leaderboards_name_only_where_they_are_its_fit_or_an_older_study_registered_it(
+    metric: str, form: str, has_files: bool, name: str, warns: bool, tmp_path: Path
+) -> None:
+    config = alpaca_files(tmp_path, 40) if has_files else LengthControlConfig()
+    found, warnings = controlled(judged(tmp_path, metric, form), config)
+    assert found == name
+    assert any("leaderboard values" in text for text in warnings) == warns
+
+
+def test_a_config_with_broken_files_of_alpaca_eval_is_refused_before_anything_runs(tmp_path: Path) -> None:
+    config = alpaca_files(tmp_path, 40)
+    (tmp_path / "difficulty.csv").write_text("a,instruction_difficulty\n0,hard\n")
+    problems = list(length_control_problems(config))
+    assert len(problems) == 1
+    assert "row 1: instruction_difficulty is 'hard'; allowed: a number" in problems[0]
+    (alone,) = length_control_problems(LengthControlConfig(gamed=config.gamed))
+    assert "needs score.length_control.difficulty beside it" in alone
+
+
+def test_the_mean_of_the_jackknife_values_keeps_the_pull_of_the_gamed_baselines() -> None:
+    preferences, differences = drawn(4)
+    rng = np.random.default_rng(4)
+    gamed = Gamed(np.full(800, 0.9), rng.normal(1, 1, 800), rng.normal(0, 1, 800))
+    found = length_controlled(preferences, differences, difficulty=rng.normal(0, 1, 400), gamed=gamed)
+    assert found.pseudo_values.mean() == pytest.approx(found.win_rate, abs=1e-12)
 
 
 def alpaca_like(case: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, Gamed]:

@@ -120,7 +120,7 @@ def test_a_study_is_scored_by_wins_against_the_base_with_the_raw_rewards_beside(
         for row in rows:
             own, other = row["details"]["reward"], row["details"]["baseline_reward"]
             assert row["preference"] == (0.5 if own == other else float(own > other))
-    controlled = scores[(scores["scorer"] == "length_controlled") & (scores["arm"] != "sft")]
+    controlled = scores[(scores["scorer"] == "length_controlled_minimal") & (scores["arm"] != "sft")]
     assert controlled.groupby(["arm", "seed"]).size().eq(30).all()
 
 

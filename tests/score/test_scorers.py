@@ -78,9 +78,13 @@ def test_the_rows_of_a_split_and_the_config_say_what_it_can_be_scored_on_the_def
             assert allowed_scorers(ScoreConfig(), given, has_pairs=has_pairs, split=split) == allowed
     more = ScoreConfig(judge=JudgeConfig(model="m"), scorers=["mine.py"])
     more.lm_eval.tasks = ["gsm8k"]
-    wide = ["judge", "length_controlled", "lm_eval:gsm8k", "mine"]
+    wide = ["judge", "length_controlled_minimal", "lm_eval:gsm8k", "mine"]
     assert allowed_scorers(more, [plain], has_pairs=False, split="golden") == study_scorers(more) == wide
-    assert allowed_scorers(more, [plain], has_pairs=False, split="dev") == ["judge", "length_controlled", "mine"]
+    assert allowed_scorers(more, [plain], has_pairs=False, split="dev") == [
+        "judge",
+        "length_controlled_minimal",
+        "mine",
+    ]
 
 
 @pytest.mark.parametrize(

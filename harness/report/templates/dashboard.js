@@ -5,7 +5,7 @@
   var body = table.tBodies[0], rows = Array.prototype.slice.call(body.rows);
   var facts = JSON.parse(document.getElementById("facts").textContent);
   var search = document.getElementById("search"), state = document.getElementById("state");
-  var STATE = 4;
+  var STATE = 5;
 
   function make(tag, text) {
     var element = document.createElement(tag);
