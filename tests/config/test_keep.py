@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 
 from harness.study.errors import UsageError
 from harness.study.manifest import read_manifest
@@ -62,14 +63,15 @@ def test_what_needs_weights_that_are_gone_trains_them_again(studies) -> None:
     """A tuned trial that is asked for golden by hand; its training and its answers on dev come out as before."""
     study = studies["none"]
     tuned = next(f for f in sorted((study / "trials").iterdir()) if read_manifest(f)["seed"] == 1)
-    before = read_manifest(tuned)
+    before, config = read_manifest(tuned), yaml.safe_load((tuned / "config.yaml").read_text())
     (tuned / "completions.jsonl").unlink()
     again = sweep(study.parent, "keep=none")
     assert (again.launched, print_result(again)) == (1, 0)
     after = read_manifest(tuned)
     assert after["consumed_tokens_sha256"] == before["consumed_tokens_sha256"]
-    # Its config.yaml names the registered metric now, which the command left out.
     assert {**after["files"], "config.yaml": {}} == {**before["files"], "config.yaml": {}}
+    config["decide"]["metric"] = "checks"  # registered since, and left out of the command
+    assert yaml.safe_load((tuned / "config.yaml").read_text()) == config
     assert (study / "scores.csv").read_text() == (studies["all"] / "scores.csv").read_text()
 
 
